@@ -1,0 +1,153 @@
+"""Peak extra memory of one step, in a process of its own.
+
+Extra means above what training holds anyway: the inputs, the weight and the two gradients. The
+child process first runs the contestant on a tiny problem, so that its libraries, its threads and
+its code exist (a compiled contestant runs the full problem, for its code is made for one shape).
+It then builds the full problem, writes every gradient buffer once, notes the memory in use, lets
+the system's high-water mark start anew (/proc/self/clear_refs), runs two steps, and reads the mark.
+The second step shows what a contestant keeps from one step to the next. malloc is told to return
+large blocks to the system at once, so resident memory is live memory, not a free list.
+On a GPU the same is done with torch's allocator and its own mark.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from . import peers
+from .problems import Shape, make_inputs
+
+RETURN_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+USABLE = 0.9  # of the memory that is available: the rest is for the machine
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the child process measures."""
+
+    suite: str
+    contestant: str
+    variant: str
+    shape: Shape
+    device: str
+    threads: int
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Bytes, or why there are none."""
+
+    bytes: int | None = None
+    failure: str | None = None
+
+
+def available_bytes(device: str) -> int:
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    text = Path("/proc/meminfo").read_text()
+    return 1024 * int(re.search(r"MemAvailable:\s+(\d+)", text)[1])
+
+
+def static_bytes(shape: Shape) -> int:
+    """Inputs, weight and gradients in fp32."""
+    return 4 * 2 * shape.dim * (shape.rows + shape.classes)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
+def limit_to_available(device: str) -> None:
+    """Make an allocation beyond the available memory fail here, not swap or kill the machine.
+
+    A GPU has its own limit, and its driver reserves address space that must not be counted.
+    """
+    if device == "cpu":
+        usable = _status("VmData") + int(USABLE * available_bytes(device))
+        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        resource.setrlimit(resource.RLIMIT_DATA, (usable, hard))
+
+
+@cache
+def measure(job: Job) -> Peak:
+    """Run the child process and take its answer; it may fail for memory, this process may not."""
+    child = subprocess.run(
+        [sys.executable, "-m", "benchmarks.memory", json.dumps(asdict(job))],
+        cwd=Path(__file__).parent.parent,
+        env=os.environ | RETURN_MEMORY,
+        capture_output=True,
+        text=True,
+    )
+    if child.returncode < 0:
+        return Peak(failure=f"does not fit: ended by signal {-child.returncode}")
+    if child.returncode > 0:
+        raise RuntimeError(f"measuring the memory of {job.contestant} failed:\n{child.stderr}")
+    return Peak(**json.loads(child.stdout.splitlines()[-1]))
+
+
+def _status(field: str) -> int:
+    text = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(rf"{field}:\s+(\d+)", text)[1])
+
+
+def _mark(device: str) -> int:
+    """Bytes in use now, from where the high-water mark starts anew."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS")
+
+
+def _high_water(device: str) -> int:
+    if device == "cuda":
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated()
+    return _status("VmHWM")
+
+
+def _peak_bytes(job: Job) -> int:
+    contestant = peers.find(job.suite, job.contestant, job.shape.rows)
+    build = contestant.variants[job.variant]
+    tiny = Shape(min(job.shape.rows, 8), job.shape.dim, min(job.shape.classes, 256))
+    build(make_inputs(job.shape if contestant.compiled else tiny, job.device, batches=1))(0)
+
+    step = build(make_inputs(job.shape, job.device, batches=1))
+    step.touch_gradients()
+    before = _mark(job.device)
+    for turn in range(2):
+        step(turn)
+    return max(0, _high_water(job.device) - before)
+
+
+def main() -> None:
+    fields = json.loads(sys.argv[1])
+    job = Job(**fields | {"shape": Shape(**fields["shape"])})
+    torch.set_num_threads(job.threads)
+    limit_to_available(job.device)
+    try:
+        peak = Peak(bytes=_peak_bytes(job))
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        peak = Peak(failure=f"does not fit: {str(error).splitlines()[0]}")
+    print(json.dumps(asdict(peak)))
+
+
+if __name__ == "__main__":
+    main()

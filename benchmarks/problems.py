@@ -1,0 +1,99 @@
+"""The problems every contestant solves: their inputs, and their answers in float64."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+MARGIN = 0.5  # radians
+SCALE = 64.0
+
+
+@dataclass(frozen=True)
+class Shape:
+    """N embeddings of dimension D against C classes."""
+
+    rows: int
+    dim: int
+    classes: int
+
+    @classmethod
+    def parse(cls, text: str) -> Shape:
+        parts = text.lower().split("x")
+        if len(parts) != 3 or not all(part.isdigit() and int(part) > 0 for part in parts):
+            raise ValueError(f"a shape is NxDxC, such as 256x512x100000; got {text!r}")
+        return cls(*map(int, parts))
+
+    def __str__(self) -> str:
+        return f"{self.rows}x{self.dim}x{self.classes}"
+
+    @property
+    def label(self) -> str:
+        return f"N={self.rows:,}, D={self.dim:,}, C={self.classes:,}"
+
+
+@dataclass
+class Inputs:
+    """Several batches against one weight. Embeddings and weight are leaves that want gradients."""
+
+    embeddings: list[Tensor]  # each [N, D]
+    labels: list[Tensor]  # each [N]
+    weight: Tensor  # [C, D]
+
+
+@dataclass
+class Answer:
+    """A loss and its gradients; the exclusive term has none for embeddings."""
+
+    loss: Tensor  # []
+    embeddings: Tensor | None  # [N, D]
+    weight: Tensor  # [C, D]
+
+
+def make_inputs(shape: Shape, device: str, batches: int = 4, seed: int = 0) -> Inputs:
+    """Embeddings from N(0, 1), weights from N(0, 0.01), labels uniform.
+
+    Batches rotate, so that no contestant finds its embeddings and target rows in cache.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+    options = {"device": device, "generator": generator}
+    weight = torch.randn(shape.classes, shape.dim, **options).mul_(0.01)
+    return Inputs(
+        embeddings=[
+            torch.randn(shape.rows, shape.dim, **options).requires_grad_() for _ in range(batches)
+        ],
+        labels=[
+            torch.randint(shape.classes, (shape.rows,), **options) for _ in range(batches)
+        ],
+        weight=weight.requires_grad_(),
+    )
+
+
+def truth(objective: str, embeddings: Tensor, weight: Tensor, labels: Tensor) -> Answer:
+    """The definition of `objective`, written plainly and computed in float64."""
+    x = embeddings.detach().double().requires_grad_()
+    w = weight.detach().double().requires_grad_()
+    if objective == "exclusive":
+        rows = F.normalize(w)
+        similarity = rows @ rows.t()
+        loss = similarity.fill_diagonal_(-math.inf).max(dim=1).values.mean()
+        loss.backward()
+        return Answer(loss.detach(), None, w.grad)
+
+    cosine = F.normalize(x) @ F.normalize(w).t()
+    if objective == "arcface":
+        target = labels[:, None]
+        angle = cosine.gather(1, target).acos() + MARGIN
+        cosine = cosine.scatter(1, target, angle.cos())
+    loss = F.cross_entropy(SCALE * cosine, labels)
+    loss.backward()
+    return Answer(loss.detach(), x.grad, w.grad)
+
+
+def relative_error(value: Tensor, exact: Tensor) -> float:
+    """‖value − exact‖ / ‖exact‖ in float64."""
+    return float((value.double() - exact).norm() / exact.norm())

@@ -1,0 +1,82 @@
+"""The one place where time is taken: interleaved rounds, medians, and ratios within a round."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+
+Step = Callable[[int], object]  # one whole step on the batch of that number
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def time_once(step: Step, turn: int, device: str) -> float:
+    """Seconds of one step: wall clock on a CPU, from event to event on a GPU."""
+    if device == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        begin.record()
+        step(turn)
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
+    begin_seconds = time.perf_counter()
+    step(turn)
+    return time.perf_counter() - begin_seconds
+
+
+def interleaved(
+    steps: Mapping[str, Step], rounds: int, device: str, seed: int = 0
+) -> Iterator[dict[str, float]]:
+    """Yield, round by round, the seconds of every contestant.
+
+    Each round runs all of them on the same batch, one after another, so that what disturbs the
+    machine for a while disturbs all alike. The order changes from round to round, so that nobody
+    always runs in the caches that the same predecessor left.
+    """
+    order = list(steps)
+    shuffle = random.Random(seed).shuffle
+    for turn in range(rounds):
+        shuffle(order)
+        yield {name: time_once(steps[name], turn, device) for name in order}
+
+
+def fastest(variants: Mapping[str, Step], device: str, rounds: int = 3) -> dict[str, float]:
+    """Median seconds of every variant of one contestant that is worth a second look.
+
+    The first call is not counted (it compiles, allocates, starts threads). A variant that then
+    takes over three times the best is out at once: its time is kept, it is not run again.
+    """
+    seconds: dict[str, list[float]] = {}
+    for name, step in variants.items():
+        step(0)
+        seconds[name] = [time_once(step, 0, device)]
+    limit = 3 * min(first for (first,) in seconds.values())
+    remaining = {name: variants[name] for name, (first,) in seconds.items() if first <= limit}
+    if len(remaining) > 1:
+        for times in interleaved(remaining, rounds, device):
+            for name, value in times.items():
+                seconds[name].append(value)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def quartiles(samples: list[float]) -> tuple[float, float, float]:
+    """Lower quartile, median, upper quartile."""
+    if len(samples) == 1:
+        return samples[0], samples[0], samples[0]
+    lower, median, upper = statistics.quantiles(samples, n=4, method="inclusive")
+    return lower, median, upper
+
+
+def ratio(samples: list[float], reference: list[float]) -> float:
+    """Median over rounds of one contestant's time divided by the reference's in the same round."""
+    return statistics.median(
+        mine / theirs for mine, theirs in zip(samples, reference, strict=True)
+    )

@@ -1,0 +1,310 @@
+// The CPU kernels. Compiled once per instruction set (FM_ISA names the namespace), vectorised by the compiler.
+//
+// Nothing here may leave a shared out-of-line function behind (no standard containers, no external
+// templates): the linker would keep one copy for all instruction sets.
+#include "cpu.h"
+
+#include <cstdlib>
+
+#include "../math/cross_entropy.h"
+#include "../math/element.h"
+#include "../math/exponential.h"
+
+namespace fm::cpu::FM_ISA {
+namespace {
+
+// Uninitialised scratch of one thread.
+template <class T> class Scratch {
+public:
+    explicit Scratch(int64_t count) : data_(static_cast<T*>(malloc(static_cast<size_t>(count > 0 ? count : 1) * sizeof(T)))) {
+        if (!data_) abort();
+    }
+    ~Scratch() { free(data_); }
+    Scratch(const Scratch&) = delete;
+    Scratch& operator=(const Scratch&) = delete;
+    operator T*() const { return data_; }
+
+private:
+    T* data_;
+};
+
+template <class T> constexpr Dtype dtype_of = Dtype::float32;
+template <> constexpr Dtype dtype_of<double> = Dtype::float64;
+
+template <class From, class T>
+inline void copy_row(const From* from, int64_t stride, int64_t size, T* to) {
+    for (int64_t d = 0; d < size; ++d) to[d] = static_cast<T>(from[d * stride]);
+}
+
+// A row of the matrix as contiguous T: in place where it already is, else converted into the buffer.
+template <class T> inline const T* load_row(const MatrixView& m, int64_t row, int64_t size, T* buffer) {
+    int64_t begin = row * m.row_stride, stride = m.column_stride;
+    if (m.dtype == dtype_of<T> && stride == 1) return static_cast<const T*>(m.data) + begin;
+    switch (m.dtype) {
+    case Dtype::float32: copy_row(static_cast<const float*>(m.data) + begin, stride, size, buffer); break;
+    case Dtype::float64: copy_row(static_cast<const double*>(m.data) + begin, stride, size, buffer); break;
+    default:
+        for (int64_t d = 0; d < size; ++d) buffer[d] = element<T>(m, row, d);
+    }
+    return buffer;
+}
+
+template <class A, class B> inline double dot(const A* a, const B* b, int64_t size) {
+    double sum = 0.0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t d = 0; d < size; ++d) sum += static_cast<double>(a[d]) * static_cast<double>(b[d]);
+    return sum;
+}
+
+template <class T> inline void add_scaled(T* to, T scale, const T* from, int64_t size) {
+#pragma omp simd
+    for (int64_t d = 0; d < size; ++d) to[d] += scale * from[d];
+}
+
+inline double inverse_norm_of(double squares) {
+    double norm = sqrt(squares);
+    return norm < kSmallestNorm ? 0.0 : 1.0 / norm; // NaN stays NaN
+}
+
+template <class T> void row_normalize(const RowNormalize<T>& p) {
+#pragma omp parallel
+    {
+        Scratch<T> buffer(p.size);
+#pragma omp for schedule(static)
+        for (int64_t r = 0; r < p.count; ++r) {
+            const T* x = load_row<T>(p.rows, r, p.size, buffer);
+            T inverse = static_cast<T>(inverse_norm_of(dot(x, x, p.size)));
+            p.inverse_norm[r] = inverse;
+            if (!p.normalized) continue;
+            T* out = p.normalized + r * p.size;
+            for (int64_t d = 0; d < p.size; ++d) out[d] = x[d] * inverse;
+        }
+    }
+}
+
+template <class T> void target_cosine(const TargetCosine<T>& p) {
+#pragma omp parallel
+    {
+        Scratch<T> left(p.size), right(p.size);
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < p.samples; ++i) {
+            int64_t label = p.labels[i];
+            p.cosine[i] = 0.0;
+            if (label == p.ignore_index) continue;
+            if (label < 0 || label >= p.classes) {
+#pragma omp critical
+                if (p.bad_label) *p.bad_label = label < 0 ? label : label + 1;
+                continue;
+            }
+            const T* x = load_row<T>(p.embeddings, i, p.size, left);
+            const T* w = load_row<T>(p.weight, label, p.size, right);
+            p.cosine[i] = dot(x, w, p.size) * inverse_norm_of(dot(x, x, p.size)) * inverse_norm_of(dot(w, w, p.size));
+        }
+    }
+}
+
+// Sum over one run of columns, exponentials written in place. Partial sums of a block stay in the
+// lanes' precision, the blocks' total is double.
+template <class T>
+inline double exponentials(T* row, const T* inverse_norm, int64_t begin, int64_t end, const Exponential<T>& power) {
+    double total = 0.0;
+    for (int64_t block = begin; block < end; block += 512) {
+        int64_t stop = block + 512 < end ? block + 512 : end;
+        T sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t j = block; j < stop; ++j) {
+            T e = power(row[j] * inverse_norm[j]);
+            sum += e;
+            row[j] = e * inverse_norm[j];
+        }
+        total += static_cast<double>(sum);
+    }
+    return total;
+}
+
+template <class T> inline T largest(const T* row, const T* inverse_norm, int64_t begin, int64_t end, T so_far) {
+#pragma omp simd reduction(max : so_far)
+    for (int64_t j = begin; j < end; ++j) {
+        T c = row[j] * inverse_norm[j];
+        so_far = c > so_far ? c : so_far;
+    }
+    return so_far;
+}
+
+template <class T> void exponent_sum(const ExponentSum<T>& p) {
+#pragma omp parallel for schedule(static)
+    for (int64_t i = 0; i < p.samples; ++i) {
+        T* row = p.products + i * p.chunk;
+        double scale = p.scale ? p.scale[i] : p.scale_value;
+        int64_t target = p.labels[i] - p.class_begin;
+        bool inside = target >= 0 && target < p.chunk;
+        int64_t left = inside ? target : p.chunk, right = inside ? target + 1 : p.chunk;
+        double k = p.fixed_exponent;
+        if (!p.fixed) {
+            T top = largest(row, p.inverse_norm, 0, left, static_cast<T>(-4));
+            k = row_exponent(scale, largest(row, p.inverse_norm, right, p.chunk, top));
+        }
+        Exponential<T> power(scale, k);
+        double sum = exponentials(row, p.inverse_norm, 0, left, power);
+        sum += exponentials(row, p.inverse_norm, right, p.chunk, power);
+        if (inside) row[target] = 0;
+        p.exponent[i] = k;
+        p.sum[i] = sum;
+    }
+}
+
+void margin_rows(const MarginRows& p) {
+#pragma omp parallel for schedule(static) if (p.samples > 256)
+    for (int64_t i = 0; i < p.samples; ++i) margin_row(p, i);
+}
+
+// g := inverse (g - (g . u) u), where u = direction * unit
+template <class T> inline void project_out(T* g, const T* direction, T unit, T inverse, int64_t size) {
+    T along = static_cast<T>(dot(g, direction, size) * static_cast<double>(unit)) * unit;
+#pragma omp simd
+    for (int64_t d = 0; d < size; ++d) g[d] = inverse * (g[d] - along * direction[d]);
+}
+
+template <class T> void project_weight_gradient(const ProjectWeightGradient<T>& p) {
+#pragma omp parallel
+    {
+        Scratch<T> own(p.size), other(p.size);
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < p.chunk; ++row) {
+            int64_t j = p.class_begin + row;
+            T* g = p.gradient + row * p.size;
+            T inverse = p.inverse_norm[j];
+            if (p.sorted_labels)
+                for (int64_t k = lower_bound(p.sorted_labels, p.samples, j); k < p.samples && p.sorted_labels[k] == j; ++k) {
+                    int64_t i = p.label_order[k];
+                    add_scaled(g, inverse * static_cast<T>(p.target_gradient[i]), p.normalized_embeddings + i * p.size, p.size);
+                }
+            if (p.uniform_direction)
+                add_scaled(g, inverse * static_cast<T>(p.class_weight ? p.class_weight[j] : 1.0), p.uniform_direction, p.size);
+            if (p.nearest) {
+                int64_t near = p.nearest[j];
+                add_scaled(g, inverse * p.nearest_gradient[j] * p.inverse_norm[near], load_row<T>(p.weight, near, p.size, other), p.size);
+                for (int64_t k = lower_bound(p.sorted_nearest, p.classes, j); k < p.classes && p.sorted_nearest[k] == j; ++k) {
+                    int64_t i = p.nearest_order[k];
+                    add_scaled(g, inverse * p.nearest_gradient[i] * p.inverse_norm[i], load_row<T>(p.weight, i, p.size, other), p.size);
+                }
+            }
+            project_out(g, load_row<T>(p.weight, j, p.size, own), inverse, static_cast<T>(1), p.size);
+        }
+    }
+}
+
+template <class T> void project_embedding_gradient(const ProjectEmbeddingGradient<T>& p) {
+#pragma omp parallel
+    {
+        Scratch<T> buffer(p.size);
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < p.samples; ++i) {
+            T* g = p.gradient + i * p.size;
+            const T* x = p.normalized_embeddings + i * p.size;
+            T row = p.row_scale ? static_cast<T>(p.row_scale[i]) : static_cast<T>(1);
+            if (p.scale_gradient) p.scale_gradient[i] = dot(g, x, p.size) * static_cast<double>(row);
+            T scale = row * static_cast<T>(p.scale ? p.scale[i] : p.scale_value);
+            for (int64_t d = 0; d < p.size; ++d) g[d] *= scale;
+            int64_t label = p.labels[i];
+            if (label >= 0 && label < p.classes)
+                add_scaled(g, static_cast<T>(p.target_gradient[i]) * p.weight_inverse_norm[label], load_row<T>(p.weight, label, p.size, buffer), p.size);
+            if (p.uniform_weight) add_scaled(g, static_cast<T>(p.uniform_gradient[i]), p.uniform_weight, p.size);
+            project_out(g, x, static_cast<T>(1), p.inverse_norm[i], p.size);
+        }
+    }
+}
+
+// Best column of one row, strictly greater wins, so the lowest column keeps a tie.
+template <class T> struct Best {
+    T cosine;
+    int64_t column;
+};
+
+// One row of a tile: its own best column, and its offer to every column's best. The lanes keep the
+// first best they see; merging prefers the lower column.
+template <class T>
+inline Best<T> scan_row(const T* products, const T* inverse_norm, T own, int64_t begin, int64_t end, int32_t row, T* column_best,
+                        int32_t* column_row) {
+    constexpr int lanes = 16;
+    T best[lanes];
+    int32_t at[lanes];
+    for (int l = 0; l < lanes; ++l) best[l] = static_cast<T>(-4), at[l] = -1;
+    int64_t j = begin;
+    for (; j + lanes <= end; j += lanes) {
+#pragma omp simd
+        for (int l = 0; l < lanes; ++l) {
+            T c = products[j + l] * (own * inverse_norm[j + l]);
+            bool more = c > best[l];
+            best[l] = more ? c : best[l];
+            at[l] = more ? static_cast<int32_t>(j) + l : at[l];
+            bool offer = c > column_best[j + l];
+            column_best[j + l] = offer ? c : column_best[j + l];
+            column_row[j + l] = offer ? row : column_row[j + l];
+        }
+    }
+    for (int l = 0; j < end; ++j, ++l) {
+        T c = products[j] * (own * inverse_norm[j]);
+        if (c > best[l]) best[l] = c, at[l] = static_cast<int32_t>(j);
+        if (c > column_best[j]) column_best[j] = c, column_row[j] = row;
+    }
+    Best<T> result{best[0], at[0]};
+    for (int l = 1; l < lanes; ++l)
+        if (at[l] >= 0 && (best[l] > result.cosine || result.column < 0 || (best[l] == result.cosine && at[l] < result.column)))
+            result = {best[l], at[l]};
+    return result;
+}
+
+template <class T> inline void offer(const NearestTile<T>& p, int64_t to, T cosine, int64_t index) {
+    if (index < 0) return; // an empty row, or nothing but NaN
+    if (cosine > p.cosine[to]) p.cosine[to] = cosine, p.index[to] = index;
+}
+
+template <class T> void nearest_tile(const NearestTile<T>& p) {
+    const bool diagonal = p.row_begin == p.column_begin;
+    const T* column_norm = p.inverse_norm + p.column_begin;
+    const int threads = available_threads();
+    // every thread's best row of every column, merged in ascending row order afterwards
+    Scratch<T> best(threads * p.columns);
+    Scratch<int32_t> best_row(threads * p.columns);
+    for (int64_t k = 0; k < threads * p.columns; ++k) best[k] = static_cast<T>(-4), best_row[k] = -1;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int t = 0; t < threads; ++t) {
+        T* column_best = best + t * p.columns;
+        int32_t* column_row = best_row + t * p.columns;
+        for (int64_t r = p.rows * t / threads; r < p.rows * (t + 1) / threads; ++r) {
+            const T* row = p.products + r * p.columns;
+            T own = p.inverse_norm[p.row_begin + r];
+            int64_t end = diagonal ? r : p.columns;
+            for (int half = 0; half < (diagonal ? 2 : 1); ++half) { // both sides of the diagonal
+                Best<T> b = scan_row(row, column_norm, own, half ? r + 1 : 0, half ? p.columns : end, static_cast<int32_t>(r), column_best, column_row);
+                offer(p, p.row_begin + r, b.cosine, b.column < 0 ? b.column : p.column_begin + b.column);
+            }
+        }
+    }
+    if (diagonal) return; // the tile is symmetric: its rows have seen everything
+#pragma omp parallel for schedule(static)
+    for (int64_t j = 0; j < p.columns; ++j)
+        for (int t = 0; t < threads; ++t) {
+            int32_t row = best_row[t * p.columns + j];
+            offer(p, p.column_begin + j, best[t * p.columns + j], row < 0 ? -1 : p.row_begin + row);
+        }
+}
+
+} // namespace
+
+void run(const RowNormalize<float>& p) { row_normalize(p); }
+void run(const RowNormalize<double>& p) { row_normalize(p); }
+void run(const TargetCosine<float>& p) { target_cosine(p); }
+void run(const TargetCosine<double>& p) { target_cosine(p); }
+void run(const ExponentSum<float>& p) { exponent_sum(p); }
+void run(const ExponentSum<double>& p) { exponent_sum(p); }
+void run(const MarginRows& p) { margin_rows(p); }
+void run(const ProjectWeightGradient<float>& p) { project_weight_gradient(p); }
+void run(const ProjectWeightGradient<double>& p) { project_weight_gradient(p); }
+void run(const ProjectEmbeddingGradient<float>& p) { project_embedding_gradient(p); }
+void run(const ProjectEmbeddingGradient<double>& p) { project_embedding_gradient(p); }
+void run(const NearestTile<float>& p) { nearest_tile(p); }
+void run(const NearestTile<double>& p) { nearest_tile(p); }
+
+} // namespace fm::cpu::FM_ISA

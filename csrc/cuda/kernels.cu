@@ -1,0 +1,272 @@
+// Portable CUDA kernels, for any GPU: matrix products are the caller's, these are all that stands around
+// them. Every output element has one owner and every sum one order, so results repeat bit for bit.
+#include "cuda.h"
+#include "device.h"
+
+#include "../math/cross_entropy.h"
+#include "../math/element.h"
+#include "../math/exponential.h"
+
+namespace fm::cuda {
+namespace {
+
+constexpr int kWarp = 32;
+constexpr int kRowThreads = 256;           // one block for one long row
+constexpr int kWarpsPerBlock = 4;          // one warp for one row of D elements
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+__device__ int lane() { return static_cast<int>(threadIdx.x) % kWarp; }
+__device__ int64_t warp_row() {
+    return static_cast<int64_t>(blockIdx.x) * kWarpsPerBlock + static_cast<int64_t>(threadIdx.x) / kWarp;
+}
+int64_t warp_blocks(int64_t rows) { return (rows + kWarpsPerBlock - 1) / kWarpsPerBlock; }
+
+__device__ double warp_sum(double value) {
+    for (int offset = kWarp / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(kAllLanes, value, offset);
+    return value;
+}
+
+__device__ double inverse_norm_of(double squares) {
+    double norm = sqrt(squares);
+    return norm < kSmallestNorm ? 0.0 : 1.0 / norm;
+}
+
+template <class T> __device__ double warp_dot(const T* a, const MatrixView& b, int64_t row, int64_t size) {
+    double sum = 0.0;
+    for (int64_t d = lane(); d < size; d += kWarp) sum += static_cast<double>(a[d]) * static_cast<double>(element<T>(b, row, d));
+    return warp_sum(sum);
+}
+
+template <class T> __global__ void row_normalize(RowNormalize<T> p) {
+    int64_t r = warp_row();
+    if (r >= p.count) return;
+    double squares = 0.0;
+    for (int64_t d = lane(); d < p.size; d += kWarp) {
+        double x = static_cast<double>(element<T>(p.rows, r, d));
+        squares += x * x;
+    }
+    T inverse = static_cast<T>(inverse_norm_of(warp_sum(squares)));
+    if (lane() == 0) p.inverse_norm[r] = inverse;
+    if (!p.normalized) return;
+    for (int64_t d = lane(); d < p.size; d += kWarp) p.normalized[r * p.size + d] = element<T>(p.rows, r, d) * inverse;
+}
+
+template <class T> __global__ void target_cosine(TargetCosine<T> p) {
+    int64_t i = warp_row();
+    if (i >= p.samples) return;
+    int64_t label = p.labels[i];
+    bool known = label >= 0 && label < p.classes;
+    if (!known || label == p.ignore_index) {
+        if (lane() == 0) {
+            p.cosine[i] = 0.0;
+            if (label != p.ignore_index && p.bad_label) *p.bad_label = label < 0 ? label : label + 1;
+        }
+        return;
+    }
+    double xw = 0.0, xx = 0.0, ww = 0.0;
+    for (int64_t d = lane(); d < p.size; d += kWarp) {
+        double x = static_cast<double>(element<T>(p.embeddings, i, d)), w = static_cast<double>(element<T>(p.weight, label, d));
+        xw += x * w;
+        xx += x * x;
+        ww += w * w;
+    }
+    xw = warp_sum(xw), xx = warp_sum(xx), ww = warp_sum(ww);
+    if (lane() == 0) p.cosine[i] = xw * inverse_norm_of(xx) * inverse_norm_of(ww);
+}
+
+// Combines one value of every thread of a block, in a fixed order, and gives the result to all.
+template <class Combine> __device__ double block_reduce(double value, double* shared, Combine combine) {
+    for (int offset = kWarp / 2; offset > 0; offset /= 2) value = combine(value, __shfl_xor_sync(kAllLanes, value, offset));
+    __syncthreads(); // an earlier reduction may still be reading
+    if (lane() == 0) shared[threadIdx.x / kWarp] = value;
+    __syncthreads();
+    value = shared[0];
+    for (int w = 1; w < kRowThreads / kWarp; ++w) value = combine(value, shared[w]);
+    return value;
+}
+
+template <class T> __global__ void exponent_sum(ExponentSum<T> p) {
+    __shared__ double shared[kRowThreads / kWarp];
+    int64_t i = blockIdx.x;
+    T* row = p.products + i * p.chunk;
+    double scale = p.scale ? p.scale[i] : p.scale_value;
+    int64_t target = p.labels[i] - p.class_begin;
+    double k = p.fixed_exponent;
+    if (!p.fixed) {
+        double top = -4.0;
+        for (int64_t j = threadIdx.x; j < p.chunk; j += kRowThreads) {
+            double c = static_cast<double>(row[j] * p.inverse_norm[j]);
+            if (j != target && c > top) top = c;
+        }
+        k = row_exponent(scale, block_reduce(top, shared, [](double a, double b) { return a > b ? a : b; }));
+    }
+    Exponential<T> power(scale, k);
+    double sum = 0.0;
+    for (int64_t j = threadIdx.x; j < p.chunk; j += kRowThreads) {
+        T e = j == target ? static_cast<T>(0) : power(row[j] * p.inverse_norm[j]);
+        sum += static_cast<double>(e);
+        row[j] = e * p.inverse_norm[j];
+    }
+    sum = block_reduce(sum, shared, [](double a, double b) { return a + b; });
+    if (threadIdx.x == 0) {
+        p.exponent[i] = k;
+        p.sum[i] = sum;
+    }
+}
+
+__global__ void margin_rows(MarginRows p) {
+    int64_t i = static_cast<int64_t>(blockIdx.x) * kRowThreads + threadIdx.x;
+    if (i < p.samples) margin_row(p, i);
+}
+
+// g := inverse (g - (g . u) u), where u = direction * unit
+template <class T> __device__ void project_out(T* g, const MatrixView& direction, int64_t row, T unit, T inverse, int64_t size) {
+    T along = static_cast<T>(warp_dot(g, direction, row, size) * static_cast<double>(unit)) * unit;
+    for (int64_t d = lane(); d < size; d += kWarp) g[d] = inverse * (g[d] - along * element<T>(direction, row, d));
+}
+
+template <class T> __device__ void add_row(T* g, T scale, const MatrixView& from, int64_t row, int64_t size) {
+    for (int64_t d = lane(); d < size; d += kWarp) g[d] += scale * element<T>(from, row, d);
+}
+
+template <class T> __device__ MatrixView rows_of(const T* data, int64_t size) {
+    return {data, sizeof(T) == 4 ? Dtype::float32 : Dtype::float64, size, 1};
+}
+
+template <class T> __global__ void project_weight_gradient(ProjectWeightGradient<T> p) {
+    int64_t row = warp_row();
+    if (row >= p.chunk) return;
+    int64_t j = p.class_begin + row;
+    T* g = p.gradient + row * p.size;
+    T inverse = p.inverse_norm[j];
+    if (p.sorted_labels) {
+        MatrixView embeddings = rows_of(p.normalized_embeddings, p.size);
+        for (int64_t k = lower_bound(p.sorted_labels, p.samples, j); k < p.samples && p.sorted_labels[k] == j; ++k) {
+            int64_t i = p.label_order[k];
+            add_row(g, inverse * static_cast<T>(p.target_gradient[i]), embeddings, i, p.size);
+        }
+    }
+    if (p.uniform_direction)
+        add_row(g, inverse * static_cast<T>(p.class_weight ? p.class_weight[j] : 1.0), rows_of(p.uniform_direction, p.size), 0, p.size);
+    if (p.nearest) {
+        int64_t near = p.nearest[j];
+        add_row(g, inverse * p.nearest_gradient[j] * p.inverse_norm[near], p.weight, near, p.size);
+        for (int64_t k = lower_bound(p.sorted_nearest, p.classes, j); k < p.classes && p.sorted_nearest[k] == j; ++k) {
+            int64_t i = p.nearest_order[k];
+            add_row(g, inverse * p.nearest_gradient[i] * p.inverse_norm[i], p.weight, i, p.size);
+        }
+    }
+    project_out(g, p.weight, j, inverse, static_cast<T>(1), p.size);
+}
+
+template <class T> __global__ void project_embedding_gradient(ProjectEmbeddingGradient<T> p) {
+    int64_t i = warp_row();
+    if (i >= p.samples) return;
+    T* g = p.gradient + i * p.size;
+    MatrixView embeddings = rows_of(p.normalized_embeddings, p.size);
+    double row = p.row_scale ? p.row_scale[i] : 1.0;
+    if (p.scale_gradient) {
+        double along = warp_dot(g, embeddings, i, p.size) * row;
+        if (lane() == 0) p.scale_gradient[i] = along;
+    }
+    T scale = static_cast<T>(row * (p.scale ? p.scale[i] : p.scale_value));
+    for (int64_t d = lane(); d < p.size; d += kWarp) g[d] *= scale;
+    int64_t label = p.labels[i];
+    if (label >= 0 && label < p.classes)
+        add_row(g, static_cast<T>(p.target_gradient[i]) * p.weight_inverse_norm[label], p.weight, label, p.size);
+    if (p.uniform_weight) add_row(g, static_cast<T>(p.uniform_gradient[i]), rows_of(p.uniform_weight, p.size), 0, p.size);
+    project_out(g, embeddings, i, static_cast<T>(1), p.inverse_norm[i], p.size);
+}
+
+// The best partner one thread has seen. A thread sees its partners in ascending order.
+template <class T> struct Best {
+    T cosine = static_cast<T>(-4);
+    int64_t index = -1;
+    __device__ void see(T c, int64_t at) {
+        if (c > cosine) cosine = c, index = at;
+    }
+    __device__ void merge(T c, int64_t at) {
+        if (c > cosine || (c == cosine && at >= 0 && (index < 0 || at < index))) cosine = c, index = at;
+    }
+};
+
+template <class T> __device__ void offer(const NearestTile<T>& p, int64_t to, const Best<T>& best) {
+    if (best.index >= 0 && best.cosine > p.cosine[to]) p.cosine[to] = best.cosine, p.index[to] = best.index;
+}
+
+// One block: the best column of one row.
+template <class T> __global__ void nearest_of_rows(NearestTile<T> p) {
+    __shared__ T cosines[kRowThreads];
+    __shared__ int64_t indices[kRowThreads];
+    int64_t row = p.row_begin + blockIdx.x;
+    const T* products = p.products + static_cast<int64_t>(blockIdx.x) * p.columns;
+    T own = p.inverse_norm[row];
+    Best<T> best;
+    for (int64_t j = threadIdx.x; j < p.columns; j += kRowThreads) {
+        int64_t column = p.column_begin + j;
+        if (column != row) best.see(products[j] * (own * p.inverse_norm[column]), column);
+    }
+    cosines[threadIdx.x] = best.cosine;
+    indices[threadIdx.x] = best.index;
+    for (int half = kRowThreads / 2; half > 0; half /= 2) {
+        __syncthreads();
+        int t = static_cast<int>(threadIdx.x);
+        if (t < half) {
+            best.merge(cosines[t + half], indices[t + half]);
+            cosines[t] = best.cosine;
+            indices[t] = best.index;
+        }
+    }
+    if (threadIdx.x == 0) offer(p, row, best);
+}
+
+// One block: the best row of 32 neighbouring columns, its eight warps taking every eighth row.
+template <class T> __global__ void nearest_of_columns(NearestTile<T> p) {
+    constexpr int groups = kRowThreads / kWarp;
+    __shared__ T cosines[groups][kWarp];
+    __shared__ int64_t indices[groups][kWarp];
+    int64_t j = static_cast<int64_t>(blockIdx.x) * kWarp + lane();
+    int group = static_cast<int>(threadIdx.x) / kWarp;
+    Best<T> best;
+    if (j < p.columns) {
+        T own = p.inverse_norm[p.column_begin + j];
+        for (int64_t r = group; r < p.rows; r += groups)
+            best.see(p.products[r * p.columns + j] * (p.inverse_norm[p.row_begin + r] * own), p.row_begin + r);
+    }
+    cosines[group][lane()] = best.cosine;
+    indices[group][lane()] = best.index;
+    __syncthreads();
+    if (group > 0 || j >= p.columns) return;
+    for (int g = 1; g < groups; ++g) best.merge(cosines[g][lane()], indices[g][lane()]);
+    offer(p, p.column_begin + j, best);
+}
+
+template <class P> void launch_warp_rows(void (*kernel)(P), int64_t rows, void* stream, const P& p) {
+    launch(kernel, warp_blocks(rows), kWarpsPerBlock * kWarp, stream, p);
+}
+
+template <class T> void nearest_tile(const NearestTile<T>& p, void* stream) {
+    launch(nearest_of_rows<T>, p.rows, kRowThreads, stream, p);
+    if (p.row_begin != p.column_begin)
+        launch(nearest_of_columns<T>, (p.columns + kWarp - 1) / kWarp, kRowThreads, stream, p);
+}
+
+} // namespace
+
+#define FM_WARP_ROWS(Params, kernel, rows)                                                                             \
+    void run(const Params<float>& p, void* stream) { launch_warp_rows(kernel<float>, p.rows, stream, p); }             \
+    void run(const Params<double>& p, void* stream) { launch_warp_rows(kernel<double>, p.rows, stream, p); }
+FM_WARP_ROWS(RowNormalize, row_normalize, count)
+FM_WARP_ROWS(TargetCosine, target_cosine, samples)
+FM_WARP_ROWS(ProjectWeightGradient, project_weight_gradient, chunk)
+FM_WARP_ROWS(ProjectEmbeddingGradient, project_embedding_gradient, samples)
+
+void run(const ExponentSum<float>& p, void* stream) { launch(exponent_sum<float>, p.samples, kRowThreads, stream, p); }
+void run(const ExponentSum<double>& p, void* stream) { launch(exponent_sum<double>, p.samples, kRowThreads, stream, p); }
+void run(const MarginRows& p, void* stream) {
+    launch(margin_rows, (p.samples + kRowThreads - 1) / kRowThreads, kRowThreads, stream, p);
+}
+void run(const NearestTile<float>& p, void* stream) { nearest_tile(p, stream); }
+void run(const NearestTile<double>& p, void* stream) { nearest_tile(p, stream); }
+
+} // namespace fm::cuda
