@@ -1,0 +1,137 @@
+"""Every validation of user input, once. Errors name the argument, what was expected and what came."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from fused_margin.margins import Margin
+from fused_margin.ops.backend import REBUILD, has_cuda_kernels
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def matrix(name: str, value: Tensor, shape: str) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor of shape {shape}, got {type(value).__name__}")
+    if value.dim() != 2:
+        raise ValueError(f"{name}: expected shape {shape}, got {tuple(value.shape)}")
+    if value.dtype not in DTYPES:
+        raise TypeError(f"{name}: expected float32, float64, float16 or bfloat16, got {value.dtype}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got layout {value.layout}")
+    if value.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"{name}: expected a CPU or CUDA tensor, got device {value.device}")
+    if value.device.type == "cuda" and not has_cuda_kernels():
+        raise RuntimeError(f"{name} is on {value.device}, but this build of fused_margin has no CUDA kernels; {REBUILD}")
+
+
+def class_weights(weight: Tensor, *, name: str = "weight", at_least: int = 1) -> None:
+    """The (C, D) matrix of class weights."""
+    matrix(name, weight, "(num_classes, embedding_size)")
+    if weight.shape[0] < at_least:
+        raise ValueError(f"{name}: expected at least {at_least} classes, got {weight.shape[0]}")
+    if weight.shape[1] < 1:
+        raise ValueError(f"{name}: expected an embedding_size of at least 1, got 0")
+
+
+def batch(embeddings: Tensor, weight: Tensor, labels: Tensor) -> None:
+    embeddings_for(embeddings, weight)
+    per_sample_index("labels", labels, embeddings)
+
+
+def embeddings_for(embeddings: Tensor, weight: Tensor) -> None:
+    class_weights(weight)
+    matrix("embeddings", embeddings, "(N, embedding_size)")
+    if embeddings.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"embeddings: expected embedding_size {weight.shape[1]} as weight has, got shape {tuple(embeddings.shape)}"
+        )
+    same_device("embeddings", embeddings, weight)
+
+
+def same_device(name: str, value: Tensor, reference: Tensor) -> None:
+    if value.device != reference.device:
+        raise ValueError(f"{name}: expected a tensor on {reference.device}, got one on {value.device}")
+
+
+def per_sample_index(name: str, value: Tensor, embeddings: Tensor) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected an integer tensor of shape (N,), got {type(value).__name__}")
+    if value.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+        raise TypeError(f"{name}: expected an integer tensor of shape (N,), got dtype {value.dtype}")
+    if tuple(value.shape) != (embeddings.shape[0],):
+        raise ValueError(f"{name}: expected shape ({embeddings.shape[0]},), got {tuple(value.shape)}")
+    same_device(name, value, embeddings)
+
+
+def per_sample(name: str, value: float | Tensor, embeddings: Tensor) -> Tensor | None:
+    """The (N,) float64 tensor of a per-sample argument; None where it is one number."""
+    if not isinstance(value, Tensor):
+        return None
+    samples = embeddings.shape[0]
+    if value.dim() > 1 or (value.dim() == 1 and value.shape[0] != samples):
+        raise ValueError(f"{name}: expected a number or shape ({samples},), got {tuple(value.shape)}")
+    if not value.is_floating_point():
+        raise TypeError(f"{name}: expected a floating-point tensor, got {value.dtype}")
+    same_device(name, value, embeddings)
+    return value.to(torch.float64).expand(samples).contiguous()
+
+
+def scale(value: float | Tensor | None) -> None:
+    if value is None or isinstance(value, Tensor):
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"scale: expected a number, a tensor of shape (N,) or None, got {type(value).__name__}")
+    if not math.isfinite(value) or value <= 0:
+        raise ValueError(f"scale: expected a positive finite number, got {value}")
+
+
+def margin(value: Margin) -> None:
+    if not isinstance(value, Margin):
+        raise TypeError(f"margin: expected a fused_margin.Margin, got {type(value).__name__}")
+
+
+def class_weight(value: Tensor | None, weight: Tensor) -> None:
+    """F.cross_entropy's ``weight``: one factor per class."""
+    if value is None:
+        return
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        raise TypeError(f"class_weight: expected a floating-point tensor of shape (num_classes,), got {kind(value)}")
+    if tuple(value.shape) != (weight.shape[0],):
+        raise ValueError(f"class_weight: expected shape ({weight.shape[0]},), got {tuple(value.shape)}")
+    same_device("class_weight", value, weight)
+
+
+def kind(value) -> str:
+    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
+
+
+def number(name: str, value: float, low: float, high: float = math.inf, *, open_low: bool = False) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if not (low < value if open_low else low <= value) or not value <= high or math.isinf(value):
+        bracket = "(" if open_low else "["
+        raise ValueError(f"{name}: expected a number in {bracket}{low}, {high}{']' if math.isfinite(high) else ')'}, got {value}")
+
+
+def index(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
+
+
+def positive_index(name: str, value: int) -> None:
+    index(name, value)
+    if value < 1:
+        raise ValueError(f"{name}: expected a positive integer, got {value}")
+
+
+def reduction(value: str, exclusive_weight: float) -> None:
+    if value not in REDUCTIONS:
+        raise ValueError(f"reduction: expected one of {', '.join(map(repr, REDUCTIONS))}, got {value!r}")
+    if value == "none" and exclusive_weight > 0:
+        raise ValueError(
+            "exclusive_weight: expected 0 with reduction='none', because the exclusive term belongs to no sample; "
+            "add fused_margin.functional.exclusive_regularization(weight) to the reduced loss instead"
+        )

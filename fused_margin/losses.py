@@ -1,0 +1,265 @@
+"""The losses as modules that own their class weights."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fused_margin import checks
+from fused_margin.functional import margin_cross_entropy, nearest_class
+from fused_margin.margins import Margin
+
+_ARGUMENTS = """
+    Args:
+        num_classes: C.
+        embedding_size: D.
+{own}
+        exclusive_weight: lambda of RegularFace's exclusive term, added to the loss and found in the same
+            sweep over the weights; 0 switches it off.
+        class_weight: (C,) factors, as ``weight`` in ``torch.nn.CrossEntropyLoss``. A buffer.
+        reduction, ignore_index, label_smoothing: as in ``torch.nn.CrossEntropyLoss``.
+        beyond_pi, easy, gradient: see :class:`fused_margin.Margin`.
+        workspace_mb: bound on scratch memory in MiB, whatever C is.
+        device, dtype: of ``weight``.
+
+    Shape:
+        embeddings (N, D), labels (N,) integers -> scalar, or (N,) with ``reduction="none"``.
+
+    Attributes:
+        weight: (C, D) parameter, initialised N(0, 0.01). Need not be normalised.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came.
+"""
+
+
+class MarginLoss(nn.Module):
+    """What the margin losses share: the class weights, the margin, and how they meet the embeddings."""
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        margin: Margin,
+        scale: float | None,
+        *,
+        exclusive_weight: float = 0.0,
+        class_weight: Tensor | None = None,
+        reduction: str = "mean",
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        workspace_mb: float = 256,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        checks.positive_index("num_classes", num_classes)
+        checks.positive_index("embedding_size", embedding_size)
+        checks.scale(scale)
+        checks.number("exclusive_weight", exclusive_weight, 0.0)
+        checks.reduction(reduction, exclusive_weight)
+        checks.index("ignore_index", ignore_index)
+        checks.number("label_smoothing", label_smoothing, 0.0, 1.0)
+        checks.number("workspace_mb", workspace_mb, 0.0, open_low=True)
+        self.num_classes, self.embedding_size = num_classes, embedding_size
+        self.margin_function, self.scale = margin, scale
+        self.exclusive_weight, self.reduction, self.ignore_index = exclusive_weight, reduction, ignore_index
+        self.label_smoothing, self.workspace_mb = label_smoothing, workspace_mb
+        self.weight = nn.Parameter(torch.empty(num_classes, embedding_size, device=device, dtype=dtype))
+        checks.class_weights(self.weight, at_least=2 if exclusive_weight > 0 else 1)
+        if class_weight is not None:
+            class_weight = torch.as_tensor(class_weight, device=self.weight.device)
+            checks.class_weight(class_weight, self.weight)
+        self.register_buffer("class_weight", class_weight)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=0.01)
+
+    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        return margin_cross_entropy(
+            embeddings,
+            self.weight,
+            labels,
+            self.current_margin(),
+            self.scale,
+            exclusive_weight=self.exclusive_weight,
+            class_weight=self.class_weight,
+            reduction=self.reduction,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+            workspace_mb=self.workspace_mb,
+        )
+
+    def current_margin(self) -> Margin:
+        """The margin of the next step."""
+        return self.margin_function
+
+    def logits(self, embeddings: Tensor) -> Tensor:
+        """Scaled cosines (N, C) of embeddings (N, D), without margin, for inference."""
+        checks.embeddings_for(embeddings, self.weight)
+        embeddings, weight = embeddings.to(torch.promote_types(embeddings.dtype, self.weight.dtype)), self.weight
+        cosine = F.linear(F.normalize(embeddings, dim=1), F.normalize(weight, dim=1).to(embeddings.dtype))
+        return cosine * (embeddings.norm(dim=1, keepdim=True) if self.scale is None else self.scale)
+
+    def extra_repr(self) -> str:
+        m = self.margin_function
+        parts = [f"num_classes={self.num_classes}", f"embedding_size={self.embedding_size}", f"scale={self.scale}"]
+        parts += [f"{name}={getattr(m, name)}" for name in ("m1", "m2", "m3")]
+        if self.exclusive_weight:
+            parts.append(f"exclusive_weight={self.exclusive_weight}")
+        return ", ".join(parts)
+
+
+class ArcFaceLoss(MarginLoss):
+    __doc__ = "ArcFace: an additive angular margin, ``psi = cos(theta + margin)`` (arXiv:1801.07698, eq. 3)." + _ARGUMENTS.format(
+        own="        margin: angle in radians.\n        scale: s of the logits."
+    )
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        margin: float = 0.5,
+        scale: float = 64.0,
+        *,
+        beyond_pi: str = "monotone",
+        easy: bool = False,
+        gradient: str = "exact",
+        **options,
+    ):
+        super().__init__(
+            num_classes,
+            embedding_size,
+            Margin(m2=margin, beyond_pi=beyond_pi, easy=easy, gradient=gradient),
+            scale,
+            **options,
+        )
+
+
+class CosFaceLoss(MarginLoss):
+    __doc__ = "CosFace: an additive cosine margin, ``psi = cos(theta) - margin`` (arXiv:1801.09414, eq. 4)." + _ARGUMENTS.format(
+        own="        margin: cosine.\n        scale: s of the logits."
+    )
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        margin: float = 0.35,
+        scale: float = 64.0,
+        *,
+        beyond_pi: str = "monotone",
+        easy: bool = False,
+        gradient: str = "exact",
+        **options,
+    ):
+        super().__init__(
+            num_classes,
+            embedding_size,
+            Margin(m3=margin, beyond_pi=beyond_pi, easy=easy, gradient=gradient),
+            scale,
+            **options,
+        )
+
+
+class NormFaceLoss(MarginLoss):
+    __doc__ = "NormFace: normalised softmax, no margin (arXiv:1704.06369)." + _ARGUMENTS.format(own="        scale: s of the logits.")
+
+    def __init__(self, num_classes: int, embedding_size: int, scale: float = 64.0, **options):
+        super().__init__(num_classes, embedding_size, Margin(), scale, **options)
+
+
+class CombinedMarginLoss(MarginLoss):
+    __doc__ = "All three margins, ``psi = cos(m1 * theta + m2) - m3`` (arXiv:1801.07698, eq. 4)." + _ARGUMENTS.format(
+        own="        m1: factor on the angle.\n        m2: angle in radians.\n        m3: cosine.\n        scale: s of the logits."
+    )
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        m1: float = 1.0,
+        m2: float = 0.3,
+        m3: float = 0.2,
+        scale: float = 64.0,
+        *,
+        beyond_pi: str = "monotone",
+        easy: bool = False,
+        gradient: str = "exact",
+        **options,
+    ):
+        super().__init__(
+            num_classes,
+            embedding_size,
+            Margin(m1, m2, m3, beyond_pi=beyond_pi, easy=easy, gradient=gradient),
+            scale,
+            **options,
+        )
+
+
+class SphereFaceLoss(MarginLoss):
+    __doc__ = (
+        "SphereFace / A-Softmax: a multiplicative angular margin (arXiv:1704.08063, eq. 7)."
+        + _ARGUMENTS.format(
+            own="        margin: factor on the angle, any real number >= 1.\n"
+            "        scale: s of the logits; None, the paper's choice, is every embedding's own norm.\n"
+            "        annealing: start near plain softmax, as published: the target cosine used is\n"
+            "            ``(lambda * cos(theta) + psi) / (1 + lambda)`` with lambda = max(5, 1000 / (1 + 0.12 * iteration));\n"
+            "            every forward in training mode is an iteration."
+        )
+        + "        iteration: int64 buffer (only with annealing), saved in the state dict.\n"
+    )
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        margin: float = 4,
+        scale: float | None = None,
+        annealing: bool = True,
+        *,
+        beyond_pi: str = "monotone",
+        easy: bool = False,
+        gradient: str = "exact",
+        **options,
+    ):
+        checks.number("margin", margin, 1.0)
+        super().__init__(
+            num_classes,
+            embedding_size,
+            Margin(m1=margin, beyond_pi=beyond_pi, easy=easy, gradient=gradient),
+            scale,
+            **options,
+        )
+        self.annealing = annealing
+        if annealing:
+            self.register_buffer("iteration", torch.zeros((), dtype=torch.int64, device=self.weight.device))
+
+    def current_margin(self) -> Margin:
+        if not self.annealing:
+            return self.margin_function
+        strength = torch.clamp(1000.0 / (1.0 + 0.12 * self.iteration.double()), min=5.0)
+        if self.training:
+            self.iteration += 1
+        return replace(self.margin_function, annealing=strength)
+
+
+class ExclusiveRegularizer(nn.Module):
+    """RegularFace's exclusive term as a module: the mean cosine of the classes to their nearest other class.
+
+    Use it beside a loss of your own; the losses of this package take ``exclusive_weight`` instead and find
+    the term in the sweep they make anyway. See :func:`fused_margin.functional.exclusive_regularization`.
+
+    Shape:
+        weight (C, D), C >= 2 -> scalar.
+    """
+
+    def __init__(self, *, workspace_mb: float = 256):
+        super().__init__()
+        checks.number("workspace_mb", workspace_mb, 0.0, open_low=True)
+        self.workspace_mb = workspace_mb
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return nearest_class(weight, workspace_mb=self.workspace_mb).cosine.mean()

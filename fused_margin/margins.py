@@ -1,0 +1,57 @@
+"""The margin psi(theta) = cos(m1 * theta + m2) - m3 as a value."""
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+BEYOND_PI = ("monotone", "linear", "none")
+GRADIENT = ("exact", "straight_through")
+
+
+@dataclass(frozen=True)
+class Margin:
+    """The margin applied to the target's angle: ``psi(theta) = cos(m1 * theta + m2) - m3``.
+
+    Each of ``m1``, ``m2``, ``m3`` and ``annealing`` is a number or an ``(N,)`` tensor, one value per sample;
+    tensors are differentiable.
+
+    Args:
+        m1: factor on the angle (SphereFace, arXiv:1704.08063, eq. 7). Default 1.
+        m2: angle added, in radians (ArcFace, arXiv:1801.07698, eq. 3). Default 0.
+        m3: cosine subtracted (CosFace, arXiv:1801.09414, eq. 4). Default 0.
+        beyond_pi: what psi is where ``phi = m1 * theta + m2`` passes pi. ``"monotone"`` continues it as SphereFace
+            does, ``(-1)^k cos(phi) - 2k - m3`` with ``k = floor(phi / pi)``; ``"linear"`` is ArcFace's published
+            fallback ``cos(theta) - m2 * sin(m2)``; ``"none"`` stays with ``cos(phi) - m3``.
+        easy: apply the margin only where ``cos(theta) > 0``.
+        gradient: ``"exact"``, with the limit where theta is 0 or pi; where there is none (``m2 > 0`` at theta = 0)
+            sin(theta) is held at 1e-6. ``"straight_through"`` takes dpsi/dcos = 1, as InsightFace trains.
+        annealing: SphereFace's lambda: the target cosine used is ``(annealing * cos(theta) + psi) / (1 + annealing)``.
+
+    Raises:
+        ValueError: for a number that is NaN, infinite or (m1, annealing) out of range, or an unknown mode.
+        TypeError: for a margin that is neither a number nor a tensor.
+    """
+
+    m1: float | Tensor = 1.0
+    m2: float | Tensor = 0.0
+    m3: float | Tensor = 0.0
+    beyond_pi: str = "monotone"
+    easy: bool = False
+    gradient: str = "exact"
+    annealing: float | Tensor = 0.0
+
+    def __post_init__(self):
+        for name in ("m1", "m2", "m3", "annealing"):
+            value = getattr(self, name)
+            if isinstance(value, Tensor):
+                continue
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"{name}: expected a number or a tensor of shape (N,), got {type(value).__name__}")
+            if not math.isfinite(value):
+                raise ValueError(f"{name}: expected a finite number, got {value}")
+            if (name == "m1" and value <= 0) or (name == "annealing" and value < 0):
+                raise ValueError(f"{name}: expected a {'positive' if name == 'm1' else 'non-negative'} number, got {value}")
+        for name, allowed in (("beyond_pi", BEYOND_PI), ("gradient", GRADIENT)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {getattr(self, name)!r}")

@@ -1,0 +1,1 @@
+"""The operators beneath the public API: orchestration over chunks of classes, torch.library registration."""

@@ -1,0 +1,50 @@
+"""How one call divides the classes into chunks, and how many chunks' exponentials it keeps, within workspace_mb."""
+
+from dataclasses import dataclass
+
+import torch
+
+# Chunks as large as stay in cache between the product that writes them and the kernel that reads them;
+# on a GPU as large as keeps the launches few.
+CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 128 << 20}
+SMALLEST_CHUNK = 64
+
+
+@dataclass(frozen=True)
+class Plan:
+    classes: int
+    chunk: int  # classes in every chunk but the last
+    kept: int  # leading chunks whose exponentials are kept for the backward
+    row_tile: int  # rows of a tile of weight @ weight.T
+
+    @property
+    def chunks(self) -> int:
+        return -(-self.classes // self.chunk)
+
+    @property
+    def kept_classes(self) -> int:
+        return min(self.kept * self.chunk, self.classes)
+
+    def bounds(self, k: int) -> tuple[int, int]:
+        return k * self.chunk, min((k + 1) * self.chunk, self.classes)
+
+
+def make_plan(
+    samples: int, weight: torch.Tensor, compute: torch.dtype, *, nearest: bool, keep: bool, workspace_bytes: int
+) -> Plan:
+    """samples is 0 where only the nearest classes are wanted. Forward and backward of one call make the same plan."""
+    classes, size = weight.shape
+    item = 8 if compute == torch.float64 else 4
+    target = min(CHUNK_BYTES.get(weight.device.type, CHUNK_BYTES["cpu"]), workspace_bytes)
+    # what a class of a chunk takes: its products, and a copy of its weights and of their gradient where
+    # the caller's own memory cannot hold them in the compute type
+    per_class = item * (max(samples, 1) + (0 if weight.dtype == compute and weight.is_contiguous() else 2 * size))
+    chunk = target // max(per_class, item * size)
+    chunk = min(max(chunk // SMALLEST_CHUNK * SMALLEST_CHUNK, SMALLEST_CHUNK), max(classes, 1))
+    row_tile = min(chunk, max(target // (item * chunk), SMALLEST_CHUNK)) if nearest else 0
+    chunks = -(-classes // chunk)
+    kept = 0
+    if keep and samples:
+        left = workspace_bytes - chunk * (per_class - item * samples) - row_tile * chunk * item
+        kept = chunks if left >= samples * classes * item else max(left // (samples * chunk * item) - 1, 0)
+    return Plan(classes, chunk, min(kept, chunks), row_tile)

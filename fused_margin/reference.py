@@ -1,0 +1,105 @@
+"""The plain PyTorch truth: every formula written out with whole N x C and C x C matrices, in any dtype.
+
+Slow and large on purpose, and the oracle of the tests in float64. Differentiable any number of times.
+Imports nothing but torch. Gradients are undefined (NaN) where a cosine is exactly +-1.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def normalize(rows: Tensor) -> Tensor:
+    """Rows of unit length; rows shorter than 1e-12 become zero."""
+    norm = rows.norm(dim=1, keepdim=True)
+    short = norm < 1e-12
+    return torch.where(short, 0.0, rows / torch.where(short, 1.0, norm))
+
+
+def psi(
+    cosine: Tensor,
+    m1: float | Tensor = 1.0,
+    m2: float | Tensor = 0.0,
+    m3: float | Tensor = 0.0,
+    *,
+    beyond_pi: str = "monotone",
+    easy: bool = False,
+    gradient: str = "exact",
+    annealing: float | Tensor = 0.0,
+) -> Tensor:
+    """The target cosine (N,) after the margin; arguments as in fused_margin.Margin."""
+    cosine = cosine.clamp(-1.0, 1.0)
+    theta = torch.acos(cosine)
+    phi = m1 * theta + m2
+    if beyond_pi == "monotone":
+        k = torch.floor(phi.detach() / math.pi)
+        value = torch.where(k % 2 == 0, 1.0, -1.0) * torch.cos(phi) - 2 * k - m3
+    elif beyond_pi == "linear":
+        m2 = torch.as_tensor(m2, dtype=cosine.dtype)
+        value = torch.where(phi > math.pi, cosine - m2 * torch.sin(m2), torch.cos(phi) - m3)
+    else:
+        value = torch.cos(phi) - m3
+    if easy:
+        value = torch.where(cosine > 0, value, cosine)
+    if gradient == "straight_through":
+        value = value.detach() + cosine - cosine.detach()
+    return (annealing * cosine + value) / (1 + annealing)
+
+
+def margin_cross_entropy(
+    embeddings: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    margin: dict | None = None,
+    scale: float | Tensor | None = 64.0,
+    *,
+    exclusive_weight: float = 0.0,
+    class_weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """As fused_margin.functional.margin_cross_entropy, with psi's arguments as a dict for the margin."""
+    cosine = normalize(embeddings) @ normalize(weight).t()
+    labels = labels.long()
+    rows = torch.arange(len(labels), device=labels.device)
+    columns = labels.clamp(0, weight.shape[0] - 1)  # an ignored label still needs a place to write
+    target = psi(cosine[rows, columns], **(margin or {}))
+    if scale is None:
+        scale = embeddings.norm(dim=1)
+    scale = torch.as_tensor(scale, dtype=cosine.dtype, device=cosine.device).reshape(-1, 1)
+    logits = scale * cosine.index_put((rows, columns), target)
+    loss = F.cross_entropy(
+        logits,
+        labels,
+        weight=None if class_weight is None else class_weight.to(logits.dtype),
+        reduction=reduction,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+    )
+    return loss + exclusive_weight * exclusive_regularization(weight) if exclusive_weight else loss
+
+
+def cosine_logsumexp(
+    embeddings: Tensor, weight: Tensor, labels: Tensor, scale: float | Tensor = 64.0
+) -> tuple[Tensor, Tensor]:
+    """As fused_margin.functional.cosine_logsumexp."""
+    cosine = normalize(embeddings) @ normalize(weight).t()
+    own = F.one_hot(labels.long(), weight.shape[0]).bool()
+    scale = torch.as_tensor(scale, dtype=cosine.dtype).reshape(-1, 1)
+    return torch.logsumexp((scale * cosine).masked_fill(own, -math.inf), dim=1), cosine[own]
+
+
+def nearest_class(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """As fused_margin.functional.nearest_class."""
+    unit = normalize(weight)
+    cosine = (unit @ unit.t()).masked_fill(torch.eye(len(weight), dtype=torch.bool, device=weight.device), -math.inf)
+    best = cosine.max(dim=1)
+    return best.values, best.indices
+
+
+def exclusive_regularization(weight: Tensor) -> Tensor:
+    """As fused_margin.functional.exclusive_regularization."""
+    return nearest_class(weight)[0].mean()
