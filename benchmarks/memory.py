@@ -1,10 +1,11 @@
 """Peak extra memory of one step, in a process of its own.
 
-Extra means above what training holds anyway: the inputs, the weight and the two gradients. The
-child process first runs the contestant on a tiny problem, so that its libraries, its threads and
-its code exist (a compiled contestant runs the full problem, for its code is made for one shape).
-It then builds the full problem, writes every gradient buffer once, notes the memory in use, lets
-the system's high-water mark start anew (/proc/self/clear_refs), runs two steps, and reads the mark.
+Extra means above what training holds anyway: the inputs, the weight and the two gradients. Each
+measurement has a fresh process, forked from a server that has imported everything and computed
+nothing. The process first runs the contestant on a tiny problem, so that its threads and its code
+exist (a compiled contestant runs the full problem, for its code is made for one shape). It then
+builds the full problem, writes every gradient buffer once, notes the memory in use, lets the
+system's high-water mark start anew (/proc/self/clear_refs), runs two steps, and reads the mark.
 The second step shows what a contestant keeps from one step to the next. malloc is told to return
 large blocks to the system at once, so resident memory is live memory, not a free list.
 On a GPU the same is done with torch's allocator and its own mark.
@@ -13,14 +14,16 @@ On a GPU the same is done with torch's allocator and its own mark.
 from __future__ import annotations
 
 import gc
-import json
 import os
 import re
 import resource
-import subprocess
+import signal
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
+from multiprocessing import forkserver, get_context
+from multiprocessing.connection import Connection
+from multiprocessing.context import BaseContext
 from pathlib import Path
 
 import torch
@@ -82,20 +85,37 @@ def limit_to_available(device: str) -> None:
 
 
 @cache
+def _server() -> BaseContext:
+    """The server that processes are forked from; malloc reads its settings when it starts."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks.memory"])
+    before = dict(os.environ)
+    os.environ |= RETURN_MEMORY | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.environ.clear()
+        os.environ |= before
+    return context
+
+
+@cache
 def measure(job: Job) -> Peak:
-    """Run the child process and take its answer; it may fail for memory, this process may not."""
-    child = subprocess.run(
-        [sys.executable, "-m", "benchmarks.memory", json.dumps(asdict(job))],
-        cwd=Path(__file__).parent.parent,
-        env=os.environ | RETURN_MEMORY,
-        capture_output=True,
-        text=True,
-    )
-    if child.returncode < 0:
-        return Peak(failure=f"does not fit: ended by signal {-child.returncode}")
-    if child.returncode > 0:
-        raise RuntimeError(f"measuring the memory of {job.contestant} failed:\n{child.stderr}")
-    return Peak(**json.loads(child.stdout.splitlines()[-1]))
+    """Measure in another process, which may fail for memory; this one may not."""
+    receiver, sender = _server().Pipe(duplex=False)
+    process = _server().Process(target=_measure_and_send, args=(job, sender))
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    except EOFError:
+        process.join()
+        if process.exitcode == -signal.SIGKILL:
+            return Peak(failure="does not fit: killed by the system")
+        raise RuntimeError(f"measuring the memory of {job.contestant} failed, exit code {process.exitcode}") from None
+    finally:
+        process.kill()
+        process.join()
 
 
 def _status(field: str) -> int:
@@ -122,7 +142,7 @@ def _high_water(device: str) -> int:
 
 
 def _peak_bytes(job: Job) -> int:
-    contestant = peers.find(job.suite, job.contestant, job.shape.rows)
+    contestant = peers.find(job.suite, job.contestant, job.shape.rows, job.device)
     build = contestant.variants[job.variant]
     tiny = Shape(min(job.shape.rows, 8), job.shape.dim, min(job.shape.classes, 256))
     build(make_inputs(job.shape if contestant.compiled else tiny, job.device, batches=1))(0)
@@ -135,9 +155,8 @@ def _peak_bytes(job: Job) -> int:
     return max(0, _high_water(job.device) - before)
 
 
-def main() -> None:
-    fields = json.loads(sys.argv[1])
-    job = Job(**fields | {"shape": Shape(**fields["shape"])})
+def _measure_and_send(job: Job, sender: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the parent reports an interruption
     torch.set_num_threads(job.threads)
     limit_to_available(job.device)
     try:
@@ -146,8 +165,4 @@ def main() -> None:
         if not is_out_of_memory(error):
             raise
         peak = Peak(failure=f"does not fit: {str(error).splitlines()[0]}")
-    print(json.dumps(asdict(peak)))
-
-
-if __name__ == "__main__":
-    main()
+    sender.send(peak)

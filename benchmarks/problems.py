@@ -63,17 +63,13 @@ def make_inputs(shape: Shape, device: str, batches: int = 4, seed: int = 0) -> I
     options = {"device": device, "generator": generator}
     weight = torch.randn(shape.classes, shape.dim, **options).mul_(0.01)
     return Inputs(
-        embeddings=[
-            torch.randn(shape.rows, shape.dim, **options).requires_grad_() for _ in range(batches)
-        ],
-        labels=[
-            torch.randint(shape.classes, (shape.rows,), **options) for _ in range(batches)
-        ],
+        embeddings=[torch.randn(shape.rows, shape.dim, **options).requires_grad_() for _ in range(batches)],
+        labels=[torch.randint(shape.classes, (shape.rows,), **options) for _ in range(batches)],
         weight=weight.requires_grad_(),
     )
 
 
-def truth(objective: str, embeddings: Tensor, weight: Tensor, labels: Tensor) -> Answer:
+def truth(objective: str, embeddings: Tensor, weight: Tensor, labels: Tensor, scale: float = SCALE) -> Answer:
     """The definition of `objective`, written plainly and computed in float64."""
     x = embeddings.detach().double().requires_grad_()
     w = weight.detach().double().requires_grad_()
@@ -89,7 +85,7 @@ def truth(objective: str, embeddings: Tensor, weight: Tensor, labels: Tensor) ->
         target = labels[:, None]
         angle = cosine.gather(1, target).acos() + MARGIN
         cosine = cosine.scatter(1, target, angle.cos())
-    loss = F.cross_entropy(SCALE * cosine, labels)
+    loss = F.cross_entropy(scale * cosine, labels)
     loss.backward()
     return Answer(loss.detach(), x.grad, w.grad)
 

@@ -32,9 +32,7 @@ def time_once(step: Step, turn: int, device: str) -> float:
     return time.perf_counter() - begin_seconds
 
 
-def interleaved(
-    steps: Mapping[str, Step], rounds: int, device: str, seed: int = 0
-) -> Iterator[dict[str, float]]:
+def interleaved(steps: Mapping[str, Step], rounds: int, device: str, seed: int = 0) -> Iterator[dict[str, float]]:
     """Yield, round by round, the seconds of every contestant.
 
     Each round runs all of them on the same batch, one after another, so that what disturbs the
@@ -77,6 +75,4 @@ def quartiles(samples: list[float]) -> tuple[float, float, float]:
 
 def ratio(samples: list[float], reference: list[float]) -> float:
     """Median over rounds of one contestant's time divided by the reference's in the same round."""
-    return statistics.median(
-        mine / theirs for mine, theirs in zip(samples, reference, strict=True)
-    )
+    return statistics.median(mine / theirs for mine, theirs in zip(samples, reference, strict=True))

@@ -84,7 +84,7 @@ def scale(value: float | Tensor | None) -> None:
         return
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"scale: expected a number, a tensor of shape (N,) or None, got {type(value).__name__}")
-    if not math.isfinite(value) or value <= 0:
+    if not 0 < value < math.inf:
         raise ValueError(f"scale: expected a positive finite number, got {value}")
 
 
@@ -111,9 +111,9 @@ def kind(value) -> str:
 def number(name: str, value: float, low: float, high: float = math.inf, *, open_low: bool = False) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    if not (low < value if open_low else low <= value) or not value <= high or math.isinf(value):
-        bracket = "(" if open_low else "["
-        raise ValueError(f"{name}: expected a number in {bracket}{low}, {high}{']' if math.isfinite(high) else ')'}, got {value}")
+    if not (low < value if open_low else low <= value) or not value <= high or value == math.inf:
+        interval = f"{'(' if open_low else '['}{low}, {high}{')' if high == math.inf else ']'}"
+        raise ValueError(f"{name}: expected a number in {interval}, got {value}")
 
 
 def index(name: str, value: int) -> None:

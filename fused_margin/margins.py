@@ -48,7 +48,7 @@ class Margin:
                 continue
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise TypeError(f"{name}: expected a number or a tensor of shape (N,), got {type(value).__name__}")
-            if not math.isfinite(value):
+            if not -math.inf < value < math.inf:  # NaN is not either; math.isfinite would not compile
                 raise ValueError(f"{name}: expected a finite number, got {value}")
             if (name == "m1" and value <= 0) or (name == "annealing" and value < 0):
                 raise ValueError(f"{name}: expected a {'positive' if name == 'm1' else 'non-negative'} number, got {value}")
