@@ -6,7 +6,7 @@ import torch
 
 # Chunks as large as stay in cache between the product that writes them and the kernel that reads them;
 # on a GPU as large as keeps the launches few.
-CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 128 << 20}
+CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 128 << 20}
 SMALLEST_CHUNK = 64
 
 
