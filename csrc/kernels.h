@@ -72,6 +72,7 @@ struct MarginRows {
     Scalar scale, m1, m2, m3, annealing;
     BeyondPi beyond_pi;
     bool easy, straight_through;
+    double smallest_sine; // sqrt of the compute type's epsilon
     double label_smoothing;
     const double* class_weight_sum; // one element, or null for C
     double* loss;                   // [N]

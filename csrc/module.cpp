@@ -112,18 +112,18 @@ template <class Backend> void define_kernels(py::module_ m) {
     m.def(
         "margin_rows",
         [](uintptr_t stream, Tensor negative_logsumexp, Tensor target_cosine, Tensor uniform_cosine, Tensor labels, Tensor class_weight, Tensor scale,
-           Tensor m1, Tensor m2, Tensor m3, Tensor annealing, int beyond_pi, bool easy, bool straight_through, double label_smoothing,
+           Tensor m1, Tensor m2, Tensor m3, Tensor annealing, int beyond_pi, bool easy, bool straight_through, double smallest_sine, double label_smoothing,
            Tensor class_weight_sum, Tensor loss, Tensor row_weight, Tensor derivatives, int64_t samples, int64_t classes, int64_t ignore_index) {
             MarginRows p{Address(negative_logsumexp), Address(target_cosine), Address(uniform_cosine), Address(labels), Address(class_weight),
                          scalar_of(scale), scalar_of(m1), scalar_of(m2), scalar_of(m3), scalar_of(annealing),
-                         static_cast<BeyondPi>(beyond_pi), easy, straight_through, label_smoothing, Address(class_weight_sum),
+                         static_cast<BeyondPi>(beyond_pi), easy, straight_through, smallest_sine, label_smoothing, Address(class_weight_sum),
                          Address(loss), Address(row_weight), Address(derivatives), samples, classes, ignore_index};
             py::gil_scoped_release release;
             Backend::run(p, stream);
         },
         py::arg("stream"), py::kw_only(), py::arg("negative_logsumexp"), py::arg("target_cosine"), py::arg("uniform_cosine"), py::arg("labels"),
         py::arg("class_weight"), py::arg("scale"), py::arg("m1"), py::arg("m2"), py::arg("m3"), py::arg("annealing"), py::arg("beyond_pi"),
-        py::arg("easy"), py::arg("straight_through"), py::arg("label_smoothing"), py::arg("class_weight_sum"), py::arg("loss"),
+        py::arg("easy"), py::arg("straight_through"), py::arg("smallest_sine"), py::arg("label_smoothing"), py::arg("class_weight_sum"), py::arg("loss"),
         py::arg("row_weight"), py::arg("derivatives"), py::arg("samples"), py::arg("classes"), py::arg("ignore_index"));
 
     m.def(

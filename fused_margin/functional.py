@@ -76,6 +76,7 @@ def margin_cross_entropy(
     checks.reduction(reduction, exclusive_weight)
     checks.index("ignore_index", ignore_index)
     checks.number("label_smoothing", label_smoothing, 0.0, 1.0)
+    compute = compute_dtype(embeddings, weight)
     exclusive, smooth = exclusive_weight > 0, label_smoothing > 0
     if exclusive:
         checks.class_weights(weight, at_least=2)
@@ -93,8 +94,8 @@ def margin_cross_entropy(
     loss, row_weight, _ = library.margin_rows(
         nlse, target_cosine, uniform_cosine if smooth else None, labels, class_weight,
         class_weight.sum() if smooth and class_weight is not None else None, *per_sample, values,
-        BEYOND_PI.index(margin.beyond_pi), margin.easy, margin.gradient == "straight_through", float(label_smoothing),
-        weight.shape[0], ignore_index,
+        BEYOND_PI.index(margin.beyond_pi), margin.easy, margin.gradient == "straight_through", math.sqrt(torch.finfo(compute).eps),
+        float(label_smoothing), weight.shape[0], ignore_index,
     )  # fmt: skip
     if reduction == "mean":
         loss = loss.sum() / row_weight.sum()
@@ -102,7 +103,7 @@ def margin_cross_entropy(
         loss = loss.sum()
     if exclusive:
         loss = loss + exclusive_weight * nearest_cosine.mean(dtype=torch.float64)
-    return loss.to(compute_dtype(embeddings, weight))
+    return loss.to(compute)
 
 
 def cosine_logsumexp(

@@ -25,7 +25,7 @@ class Margin:
             fallback ``cos(theta) - m2 * sin(m2)``; ``"none"`` stays with ``cos(phi) - m3``.
         easy: apply the margin only where ``cos(theta) > 0``.
         gradient: ``"exact"``, with the limit where theta is 0 or pi; where there is none (``m2 > 0`` at theta = 0)
-            sin(theta) is held at 1e-6. ``"straight_through"`` takes dpsi/dcos = 1, as InsightFace trains.
+            sin(theta) is held at the square root of the dtype's epsilon (float32: 3.5e-4). ``"straight_through"`` takes dpsi/dcos = 1, as InsightFace trains.
         annealing: SphereFace's lambda: the target cosine used is ``(annealing * cos(theta) + psi) / (1 + annealing)``.
 
     Raises:

@@ -35,7 +35,7 @@ def psi(
     phi = m1 * theta + m2
     if beyond_pi == "monotone":
         k = torch.floor(phi.detach() / math.pi)
-        value = torch.where(k % 2 == 0, 1.0, -1.0) * torch.cos(phi) - 2 * k - m3
+        value = (1 - 2 * (k % 2)) * torch.cos(phi) - 2 * k - m3
     elif beyond_pi == "linear":
         m2 = torch.as_tensor(m2, dtype=cosine.dtype)
         value = torch.where(phi > math.pi, cosine - m2 * torch.sin(m2), torch.cos(phi) - m3)

@@ -20,7 +20,7 @@ FM_HD void margin_row(const MarginRows& p, int64_t i) {
     }
     double s = at(p.scale, i), cosine = p.target_cosine[i];
     Margin m = apply_margin(cosine, at(p.m1, i), at(p.m2, i), at(p.m3, i), at(p.annealing, i), p.beyond_pi,
-                            p.easy, p.straight_through);
+                            p.easy, p.straight_through, p.smallest_sine);
     double z = s * m.value;
     double gap = p.negative_logsumexp[i] - z; // -inf where there is no other class
     double tail = exp(-fabs(gap));

@@ -10,25 +10,22 @@ struct Margin {
     double value, d_cosine, d_m1, d_m2, d_m3, d_annealing;
 };
 
-// dpsi/dcos is m1 sin(phi) / sin(theta). At theta = 0 or pi its limit is used; where there is none
-// (m2 > 0 at theta = 0), sin(theta) is held at this floor.
-inline constexpr double kSmallestSine = 1e-6;
-
-// sin(phi) / sin(theta), with the limit as theta approaches 0 or pi.
-FM_HD double sine_ratio(double theta, double phi, double m1, double m2) {
+// sin(phi) / sin(theta), with the limit as theta approaches 0 or pi. Where there is none (m2 > 0 at
+// theta = 0) sin(theta) is held at `floor`: the direction it scales is known no better than rounding.
+FM_HD double sine_ratio(double theta, double phi, double m1, double m2, double floor) {
     double sine = sin(theta);
-    if (sine >= kSmallestSine) return sin(phi) / sine;
+    if (sine >= floor) return sin(phi) / sine;
     const double pi = 3.14159265358979323846;
     bool low = theta < 1.0;
     double edge = low ? m2 : m1 * pi + m2; // phi at the nearer end
     double sine_edge = sin(edge);
     if (fabs(sine_edge) < 1e-9) sine_edge = 0.0; // a multiple of pi, up to rounding
-    return sine_edge / kSmallestSine + (low ? m1 : -m1) * cos(edge);
+    return sine_edge / floor + (low ? m1 : -m1) * cos(edge);
 }
 
 // annealing is SphereFace's lambda: the result is (lambda cos + psi) / (1 + lambda).
 FM_HD Margin apply_margin(double cosine, double m1, double m2, double m3, double annealing,
-                          BeyondPi beyond_pi, bool easy, bool straight_through) {
+                          BeyondPi beyond_pi, bool easy, bool straight_through, double smallest_sine) {
     const double pi = 3.14159265358979323846;
     double c = cosine > 1.0 ? 1.0 : (cosine < -1.0 ? -1.0 : cosine); // keeps NaN
     Margin m{c, 1.0, 0.0, 0.0, 0.0, 0.0};
@@ -41,7 +38,8 @@ FM_HD Margin apply_margin(double cosine, double m1, double m2, double m3, double
             double k = beyond_pi == BeyondPi::monotone ? floor(phi / pi) : 0.0;
             double sign = fmod(k, 2.0) == 0.0 ? 1.0 : -1.0;
             m.value = sign * cos(phi) - 2.0 * k - m3;
-            m.d_cosine = sign * m1 * sine_ratio(theta, phi, m1, m2);
+            double ratio = sine_ratio(theta, phi, m1, m2, smallest_sine);
+            m.d_cosine = m1 * (beyond_pi == BeyondPi::monotone ? fabs(ratio) : ratio); // sign sin(phi) >= 0
             m.d_m2 = -sign * sin(phi);
             m.d_m1 = theta * m.d_m2;
             m.d_m3 = -1.0;

@@ -132,6 +132,7 @@ def margin_rows(
     beyond_pi: int,
     easy: bool,
     straight_through: bool,
+    smallest_sine: float,
     label_smoothing: float,
     classes: int,
     ignore_index: int,
@@ -146,7 +147,7 @@ def margin_rows(
         kernels(device).margin_rows(
             negative_logsumexp=negative_logsumexp, target_cosine=target_cosine, uniform_cosine=uniform_cosine,
             labels=labels, class_weight=class_weight, scale=scale, m1=m1, m2=m2, m3=m3, annealing=annealing,
-            beyond_pi=beyond_pi, easy=easy, straight_through=straight_through, label_smoothing=label_smoothing,
+            beyond_pi=beyond_pi, easy=easy, straight_through=straight_through, smallest_sine=smallest_sine, label_smoothing=label_smoothing,
             class_weight_sum=class_weight_sum, loss=loss, row_weight=row_weight, derivatives=derivatives,
             samples=samples, classes=classes, ignore_index=ignore_index,
         )  # fmt: skip
@@ -186,7 +187,7 @@ def _margin_rows_context(ctx, inputs, output):
 
 
 def _margin_rows_gradient(ctx, d_loss, *_):
-    result = [None] * 18
+    result = [None] * 19
     if d_loss is not None:
         gradients = margin_rows_backward(d_loss, *ctx.saved_tensors)
         for index in ctx.present:

@@ -35,7 +35,7 @@ def make_plan(
     """samples is 0 where only the nearest classes are wanted. Forward and backward of one call make the same plan."""
     classes, size = weight.shape
     item = 8 if compute == torch.float64 else 4
-    target = min(CHUNK_BYTES.get(weight.device.type, CHUNK_BYTES["cpu"]), workspace_bytes)
+    target = min(CHUNK_BYTES.get(weight.device.type, CHUNK_BYTES["cpu"]), workspace_bytes // 2)
     # what a class of a chunk takes: its products, and a copy of its weights and of their gradient where
     # the caller's own memory cannot hold them in the compute type
     per_class = item * (max(samples, 1) + (0 if weight.dtype == compute and weight.is_contiguous() else 2 * size))
