@@ -178,7 +178,7 @@ PYBIND11_MODULE(FM_MODULE_NAME, m) {
     m.doc() = "The compiled kernels of fused_margin; not a public interface.";
     py::module_ host = m.def_submodule("cpu");
     define_kernels<Cpu>(host);
-    py::enum_<cpu::Capability>(host, "Capability", py::module_local())
+    py::enum_<cpu::Capability>(host, "Capability", py::arithmetic(), py::module_local())
         .value("plain", cpu::Capability::plain)
         .value("avx2", cpu::Capability::avx2)
         .value("avx512", cpu::Capability::avx512);

@@ -21,7 +21,7 @@ def matrix(name: str, value: Tensor, shape: str) -> None:
         raise TypeError(f"{name}: expected float32, float64, float16 or bfloat16, got {value.dtype}")
     if value.layout != torch.strided:
         raise TypeError(f"{name}: expected a dense tensor, got layout {value.layout}")
-    if value.device.type not in ("cpu", "cuda"):
+    if value.device.type not in ("cpu", "cuda", "meta"):
         raise ValueError(f"{name}: expected a CPU or CUDA tensor, got device {value.device}")
     if value.device.type == "cuda" and not has_cuda_kernels():
         raise RuntimeError(f"{name} is on {value.device}, but this build of fused_margin has no CUDA kernels; {REBUILD}")

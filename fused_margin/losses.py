@@ -66,8 +66,9 @@ class MarginLoss(nn.Module):
         self.margin_function, self.scale = margin, scale
         self.exclusive_weight, self.reduction, self.ignore_index = exclusive_weight, reduction, ignore_index
         self.label_smoothing, self.workspace_mb = label_smoothing, workspace_mb
-        self.weight = nn.Parameter(torch.empty(num_classes, embedding_size, device=device, dtype=dtype))
-        checks.class_weights(self.weight, at_least=2 if exclusive_weight > 0 else 1)
+        weight = torch.empty(num_classes, embedding_size, device=device, dtype=dtype)
+        checks.class_weights(weight, at_least=2 if exclusive_weight > 0 else 1)
+        self.weight = nn.Parameter(weight)
         if class_weight is not None:
             class_weight = torch.as_tensor(class_weight, device=self.weight.device)
             checks.class_weight(class_weight, self.weight)
@@ -241,9 +242,13 @@ class SphereFaceLoss(MarginLoss):
         if not self.annealing:
             return self.margin_function
         strength = torch.clamp(1000.0 / (1.0 + 0.12 * self.iteration.double()), min=5.0)
-        if self.training:
-            self.iteration += 1
         return replace(self.margin_function, annealing=strength)
+
+    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        loss = super().forward(embeddings, labels)
+        if self.training and self.annealing:
+            self.iteration += 1  # only now: a call that raised was no iteration
+        return loss
 
 
 class ExclusiveRegularizer(nn.Module):

@@ -31,7 +31,8 @@ def loss_and_gradients(function, embeddings, weight, *args, upstream=None, **kwa
 
 def relative_error(measured, truth):
     """||measured - truth|| / ||truth||, or ||measured|| where the truth is zero."""
-    difference = (measured.double() - truth.double()).norm()
+    measured, truth = measured.double(), truth.double()
+    difference = (measured - truth).norm()
     return (difference / truth.norm() if truth.norm() > 0 else difference).item()
 
 

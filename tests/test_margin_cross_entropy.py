@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import fused_margin as fm
 from fused_margin import reference
-from fused_margin.ops.plan import make_plan
+from fused_margin.ops.plan import CHUNK_BYTES, make_plan
 
 MARGINS = {
     "normface": {},
@@ -290,9 +290,10 @@ class TestExtremes:
         assert dx.isfinite().all() and dw.isfinite().all()
 
 
-def test_workspace_decides_what_is_kept():
+def test_workspace_decides_what_is_kept(monkeypatch):
     w = torch.empty(10_000, 64)
     full = make_plan(256, w, torch.float32, nearest=False, keep=True, workspace_bytes=256 << 20)
+    monkeypatch.setitem(CHUNK_BYTES, "cpu", 1 << 20)
     some = make_plan(256, w, torch.float32, nearest=False, keep=True, workspace_bytes=4 << 20)
     none = make_plan(256, w, torch.float32, nearest=False, keep=True, workspace_bytes=1)
     assert full.kept_classes == 10_000 and 0 < some.kept_classes < 10_000 and none.kept_classes == 0
@@ -301,7 +302,8 @@ def test_workspace_decides_what_is_kept():
     assert none.chunk == 64
 
 
-def test_partly_kept_equals_all_kept():
+def test_partly_kept_equals_all_kept(monkeypatch):
+    monkeypatch.setitem(CHUNK_BYTES, "cpu", 50_000)
     x, w, y = (t.float() if t.is_floating_point() else t for t in problem(64, 3000, 16))
     plan = make_plan(64, w, torch.float32, nearest=False, keep=True, workspace_bytes=200_000)
     assert 0 < plan.kept < plan.chunks

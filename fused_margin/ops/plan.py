@@ -35,7 +35,7 @@ def make_plan(
     """samples is 0 where only the nearest classes are wanted. Forward and backward of one call make the same plan."""
     classes, size = weight.shape
     item = 8 if compute == torch.float64 else 4
-    target = min(CHUNK_BYTES.get(weight.device.type, CHUNK_BYTES["cpu"]), workspace_bytes // 2)
+    target = min(CHUNK_BYTES.get(weight.device.type, CHUNK_BYTES["cpu"]), workspace_bytes)
     # what a class of a chunk takes: its products, and a copy of its weights and of their gradient where
     # the caller's own memory cannot hold them in the compute type
     per_class = item * (max(samples, 1) + (0 if weight.dtype == compute and weight.is_contiguous() else 2 * size))
@@ -45,6 +45,9 @@ def make_plan(
     chunks = -(-classes // chunk)
     kept = 0
     if keep and samples:
-        left = workspace_bytes - chunk * (per_class - item * samples) - row_tile * chunk * item
-        kept = chunks if left >= samples * classes * item else max(left // (samples * chunk * item) - 1, 0)
+        copies = chunk * (per_class - item * samples) + row_tile * chunk * item
+        if samples * classes * item <= workspace_bytes - copies:  # then no chunk needs a buffer of its own
+            kept = chunks
+        else:
+            kept = max(workspace_bytes - max(target, chunk * per_class + copies), 0) // (samples * chunk * item)
     return Plan(classes, chunk, min(kept, chunks), row_tile)

@@ -50,6 +50,12 @@ def fixed_exponent(scale: float | None, classes: int) -> float | None:
     return math.ceil(shift / LN2) if scale + shift <= 82.0 else None
 
 
+def check_scale(scale: Tensor | None) -> None:
+    """On CPU only: looking at the values of a CUDA tensor would wait for it."""
+    if scale is not None and scale.device.type == "cpu" and not bool((scale >= 0).all()):
+        raise ValueError(f"scale: expected non-negative numbers, got {scale[~(scale >= 0)][0].item()}")
+
+
 class ClassRows:
     """The class weights as operands of matrix products: the caller's memory, or chunks of it converted."""
 
@@ -80,6 +86,7 @@ def forward(
     plan = make_plan(samples, weight, compute, nearest=nearest, keep=keep, workspace_bytes=workspace_bytes)
     shared = fixed_exponent(scale_value if scale is None else None, classes)
     result = empty_sweep(samples, plan, weight, compute, shared is not None, uniform, nearest)
+    check_scale(scale)
     with on_device(device), torch.autocast(device.type, enabled=False):
         run = kernels(device)
         rows = ClassRows(weight, compute)

@@ -1,0 +1,1 @@
+"""The CUDA kernels' code, run on the host."""

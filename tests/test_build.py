@@ -1,0 +1,71 @@
+"""What the build promises: no torch in it, CUDA options from the usual variables, one module for every machine."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fused_margin as fm
+from fused_margin import _C
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_no_torch_header_in_csrc():
+    for source in (ROOT / "csrc").rglob("*.*"):
+        for include in re.findall(r'#include\s*[<"]([^>"]+)', source.read_text()):
+            assert not re.match(r"(torch|ATen|c10)/", include), f"{source}: {include}"
+
+
+def test_build_info_tells_what_was_built():
+    info = fm.build_info()
+    json.dumps(info)
+    assert info["version"] == fm.__version__
+    assert info["cpu"]["capability"] in ("plain", "avx2", "avx512")
+    assert info["cuda"]["compiled"] == hasattr(_C, "cuda") == ("cuda" in info["kernels"])
+    assert bool(info["cuda"]["architectures"]) == info["cuda"]["compiled"] == (info["cuda"]["toolkit"] is not None)
+
+
+def test_the_extension_needs_no_cuda_library():
+    """cudart is inside, libcuda is never linked: the same file imports without a GPU or a driver."""
+    if not shutil.which("ldd"):
+        pytest.skip("ldd shows linked libraries; this system has none")
+    libraries = subprocess.run(["ldd", _C.__file__], capture_output=True, text=True, check=True).stdout
+    assert "libcuda" not in libraries and "libtorch" not in libraries and "not found" not in libraries
+
+
+def build_rules(**environment) -> subprocess.CompletedProcess:
+    """setup.py's ninja rules for an environment, without building."""
+    code = (
+        "import sys, setuptools; setuptools.setup = lambda **k: globals().update(k); sys.argv = ['setup.py'];"
+        "exec(open('setup.py').read()); from setuptools.dist import Distribution; from pathlib import Path;"
+        "print(NinjaBuild(Distribution()).rules(Path('x.so')))"
+    )
+    env = {k: v for k, v in os.environ.items() if k not in ("CUDA_HOME", "TORCH_CUDA_ARCH_LIST")} | environment
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+
+
+def test_an_empty_cuda_home_builds_for_cpu_only():
+    rules = build_rules(CUDA_HOME="").stdout
+    assert "kernels_plain.o" in rules and "build cuda_kernels.o" not in rules and "FM_CUDA" not in rules
+
+
+def test_a_wrong_cuda_home_and_a_wrong_architecture_are_said():
+    result = build_rules(CUDA_HOME="/nonexistent")
+    assert result.returncode != 0 and "CUDA_HOME is '/nonexistent'" in result.stderr
+    if shutil.which("nvcc"):
+        result = build_rules(TORCH_CUDA_ARCH_LIST="hopper")
+        assert result.returncode != 0 and "expected entries like 8.0 or 9.0a+PTX, got 'hopper'" in result.stderr
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc")
+def test_architectures_come_from_torchs_variable():
+    rules = build_rules(TORCH_CUDA_ARCH_LIST="8.6;9.0a+PTX").stdout
+    for flag in ("arch=compute_86,code=sm_86", "arch=compute_90a,code=sm_90a", "arch=compute_90a,code=compute_90a"):
+        assert flag in rules
+    assert "compute_80" not in rules

@@ -1,0 +1,154 @@
+"""The operators as torch sees them: schemas, fakes, compilation, autocast, repeatability."""
+
+import pytest
+import torch
+from problems import leaf, ours, problem
+
+import fused_margin as fm
+from fused_margin.ops import library
+
+
+def single(samples, classes, size):
+    x, w, y = problem(samples, classes, size)
+    return x.float(), w.float(), y
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("uniform", [True, False])
+@pytest.mark.parametrize("nearest", [True, False])
+def test_opcheck_sweep(keep, uniform, nearest):
+    x, w, y = single(9, 50, 8)
+    scale = (torch.rand(9, dtype=torch.float64) + 5).requires_grad_()
+    class_weight = torch.rand(50, dtype=torch.float64) if uniform else None
+    for s in (scale, None):
+        torch.library.opcheck(
+            library.sweep, (leaf(x), leaf(w), y, s, 64.0, class_weight, uniform, nearest, -100, 1 << 20, keep)
+        )
+
+
+def test_opcheck_nearest_only():
+    torch.library.opcheck(library.sweep, (None, leaf(torch.randn(50, 8)), None, None, 1.0, None, False, True, 0, 1 << 20, False))
+
+
+def test_opcheck_sweep_backward():
+    x, w, y = single(9, 50, 8)
+    saved = library.sweep(x, w, y, None, 64.0, None, False, True, -100, 1 << 20, True)
+    upstream = [torch.randn(9, dtype=torch.float64), torch.randn(9, dtype=torch.float64), None, torch.randn(50)]
+    arguments = (upstream, x, w, y, None, 64.0, None, list(saved), True, 1 << 20, True, True)
+    torch.library.opcheck(library.sweep_backward, arguments)
+
+
+def test_opcheck_margin_rows():
+    statistics = [torch.randn(7, dtype=torch.float64).tanh().requires_grad_() for _ in range(3)]
+    labels = torch.randint(0, 20, (7,))
+    class_weight = torch.rand(20, dtype=torch.float64)
+    m2 = torch.rand(7, dtype=torch.float64, requires_grad=True)
+    torch.library.opcheck(
+        library.margin_rows,
+        (*statistics, labels, class_weight, class_weight.sum(), None, None, m2, None, None, [64.0, 1.0, 0.0, 0.0, 0.0],
+         0, False, False, 1e-8, 0.1, 20, -100),
+    )  # fmt: skip
+    torch.library.opcheck(library.margin_rows_backward, (statistics[0].detach(), torch.randn(8, 7, dtype=torch.float64)))
+
+
+LOSSES = {
+    "arcface": lambda: fm.ArcFaceLoss(90, 16, exclusive_weight=0.5, label_smoothing=0.1),
+    "cosface": lambda: fm.CosFaceLoss(90, 16, class_weight=torch.rand(90)),
+    "normface": lambda: fm.NormFaceLoss(90, 16, reduction="sum"),
+    "combined": lambda: fm.CombinedMarginLoss(90, 16),
+    "sphereface": lambda: fm.SphereFaceLoss(90, 16),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_compiled_equals_eager(name):
+    """One graph without breaks, also while the annealing changes and for another batch size."""
+    torch._dynamo.reset()  # recompilation limits count what other tests compiled
+    torch.manual_seed(1)
+    eager = LOSSES[name]()
+    compiled_module = LOSSES[name]()
+    compiled_module.load_state_dict(eager.state_dict())
+    compiled = torch.compile(compiled_module, fullgraph=True)
+    for samples in (12, 12, 20):
+        x, _, y = single(samples, 90, 16)
+        results = []
+        for function, module in ((eager, eager), (compiled, compiled_module)):
+            a = leaf(x)
+            module.weight.grad = None
+            loss = function(a, y)
+            loss.backward()
+            results.append((loss.detach(), a.grad, module.weight.grad))
+        for e, c in zip(*results, strict=True):
+            torch.testing.assert_close(c, e)
+
+
+def test_autocast_changes_nothing_of_the_arithmetic():
+    x, w, y = single(12, 90, 16)
+    outside = ours(x, w, y, {"m2": 0.5})
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = ours(x, w, y, {"m2": 0.5})
+    for o, i in zip(outside, inside, strict=True):
+        assert torch.equal(o, i)
+
+
+def test_autocast_backbone():
+    """Half-precision embeddings from an autocast layer meet float32 class weights."""
+    layer, loss_fn = torch.nn.Linear(10, 16), fm.ArcFaceLoss(90, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        embeddings = layer(torch.randn(12, 10))
+        loss = loss_fn(embeddings, torch.randint(0, 90, (12,)))
+    loss.backward()
+    assert embeddings.dtype == torch.bfloat16 and loss.dtype == torch.float32
+    assert layer.weight.grad.isfinite().all() and loss_fn.weight.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("workspace_mb", [256, 1e-6])
+def test_the_same_bits_every_time(workspace_mb):
+    x, w, y = single(65, 3001, 33)
+    first = ours(x, w, y, {"m2": 0.5}, exclusive_weight=0.1, workspace_mb=workspace_mb)
+    for _ in range(3):
+        again = ours(x, w, y, {"m2": 0.5}, exclusive_weight=0.1, workspace_mb=workspace_mb)
+        for a, b in zip(first, again, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_a_saved_graph_runs_twice():
+    x, w, y = single(12, 90, 16)
+    for workspace_mb in (256, 1e-6):
+        x, w = leaf(x), leaf(w)
+        loss = fm.functional.margin_cross_entropy(x, w, y, fm.Margin(m2=0.5), None, workspace_mb=workspace_mb)
+        first = torch.autograd.grad(loss, (x, w), retain_graph=True)
+        second = torch.autograd.grad(loss, (x, w))
+        for a, b in zip(first, second, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_changing_the_weight_before_backward_is_an_error():
+    x, w, y = single(12, 90, 16)
+    w = leaf(w)
+    loss = fm.functional.margin_cross_entropy(x, w, y)
+    with torch.no_grad():
+        w.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_second_derivatives_are_refused():
+    x, w, y = single(12, 90, 16)
+    x = leaf(x)
+    for loss in (
+        fm.functional.margin_cross_entropy(x, w, y),
+        fm.functional.cosine_logsumexp(x, w, y)[1].sum(),
+        fm.functional.exclusive_regularization(x),
+    ):
+        (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+        with pytest.raises(RuntimeError, match="second derivatives are not supported"):
+            gradient.square().sum().backward()
+
+
+def test_no_gradient_keeps_nothing():
+    x, w, y = single(12, 90, 16)
+    kept = library.sweep(x, w, y, None, 64.0, None, False, False, -100, 1 << 28, False)[10]
+    assert kept.numel() == 0
+    with torch.no_grad():
+        assert not fm.functional.margin_cross_entropy(leaf(x), w, y).requires_grad

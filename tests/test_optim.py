@@ -1,0 +1,63 @@
+"""Projected gradient descent."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from fused_margin.optim import ProjectedSGD, project_
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_project(dtype):
+    weight = torch.randn(20, 8).to(dtype)
+    weight[3] = 0
+    expected = F.normalize(weight.double(), dim=1)
+    result = project_(weight)
+    assert result is weight
+    torch.testing.assert_close(weight.double(), expected, rtol=0, atol=4 * torch.finfo(dtype).eps)
+    assert not weight[3].any()
+
+
+def test_project_in_place_on_strided_parameters_and_tiny_rows():
+    base = torch.randn(8, 20) * 1e-25
+    parameter = torch.nn.Parameter(base)
+    project_(parameter.t())
+    torch.testing.assert_close(parameter.t().norm(dim=1), torch.ones(20))
+
+
+def test_step_is_sgd_then_normalisation():
+    """W <- normalize(W - lr * (momentum buffer of grad + weight_decay W))."""
+    start = torch.randn(10, 4, dtype=torch.float64)
+    ours, plain = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
+    optimizer = ProjectedSGD([ours], lr=0.1, momentum=0.9, weight_decay=0.01)
+    sgd = torch.optim.SGD([plain], lr=0.1, momentum=0.9, weight_decay=0.01)
+    for _ in range(4):
+        gradient = torch.randn_like(start)
+        ours.grad, plain.grad = gradient.clone(), gradient.clone()
+        optimizer.step()
+        sgd.step()
+        with torch.no_grad():
+            plain.copy_(F.normalize(plain, dim=1))
+        torch.testing.assert_close(ours, plain)
+
+
+def test_groups_state_and_frozen_parameters():
+    backbone, weight, frozen = (torch.nn.Parameter(torch.randn(6, 3)) for _ in range(3))
+    bias = torch.nn.Parameter(torch.randn(3))
+    optimizer = ProjectedSGD(
+        [{"params": [backbone, bias], "project": False, "weight_decay": 5e-4}, {"params": [weight, frozen]}], lr=0.1
+    )
+    before = frozen.detach().clone()
+    (backbone.sum() + weight.square().sum() + bias.sum()).backward()
+    optimizer.step()
+    torch.testing.assert_close(weight.norm(dim=1), torch.ones(6))
+    assert not torch.allclose(backbone.norm(dim=1), torch.ones(6))
+    assert torch.equal(frozen, before)  # without a gradient nothing moves
+    again = ProjectedSGD([{"params": [backbone, bias], "project": False}, {"params": [weight, frozen]}], lr=1.0)
+    again.load_state_dict(optimizer.state_dict())
+    assert [group["project"] for group in again.param_groups] == [False, True]
+    assert again.param_groups[0]["lr"] == 0.1
+    scheduler = torch.optim.lr_scheduler.StepLR(again, 1, 0.5)
+    again.step()
+    scheduler.step()
+    assert again.param_groups[1]["lr"] == 0.05
