@@ -32,7 +32,9 @@ def find_nvcc() -> str | None:
         return None
     nvcc = shutil.which("nvcc", path=str(Path(home) / "bin"))
     if nvcc is None:
-        raise SystemExit(f"CUDA_HOME is {home!r}, but there is no bin/nvcc in it. Unset it, or set it empty to build for CPU only.")
+        raise SystemExit(
+            f"CUDA_HOME is {home!r}, but there is no bin/nvcc in it. Unset it, or set it empty to build for CPU only."
+        )
     return nvcc
 
 
@@ -84,7 +86,9 @@ class NinjaBuild(build_ext):
         if nvcc:
             architectures = cuda_architectures()
             toolkit = re.search(r"release ([\d.]+)", subprocess.check_output([nvcc, "--version"], text=True))[1]
-            defines += f' -DFM_CUDA -DFM_CUDA_ARCHITECTURES=\\"{",".join(architectures)}\\" -DFM_CUDA_TOOLKIT=\\"{toolkit}\\"'
+            defines += (
+                f' -DFM_CUDA -DFM_CUDA_ARCHITECTURES=\\"{",".join(architectures)}\\" -DFM_CUDA_TOOLKIT=\\"{toolkit}\\"'
+            )
             objects["cuda_kernels.o"] = ("nvcc", "cuda/kernels.cu", nvcc_flags(architectures))
             link = f"{shlex.quote(nvcc)} -shared -cudart static -ccbin {compiler} $in -o $out -Xcompiler={openmp}"
         objects["module.o"] = ("cxx", "module.cpp", f"{includes} {defines}")

@@ -6,6 +6,7 @@ nothing. The process first runs the contestant on a tiny problem, so that its th
 exist (a compiled contestant runs the full problem, for its code is made for one shape). It then
 builds the full problem, writes every gradient buffer once, notes the memory in use, lets the
 system's high-water mark start anew (/proc/self/clear_refs), runs two steps, and reads the mark.
+During a forward pass there are no gradients yet, so what it takes may lie where they will be.
 The second step shows what a contestant keeps from one step to the next. malloc is told to return
 large blocks to the system at once, so resident memory is live memory, not a free list.
 On a GPU the same is done with torch's allocator and its own mark.
@@ -31,7 +32,14 @@ import torch
 from . import peers
 from .problems import Shape, make_inputs
 
-RETURN_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+# Large blocks go back to the system at once, a compiler leaves no processes behind, and modules
+# come from where this process has them, not from the current directory.
+ENVIRONMENT = {
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "65536",
+    "TORCHINDUCTOR_COMPILE_THREADS": "1",
+    "PYTHONSAFEPATH": "1",
+}
 USABLE = 0.9  # of the memory that is available: the rest is for the machine
 
 
@@ -73,6 +81,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
+def does_not_fit(error: BaseException) -> str:
+    """What a table says where `error` stopped a contestant."""
+    asked = re.search(r"you tried to allocate (\d+) bytes", str(error))
+    return f"does not fit: asked for {int(asked[1]) / 2**30:.1f} GiB more" if asked else "does not fit"
+
+
 def limit_to_available(device: str) -> None:
     """Make an allocation beyond the available memory fail here, not swap or kill the machine.
 
@@ -88,9 +102,10 @@ def limit_to_available(device: str) -> None:
 def _server() -> BaseContext:
     """The server that processes are forked from; malloc reads its settings when it starts."""
     context = get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.memory"])
+    # torch imports the second at the first call of a custom operation or of a compiled function.
+    context.set_forkserver_preload(["benchmarks.memory", "torch._dynamo"])
     before = dict(os.environ)
-    os.environ |= RETURN_MEMORY | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    os.environ |= ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(sys.path)}
     try:
         forkserver.ensure_running()
     finally:
@@ -102,20 +117,23 @@ def _server() -> BaseContext:
 @cache
 def measure(job: Job) -> Peak:
     """Measure in another process, which may fail for memory; this one may not."""
+    if job.device == "cuda":
+        torch.cuda.empty_cache()  # what this process does not use is the other's
     receiver, sender = _server().Pipe(duplex=False)
     process = _server().Process(target=_measure_and_send, args=(job, sender))
     process.start()
     sender.close()
     try:
-        return receiver.recv()
+        peak = receiver.recv()
+        process.join()
+        return peak
     except EOFError:
         process.join()
         if process.exitcode == -signal.SIGKILL:
             return Peak(failure="does not fit: killed by the system")
         raise RuntimeError(f"measuring the memory of {job.contestant} failed, exit code {process.exitcode}") from None
     finally:
-        process.kill()
-        process.join()
+        process.kill()  # where this process was interrupted
 
 
 def _status(field: str) -> int:
@@ -144,10 +162,13 @@ def _high_water(device: str) -> int:
 def _peak_bytes(job: Job) -> int:
     contestant = peers.find(job.suite, job.contestant, job.shape.rows, job.device)
     build = contestant.variants[job.variant]
-    tiny = Shape(min(job.shape.rows, 8), job.shape.dim, min(job.shape.classes, 256))
-    build(make_inputs(job.shape if contestant.compiled else tiny, job.device, batches=1))(0)
-
-    step = build(make_inputs(job.shape, job.device, batches=1))
+    if contestant.compiled:
+        step = build(make_inputs(job.shape, job.device, batches=1))
+        step(0)
+    else:
+        tiny = Shape(min(job.shape.rows, 8), job.shape.dim, min(job.shape.classes, 256))
+        build(make_inputs(tiny, job.device, batches=1))(0)
+        step = build(make_inputs(job.shape, job.device, batches=1))
     step.touch_gradients()
     before = _mark(job.device)
     for turn in range(2):
@@ -164,5 +185,5 @@ def _measure_and_send(job: Job, sender: Connection) -> None:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        peak = Peak(failure=f"does not fit: {str(error).splitlines()[0]}")
+        peak = Peak(failure=does_not_fit(error))
     sender.send(peak)

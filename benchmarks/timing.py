@@ -12,6 +12,14 @@ import torch
 Step = Callable[[int], object]  # one whole step on the batch of that number
 
 
+class StepFailed(RuntimeError):
+    """The step of the contestant of that name raised; the cause is its error."""
+
+    def __init__(self, name: str):
+        super().__init__(f"the step of {name} failed")
+        self.name = name
+
+
 def synchronize(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
@@ -37,13 +45,20 @@ def interleaved(steps: Mapping[str, Step], rounds: int, device: str, seed: int =
 
     Each round runs all of them on the same batch, one after another, so that what disturbs the
     machine for a while disturbs all alike. The order changes from round to round, so that nobody
-    always runs in the caches that the same predecessor left.
+    always runs in the caches that the same predecessor left. Raises StepFailed for the first step
+    that fails; a round that is not whole yields nothing.
     """
     order = list(steps)
     shuffle = random.Random(seed).shuffle
     for turn in range(rounds):
         shuffle(order)
-        yield {name: time_once(steps[name], turn, device) for name in order}
+        times = {}
+        for name in order:
+            try:
+                times[name] = time_once(steps[name], turn, device)
+            except Exception as error:
+                raise StepFailed(name) from error
+        yield times
 
 
 def fastest(variants: Mapping[str, Step], device: str, rounds: int = 3) -> dict[str, float]:

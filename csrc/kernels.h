@@ -22,20 +22,20 @@ struct MatrixView {
 // Inverse L2 norm of every row, and the normalised rows where they are wanted. A row shorter than
 // kSmallestNorm counts as a zero row: inverse norm 0, so its cosines and gradients are 0.
 template <class T> struct RowNormalize {
-    MatrixView rows;    // [R, D]
-    T* normalized;      // [R, D] or null
-    T* inverse_norm;    // [R]
+    MatrixView rows;     // [R, D]
+    T* normalized;       // [R, D] or null
+    T* inverse_norm;     // [R]
     int64_t count, size; // R, D
 };
 
 // Cosine of every sample with its own class, accumulated in double from the unrounded inputs. Labels
 // outside [0, C) give 0; those that are not ignore_index are reported through bad_label.
 template <class T> struct TargetCosine {
-    MatrixView embeddings;  // [N, D]
-    MatrixView weight;      // [C, D]
-    const int64_t* labels;  // [N]
-    double* cosine;         // [N]
-    int64_t* bad_label;     // one element, set to label + 1 or its complement when negative; or null
+    MatrixView embeddings; // [N, D]
+    MatrixView weight;     // [C, D]
+    const int64_t* labels; // [N]
+    double* cosine;        // [N]
+    int64_t* bad_label;    // one element, set to label + 1 or its complement when negative; or null
     int64_t samples, classes, size, ignore_index; // N, C, D
 };
 
@@ -44,21 +44,21 @@ template <class T> struct TargetCosine {
 // constant when `fixed`, else the row's own (nearest integer to its largest logit in this chunk).
 // Dividing by |w_j| here lets both products of the backward run on the raw weights.
 template <class T> struct ExponentSum {
-    T* products;            // [N, chunk], in and out
-    const T* inverse_norm;  // [chunk], of the classes
-    const int64_t* labels;  // [N]
-    const double* scale;    // [N] or null
-    double scale_value;     // used where scale is null
+    T* products; // in and out; [N, chunk] on CUDA, [chunk, N] on the CPU: what each one's products are fastest in
+    const T* inverse_norm; // [chunk], of the classes
+    const int64_t* labels; // [N]
+    const double* scale;   // [N] or null
+    double scale_value;    // used where scale is null
     bool fixed;
-    double fixed_exponent;  // k
-    double* exponent;       // [N], k of every row
-    double* sum;            // [N]
+    double fixed_exponent; // k
+    double* exponent;      // [N], k of every row
+    double* sum;           // [N]
     int64_t samples, chunk, class_begin;
 };
 
 // The N-sized end of the loss: margin, cross-entropy, and the derivative of every row's loss in all it
 // depends on.
-struct Scalar { // one number for all samples, or one each
+struct Scalar {           // one number for all samples, or one each
     const double* values; // [N] or null
     double value;
 };
@@ -80,7 +80,17 @@ struct MarginRows {
     double* derivatives;            // [kMarginDerivatives, N], order of MarginDerivative
     int64_t samples, classes, ignore_index;
 };
-enum MarginDerivative { d_negative_logsumexp, d_target_cosine, d_uniform_cosine, d_scale, d_m1, d_m2, d_m3, d_annealing, kMarginDerivatives };
+enum MarginDerivative {
+    d_negative_logsumexp,
+    d_target_cosine,
+    d_uniform_cosine,
+    d_scale,
+    d_m1,
+    d_m2,
+    d_m3,
+    d_annealing,
+    kMarginDerivatives
+};
 
 // Turns the dense part of a chunk's weight gradient into the gradient: adds what touches few rows (the
 // samples' own classes, the nearest-class pairs, label smoothing), then applies the normalisation's
@@ -90,10 +100,10 @@ template <class T> struct ProjectWeightGradient {
     MatrixView weight;     // [C, D]
     const T* inverse_norm; // [C]
     // samples' own classes; null without embeddings
-    const T* normalized_embeddings;   // [N, D]
-    const int64_t* sorted_labels;     // [N], ascending
-    const int64_t* label_order;       // [N], sample of every sorted label
-    const double* target_gradient;    // [N], dL / d target cosine
+    const T* normalized_embeddings; // [N, D]
+    const int64_t* sorted_labels;   // [N], ascending
+    const int64_t* label_order;     // [N], sample of every sorted label
+    const double* target_gradient;  // [N], dL / d target cosine
     // label smoothing; null without
     const T* uniform_direction; // [D], sum_i dL/d uniform cosine_i x_hat_i
     const double* class_weight; // [C] or null for 1

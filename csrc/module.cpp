@@ -31,8 +31,8 @@ struct Address {
 
 Dtype dtype_of(const py::object& tensor) {
     static const py::module_ torch = py::module_::import("torch"); // NOLINT: lives as long as the interpreter
-    static const PyObject* types[] = {torch.attr("float32").ptr(), torch.attr("float64").ptr(), torch.attr("float16").ptr(),
-                                      torch.attr("bfloat16").ptr()};
+    static const PyObject* types[] = {torch.attr("float32").ptr(), torch.attr("float64").ptr(),
+                                      torch.attr("float16").ptr(), torch.attr("bfloat16").ptr()};
     py::object dtype = tensor.attr("dtype");
     for (int k = 0; k < 4; ++k)
         if (dtype.ptr() == types[k]) return static_cast<Dtype>(k);
@@ -40,7 +40,8 @@ Dtype dtype_of(const py::object& tensor) {
 }
 
 MatrixView view_of(const py::object& tensor) {
-    return {Address(tensor).data, dtype_of(tensor), tensor.attr("stride")(0).cast<int64_t>(), tensor.attr("stride")(1).cast<int64_t>()};
+    return {Address(tensor).data, dtype_of(tensor), tensor.attr("stride")(0).cast<int64_t>(),
+            tensor.attr("stride")(1).cast<int64_t>()};
 }
 
 Scalar scalar_of(const py::object& value) {
@@ -77,99 +78,165 @@ template <class Backend> void define_kernels(py::module_ m) {
         "row_normalize",
         [](uintptr_t stream, Tensor rows, Tensor normalized, Tensor inverse_norm, int64_t count, int64_t size) {
             run_as<Backend>(inverse_norm, stream, [&](auto t) {
-                return RowNormalize<decltype(t)>{view_of(rows), Address(normalized), Address(inverse_norm), count, size};
+                return RowNormalize<decltype(t)>{view_of(rows), Address(normalized), Address(inverse_norm), count,
+                                                 size};
             });
         },
-        py::arg("stream"), py::kw_only(), py::arg("rows"), py::arg("normalized"), py::arg("inverse_norm"), py::arg("count"), py::arg("size"));
+        py::arg("stream"), py::kw_only(), py::arg("rows"), py::arg("normalized"), py::arg("inverse_norm"),
+        py::arg("count"), py::arg("size"));
 
     m.def(
         "target_cosine",
-        [](uintptr_t stream, Tensor compute_like, Tensor embeddings, Tensor weight, Tensor labels, Tensor cosine, uintptr_t bad_label, int64_t samples,
-           int64_t classes, int64_t size, int64_t ignore_index) {
+        [](uintptr_t stream, Tensor compute_like, Tensor embeddings, Tensor weight, Tensor labels, Tensor cosine,
+           uintptr_t bad_label, int64_t samples, int64_t classes, int64_t size, int64_t ignore_index) {
             run_as<Backend>(compute_like, stream, [&](auto t) {
-                return TargetCosine<decltype(t)>{view_of(embeddings), view_of(weight), Address(labels), Address(cosine),
-                                                 reinterpret_cast<int64_t*>(bad_label), samples, classes, size, ignore_index};
+                return TargetCosine<decltype(t)>{view_of(embeddings),
+                                                 view_of(weight),
+                                                 Address(labels),
+                                                 Address(cosine),
+                                                 reinterpret_cast<int64_t*>(bad_label),
+                                                 samples,
+                                                 classes,
+                                                 size,
+                                                 ignore_index};
             });
         },
-        py::arg("stream"), py::kw_only(), py::arg("compute_like"), py::arg("embeddings"), py::arg("weight"), py::arg("labels"), py::arg("cosine"),
-        py::arg("bad_label"), py::arg("samples"), py::arg("classes"), py::arg("size"), py::arg("ignore_index"));
+        py::arg("stream"), py::kw_only(), py::arg("compute_like"), py::arg("embeddings"), py::arg("weight"),
+        py::arg("labels"), py::arg("cosine"), py::arg("bad_label"), py::arg("samples"), py::arg("classes"),
+        py::arg("size"), py::arg("ignore_index"));
 
     m.def(
         "exponent_sum",
-        [](uintptr_t stream, Tensor products, Tensor inverse_norm, Tensor labels, Tensor scale, const py::object& fixed_exponent, Tensor exponent, Tensor sum,
-           int64_t samples, int64_t chunk, int64_t class_begin) {
+        [](uintptr_t stream, Tensor products, Tensor inverse_norm, Tensor labels, Tensor scale,
+           const py::object& fixed_exponent, Tensor exponent, Tensor sum, int64_t samples, int64_t chunk,
+           int64_t class_begin) {
             Scalar s = scalar_of(scale);
             bool fixed = !fixed_exponent.is_none();
             double k = fixed ? fixed_exponent.cast<double>() : 0.0;
             run_as<Backend>(products, stream, [&](auto t) {
-                return ExponentSum<decltype(t)>{Address(products), Address(inverse_norm), Address(labels), s.values, s.value, fixed, k,
-                                                Address(exponent), Address(sum), samples, chunk, class_begin};
+                return ExponentSum<decltype(t)>{
+                    Address(products), Address(inverse_norm), Address(labels), s.values, s.value,    fixed, k,
+                    Address(exponent), Address(sum),          samples,         chunk,    class_begin};
             });
         },
-        py::arg("stream"), py::kw_only(), py::arg("products"), py::arg("inverse_norm"), py::arg("labels"), py::arg("scale"), py::arg("fixed_exponent"),
-        py::arg("exponent"), py::arg("sum"), py::arg("samples"), py::arg("chunk"), py::arg("class_begin"));
+        py::arg("stream"), py::kw_only(), py::arg("products"), py::arg("inverse_norm"), py::arg("labels"),
+        py::arg("scale"), py::arg("fixed_exponent"), py::arg("exponent"), py::arg("sum"), py::arg("samples"),
+        py::arg("chunk"), py::arg("class_begin"));
 
     m.def(
         "margin_rows",
-        [](uintptr_t stream, Tensor negative_logsumexp, Tensor target_cosine, Tensor uniform_cosine, Tensor labels, Tensor class_weight, Tensor scale,
-           Tensor m1, Tensor m2, Tensor m3, Tensor annealing, int beyond_pi, bool easy, bool straight_through, double smallest_sine, double label_smoothing,
-           Tensor class_weight_sum, Tensor loss, Tensor row_weight, Tensor derivatives, int64_t samples, int64_t classes, int64_t ignore_index) {
-            MarginRows p{Address(negative_logsumexp), Address(target_cosine), Address(uniform_cosine), Address(labels), Address(class_weight),
-                         scalar_of(scale), scalar_of(m1), scalar_of(m2), scalar_of(m3), scalar_of(annealing),
-                         static_cast<BeyondPi>(beyond_pi), easy, straight_through, smallest_sine, label_smoothing, Address(class_weight_sum),
-                         Address(loss), Address(row_weight), Address(derivatives), samples, classes, ignore_index};
+        [](uintptr_t stream, Tensor negative_logsumexp, Tensor target_cosine, Tensor uniform_cosine, Tensor labels,
+           Tensor class_weight, Tensor scale, Tensor m1, Tensor m2, Tensor m3, Tensor annealing, int beyond_pi,
+           bool easy, bool straight_through, double smallest_sine, double label_smoothing, Tensor class_weight_sum,
+           Tensor loss, Tensor row_weight, Tensor derivatives, int64_t samples, int64_t classes, int64_t ignore_index) {
+            MarginRows p{Address(negative_logsumexp),
+                         Address(target_cosine),
+                         Address(uniform_cosine),
+                         Address(labels),
+                         Address(class_weight),
+                         scalar_of(scale),
+                         scalar_of(m1),
+                         scalar_of(m2),
+                         scalar_of(m3),
+                         scalar_of(annealing),
+                         static_cast<BeyondPi>(beyond_pi),
+                         easy,
+                         straight_through,
+                         smallest_sine,
+                         label_smoothing,
+                         Address(class_weight_sum),
+                         Address(loss),
+                         Address(row_weight),
+                         Address(derivatives),
+                         samples,
+                         classes,
+                         ignore_index};
             py::gil_scoped_release release;
             Backend::run(p, stream);
         },
-        py::arg("stream"), py::kw_only(), py::arg("negative_logsumexp"), py::arg("target_cosine"), py::arg("uniform_cosine"), py::arg("labels"),
-        py::arg("class_weight"), py::arg("scale"), py::arg("m1"), py::arg("m2"), py::arg("m3"), py::arg("annealing"), py::arg("beyond_pi"),
-        py::arg("easy"), py::arg("straight_through"), py::arg("smallest_sine"), py::arg("label_smoothing"), py::arg("class_weight_sum"), py::arg("loss"),
-        py::arg("row_weight"), py::arg("derivatives"), py::arg("samples"), py::arg("classes"), py::arg("ignore_index"));
+        py::arg("stream"), py::kw_only(), py::arg("negative_logsumexp"), py::arg("target_cosine"),
+        py::arg("uniform_cosine"), py::arg("labels"), py::arg("class_weight"), py::arg("scale"), py::arg("m1"),
+        py::arg("m2"), py::arg("m3"), py::arg("annealing"), py::arg("beyond_pi"), py::arg("easy"),
+        py::arg("straight_through"), py::arg("smallest_sine"), py::arg("label_smoothing"), py::arg("class_weight_sum"),
+        py::arg("loss"), py::arg("row_weight"), py::arg("derivatives"), py::arg("samples"), py::arg("classes"),
+        py::arg("ignore_index"));
 
     m.def(
         "project_weight_gradient",
-        [](uintptr_t stream, Tensor gradient, Tensor weight, Tensor inverse_norm, Tensor normalized_embeddings, Tensor sorted_labels, Tensor label_order,
-           Tensor target_gradient, Tensor uniform_direction, Tensor class_weight, Tensor nearest, Tensor sorted_nearest, Tensor nearest_order,
-           Tensor nearest_gradient, int64_t samples, int64_t classes, int64_t size, int64_t class_begin, int64_t chunk) {
+        [](uintptr_t stream, Tensor gradient, Tensor weight, Tensor inverse_norm, Tensor normalized_embeddings,
+           Tensor sorted_labels, Tensor label_order, Tensor target_gradient, Tensor uniform_direction,
+           Tensor class_weight, Tensor nearest, Tensor sorted_nearest, Tensor nearest_order, Tensor nearest_gradient,
+           int64_t samples, int64_t classes, int64_t size, int64_t class_begin, int64_t chunk) {
             run_as<Backend>(gradient, stream, [&](auto t) {
-                return ProjectWeightGradient<decltype(t)>{Address(gradient), view_of(weight), Address(inverse_norm), Address(normalized_embeddings),
-                                                          Address(sorted_labels), Address(label_order), Address(target_gradient), Address(uniform_direction),
-                                                          Address(class_weight), Address(nearest), Address(sorted_nearest), Address(nearest_order),
-                                                          Address(nearest_gradient), samples, classes, size, class_begin, chunk};
+                return ProjectWeightGradient<decltype(t)>{Address(gradient),
+                                                          view_of(weight),
+                                                          Address(inverse_norm),
+                                                          Address(normalized_embeddings),
+                                                          Address(sorted_labels),
+                                                          Address(label_order),
+                                                          Address(target_gradient),
+                                                          Address(uniform_direction),
+                                                          Address(class_weight),
+                                                          Address(nearest),
+                                                          Address(sorted_nearest),
+                                                          Address(nearest_order),
+                                                          Address(nearest_gradient),
+                                                          samples,
+                                                          classes,
+                                                          size,
+                                                          class_begin,
+                                                          chunk};
             });
         },
-        py::arg("stream"), py::kw_only(), py::arg("gradient"), py::arg("weight"), py::arg("inverse_norm"), py::arg("normalized_embeddings"),
-        py::arg("sorted_labels"), py::arg("label_order"), py::arg("target_gradient"), py::arg("uniform_direction"), py::arg("class_weight"),
-        py::arg("nearest"), py::arg("sorted_nearest"), py::arg("nearest_order"), py::arg("nearest_gradient"), py::arg("samples"), py::arg("classes"),
-        py::arg("size"), py::arg("class_begin"), py::arg("chunk"));
+        py::arg("stream"), py::kw_only(), py::arg("gradient"), py::arg("weight"), py::arg("inverse_norm"),
+        py::arg("normalized_embeddings"), py::arg("sorted_labels"), py::arg("label_order"), py::arg("target_gradient"),
+        py::arg("uniform_direction"), py::arg("class_weight"), py::arg("nearest"), py::arg("sorted_nearest"),
+        py::arg("nearest_order"), py::arg("nearest_gradient"), py::arg("samples"), py::arg("classes"), py::arg("size"),
+        py::arg("class_begin"), py::arg("chunk"));
 
     m.def(
         "project_embedding_gradient",
-        [](uintptr_t stream, Tensor gradient, Tensor normalized_embeddings, Tensor inverse_norm, Tensor weight, Tensor weight_inverse_norm, Tensor labels,
-           Tensor row_scale, Tensor scale, Tensor target_gradient, Tensor uniform_gradient, Tensor uniform_weight, Tensor scale_gradient, int64_t samples,
-           int64_t classes, int64_t size) {
+        [](uintptr_t stream, Tensor gradient, Tensor normalized_embeddings, Tensor inverse_norm, Tensor weight,
+           Tensor weight_inverse_norm, Tensor labels, Tensor row_scale, Tensor scale, Tensor target_gradient,
+           Tensor uniform_gradient, Tensor uniform_weight, Tensor scale_gradient, int64_t samples, int64_t classes,
+           int64_t size) {
             Scalar s = scalar_of(scale);
             run_as<Backend>(gradient, stream, [&](auto t) {
-                return ProjectEmbeddingGradient<decltype(t)>{Address(gradient), Address(normalized_embeddings), Address(inverse_norm), view_of(weight),
-                                                             Address(weight_inverse_norm), Address(labels), Address(row_scale), s.values, s.value,
-                                                             Address(target_gradient), Address(uniform_gradient), Address(uniform_weight),
-                                                             Address(scale_gradient), samples, classes, size};
+                return ProjectEmbeddingGradient<decltype(t)>{Address(gradient),
+                                                             Address(normalized_embeddings),
+                                                             Address(inverse_norm),
+                                                             view_of(weight),
+                                                             Address(weight_inverse_norm),
+                                                             Address(labels),
+                                                             Address(row_scale),
+                                                             s.values,
+                                                             s.value,
+                                                             Address(target_gradient),
+                                                             Address(uniform_gradient),
+                                                             Address(uniform_weight),
+                                                             Address(scale_gradient),
+                                                             samples,
+                                                             classes,
+                                                             size};
             });
         },
-        py::arg("stream"), py::kw_only(), py::arg("gradient"), py::arg("normalized_embeddings"), py::arg("inverse_norm"), py::arg("weight"),
-        py::arg("weight_inverse_norm"), py::arg("labels"), py::arg("row_scale"), py::arg("scale"), py::arg("target_gradient"),
-        py::arg("uniform_gradient"), py::arg("uniform_weight"), py::arg("scale_gradient"), py::arg("samples"), py::arg("classes"), py::arg("size"));
+        py::arg("stream"), py::kw_only(), py::arg("gradient"), py::arg("normalized_embeddings"),
+        py::arg("inverse_norm"), py::arg("weight"), py::arg("weight_inverse_norm"), py::arg("labels"),
+        py::arg("row_scale"), py::arg("scale"), py::arg("target_gradient"), py::arg("uniform_gradient"),
+        py::arg("uniform_weight"), py::arg("scale_gradient"), py::arg("samples"), py::arg("classes"), py::arg("size"));
 
     m.def(
         "nearest_tile",
-        [](uintptr_t stream, Tensor products, Tensor inverse_norm, Tensor cosine, Tensor index, int64_t rows, int64_t columns, int64_t row_begin,
-           int64_t column_begin) {
+        [](uintptr_t stream, Tensor products, Tensor inverse_norm, Tensor cosine, Tensor index, int64_t rows,
+           int64_t columns, int64_t row_begin, int64_t column_begin) {
             run_as<Backend>(products, stream, [&](auto t) {
-                return NearestTile<decltype(t)>{Address(products), Address(inverse_norm), Address(cosine), Address(index), rows, columns, row_begin, column_begin};
+                return NearestTile<decltype(t)>{
+                    Address(products), Address(inverse_norm), Address(cosine), Address(index), rows, columns,
+                    row_begin,         column_begin};
             });
         },
-        py::arg("stream"), py::kw_only(), py::arg("products"), py::arg("inverse_norm"), py::arg("cosine"), py::arg("index"), py::arg("rows"),
-        py::arg("columns"), py::arg("row_begin"), py::arg("column_begin"));
+        py::arg("stream"), py::kw_only(), py::arg("products"), py::arg("inverse_norm"), py::arg("cosine"),
+        py::arg("index"), py::arg("rows"), py::arg("columns"), py::arg("row_begin"), py::arg("column_begin"));
 }
 
 } // namespace
@@ -178,6 +245,7 @@ PYBIND11_MODULE(FM_MODULE_NAME, m) {
     m.doc() = "The compiled kernels of fused_margin; not a public interface.";
     py::module_ host = m.def_submodule("cpu");
     define_kernels<Cpu>(host);
+    host.attr("class_major") = true; // layout of ExponentSum::products
     py::enum_<cpu::Capability>(host, "Capability", py::arithmetic(), py::module_local())
         .value("plain", cpu::Capability::plain)
         .value("avx2", cpu::Capability::avx2)
@@ -185,12 +253,16 @@ PYBIND11_MODULE(FM_MODULE_NAME, m) {
     host.def("best_capability", &cpu::best_capability);
     host.def("capability", &cpu::capability);
     host.def("use", [](cpu::Capability value) {
-        if (value > cpu::best_capability()) throw py::value_error("this processor, or this build, does not have that instruction set");
+        if (value > cpu::best_capability())
+            throw py::value_error("this processor, or this build, does not have that instruction set");
         cpu::use(value);
     });
-    host.def("advise_huge_pages", [](Tensor tensor, int64_t bytes) { cpu::advise_huge_pages(Address(tensor).data, bytes); });
+    host.def("advise_huge_pages",
+             [](Tensor tensor, int64_t bytes) { cpu::advise_huge_pages(Address(tensor).data, bytes); });
 #ifdef FM_CUDA
-    define_kernels<Cuda>(m.def_submodule("cuda"));
+    py::module_ device = m.def_submodule("cuda");
+    define_kernels<Cuda>(device);
+    device.attr("class_major") = false;
 #endif
     m.attr("cuda_architectures") = FM_CUDA_ARCHITECTURES; // empty in a CPU-only build
     m.attr("cuda_toolkit") = FM_CUDA_TOOLKIT;

@@ -1,6 +1,6 @@
 """fused_margin: margin-softmax losses and RegularFace's exclusive term, fused, exact and bounded in memory."""
 
-import torch as _torch  # noqa: F401: before the extension, so that both share torch's OpenMP threads
+import torch as _torch  # noqa: F401 - before the extension, so that both share torch's OpenMP threads
 
 from fused_margin import functional, optim, reference
 from fused_margin.info import __version__, build_info

@@ -24,7 +24,9 @@ def matrix(name: str, value: Tensor, shape: str) -> None:
     if value.device.type not in ("cpu", "cuda", "meta"):
         raise ValueError(f"{name}: expected a CPU or CUDA tensor, got device {value.device}")
     if value.device.type == "cuda" and not has_cuda_kernels():
-        raise RuntimeError(f"{name} is on {value.device}, but this build of fused_margin has no CUDA kernels; {REBUILD}")
+        raise RuntimeError(
+            f"{name} is on {value.device}, but this build of fused_margin has no CUDA kernels; {REBUILD}"
+        )
 
 
 def class_weights(weight: Tensor, *, name: str = "weight", at_least: int = 1) -> None:

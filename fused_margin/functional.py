@@ -26,7 +26,7 @@ def margin_cross_entropy(
     embeddings: Tensor,
     weight: Tensor,
     labels: Tensor,
-    margin: Margin = Margin(),  # noqa: B008: immutable
+    margin: Margin = Margin(),  # noqa: B008 - immutable
     scale: float | Tensor | None = 64.0,
     *,
     exclusive_weight: float = 0.0,
@@ -107,7 +107,12 @@ def margin_cross_entropy(
 
 
 def cosine_logsumexp(
-    embeddings: Tensor, weight: Tensor, labels: Tensor, scale: float | Tensor | None = 64.0, *, workspace_mb: float = 256
+    embeddings: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    scale: float | Tensor | None = 64.0,
+    *,
+    workspace_mb: float = 256,
 ) -> tuple[Tensor, Tensor]:
     """What any margin loss needs of the N x C cosines, differentiable: write your own margin on (N,) tensors.
 

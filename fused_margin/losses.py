@@ -114,8 +114,9 @@ class MarginLoss(nn.Module):
 
 
 class ArcFaceLoss(MarginLoss):
-    __doc__ = "ArcFace: an additive angular margin, ``psi = cos(theta + margin)`` (arXiv:1801.07698, eq. 3)." + _ARGUMENTS.format(
-        own="        margin: angle in radians.\n        scale: s of the logits."
+    __doc__ = (
+        "ArcFace: an additive angular margin, ``psi = cos(theta + margin)`` (arXiv:1801.07698, eq. 3)."
+        + _ARGUMENTS.format(own="        margin: angle in radians.\n        scale: s of the logits.")
     )
 
     def __init__(
@@ -140,8 +141,9 @@ class ArcFaceLoss(MarginLoss):
 
 
 class CosFaceLoss(MarginLoss):
-    __doc__ = "CosFace: an additive cosine margin, ``psi = cos(theta) - margin`` (arXiv:1801.09414, eq. 4)." + _ARGUMENTS.format(
-        own="        margin: cosine.\n        scale: s of the logits."
+    __doc__ = (
+        "CosFace: an additive cosine margin, ``psi = cos(theta) - margin`` (arXiv:1801.09414, eq. 4)."
+        + _ARGUMENTS.format(own="        margin: cosine.\n        scale: s of the logits.")
     )
 
     def __init__(
@@ -166,7 +168,9 @@ class CosFaceLoss(MarginLoss):
 
 
 class NormFaceLoss(MarginLoss):
-    __doc__ = "NormFace: normalised softmax, no margin (arXiv:1704.06369)." + _ARGUMENTS.format(own="        scale: s of the logits.")
+    __doc__ = "NormFace: normalised softmax, no margin (arXiv:1704.06369)." + _ARGUMENTS.format(
+        own="        scale: s of the logits."
+    )
 
     def __init__(self, num_classes: int, embedding_size: int, scale: float = 64.0, **options):
         super().__init__(num_classes, embedding_size, Margin(), scale, **options)

@@ -51,7 +51,11 @@ class Margin:
             if not -math.inf < value < math.inf:  # NaN is not either; math.isfinite would not compile
                 raise ValueError(f"{name}: expected a finite number, got {value}")
             if (name == "m1" and value <= 0) or (name == "annealing" and value < 0):
-                raise ValueError(f"{name}: expected a {'positive' if name == 'm1' else 'non-negative'} number, got {value}")
+                raise ValueError(
+                    f"{name}: expected a {'positive' if name == 'm1' else 'non-negative'} number, got {value}"
+                )
         for name, allowed in (("beyond_pi", BEYOND_PI), ("gradient", GRADIENT)):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {getattr(self, name)!r}")
+                raise ValueError(
+                    f"{name}: expected one of {', '.join(map(repr, allowed))}, got {getattr(self, name)!r}"
+                )

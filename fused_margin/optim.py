@@ -11,7 +11,9 @@ def project_(weight: Tensor) -> Tensor:
     """Divides every row of weight (C, D) by its L2 norm, in place, and returns it. Zero rows stay zero."""
     checks.class_weights(weight)
     norm = torch.linalg.vector_norm(weight, dim=1, keepdim=True, dtype=torch.float64)  # squares of 1e-25 count too
-    return weight.mul_(norm.masked_fill_(norm == 0, 1.0).reciprocal_().to(torch.promote_types(weight.dtype, torch.float32)))
+    return weight.mul_(
+        norm.masked_fill_(norm == 0, 1.0).reciprocal_().to(torch.promote_types(weight.dtype, torch.float32))
+    )
 
 
 class ProjectedSGD(torch.optim.SGD):

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]  # problems, emulation; benchmarks
+sys.path.insert(0, str(Path(__file__).parent))  # problems, emulation
+sys.path.append(str(Path(__file__).parents[1]))  # benchmarks; last, so that an installed fused_margin comes first
 
 
 @pytest.fixture(autouse=True)

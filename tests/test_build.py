@@ -47,7 +47,7 @@ def build_rules(**environment) -> subprocess.CompletedProcess:
         "print(NinjaBuild(Distribution()).rules(Path('x.so')))"
     )
     env = {k: v for k, v in os.environ.items() if k not in ("CUDA_HOME", "TORCH_CUDA_ARCH_LIST")} | environment
-    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, check=False, capture_output=True, text=True)
 
 
 def test_an_empty_cuda_home_builds_for_cpu_only():

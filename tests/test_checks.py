@@ -5,7 +5,13 @@ import torch
 from problems import leaf, problem
 
 import fused_margin as fm
-from fused_margin.functional import cosine_logsumexp, exclusive_regularization, margin_cross_entropy, nearest_class, separability
+from fused_margin.functional import (
+    cosine_logsumexp,
+    exclusive_regularization,
+    margin_cross_entropy,
+    nearest_class,
+    separability,
+)
 
 X, W, Y = problem(6, 10, 4)
 NAN = float("nan")
@@ -125,5 +131,7 @@ def test_cuda_tensor_in_a_cpu_build(monkeypatch):
         device = torch.device("cuda:0")
 
     monkeypatch.setattr(checks, "has_cuda_kernels", lambda: False)
-    with pytest.raises(RuntimeError, match="embeddings is on cuda:0, but this build .* no CUDA kernels; rebuild with nvcc"):
+    with pytest.raises(
+        RuntimeError, match="embeddings is on cuda:0, but this build .* no CUDA kernels; rebuild with nvcc"
+    ):
         checks.matrix("embeddings", torch.ones(2, 2).as_subclass(OnCuda), "(N, embedding_size)")

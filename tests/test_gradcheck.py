@@ -41,7 +41,9 @@ def test_margins(name, scale, workspace_mb):
 )
 def test_options(options, reduction):
     x, w, y = inputs()
-    assert gradcheck(lambda a, b: margin_cross_entropy(a, b, y, fm.Margin(m2=0.5), 8.0, reduction=reduction, **options), (x, w))
+    assert gradcheck(
+        lambda a, b: margin_cross_entropy(a, b, y, fm.Margin(m2=0.5), 8.0, reduction=reduction, **options), (x, w)
+    )
 
 
 def test_everything_at_once_with_learned_margins_and_scale():

@@ -121,7 +121,10 @@ def test_per_sample_margins_and_scale_are_differentiable():
     scale = torch.rand(25, dtype=torch.float64) * 30 + 1
     for kwargs in ({}, {"label_smoothing": 0.2}):
         gradients = []
-        for function, wrap in ((fm.functional.margin_cross_entropy, lambda m: fm.Margin(**m)), (reference.margin_cross_entropy, dict)):
+        for function, wrap in (
+            (fm.functional.margin_cross_entropy, lambda m: fm.Margin(**m)),
+            (reference.margin_cross_entropy, dict),
+        ):
             leaves = {k: v.clone().requires_grad_() for k, v in {**values, "scale": scale}.items()}
             margin = wrap({k: leaves[k] for k in values})
             function(x, w, y, margin, leaves["scale"], **kwargs).backward()

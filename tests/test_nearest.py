@@ -39,7 +39,10 @@ def test_gradient(workspace_mb):
     w = torch.randn(300, 12, dtype=torch.float64)
     upstream = torch.randn(300, dtype=torch.float64)
     gradients = []
-    for function in (lambda v: nearest_class(v, workspace_mb=workspace_mb).cosine, lambda v: reference.nearest_class(v)[0]):
+    for function in (
+        lambda v: nearest_class(v, workspace_mb=workspace_mb).cosine,
+        lambda v: reference.nearest_class(v)[0],
+    ):
         leaf = w.clone().requires_grad_()
         function(leaf).backward(upstream)
         gradients.append(leaf.grad)
@@ -55,7 +58,9 @@ def test_exclusive_regularization_in_all_its_forms():
     with_term = fm.functional.margin_cross_entropy(x, w, y, exclusive_weight=2.0)
     torch.testing.assert_close(with_term - fm.functional.margin_cross_entropy(x, w, y), 2 * expected)
     half = w.to(torch.bfloat16)
-    torch.testing.assert_close(exclusive_regularization(half), reference.exclusive_regularization(half.double()).float())
+    torch.testing.assert_close(
+        exclusive_regularization(half), reference.exclusive_regularization(half.double()).float()
+    )
 
 
 def test_separability_of_random_directions():

@@ -27,7 +27,9 @@ def test_opcheck_sweep(keep, uniform, nearest):
 
 
 def test_opcheck_nearest_only():
-    torch.library.opcheck(library.sweep, (None, leaf(torch.randn(50, 8)), None, None, 1.0, None, False, True, 0, 1 << 20, False))
+    torch.library.opcheck(
+        library.sweep, (None, leaf(torch.randn(50, 8)), None, None, 1.0, None, False, True, 0, 1 << 20, False)
+    )
 
 
 def test_opcheck_sweep_backward():
@@ -48,7 +50,9 @@ def test_opcheck_margin_rows():
         (*statistics, labels, class_weight, class_weight.sum(), None, None, m2, None, None, [64.0, 1.0, 0.0, 0.0, 0.0],
          0, False, False, 1e-8, 0.1, 20, -100),
     )  # fmt: skip
-    torch.library.opcheck(library.margin_rows_backward, (statistics[0].detach(), torch.randn(8, 7, dtype=torch.float64)))
+    torch.library.opcheck(
+        library.margin_rows_backward, (statistics[0].detach(), torch.randn(8, 7, dtype=torch.float64))
+    )
 
 
 LOSSES = {

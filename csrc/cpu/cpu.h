@@ -5,17 +5,24 @@
 
 // X(params) for every kernel's params struct
 #define FM_ALL_KERNELS(X)                                                                                              \
-    X(RowNormalize<float>) X(RowNormalize<double>) X(TargetCosine<float>) X(TargetCosine<double>)                     \
-    X(ExponentSum<float>) X(ExponentSum<double>) X(MarginRows) X(ProjectWeightGradient<float>)                        \
-    X(ProjectWeightGradient<double>) X(ProjectEmbeddingGradient<float>) X(ProjectEmbeddingGradient<double>)           \
-    X(NearestTile<float>) X(NearestTile<double>)
+    X(RowNormalize<float>)                                                                                             \
+    X(RowNormalize<double>) X(TargetCosine<float>) X(TargetCosine<double>) X(ExponentSum<float>)                       \
+        X(ExponentSum<double>) X(MarginRows) X(ProjectWeightGradient<float>) X(ProjectWeightGradient<double>)          \
+            X(ProjectEmbeddingGradient<float>) X(ProjectEmbeddingGradient<double>) X(NearestTile<float>)               \
+                X(NearestTile<double>)
 
 namespace fm::cpu {
 
 #define FM_DECLARE(P) void run(const P&);
-namespace plain { FM_ALL_KERNELS(FM_DECLARE) }
-namespace avx2 { FM_ALL_KERNELS(FM_DECLARE) }
-namespace avx512 { FM_ALL_KERNELS(FM_DECLARE) }
+namespace plain {
+FM_ALL_KERNELS(FM_DECLARE)
+}
+namespace avx2 {
+FM_ALL_KERNELS(FM_DECLARE)
+}
+namespace avx512 {
+FM_ALL_KERNELS(FM_DECLARE)
+}
 FM_ALL_KERNELS(FM_DECLARE)
 #undef FM_DECLARE
 

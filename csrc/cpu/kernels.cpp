@@ -16,7 +16,8 @@ namespace {
 // Uninitialised scratch of one thread.
 template <class T> class Scratch {
 public:
-    explicit Scratch(int64_t count) : data_(static_cast<T*>(malloc(static_cast<size_t>(count > 0 ? count : 1) * sizeof(T)))) {
+    explicit Scratch(int64_t count)
+        : data_(static_cast<T*>(malloc(static_cast<size_t>(count > 0 ? count : 1) * sizeof(T)))) {
         if (!data_) abort();
     }
     ~Scratch() { free(data_); }
@@ -31,8 +32,7 @@ private:
 template <class T> constexpr Dtype dtype_of = Dtype::float32;
 template <> constexpr Dtype dtype_of<double> = Dtype::float64;
 
-template <class From, class T>
-inline void copy_row(const From* from, int64_t stride, int64_t size, T* to) {
+template <class From, class T> inline void copy_row(const From* from, int64_t stride, int64_t size, T* to) {
     for (int64_t d = 0; d < size; ++d) to[d] = static_cast<T>(from[d * stride]);
 }
 
@@ -103,53 +103,80 @@ template <class T> void target_cosine(const TargetCosine<T>& p) {
     }
 }
 
-// Sum over one run of columns, exponentials written in place. Partial sums of a block stay in the
-// lanes' precision, the blocks' total is double.
-template <class T>
-inline double exponentials(T* row, const T* inverse_norm, int64_t begin, int64_t end, const Exponential<T>& power) {
-    double total = 0.0;
-    for (int64_t block = begin; block < end; block += 512) {
-        int64_t stop = block + 512 < end ? block + 512 : end;
-        T sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (int64_t j = block; j < stop; ++j) {
-            T e = power(row[j] * inverse_norm[j]);
-            sum += e;
-            row[j] = e * inverse_norm[j];
+// Marks a sample's own class among the products; no product of rows that have norms is that low.
+template <class T> constexpr T own_class = static_cast<T>(-3.0e38);
+
+// The largest cosine of every sample with the classes [begin, end), own classes left out.
+template <class T> inline void largest_cosines(const ExponentSum<T>& p, int64_t begin, int64_t end, T* largest) {
+    for (int64_t i = 0; i < p.samples; ++i) largest[i] = static_cast<T>(-4);
+    for (int64_t j = begin; j < end; ++j) {
+        const T* row = p.products + j * p.samples;
+        T inverse = p.inverse_norm[j];
+#pragma omp simd
+        for (int64_t i = 0; i < p.samples; ++i) {
+            T c = row[i] == own_class<T> ? static_cast<T>(-4) : row[i] * inverse;
+            largest[i] = c > largest[i] ? c : largest[i];
         }
-        total += static_cast<double>(sum);
     }
-    return total;
 }
 
-template <class T> inline T largest(const T* row, const T* inverse_norm, int64_t begin, int64_t end, T so_far) {
-#pragma omp simd reduction(max : so_far)
-    for (int64_t j = begin; j < end; ++j) {
-        T c = row[j] * inverse_norm[j];
-        so_far = c > so_far ? c : so_far;
+// Exponentials of the classes [begin, end) in place, and every sample's sum of them. Sums of 64 classes are
+// taken in T, their total in double.
+template <class T> inline void exponentials(const ExponentSum<T>& p, int64_t begin, int64_t end, const T* high,
+                                            const T* low, const T* k, T* sum, double* total) {
+    for (int64_t i = 0; i < p.samples; ++i) total[i] = 0.0;
+    for (int64_t block = begin; block < end; block += 64) {
+        for (int64_t i = 0; i < p.samples; ++i) sum[i] = 0;
+        for (int64_t j = block; j < (block + 64 < end ? block + 64 : end); ++j) {
+            T* row = p.products + j * p.samples;
+            T inverse = p.inverse_norm[j];
+#pragma omp simd
+            for (int64_t i = 0; i < p.samples; ++i) {
+                T e = Exponential<T>{high[i], low[i], k[i]}(row[i] * inverse);
+                e = row[i] == own_class<T> ? static_cast<T>(0) : e;
+                sum[i] += e;
+                row[i] = e * inverse;
+            }
+        }
+        for (int64_t i = 0; i < p.samples; ++i) total[i] += static_cast<double>(sum[i]);
     }
-    return so_far;
 }
 
 template <class T> void exponent_sum(const ExponentSum<T>& p) {
-#pragma omp parallel for schedule(static)
-    for (int64_t i = 0; i < p.samples; ++i) {
-        T* row = p.products + i * p.chunk;
-        double scale = p.scale ? p.scale[i] : p.scale_value;
+    const int64_t samples = p.samples;
+    const int threads = available_threads();
+    for (int64_t i = 0; i < samples; ++i) {
         int64_t target = p.labels[i] - p.class_begin;
-        bool inside = target >= 0 && target < p.chunk;
-        int64_t left = inside ? target : p.chunk, right = inside ? target + 1 : p.chunk;
-        double k = p.fixed_exponent;
+        if (target >= 0 && target < p.chunk) p.products[target * samples + i] = own_class<T>;
+    }
+    Scratch<T> per_thread(threads * samples), high(samples), low(samples), k(samples);
+    if (!p.fixed) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+        for (int t = 0; t < threads; ++t)
+            largest_cosines(p, p.chunk * t / threads, p.chunk * (t + 1) / threads, per_thread + t * samples);
+    }
+    for (int64_t i = 0; i < samples; ++i) {
+        double scale = p.scale ? p.scale[i] : p.scale_value;
+        p.exponent[i] = p.fixed_exponent;
         if (!p.fixed) {
-            T top = largest(row, p.inverse_norm, 0, left, static_cast<T>(-4));
-            k = row_exponent(scale, largest(row, p.inverse_norm, right, p.chunk, top));
+            T largest = per_thread[i];
+            for (int t = 1; t < threads; ++t) {
+                T other = per_thread[t * samples + i];
+                largest = other > largest ? other : largest;
+            }
+            p.exponent[i] = row_exponent(scale, static_cast<double>(largest));
         }
-        Exponential<T> power(scale, k);
-        double sum = exponentials(row, p.inverse_norm, 0, left, power);
-        sum += exponentials(row, p.inverse_norm, right, p.chunk, power);
-        if (inside) row[target] = 0;
-        p.exponent[i] = k;
-        p.sum[i] = sum;
+        auto power = Exponential<T>::of(scale, p.exponent[i]);
+        high[i] = power.high, low[i] = power.low, k[i] = power.k;
+    }
+    Scratch<double> totals(threads * samples);
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int t = 0; t < threads; ++t)
+        exponentials<T>(p, p.chunk * t / threads, p.chunk * (t + 1) / threads, high, low, k, per_thread + t * samples,
+                        totals + t * samples);
+    for (int64_t i = 0; i < samples; ++i) {
+        p.sum[i] = 0.0;
+        for (int t = 0; t < threads; ++t) p.sum[i] += totals[t * samples + i];
     }
 }
 
@@ -175,18 +202,24 @@ template <class T> void project_weight_gradient(const ProjectWeightGradient<T>& 
             T* g = p.gradient + row * p.size;
             T inverse = p.inverse_norm[j];
             if (p.sorted_labels)
-                for (int64_t k = lower_bound(p.sorted_labels, p.samples, j); k < p.samples && p.sorted_labels[k] == j; ++k) {
+                for (int64_t k = lower_bound(p.sorted_labels, p.samples, j); k < p.samples && p.sorted_labels[k] == j;
+                     ++k) {
                     int64_t i = p.label_order[k];
-                    add_scaled(g, inverse * static_cast<T>(p.target_gradient[i]), p.normalized_embeddings + i * p.size, p.size);
+                    add_scaled(g, inverse * static_cast<T>(p.target_gradient[i]), p.normalized_embeddings + i * p.size,
+                               p.size);
                 }
             if (p.uniform_direction)
-                add_scaled(g, inverse * static_cast<T>(p.class_weight ? p.class_weight[j] : 1.0), p.uniform_direction, p.size);
+                add_scaled(g, inverse * static_cast<T>(p.class_weight ? p.class_weight[j] : 1.0), p.uniform_direction,
+                           p.size);
             if (p.nearest) {
                 int64_t near = p.nearest[j];
-                add_scaled(g, inverse * p.nearest_gradient[j] * p.inverse_norm[near], load_row<T>(p.weight, near, p.size, other), p.size);
-                for (int64_t k = lower_bound(p.sorted_nearest, p.classes, j); k < p.classes && p.sorted_nearest[k] == j; ++k) {
+                add_scaled(g, inverse * p.nearest_gradient[j] * p.inverse_norm[near],
+                           load_row<T>(p.weight, near, p.size, other), p.size);
+                for (int64_t k = lower_bound(p.sorted_nearest, p.classes, j); k < p.classes && p.sorted_nearest[k] == j;
+                     ++k) {
                     int64_t i = p.nearest_order[k];
-                    add_scaled(g, inverse * p.nearest_gradient[i] * p.inverse_norm[i], load_row<T>(p.weight, i, p.size, other), p.size);
+                    add_scaled(g, inverse * p.nearest_gradient[i] * p.inverse_norm[i],
+                               load_row<T>(p.weight, i, p.size, other), p.size);
                 }
             }
             project_out(g, load_row<T>(p.weight, j, p.size, own), inverse, static_cast<T>(1), p.size);
@@ -208,7 +241,8 @@ template <class T> void project_embedding_gradient(const ProjectEmbeddingGradien
             for (int64_t d = 0; d < p.size; ++d) g[d] *= scale;
             int64_t label = p.labels[i];
             if (label >= 0 && label < p.classes)
-                add_scaled(g, static_cast<T>(p.target_gradient[i]) * p.weight_inverse_norm[label], load_row<T>(p.weight, label, p.size, buffer), p.size);
+                add_scaled(g, static_cast<T>(p.target_gradient[i]) * p.weight_inverse_norm[label],
+                           load_row<T>(p.weight, label, p.size, buffer), p.size);
             if (p.uniform_weight) add_scaled(g, static_cast<T>(p.uniform_gradient[i]), p.uniform_weight, p.size);
             project_out(g, x, static_cast<T>(1), p.inverse_norm[i], p.size);
         }
@@ -223,9 +257,8 @@ template <class T> struct Best {
 
 // One row of a tile: its own best column, and its offer to every column's best. The lanes keep the
 // first best they see; merging prefers the lower column.
-template <class T>
-inline Best<T> scan_row(const T* products, const T* inverse_norm, T own, int64_t begin, int64_t end, int32_t row, T* column_best,
-                        int32_t* column_row) {
+template <class T> inline Best<T> scan_row(const T* products, const T* inverse_norm, T own, int64_t begin, int64_t end,
+                                           int32_t row, T* column_best, int32_t* column_row) {
     constexpr int lanes = 16;
     T best[lanes];
     int32_t at[lanes];
@@ -250,7 +283,8 @@ inline Best<T> scan_row(const T* products, const T* inverse_norm, T own, int64_t
     }
     Best<T> result{best[0], at[0]};
     for (int l = 1; l < lanes; ++l)
-        if (at[l] >= 0 && (best[l] > result.cosine || result.column < 0 || (best[l] == result.cosine && at[l] < result.column)))
+        if (at[l] >= 0 &&
+            (best[l] > result.cosine || result.column < 0 || (best[l] == result.cosine && at[l] < result.column)))
             result = {best[l], at[l]};
     return result;
 }
@@ -277,7 +311,8 @@ template <class T> void nearest_tile(const NearestTile<T>& p) {
             T own = p.inverse_norm[p.row_begin + r];
             int64_t end = diagonal ? r : p.columns;
             for (int half = 0; half < (diagonal ? 2 : 1); ++half) { // both sides of the diagonal
-                Best<T> b = scan_row(row, column_norm, own, half ? r + 1 : 0, half ? p.columns : end, static_cast<int32_t>(r), column_best, column_row);
+                Best<T> b = scan_row(row, column_norm, own, half ? r + 1 : 0, half ? p.columns : end,
+                                     static_cast<int32_t>(r), column_best, column_row);
                 offer(p, p.row_begin + r, b.cosine, b.column < 0 ? b.column : p.column_begin + b.column);
             }
         }

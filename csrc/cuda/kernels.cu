@@ -11,8 +11,8 @@ namespace fm::cuda {
 namespace {
 
 constexpr int kWarp = 32;
-constexpr int kRowThreads = 256;           // one block for one long row
-constexpr int kWarpsPerBlock = 4;          // one warp for one row of D elements
+constexpr int kRowThreads = 256;  // one block for one long row
+constexpr int kWarpsPerBlock = 4; // one warp for one row of D elements
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 __device__ int lane() { return static_cast<int>(threadIdx.x) % kWarp; }
@@ -33,7 +33,8 @@ __device__ double inverse_norm_of(double squares) {
 
 template <class T> __device__ double warp_dot(const T* a, const MatrixView& b, int64_t row, int64_t size) {
     double sum = 0.0;
-    for (int64_t d = lane(); d < size; d += kWarp) sum += static_cast<double>(a[d]) * static_cast<double>(element<T>(b, row, d));
+    for (int64_t d = lane(); d < size; d += kWarp)
+        sum += static_cast<double>(a[d]) * static_cast<double>(element<T>(b, row, d));
     return warp_sum(sum);
 }
 
@@ -65,7 +66,8 @@ template <class T> __global__ void target_cosine(TargetCosine<T> p) {
     }
     double xw = 0.0, xx = 0.0, ww = 0.0;
     for (int64_t d = lane(); d < p.size; d += kWarp) {
-        double x = static_cast<double>(element<T>(p.embeddings, i, d)), w = static_cast<double>(element<T>(p.weight, label, d));
+        double x = static_cast<double>(element<T>(p.embeddings, i, d)),
+               w = static_cast<double>(element<T>(p.weight, label, d));
         xw += x * w;
         xx += x * x;
         ww += w * w;
@@ -76,7 +78,8 @@ template <class T> __global__ void target_cosine(TargetCosine<T> p) {
 
 // Combines one value of every thread of a block, in a fixed order, and gives the result to all.
 template <class Combine> __device__ double block_reduce(double value, double* shared, Combine combine) {
-    for (int offset = kWarp / 2; offset > 0; offset /= 2) value = combine(value, __shfl_xor_sync(kAllLanes, value, offset));
+    for (int offset = kWarp / 2; offset > 0; offset /= 2)
+        value = combine(value, __shfl_xor_sync(kAllLanes, value, offset));
     __syncthreads(); // an earlier reduction may still be reading
     if (lane() == 0) shared[threadIdx.x / kWarp] = value;
     __syncthreads();
@@ -100,7 +103,7 @@ template <class T> __global__ void exponent_sum(ExponentSum<T> p) {
         }
         k = row_exponent(scale, block_reduce(top, shared, [](double a, double b) { return a > b ? a : b; }));
     }
-    Exponential<T> power(scale, k);
+    auto power = Exponential<T>::of(scale, k);
     double sum = 0.0;
     for (int64_t j = threadIdx.x; j < p.chunk; j += kRowThreads) {
         T e = j == target ? static_cast<T>(0) : power(row[j] * p.inverse_norm[j]);
@@ -120,7 +123,8 @@ __global__ void margin_rows(MarginRows p) {
 }
 
 // g := inverse (g - (g . u) u), where u = direction * unit
-template <class T> __device__ void project_out(T* g, const MatrixView& direction, int64_t row, T unit, T inverse, int64_t size) {
+template <class T>
+__device__ void project_out(T* g, const MatrixView& direction, int64_t row, T unit, T inverse, int64_t size) {
     T along = static_cast<T>(warp_dot(g, direction, row, size) * static_cast<double>(unit)) * unit;
     for (int64_t d = lane(); d < size; d += kWarp) g[d] = inverse * (g[d] - along * element<T>(direction, row, d));
 }
@@ -147,7 +151,8 @@ template <class T> __global__ void project_weight_gradient(ProjectWeightGradient
         }
     }
     if (p.uniform_direction)
-        add_row(g, inverse * static_cast<T>(p.class_weight ? p.class_weight[j] : 1.0), rows_of(p.uniform_direction, p.size), 0, p.size);
+        add_row(g, inverse * static_cast<T>(p.class_weight ? p.class_weight[j] : 1.0),
+                rows_of(p.uniform_direction, p.size), 0, p.size);
     if (p.nearest) {
         int64_t near = p.nearest[j];
         add_row(g, inverse * p.nearest_gradient[j] * p.inverse_norm[near], p.weight, near, p.size);
@@ -174,7 +179,8 @@ template <class T> __global__ void project_embedding_gradient(ProjectEmbeddingGr
     int64_t label = p.labels[i];
     if (label >= 0 && label < p.classes)
         add_row(g, static_cast<T>(p.target_gradient[i]) * p.weight_inverse_norm[label], p.weight, label, p.size);
-    if (p.uniform_weight) add_row(g, static_cast<T>(p.uniform_gradient[i]), rows_of(p.uniform_weight, p.size), 0, p.size);
+    if (p.uniform_weight)
+        add_row(g, static_cast<T>(p.uniform_gradient[i]), rows_of(p.uniform_weight, p.size), 0, p.size);
     project_out(g, embeddings, i, static_cast<T>(1), p.inverse_norm[i], p.size);
 }
 
@@ -262,7 +268,9 @@ FM_WARP_ROWS(ProjectWeightGradient, project_weight_gradient, chunk)
 FM_WARP_ROWS(ProjectEmbeddingGradient, project_embedding_gradient, samples)
 
 void run(const ExponentSum<float>& p, void* stream) { launch(exponent_sum<float>, p.samples, kRowThreads, stream, p); }
-void run(const ExponentSum<double>& p, void* stream) { launch(exponent_sum<double>, p.samples, kRowThreads, stream, p); }
+void run(const ExponentSum<double>& p, void* stream) {
+    launch(exponent_sum<double>, p.samples, kRowThreads, stream, p);
+}
 void run(const MarginRows& p, void* stream) {
     launch(margin_rows, (p.samples + kRowThreads - 1) / kRowThreads, kRowThreads, stream, p);
 }

@@ -19,12 +19,12 @@ FM_HD void margin_row(const MarginRows& p, int64_t i) {
         return;
     }
     double s = at(p.scale, i), cosine = p.target_cosine[i];
-    Margin m = apply_margin(cosine, at(p.m1, i), at(p.m2, i), at(p.m3, i), at(p.annealing, i), p.beyond_pi,
-                            p.easy, p.straight_through, p.smallest_sine);
+    Margin m = apply_margin(cosine, at(p.m1, i), at(p.m2, i), at(p.m3, i), at(p.annealing, i), p.beyond_pi, p.easy,
+                            p.straight_through, p.smallest_sine);
     double z = s * m.value;
     double gap = p.negative_logsumexp[i] - z; // -inf where there is no other class
     double tail = exp(-fabs(gap));
-    double nll = (gap > 0.0 ? gap : 0.0) + log1p(tail); // log(1 + exp(gap))
+    double nll = (gap > 0.0 ? gap : 0.0) + log1p(tail);     // log(1 + exp(gap))
     double other = (gap > 0.0 ? 1.0 : tail) / (1.0 + tail); // probability of all other classes
     // loss = nll_weight nll + smooth (lse sum_w - s (uniform - w_y cos) - w_y z), lse = z + nll
     double nll_weight = (1.0 - p.label_smoothing) * class_weight;

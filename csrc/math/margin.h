@@ -24,8 +24,8 @@ FM_HD double sine_ratio(double theta, double phi, double m1, double m2, double f
 }
 
 // annealing is SphereFace's lambda: the result is (lambda cos + psi) / (1 + lambda).
-FM_HD Margin apply_margin(double cosine, double m1, double m2, double m3, double annealing,
-                          BeyondPi beyond_pi, bool easy, bool straight_through, double smallest_sine) {
+FM_HD Margin apply_margin(double cosine, double m1, double m2, double m3, double annealing, BeyondPi beyond_pi,
+                          bool easy, bool straight_through, double smallest_sine) {
     const double pi = 3.14159265358979323846;
     double c = cosine > 1.0 ? 1.0 : (cosine < -1.0 ? -1.0 : cosine); // keeps NaN
     Margin m{c, 1.0, 0.0, 0.0, 0.0, 0.0};

@@ -15,6 +15,7 @@ class Kernels:
 
     def __init__(self, module, stream: int):
         self._module, self._stream = module, stream
+        self.class_major: bool = module.class_major  # a chunk's products lie in memory as (classes, N), not (N, classes)
 
     def __getattr__(self, name: str):
         return partial(getattr(self._module, name), self._stream)

@@ -43,7 +43,9 @@ def sweep(
 
 
 @sweep.register_fake
-def _(embeddings, weight, labels, scale, scale_value, class_weight, uniform, nearest, ignore_index, workspace_bytes, keep):
+def _(
+    embeddings, weight, labels, scale, scale_value, class_weight, uniform, nearest, ignore_index, workspace_bytes, keep
+):
     compute = _sweep.compute_dtype(embeddings, weight)
     samples = 0 if embeddings is None else embeddings.shape[0]
     plan = make_plan(samples, weight, compute, nearest=nearest, keep=keep, workspace_bytes=workspace_bytes)
@@ -73,7 +75,20 @@ def sweep_backward(
 
 
 @sweep_backward.register_fake
-def _(upstream, embeddings, weight, labels, scale, scale_value, class_weight, saved, nearest, workspace_bytes, need_embeddings, need_weight):
+def _(
+    upstream,
+    embeddings,
+    weight,
+    labels,
+    scale,
+    scale_value,
+    class_weight,
+    saved,
+    nearest,
+    workspace_bytes,
+    need_embeddings,
+    need_weight,
+):
     return (
         torch.empty_like(embeddings, memory_format=torch.contiguous_format) if need_embeddings else weight.new_empty(0),
         torch.empty_like(weight) if need_weight else weight.new_empty(0),

@@ -109,7 +109,7 @@ def forward(
             result.nearest_index.zero_()
             result.nearest_index[:1] = 1
         advise_huge_pages(result.kept)
-        scratch = Scratch(samples, plan, result.kept)
+        scratch = Scratch(samples, plan, result.kept, run.class_major)
         sums = result.target_cosine.new_empty(plan.chunks, samples)
         exponents = result.exponent if shared is None else torch.empty_like(sums)
         for k in range(plan.chunks):
@@ -134,7 +134,9 @@ def forward(
             if shared is not None:
                 result.exponent.fill_(shared)
             if uniform:
-                torch.mv(result.normalized_embeddings.double(), result.uniform_weight.double(), out=result.uniform_cosine)
+                torch.mv(
+                    result.normalized_embeddings.double(), result.uniform_weight.double(), out=result.uniform_cosine
+                )
         if nearest:
             result.nearest_cosine.masked_fill_(result.nearest_cosine < -2.0, math.nan).clamp_(-1.0, 1.0)
     return result
@@ -157,18 +159,20 @@ def update_nearest(run, rows: ClassRows, plan: Plan, columns: Tensor, column_beg
 
 
 class Scratch:
-    """Where a chunk's products go: their kept place, or a buffer that the next chunk overwrites."""
+    """Where a chunk's products (N, classes) go: their kept place, or a buffer that the next chunk overwrites."""
 
-    def __init__(self, samples: int, plan: Plan, kept: Tensor):
-        self.samples, self.plan, self.kept = samples, plan, kept
+    def __init__(self, samples: int, plan: Plan, kept: Tensor, class_major: bool):
+        self.samples, self.plan, self.kept, self.class_major = samples, plan, kept, class_major
         self.buffer = kept.new_empty(samples * plan.chunk if plan.kept < plan.chunks else 0)
         advise_huge_pages(self.buffer)
 
     def __call__(self, k: int) -> Tensor:
         begin, end = self.plan.bounds(k)
         if k < self.plan.kept:
-            return self.kept[self.samples * begin : self.samples * end].view(self.samples, end - begin)
-        return self.buffer[: self.samples * (end - begin)].view(self.samples, end - begin)
+            flat = self.kept[self.samples * begin : self.samples * end]
+        else:
+            flat = self.buffer[: self.samples * (end - begin)]
+        return flat.view(end - begin, self.samples).t() if self.class_major else flat.view(self.samples, end - begin)
 
 
 def empty_sweep(
@@ -231,13 +235,15 @@ def backward(
         rows = ClassRows(weight, compute)
         dense = embeddings is not None and upstream.negative_logsumexp is not None
         target_gradient = (
-            saved.target_cosine.new_zeros(samples) if upstream.target_cosine is None else upstream.target_cosine.contiguous()
+            saved.target_cosine.new_zeros(samples)
+            if upstream.target_cosine is None
+            else upstream.target_cosine.contiguous()
         )
         if dense:
             row_scale = row_scales(upstream.negative_logsumexp, saved)  # (chunks or 1, N)
             shared = row_scale.shape[0] == 1
             to_classes = row_scale * (scale_value if scale is None else scale)
-            scratch, left = Scratch(samples, plan, saved.kept), torch.empty_like(x_hat)
+            scratch, left = Scratch(samples, plan, saved.kept, run.class_major), torch.empty_like(x_hat)
             partial = None if shared else torch.empty_like(d_embeddings)
             discard = torch.empty_like(saved.target_cosine)
         if need_weight:

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from emulation import build
 from problems import ours, problem, relative_error
 
 import fused_margin as fm
+from emulation import build
 from fused_margin.ops import library, sweep
 from fused_margin.ops.backend import Kernels
 
@@ -32,10 +32,10 @@ def compare(emulated, monkeypatch):
 
 
 CASES = {
-    "everything": dict(scale=64.0, exclusive_weight=0.7, label_smoothing=0.1),
-    "feature norm": dict(scale=None, class_weight=torch.rand(333, dtype=torch.float64), label_smoothing=0.1),
-    "own exponent per row": dict(scale=300.0),
-    "recomputed": dict(scale=64.0, exclusive_weight=0.1, workspace_mb=1e-6),
+    "everything": {"scale": 64.0, "exclusive_weight": 0.7, "label_smoothing": 0.1},
+    "feature norm": {"scale": None, "class_weight": torch.rand(333, dtype=torch.float64), "label_smoothing": 0.1},
+    "own exponent per row": {"scale": 300.0},
+    "recomputed": {"scale": 64.0, "exclusive_weight": 0.1, "workspace_mb": 1e-6},
 }
 
 

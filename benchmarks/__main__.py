@@ -1,0 +1,161 @@
+"""Command line: run suites, print the tables, write the JSON file and the picture beside it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from . import tables, targets
+from .figures import draw
+from .memory import limit_to_available
+from .problems import Shape
+from .results import Report, cpu_name
+from .suites import Runner
+
+Suite = Literal["step", "exclusive", "memory", "accuracy"]
+ShapeArgument = Annotated[
+    Shape,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="NxDxC",
+        instance_from_str=lambda strings: Shape.parse(strings[0]),
+        is_instance=lambda instance: isinstance(instance, Shape),
+        str_from_instance=lambda instance: [str(instance)],
+    ),
+]
+MEMORY_SHAPES = (Shape(256, 512, 10_000), Shape(256, 512, 100_000), targets.MEMORY)
+ACCURACY_SHAPE = Shape(256, 512, 20_000)  # float64 answers stay quick
+TABLE_WIDTH = 140  # where the output is a file
+
+
+@dataclass
+class Options:
+    """Measure fused_margin beside its peers: time, peak memory and accuracy."""
+
+    suites: tyro.conf.Positional[tuple[Suite, ...]] = ("step", "exclusive", "memory", "accuracy")
+    """Suites to run; each stands alone."""
+
+    output: Path | None = None
+    """JSON file to write, the picture beside it as .png; by default named after the processor."""
+
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where to measure."""
+
+    threads: int | None = None
+    """CPU threads; by default torch's own choice."""
+
+    rounds: int = 15
+    """Timed rounds; each runs every contestant once."""
+
+    warmup: int = 2
+    """Rounds before those, not counted."""
+
+    compiled: bool = True
+    """Let torch.compile take part (its compilation takes minutes)."""
+
+    quick: bool = False
+    """Tiny problems and few rounds: shows that the harness works, measures nothing of worth."""
+
+    step_shapes: tuple[ShapeArgument, ...] = (targets.STEP, targets.TALL_STEP)
+    """Problems of the step suite."""
+
+    exclusive_shape: ShapeArgument = targets.EXCLUSIVE
+    """Problem of the exclusive suite; N plays no part in it."""
+
+    memory_shapes: tuple[ShapeArgument, ...] = MEMORY_SHAPES
+    """Problems of the memory suite, of one N and D."""
+
+    accuracy_shape: ShapeArgument = ACCURACY_SHAPE
+    """Problem of the accuracy suite."""
+
+    def __post_init__(self) -> None:
+        if self.quick:
+            self.rounds, self.warmup = 3, 1
+            self.step_shapes = (Shape(32, 64, 2_000),)
+            self.exclusive_shape = Shape(32, 64, 500)
+            self.memory_shapes = (Shape(32, 64, 1_000), Shape(32, 64, 2_000))
+            self.accuracy_shape = Shape(32, 64, 2_000)
+
+
+def default_output(device: str) -> Path:
+    name = torch.cuda.get_device_name() if device == "cuda" else cpu_name()
+    stem = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return Path(__file__).parent / "results" / f"{stem}-{torch.get_num_threads()}-threads.json"
+
+
+def run(options: Options, report: Report, console: Console) -> None:
+    """Run the suites asked for, and print each table as soon as it is complete."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[detail]}"),
+    )
+    with Progress(*columns, console=console) as progress:
+        runner = Runner(report, progress, options.rounds, options.warmup, options.compiled)
+        if "step" in options.suites:
+            for shape in options.step_shapes:
+                console.print(tables.time_table(runner.step(shape)))
+        if "exclusive" in options.suites:
+            console.print(tables.time_table(runner.exclusive(options.exclusive_shape)))
+        if "accuracy" in options.suites:
+            console.print(tables.accuracy_table(runner.accuracy(options.accuracy_shape)))
+            console.print(tables.check_table(report.checks))
+        if "memory" in options.suites:
+            console.print(tables.memory_table(runner.memory(list(options.memory_shapes))))
+    report.complete = True
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = tyro.cli(Options, prog="python -m benchmarks", args=arguments)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=TABLE_WIDTH)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    limit_to_available(options.device)
+    output = options.output or default_output(options.device)
+    command = shlex.join(["python", "-m", "benchmarks", *arguments])
+    report = Report(command, options.device, torch.get_num_threads())
+    try:
+        run(options, report, console)
+    except KeyboardInterrupt:
+        for section in report.sections[-1:]:
+            console.print(tables.table_of(section))
+        console.print("[yellow]Interrupted: kept what was measured so far.[/]")
+    finally:
+        verdicts = targets.judge(report)
+        report.write(output, verdicts)
+        draw(report, output.with_suffix(".png"))
+    if verdicts:
+        console.print(tables.target_table(verdicts))
+    console.print(f"Wrote {output} and the picture beside it.")
+
+
+def keep_freed_memory() -> None:
+    """Start again with a malloc that reuses large blocks, for every contestant alike.
+
+    By default each of them is returned to the system and its next pages are faulted in one by one, which
+    costs whoever allocates more than arithmetic does, and differs from run to run on a virtual machine.
+    """
+    settings = {"MALLOC_MMAP_THRESHOLD_": str(2**40), "MALLOC_TRIM_THRESHOLD_": str(2**40)}
+    if not settings.items() <= os.environ.items():
+        os.execve(sys.executable, [sys.executable, "-m", "benchmarks", *sys.argv[1:]], {**os.environ, **settings})
+
+
+if __name__ == "__main__":
+    keep_freed_memory()
+    main()

@@ -1,0 +1,1 @@
+"""Single operations of ours, by pytest-benchmark."""

@@ -1,0 +1,154 @@
+"""What a run found, what it ran on, and the file both are written to."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fused_margin as fm
+
+from .edges import Check
+from .peers import Contestant
+from .problems import Shape
+from .timing import quartiles, ratio
+
+
+@dataclass
+class Entry:
+    """One contestant in one section. What was not measured stays empty."""
+
+    name: str
+    objective: str
+    reference: str
+    variant: str = ""
+    variants: dict[str, float] = field(default_factory=dict)  # median seconds of a first look
+    seconds: list[float] = field(default_factory=list)  # one per round
+    errors: dict[str, float] = field(default_factory=dict)  # relative, against float64
+    peak_bytes: int | None = None
+    failure: str | None = None
+
+    @property
+    def gradient_error(self) -> float | None:
+        """The worse of the two gradients; None where none was computed."""
+        return max((self.errors[key] for key in self.errors if key != "loss"), default=None)
+
+
+@dataclass
+class Section:
+    """All contestants on one problem."""
+
+    suite: str
+    shape: Shape
+    entries: list[Entry] = field(default_factory=list)
+
+    @property
+    def label(self) -> str:
+        """The problem in words; the exclusive term has no embeddings."""
+        label = self.shape.label
+        return label if self.suite != "exclusive" else label[label.index("D=") :]
+
+    def add(self, contestant: Contestant) -> Entry:
+        entry = Entry(contestant.name, contestant.objective, contestant.reference)
+        self.entries.append(entry)
+        return entry
+
+    def find(self, name: str) -> Entry | None:
+        return next((entry for entry in self.entries if entry.name == name), None)
+
+    def ratio(self, name: str, reference: str) -> float | None:
+        """Time of one over time of the other, where both were timed."""
+        mine, theirs = self.find(name), self.find(reference)
+        if mine and theirs and mine.seconds and theirs.seconds:
+            return ratio(mine.seconds, theirs.seconds)
+        return None
+
+    def summary(self) -> dict[str, Any]:
+        rows = []
+        for entry in self.entries:
+            row = asdict(entry)
+            if entry.seconds:
+                lower, median, upper = quartiles(entry.seconds)
+                row |= {"lower_quartile": lower, "median": median, "upper_quartile": upper}
+                row["ratio"] = self.ratio(entry.name, entry.reference)
+            rows.append(row)
+        return {"shape": asdict(self.shape), "contestants": rows}
+
+
+@dataclass
+class Report:
+    """Everything one run found; sections appear as they begin and fill as they are measured."""
+
+    command: str
+    device: str
+    threads: int
+    sections: list[Section] = field(default_factory=list)
+    checks: list[Check] = field(default_factory=list)
+    complete: bool = False
+
+    def section(self, suite: str, shape: Shape) -> Section:
+        self.sections.append(Section(suite, shape))
+        return self.sections[-1]
+
+    def of(self, suite: str, shape: Shape | None = None) -> list[Section]:
+        return [
+            section for section in self.sections if section.suite == suite and (shape is None or section.shape == shape)
+        ]
+
+    def summary(self) -> dict[str, Any]:
+        suites: dict[str, list[dict[str, Any]]] = {}
+        for section in self.sections:
+            suites.setdefault(section.suite, []).append(section.summary())
+        return {
+            "format": 1,
+            "command": self.command,
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "complete": self.complete,
+            "hardware": hardware(self.device),
+            "versions": versions(),
+            "threads": self.threads,
+            "suites": suites,
+            "edge_checks": [asdict(check) | {"passed": check.passed} for check in self.checks],
+        }
+
+    def write(self, path: Path, verdicts: list[Any]) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = self.summary() | {"targets": [asdict(verdict) for verdict in verdicts]}
+        path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def cpu_name() -> str:
+    if Path("/proc/cpuinfo").exists():
+        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+        if found:
+            return found[1]
+    return platform.processor() or platform.machine()
+
+
+def hardware(device: str) -> dict[str, Any]:
+    facts = {
+        "cpu": cpu_name(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+    }
+    if device == "cuda":
+        facts["gpu"] = torch.cuda.get_device_name()
+    return facts
+
+
+def versions() -> dict[str, Any]:
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "pytorch_metric_learning": version("pytorch-metric-learning"),
+        "fused_margin": fm.build_info(),
+    }

@@ -1,0 +1,205 @@
+"""The suites: time beside time, peak memory, and error against float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from rich.progress import Progress, TaskID
+
+from . import memory, peers, timing
+from .edges import check_edges
+from .peers import Contestant, LossStep, ProductsStep
+from .problems import Answer, Inputs, Shape, make_inputs, relative_error, truth
+from .results import Entry, Report, Section
+
+# What has an answer in float64. A contestant beyond the tolerances does not compute
+# what it is compared for, and is not timed.
+TRUTHS = {"arcface", "normface", "exclusive"}
+LOSS_TOLERANCE = 1e-5
+GRADIENT_TOLERANCE = 1e-3
+
+
+@dataclass
+class Runner:
+    """Runs suites into a report, and shows where it is."""
+
+    report: Report
+    progress: Progress
+    rounds: int
+    warmup: int
+    compiled: bool
+
+    @property
+    def device(self) -> str:
+        return self.report.device
+
+    def step(self, shape: Shape) -> Section:
+        return self._compare("step", shape, self._step_contestants(shape))
+
+    def exclusive(self, shape: Shape) -> Section:
+        return self._compare("exclusive", shape, peers.exclusive_contestants())
+
+    def accuracy(self, shape: Shape) -> Section:
+        """Errors of the loss and of both gradients on one batch."""
+        section = self.report.section("accuracy", shape)
+        inputs = make_inputs(shape, self.device, batches=1)
+        contestants = [each for each in self._step_contestants(shape) if each.objective in TRUTHS]
+        exact = self._truths(contestants, inputs)
+        with self._stage(f"accuracy, {shape.label}", len(contestants)) as task:
+            for contestant in contestants:
+                self._show(task, contestant.name)
+                entry = section.add(contestant)
+                with _unless_out_of_memory(entry):
+                    entry.variant, build = next(iter(contestant.variants.items()))
+                    entry.errors = _errors(build(inputs), exact[contestant.objective])
+                self.progress.advance(task)
+        self.report.checks = check_edges(self.device)
+        return section
+
+    def memory(self, shapes: list[Shape]) -> list[Section]:
+        """Peak memory of a step at growing C; beyond the machine, an estimate."""
+        sections = []
+        measured: dict[str, tuple[int, int]] = {}  # name -> (classes, bytes)
+        for shape in sorted(shapes, key=lambda shape: shape.classes):
+            section = self.report.section("memory", shape)
+            sections.append(section)
+            contestants = [each for each in self._step_contestants(shape) if each.objective in TRUTHS]
+            with self._stage(f"memory, {shape.label}", len(contestants)) as task:
+                for contestant in contestants:
+                    self._show(task, contestant.name)
+                    entry = section.add(contestant)
+                    entry.variant = self._chosen(contestant, shape.rows)
+                    known = measured.get(contestant.name)
+                    self._measure(entry, "step", shape, known)
+                    if entry.peak_bytes is not None:
+                        measured[contestant.name] = shape.classes, entry.peak_bytes
+                    self.progress.advance(task)
+        return sections
+
+    def _step_contestants(self, shape: Shape) -> list[Contestant]:
+        return peers.step_contestants(shape.rows, self.device, self.compiled)
+
+    def _compare(self, suite: str, shape: Shape, contestants: list[Contestant]) -> Section:
+        """Check every contestant, time them side by side, then measure the memory of each."""
+        section = self.report.section(suite, shape)
+        inputs = make_inputs(shape, self.device)
+        steps: dict[str, LossStep | ProductsStep] = {}
+        with self._stage(f"{suite}, {section.label}: check", len(contestants)) as task:
+            exact = self._truths(contestants, inputs)
+            for contestant in contestants:
+                self._show(task, contestant.name)
+                entry = section.add(contestant)
+                with _unless_out_of_memory(entry):
+                    step = self._choose(entry, contestant, inputs)
+                    if isinstance(step, LossStep):
+                        entry.errors = _errors(step, exact[contestant.objective])
+                        entry.failure = _fault(entry)
+                    if entry.failure is None:
+                        steps[contestant.name] = step
+                self.progress.advance(task)
+            del exact
+
+        self._time(section, steps)
+        steps.clear()
+
+        with self._stage(f"{suite}, {section.label}: memory", len(section.entries)) as task:
+            for entry in section.entries:
+                self._show(task, entry.name)
+                if entry.objective in TRUTHS and entry.failure is None:
+                    self._measure(entry, suite, shape)
+                self.progress.advance(task)
+        return section
+
+    def _time(self, section: Section, steps: dict[str, LossStep | ProductsStep]) -> None:
+        """Fill the samples of `section`; who runs out of memory leaves, the others go on."""
+        total, done = self.warmup + self.rounds, 0
+        with self._stage(f"{section.suite}, {section.label}: time", total) as task:
+            while steps and done < total:
+                try:
+                    for times in timing.interleaved(steps, total - done, self.device, seed=done):
+                        done += 1
+                        self.progress.advance(task)
+                        if done > self.warmup:
+                            for name, seconds in times.items():
+                                section.find(name).seconds.append(seconds)
+                except timing.StepFailed as failed:
+                    if not memory.is_out_of_memory(failed.__cause__):
+                        raise
+                    del steps[failed.name]
+                    entry = section.find(failed.name)
+                    entry.seconds, entry.failure = [], memory.does_not_fit(failed.__cause__)
+
+    def _choose(self, entry: Entry, contestant: Contestant, inputs: Inputs) -> LossStep | ProductsStep:
+        """The fastest variant, with all of them noted."""
+        steps = {name: build(inputs) for name, build in contestant.variants.items()}
+        if len(steps) > 1:
+            entry.variants = timing.fastest(steps, self.device)
+            entry.variant = min(entry.variants, key=entry.variants.__getitem__)
+        else:
+            (entry.variant,) = steps
+        return steps[entry.variant]
+
+    def _chosen(self, contestant: Contestant, rows: int) -> str:
+        """The variant that was fastest for these rows earlier in this run, else the first."""
+        for section in self.report.of("step"):
+            entry = section.find(contestant.name)
+            if section.shape.rows == rows and entry and entry.variant in contestant.variants:
+                return entry.variant
+        return next(iter(contestant.variants))
+
+    def _measure(self, entry: Entry, suite: str, shape: Shape, known: tuple[int, int] | None = None) -> None:
+        if known is not None:
+            classes, peak = known
+            needed = memory.static_bytes(shape) + peak * shape.classes // classes
+            if needed > memory.USABLE * memory.available_bytes(self.device):
+                entry.failure = f"does not fit: would need about {needed / 2**30:.0f} GiB"
+                return
+        job = memory.Job(suite, entry.name, entry.variant, shape, self.device, self.report.threads)
+        peak = memory.measure(job)
+        entry.peak_bytes, entry.failure = peak.bytes, peak.failure
+
+    def _truths(self, contestants: list[Contestant], inputs: Inputs) -> dict[str, Answer]:
+        objectives = {each.objective for each in contestants} & TRUTHS
+        batch = inputs.embeddings[0], inputs.weight, inputs.labels[0]
+        return {objective: truth(objective, *batch) for objective in objectives}
+
+    @contextmanager
+    def _stage(self, name: str, total: int) -> Iterator[TaskID]:
+        task = self.progress.add_task(name, total=total, detail="")
+        if not self.progress.console.is_terminal:
+            self.progress.console.print(name)
+        try:
+            yield task
+        finally:
+            self.progress.remove_task(task)
+
+    def _show(self, task: TaskID, detail: str) -> None:
+        self.progress.update(task, detail=detail)
+
+
+def _errors(step: LossStep, exact: Answer) -> dict[str, float]:
+    answer = step.answer(0)
+    errors = {"loss": relative_error(answer.loss, exact.loss)}
+    if exact.embeddings is not None:
+        errors["embeddings"] = relative_error(answer.embeddings, exact.embeddings)
+    return errors | {"weight": relative_error(answer.weight, exact.weight)}
+
+
+def _fault(entry: Entry) -> str | None:
+    for name, error in entry.errors.items():
+        tolerance = LOSS_TOLERANCE if name == "loss" else GRADIENT_TOLERANCE
+        if not error <= tolerance:  # also where it is a NaN
+            return f"wrong: relative error {error:.1e} of {name}, tolerated {tolerance:.0e}"
+    return None
+
+
+@contextmanager
+def _unless_out_of_memory(entry: Entry) -> Iterator[None]:
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not memory.is_out_of_memory(error):
+            raise
+        entry.failure = memory.does_not_fit(error)

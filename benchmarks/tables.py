@@ -1,0 +1,108 @@
+"""The tables a run prints."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from .edges import Check
+from .results import Entry, Section
+from .targets import Verdict
+from .timing import quartiles
+
+ABSENT = "–"
+
+
+def mebibytes(count: int | None) -> str:
+    return ABSENT if count is None else f"{count / 2**20:,.0f}"
+
+
+def _error(value: float | None) -> str:
+    return ABSENT if value is None else f"{value:.1e}"
+
+
+def table_of(section: Section) -> Table:
+    """The table for whatever suite `section` belongs to."""
+    if section.suite == "memory":
+        return memory_table([section])
+    return accuracy_table(section) if section.suite == "accuracy" else time_table(section)
+
+
+def time_table(section: Section) -> Table:
+    """Time, ratio, memory and error, one contestant a row."""
+    title = f"{section.suite}: forward + backward, {section.label}"
+    table = Table(title=title, caption="ratio: of times within a round, to ours of the same loss")
+    table.add_column("contestant", no_wrap=True)
+    table.add_column("setting")
+    for heading in ("median ms", "quartiles", "ratio", "peak extra MiB", "gradient error"):
+        table.add_column(heading, justify="right")
+    for entry in section.entries:
+        if not entry.seconds:
+            table.add_row(entry.name, entry.failure or "not reached", style="yellow")
+            continue
+        lower, median, upper = (1e3 * value for value in quartiles(entry.seconds))
+        ratio = section.ratio(entry.name, entry.reference)
+        table.add_row(
+            entry.name,
+            entry.variant,
+            f"{median:,.1f}",
+            f"{lower:,.1f} … {upper:,.1f}",
+            ABSENT if ratio is None else f"{ratio:.2f}×",
+            entry.failure or mebibytes(entry.peak_bytes),
+            _error(entry.gradient_error),
+            style="bold" if entry.name == entry.reference else None,
+        )
+    return table
+
+
+def memory_table(sections: list[Section]) -> Table:
+    """Peak extra memory, one contestant a row, one number of classes a column."""
+    shape = sections[0].shape
+    table = Table(title=f"peak extra memory of a step, MiB, N={shape.rows:,}, D={shape.dim:,}")
+    table.add_column("contestant", no_wrap=True)
+    for section in sections:
+        table.add_column(f"C={section.shape.classes:,}", justify="right")
+    for name in dict.fromkeys(entry.name for section in sections for entry in section.entries):
+        table.add_row(name, *(_memory(section.find(name)) for section in sections))
+    return table
+
+
+def _memory(entry: Entry | None) -> str:
+    if entry is None:
+        return ABSENT
+    return entry.failure or mebibytes(entry.peak_bytes)
+
+
+def accuracy_table(section: Section) -> Table:
+    table = Table(title=f"relative error against float64, {section.shape.label}")
+    table.add_column("contestant", no_wrap=True)
+    for heading in ("loss", "dX", "dW"):
+        table.add_column(heading, justify="right")
+    for entry in section.entries:
+        if entry.failure:
+            table.add_row(entry.name, entry.failure, style="yellow")
+        else:
+            keys = ("loss", "embeddings", "weight")
+            table.add_row(entry.name, *(_error(entry.errors.get(key)) for key in keys))
+    return table
+
+
+def check_table(checks: list[Check]) -> Table:
+    table = Table("case", title="where formulas break")
+    for heading in ("measured", "bound", "passed?"):
+        table.add_column(heading, justify="right")
+    for check in checks:
+        table.add_row(check.case, f"{check.measured:.1e}", f"{check.bound:.0e}", _yes_or_no(check.passed))
+    return table
+
+
+def target_table(verdicts: list[Verdict]) -> Table:
+    table = Table("goal", "target", title="targets")
+    table.add_column("measured", justify="right")
+    table.add_column("met?", justify="right")
+    for verdict in verdicts:
+        table.add_row(verdict.goal, verdict.target, verdict.measured, _yes_or_no(verdict.met))
+    return table
+
+
+def _yes_or_no(answer: bool) -> str:
+    return "[green]yes[/]" if answer else "[red]no[/]"
