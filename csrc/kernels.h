@@ -35,7 +35,7 @@ template <class T> struct TargetCosine {
     MatrixView weight;     // [C, D]
     const int64_t* labels; // [N]
     double* cosine;        // [N]
-    int64_t* bad_label;    // one element, set to label + 1 or its complement when negative; or null
+    int64_t* bad_label;    // one element, set to label + 1, or to label where it is negative; or null
     int64_t samples, classes, size, ignore_index; // N, C, D
 };
 

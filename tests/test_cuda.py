@@ -67,7 +67,7 @@ def test_a_side_stream_and_no_host_sync():
 
 
 def test_a_captured_graph_replays():
-    x, w, y = on_device(*(t.float() if t.is_floating_point() else t for t in problem(65, 3001, 64)))
+    x, _, y = on_device(*(t.float() if t.is_floating_point() else t for t in problem(65, 3001, 64)))
     x.requires_grad_()
     loss_fn = fm.ArcFaceLoss(3001, 64, device="cuda")
     step = torch.cuda.make_graphed_callables(lambda a, b: loss_fn(a, b), (x, y))

@@ -4,12 +4,16 @@
 #include "../kernels.h"
 
 // X(params) for every kernel's params struct
-#define FM_ALL_KERNELS(X)                                                                                              \
-    X(RowNormalize<float>)                                                                                             \
-    X(RowNormalize<double>) X(TargetCosine<float>) X(TargetCosine<double>) X(ExponentSum<float>)                       \
-        X(ExponentSum<double>) X(MarginRows) X(ProjectWeightGradient<float>) X(ProjectWeightGradient<double>)          \
-            X(ProjectEmbeddingGradient<float>) X(ProjectEmbeddingGradient<double>) X(NearestTile<float>)               \
-                X(NearestTile<double>)
+// clang-format off
+#define FM_ALL_KERNELS(X)                                                  \
+    X(RowNormalize<float>)             X(RowNormalize<double>)             \
+    X(TargetCosine<float>)             X(TargetCosine<double>)             \
+    X(ExponentSum<float>)              X(ExponentSum<double>)              \
+    X(MarginRows)                                                          \
+    X(ProjectWeightGradient<float>)    X(ProjectWeightGradient<double>)    \
+    X(ProjectEmbeddingGradient<float>) X(ProjectEmbeddingGradient<double>) \
+    X(NearestTile<float>)              X(NearestTile<double>)
+// clang-format on
 
 namespace fm::cpu {
 
