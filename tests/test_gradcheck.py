@@ -10,6 +10,17 @@ import fused_margin as fm
 from fused_margin.functional import cosine_logsumexp, exclusive_regularization, margin_cross_entropy
 
 SIZE = (6, 9, 5)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Thousands of tiny calls: waking threads for them takes longer than they do."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 EXACT = {name: margin for name, margin in MARGINS.items() if margin.get("gradient") != "straight_through"}
 
 

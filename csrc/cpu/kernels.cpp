@@ -66,8 +66,14 @@ inline double inverse_norm_of(double squares) {
     return norm < kSmallestNorm ? 0.0 : 1.0 / norm; // NaN stays NaN
 }
 
+// Threads worth waking for work on so many numbers: a team costs microseconds, and far more on a busy machine.
+inline int threads_for(int64_t numbers) {
+    int64_t useful = 1 + numbers / 32768;
+    return useful < available_threads() ? static_cast<int>(useful) : available_threads();
+}
+
 template <class T> void row_normalize(const RowNormalize<T>& p) {
-#pragma omp parallel
+#pragma omp parallel num_threads(threads_for(p.count* p.size))
     {
         Scratch<T> buffer(p.size);
 #pragma omp for schedule(static)
@@ -83,7 +89,7 @@ template <class T> void row_normalize(const RowNormalize<T>& p) {
 }
 
 template <class T> void target_cosine(const TargetCosine<T>& p) {
-#pragma omp parallel
+#pragma omp parallel num_threads(threads_for(p.samples* p.size))
     {
         Scratch<T> left(p.size), right(p.size);
 #pragma omp for schedule(static)
@@ -144,7 +150,7 @@ template <class T> inline void exponentials(const ExponentSum<T>& p, int64_t beg
 
 template <class T> void exponent_sum(const ExponentSum<T>& p) {
     const int64_t samples = p.samples;
-    const int threads = available_threads();
+    const int threads = threads_for(samples * p.chunk);
     for (int64_t i = 0; i < samples; ++i) {
         int64_t target = p.labels[i] - p.class_begin;
         if (target >= 0 && target < p.chunk) p.products[target * samples + i] = own_class<T>;
@@ -181,7 +187,7 @@ template <class T> void exponent_sum(const ExponentSum<T>& p) {
 }
 
 void margin_rows(const MarginRows& p) {
-#pragma omp parallel for schedule(static) if (p.samples > 256)
+#pragma omp parallel for schedule(static) num_threads(threads_for(64 * p.samples))
     for (int64_t i = 0; i < p.samples; ++i) margin_row(p, i);
 }
 
@@ -193,7 +199,7 @@ template <class T> inline void project_out(T* g, const T* direction, T unit, T i
 }
 
 template <class T> void project_weight_gradient(const ProjectWeightGradient<T>& p) {
-#pragma omp parallel
+#pragma omp parallel num_threads(threads_for(p.chunk* p.size))
     {
         Scratch<T> own(p.size), other(p.size);
 #pragma omp for schedule(static)
@@ -228,7 +234,7 @@ template <class T> void project_weight_gradient(const ProjectWeightGradient<T>& 
 }
 
 template <class T> void project_embedding_gradient(const ProjectEmbeddingGradient<T>& p) {
-#pragma omp parallel
+#pragma omp parallel num_threads(threads_for(p.samples* p.size))
     {
         Scratch<T> buffer(p.size);
 #pragma omp for schedule(static)
@@ -297,7 +303,7 @@ template <class T> inline void offer(const NearestTile<T>& p, int64_t to, T cosi
 template <class T> void nearest_tile(const NearestTile<T>& p) {
     const bool diagonal = p.row_begin == p.column_begin;
     const T* column_norm = p.inverse_norm + p.column_begin;
-    const int threads = available_threads();
+    const int threads = threads_for(p.rows * p.columns);
     // every thread's best row of every column, merged in ascending row order afterwards
     Scratch<T> best(threads * p.columns);
     Scratch<int32_t> best_row(threads * p.columns);
@@ -318,7 +324,7 @@ template <class T> void nearest_tile(const NearestTile<T>& p) {
         }
     }
     if (diagonal) return; // the tile is symmetric: its rows have seen everything
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) num_threads(threads_for(p.columns* threads))
     for (int64_t j = 0; j < p.columns; ++j)
         for (int t = 0; t < threads; ++t) {
             int32_t row = best_row[t * p.columns + j];

@@ -19,16 +19,16 @@ template <> struct Exponential<float> {
 
     FM_HD float operator()(float cosine) const {
         constexpr float magic = 12582912.0f; // 1.5 * 2^23: adding it rounds to an integer
-        float n = (cosine * high + magic) - magic;
-        float f = (cosine * high - n) + cosine * low; // in [-0.5, 0.5]
+        float n = multiply_add(cosine, high, magic) - magic;
+        float f = multiply_add(cosine, low, multiply_add(cosine, high, -n)); // in [-0.5, 0.5]
         // minimax in relative error for 2^f, 1.9e-9
         float p = 1.53458119978e-4f;
-        p = p * f + 1.33999312191e-3f;
-        p = p * f + 9.61848895713e-3f;
-        p = p * f + 5.55032877697e-2f;
-        p = p * f + 2.40226468906e-1f;
-        p = p * f + 6.93147205737e-1f;
-        p = p * f + 1.0f;
+        p = multiply_add(p, f, 1.33999312191e-3f);
+        p = multiply_add(p, f, 9.61848895713e-3f);
+        p = multiply_add(p, f, 5.55032877697e-2f);
+        p = multiply_add(p, f, 2.40226468906e-1f);
+        p = multiply_add(p, f, 6.93147205737e-1f);
+        p = multiply_add(p, f, 1.0f);
         float power = n - k;
         float value = float_of(bits_of(p) + (static_cast<uint32_t>(static_cast<int32_t>(power)) << 23));
         return power < -125.0f ? 0.0f : value; // no denormals

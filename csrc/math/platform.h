@@ -27,4 +27,13 @@ FM_HD float float_of(uint32_t bits) {
     return value;
 }
 
+// a * b + c, rounded once where the processor can, whatever the compiler makes of the loop around it.
+FM_HD float multiply_add(float a, float b, float c) {
+#if defined(__CUDACC__) || defined(__FMA__)
+    return fmaf(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
+
 } // namespace fm

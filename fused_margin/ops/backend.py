@@ -15,7 +15,8 @@ class Kernels:
 
     def __init__(self, module, stream: int):
         self._module, self._stream = module, stream
-        self.class_major: bool = module.class_major  # a chunk's products lie in memory as (classes, N), not (N, classes)
+        # whether a chunk's products lie in memory as (classes, N) or as (N, classes)
+        self.class_major: bool = module.class_major
 
     def __getattr__(self, name: str):
         return partial(getattr(self._module, name), self._stream)
