@@ -1,0 +1,1 @@
+"""The reference trainer: from images of identities to a verification score."""

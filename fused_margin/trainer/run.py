@@ -1,0 +1,168 @@
+"""One run from images to report: data, training, verification, files."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import fused_margin as fm
+
+from .checkpoint import FILE_NAME, CheckpointError, load_checkpoint, save_checkpoint
+from .config import TrainConfig
+from .data import Splits, load_splits
+from .evaluate import Evaluation, evaluate
+from .figures import draw_report
+from .loop import Trainer
+
+NAMED_FILES = 5  # unreadable images that are listed; the report has all
+
+
+def run(config: TrainConfig, console: Console) -> dict[str, Any]:
+    """Train or continue, verify, and write checkpoint, report.json and report.png to the output.
+
+    Raises:
+        CheckpointError: the output holds a run already, or the one to resume cannot be.
+        DataError: the images do not allow training or verification.
+        Interrupted: stopped by a signal; a checkpoint is left.
+        FloatingPointError: the training diverged.
+    """
+    output = config.output
+    checkpoint = output / FILE_NAME
+    if not config.resume and checkpoint.exists():
+        raise CheckpointError(f"{output} holds a run: continue it with --resume or name another --output")
+    state = load_checkpoint(checkpoint) if config.resume else None
+
+    started = time.monotonic()
+    with console.status("reading the images"):
+        splits = load_splits(
+            config.data,
+            config.model.image_size,
+            config.model.channels,
+            config.test_fraction,
+            config.seed,
+        )
+    data_seconds = time.monotonic() - started
+    trainer = Trainer(config, splits)
+    if state is not None:
+        trainer.load_state_dict(state)
+    output.mkdir(parents=True, exist_ok=True)
+    _print_start(console, trainer, splits)
+    trainer.fit(console, lambda: save_checkpoint(checkpoint, trainer.state_dict()))
+
+    started = time.monotonic()
+    with console.status("verifying"):
+        evaluation = evaluate(trainer.backbone, trainer.class_weight, splits, config, trainer.fabric.device)
+    unreadable = sorted(trainer.unreadable.union(evaluation.unreadable))
+    report = _report(config, trainer, splits, evaluation, unreadable)
+    draw_report(
+        output / "report.png",
+        f"{config.data}: {len(splits.test.identities)} unseen identities, "
+        f"accuracy {report['verification']['accuracy']:.2%}",
+        evaluation,
+        config.evaluation.far,
+        trainer.losses,
+        config.epochs,
+    )
+    report["seconds"] = {
+        "data": round(data_seconds, 2),
+        "training": round(trainer.seconds, 2),
+        "evaluation": round(time.monotonic() - started, 2),
+    }
+    (output / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    _print_report(console, report, output)
+    return report
+
+
+def _report(
+    config: TrainConfig,
+    trainer: Trainer,
+    splits: Splits,
+    evaluation: Evaluation,
+    unreadable: list[str],
+) -> dict[str, Any]:
+    accuracy = evaluation.accuracy.accuracy
+    mean, std = evaluation.separability
+    return {
+        "data": {
+            "description": splits.description,
+            "train": {"identities": splits.train.num_classes, "images": len(splits.train)},
+            "test": {"identities": splits.test.num_classes, "images": len(splits.test)},
+            "unreadable": unreadable,
+        },
+        "verification": {
+            "accuracy": float(accuracy.mean()),
+            "accuracy_std": float(accuracy.std()),
+            "fold_accuracy": accuracy.tolist(),
+            "fold_threshold": evaluation.accuracy.threshold.tolist(),
+            "auc": evaluation.auc,
+            "far": config.evaluation.far,
+            "tar_at_far": evaluation.tar,
+            "pairs": evaluation.num_pairs,
+            "folds_share_no_identity": evaluation.folds_disjoint,
+        },
+        "separability": {"mean": mean, "std": std},
+        "training": {
+            "steps": trainer.step,
+            "first_loss": _mean(trainer.losses[:20]),
+            "last_loss": _mean(trainer.losses[-20:]),
+            "backbone_parameters": trainer.num_parameters,
+        },
+        "versions": {
+            "fused_margin": fm.build_info()["version"],
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        "device": str(trainer.fabric.device),
+        "threads": torch.get_num_threads(),
+        "config": config.to_dict(),
+    }
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _print_start(console: Console, trainer: Trainer, splits: Splits) -> None:
+    console.print(
+        f"[bold]{splits.description}[/bold]\n"
+        f"train: {splits.train.num_classes:,} identities, {len(splits.train):,} images; "
+        f"verify: {splits.test.num_classes:,} others, {len(splits.test):,} images\n"
+        f"ResNet20 with {trainer.num_parameters:,} parameters, "
+        f"{trainer.total_steps:,} steps on {trainer.fabric.device}",
+        highlight=False,
+    )
+    if trainer.step:
+        console.print(f"continuing at step {trainer.step:,}", highlight=False)
+
+
+def _print_report(console: Console, report: dict[str, Any], output: Path) -> None:
+    verification, separability = report["verification"], report["separability"]
+    seconds, training = report["seconds"], report["training"]
+    table = Table(title="Verification on identities not trained on", show_header=False)
+    table.add_row(
+        f"accuracy, {len(verification['fold_accuracy'])} folds, {verification['pairs']:,} pairs",
+        f"{verification['accuracy']:.2%} ± {verification['accuracy_std']:.2%}",
+    )
+    table.add_row("area under the ROC curve", f"{verification['auc']:.4f}")
+    table.add_row(f"TAR at FAR = {verification['far']:g}", f"{verification['tar_at_far']:.2%}")
+    table.add_row("Sep of the class weights", f"{separability['mean']:.3f} ± {separability['std']:.3f}")
+    if training["last_loss"] is not None:
+        table.add_row("loss, first to last", f"{training['first_loss']:.2f} to {training['last_loss']:.2f}")
+    table.add_row(
+        "seconds: data, training, verification",
+        " + ".join(f"{seconds[part]:.0f}" for part in ("data", "training", "evaluation")),
+    )
+    console.print(table)
+    unreadable = report["data"]["unreadable"]
+    if unreadable:
+        named = ", ".join(unreadable[:NAMED_FILES])
+        more = f" and {len(unreadable) - NAMED_FILES} more" if len(unreadable) > NAMED_FILES else ""
+        console.print(f"left out {len(unreadable)} unreadable images: {named}{more}")
+    console.print(f"files in {output}: {FILE_NAME}, report.json, report.png", highlight=False, soft_wrap=True)

@@ -1,0 +1,145 @@
+"""The command line: usage, errors without a traceback, interruption and resumption of a real process."""
+
+import builtins
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fused_margin import cli
+from fused_margin.trainer.checkpoint import FILE_NAME
+
+TRAIN = [sys.executable, "-m", "fused_margin.cli", "train"]
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    """Each test has its own runs/."""
+    root = str(Path(cli.__file__).parents[1])
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.chdir(tmp_path)
+
+
+def fails(capsys, code, *arguments):
+    """Run a command that must fail with `code`; returns what it said."""
+    try:
+        returned = cli.main(list(arguments))
+    except SystemExit as exit_:
+        returned = exit_.code
+    streams = capsys.readouterr()
+    assert returned == code, streams
+    assert "Traceback" not in streams.out + streams.err
+    return " ".join((streams.out + streams.err).split())
+
+
+def test_usage(capsys):
+    assert cli.main([]) == 0
+    assert "usage: fused-margin" in capsys.readouterr().out
+    assert "invalid choice: 'trian'" in fails(capsys, 2, "trian")
+    assert "unrecognized arguments: --verbose" in fails(capsys, 2, "info", "--verbose")
+
+
+def test_info_needs_no_extra():
+    code = "import sys; sys.modules.update(dict.fromkeys({!r})); from fused_margin.cli import main; main(['info'])"
+    done = subprocess.run(
+        [sys.executable, "-c", code.format(list(cli.EXTRAS))], capture_output=True, text=True, check=True
+    )
+    assert "version: " in done.stdout and "kernels:" in done.stdout
+
+
+@pytest.mark.parametrize("module", ["lightning", "sklearn"])
+def test_missing_extra(module, monkeypatch, capsys):
+    for name in [n for n in sys.modules if n.startswith("fused_margin.trainer")]:
+        monkeypatch.delitem(sys.modules, name)
+    real_import = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name.partition(".")[0] == module:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        return real_import(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    said = fails(capsys, 1, "train")
+    package = cli.EXTRAS[module]
+    assert said == f'fused-margin train needs {package}: pip install "fused_margin[trainer]"'
+
+
+def test_every_option_is_explained(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["train", "--help"])
+    assert exit_.value.code == 0
+    help_text = capsys.readouterr().out
+    for words in ("--resume", "--optimizer.class-lr", "Additive angular margin in radians", "FOLDER/identity"):
+        assert words in help_text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--epochs -1", "epochs must be at least 1, got -1"),
+        ("--batch-size 0", "batch_size must be at least 1, got 0"),
+        ("--data no/such/folder", "no folder 'no/such/folder'"),
+        ("--test-fraction 1.5", "test_fraction must be between 0 and 1"),
+        ("--loss.scale nan", "loss.scale must be positive"),
+        ("--optimizer.lr 0", "optimizer.lr must be positive"),
+        ("--augmentation.noise -1", "noise must not be negative"),
+        ("--model.channels 2", "channels must be 1 or 3"),
+        ("--evaluation.folds 1", "evaluation.folds must be at least 2"),
+        ("--epochs ten", "invalid literal"),
+        ("--no-such-option", "no-such-option"),
+    ],
+)
+def test_invalid_options(capsys, options, message):
+    assert message in fails(capsys, 2, "train", *options.split())
+    assert not Path("runs").exists()
+
+
+def test_run_and_what_may_follow_it(capsys, tiny_options):
+    assert cli.main(["train", *tiny_options, "--output", "here"]) == 0
+    said = capsys.readouterr().out
+    assert "accuracy, 10 folds, 200 pairs" in said and "step 40/40" in said
+    report = Path("here/report.json").read_text()
+
+    assert "--resume" in fails(capsys, 1, "train", *tiny_options, "--output", "here")
+    assert Path("here/report.json").read_text() == report
+    said = fails(capsys, 1, "train", "--resume", "--output", "here", "--epochs", "3", "--workers", "0")
+    assert "--epochs 3 (the run has 2)" in said and "workers" not in said
+    assert "no checkpoint at nowhere" in fails(capsys, 1, "train", "--resume", "--output", "nowhere")
+    assert "no run to resume in runs/" in fails(capsys, 1, "train", "--resume")
+
+    assert cli.main(["train", "--resume", "--output", "here"]) == 0  # done: verifies again
+    again, before = json.loads(Path("here/report.json").read_text()), json.loads(report)
+    assert again["verification"] == before["verification"] and again["training"] == before["training"]
+
+    Path("here", FILE_NAME).write_bytes(b"damaged")
+    assert "cannot read the checkpoint" in fails(capsys, 1, "train", "--resume", "--output", "here")
+
+
+def test_folder_without_identities(capsys, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert "no identities in" in fails(capsys, 1, "train", "--data", "empty")
+
+
+def test_interrupt_a_process_and_finish_its_run(capsys, tiny_options):
+    options = [*tiny_options, "--epochs", "8", "--checkpoint-every", "5"]
+    process = subprocess.Popen([*TRAIN, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (found := list(Path("runs").glob(f"digits-*/{FILE_NAME}"))):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 130 and "Traceback" not in err
+    assert f"fused-margin train --resume --output {found[0].parent}" in out
+
+    assert cli.main(["train", "--resume"]) == 0  # finds the latest run, keeps its options
+    said = capsys.readouterr().out
+    assert "step 160/160" in said and "continuing at step" in said
+    assert json.loads((found[0].parent / "report.json").read_text())["training"]["steps"] == 160

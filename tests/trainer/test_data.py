@@ -1,0 +1,166 @@
+"""Identities of every source: disjoint, told apart as they should be, read as promised."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fused_margin.trainer.data import DataError, glyphs, load_splits
+from fused_margin.trainer.data.augment import AugmentationConfig, augment, gaussian_blur
+from fused_margin.trainer.data.base import TrainingBatches, data_loader, seeded_generator, to_input
+
+
+@pytest.fixture
+def identity_of(glyph_identities):
+    return {c: label for label, name in enumerate(glyph_identities[2]) for c in name}
+
+
+@pytest.mark.parametrize("alike", ["AΑА", "BΒВ", "oοо", "pр", "ÄӒ"])
+def test_characters_drawn_alike_are_one_identity(identity_of, alike):
+    assert len({identity_of[c] for c in alike}) == 1
+
+
+@pytest.mark.parametrize("unlike", ["ABCDE", "Oo0", "iıj", "EÉÈ", "bdpq", "ΦФ"])
+def test_other_characters_are_not(identity_of, unlike):
+    assert len({identity_of[c] for c in unlike}) == len(unlike)
+
+
+def test_enough_faces_and_no_blank_image(characters):
+    images, drawn, names = characters
+    assert len(names) > 3000
+    assert drawn.sum(dim=1).min() >= glyphs.MIN_FACES
+    assert torch.equal(images.flatten(2).any(dim=2), drawn)
+    assert " " not in names and "\u00a0" not in names
+
+
+def test_glyph_identities_have_distinct_images(glyph_identities):
+    images, labels, names = glyph_identities
+    counts = torch.bincount(labels)
+    assert len(counts) == len(names) > 2000
+    assert counts.min() >= glyphs.MIN_IMAGES
+    rows = torch.cat([labels[:, None].to(torch.uint8), (labels[:, None] // 256).to(torch.uint8), images.flatten(1)], 1)
+    assert len(torch.unique(rows, dim=0)) == len(images)  # no image twice in an identity
+
+
+@pytest.mark.parametrize("data", ["glyphs", "digits", "folder"])
+def test_identities_are_disjoint(data, glyph_identities, face_folder, monkeypatch):
+    monkeypatch.setattr(glyphs, "glyph_identities", lambda size: glyph_identities)
+    source = str(face_folder) if data == "folder" else data
+    splits = load_splits(source, (16, 16), 1, 0.3, seed=0)
+    train, test = splits.train, splits.test
+    assert not set(train.identities) & set(test.identities)
+    for part in (train, test):
+        assert part.labels.unique().tolist() == list(range(part.num_classes))
+        batch = part.__getitems__([0, len(part) - 1])
+        assert batch.images.shape == (2, 1, 16, 16) and batch.images.dtype == torch.uint8
+        assert batch.labels.tolist() == [0, part.num_classes - 1] or data == "digits"
+    assert torch.bincount(test.labels).min() >= 2
+    other = load_splits(source, (16, 16), 1, 0.3, seed=1)
+    assert other.fingerprint() != splits.fingerprint()
+    assert load_splits(source, (16, 16), 1, 0.3, seed=0).fingerprint() == splits.fingerprint()
+
+
+def test_digits_are_the_ten_identities():
+    splits = load_splits("digits", (8, 8), 3, 0.3, seed=0)
+    assert sorted(splits.train.identities + splits.test.identities) == list("0123456789")
+    assert (splits.train.num_classes, splits.test.num_classes) == (7, 3)
+    assert len(splits.train) + len(splits.test) == 1797
+    assert splits.train.images.shape[1:] == (3, 8, 8)
+
+
+def test_folder_images_are_read_and_resized(face_folder):
+    splits = load_splits(str(face_folder), (10, 20), 3, 0.3, seed=0)
+    index = splits.train.labels.tolist().index(1)
+    image = splits.train.__getitems__([index]).images[0]
+    path = face_folder / splits.train.identities[1] / "0.png"
+    expected = np.asarray(Image.open(path).resize((20, 10), Image.Resampling.BILINEAR))
+    np.testing.assert_array_equal(image.permute(1, 2, 0).numpy(), expected)
+    assert to_input(torch.tensor([0, 255])).tolist() == [-1, 1]
+    assert "person_8" in splits.train.identities  # its one image makes no pair
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_unreadable_images_are_left_out_and_named(face_folder, tmp_path, workers):
+    root = tmp_path / "faces"
+    root.symlink_to(face_folder)
+    splits = load_splits(str(root), (8, 8), 1, 0.3, seed=0)
+    broken = {root / splits.train.identities[0] / "1.png", root / splits.train.identities[2] / "2.png"}
+    contents = {path: path.read_bytes() for path in broken}
+    first, second = sorted(broken)
+    try:
+        first.write_bytes(b"not an image")
+        second.write_bytes(contents[second][:60])  # cut off
+        sampler = TrainingBatches(len(splits.train), 4, epochs=1, seed=0)
+        batches = list(data_loader(splits.train, sampler, workers))
+    finally:
+        for path, content in contents.items():
+            path.write_bytes(content)
+    assert {name for batch in batches for name in batch.unreadable} == set(map(str, broken))
+    assert sum(len(batch.images) for batch in batches) == len(splits.train) - 2
+    assert all(len(batch.images) == len(batch.labels) for batch in batches)
+
+
+def test_folders_that_cannot_be_used(tmp_path):
+    with pytest.raises(DataError, match="no identities"):
+        load_splits(str(tmp_path), (8, 8), 1, 0.3, seed=0)
+    for name in ("a", "b", "c", "d"):
+        (tmp_path / name).mkdir()
+        Image.new("L", (8, 8)).save(tmp_path / name / "only.png")
+    with pytest.raises(DataError, match="0 of them with two images"):
+        load_splits(str(tmp_path), (8, 8), 1, 0.3, seed=0)
+
+
+def test_order_is_a_function_of_seed_and_step():
+    whole = list(TrainingBatches(50, 8, epochs=3, seed=5))
+    assert len(whole) == 21 and {len(b) for b in whole} == {7, 8}  # no small last batch
+    for epoch in range(3):
+        assert sorted(i for batch in whole[7 * epoch : 7 * epoch + 7] for i in batch) == list(range(50))
+    assert whole[:7] != whole[7:14]
+    resumed = TrainingBatches(50, 8, epochs=3, seed=5, start_step=10)
+    assert list(resumed) == whole[10:] and len(resumed) == 11
+    assert list(TrainingBatches(50, 8, epochs=3, seed=6)) != whole
+
+
+def test_augmentation_is_a_function_of_the_generator():
+    images = torch.rand(6, 3, 16, 12)
+    everything = AugmentationConfig(mirror=True)
+    first = augment(images, everything, seeded_generator(0, 1))
+    assert first.shape == images.shape and torch.isfinite(first).all()
+    assert torch.equal(first, augment(images, everything, seeded_generator(0, 1)))
+    assert not torch.equal(first, augment(images, everything, seeded_generator(0, 2)))
+    same = images[:1].expand(6, -1, -1, -1)
+    assert len(torch.unique(augment(same, everything, seeded_generator(0)), dim=0)) == 6
+    nothing = AugmentationConfig(rotation=0, scale=0, shear=0, shift=0, blur=0, noise=0)
+    assert torch.equal(augment(images, nothing, seeded_generator(0)), images)
+
+
+def test_each_augmentation_does_what_it_says():
+    nothing = dict.fromkeys(("rotation", "scale", "shear", "shift", "blur", "noise"), 0)
+    images = torch.rand(200, 1, 12, 12)
+    mirrored = augment(images, AugmentationConfig(**nothing, mirror=True), seeded_generator(0))
+    flipped = (mirrored == images.flip(-1)).flatten(1).all(1)
+    assert ((mirrored == images).flatten(1).all(1) ^ flipped).all() and 60 < flipped.sum() < 140
+
+    point = torch.zeros(400, 1, 33, 33)
+    point[:, :, 16, 16] = 1
+    moved = augment(point, AugmentationConfig(**{**nothing, "shift": 0.2}), seeded_generator(0)).flatten(2)
+    offsets = torch.cartesian_prod(torch.arange(33.0), torch.arange(33.0)) - 16
+    centre = (moved @ offsets).squeeze(1) / moved.sum(2)
+    assert 5 < centre.abs().max() < 0.2 * 33 + 1 and centre.mean(0).abs().max() < 0.6
+
+    rotated = augment(images, AugmentationConfig(**{**nothing, "rotation": 45}), seeded_generator(0))
+    assert (rotated[..., 5:7, 5:7].mean() - images.mean()).abs() < 0.05 and not torch.equal(rotated, images)
+    noisy = augment(torch.zeros(100, 1, 12, 12), AugmentationConfig(**{**nothing, "noise": 0.5}), seeded_generator(0))
+    assert 0.2 < noisy.std(dim=(1, 2, 3)).mean() < 0.3  # uniform up to 0.5
+
+
+def test_blur_keeps_the_sum_and_has_the_width_asked_for():
+    point = torch.zeros(3, 2, 21, 21)
+    point[:, :, 10, 10] = 1
+    blurred = gaussian_blur(point, torch.tensor([0.0, 1.0, 2.0]), 2.0)
+    torch.testing.assert_close(blurred.sum(dim=(2, 3)), torch.ones(3, 2))
+    torch.testing.assert_close(blurred[0], point[0])
+    rows = (torch.arange(21.0) - 10) ** 2
+    variance = (blurred.sum(dim=3) * rows).sum(dim=2)
+    torch.testing.assert_close(variance[1], torch.ones(2), rtol=0.02, atol=0)
+    assert (variance[2] > 3).all()  # four, but for the cut tails

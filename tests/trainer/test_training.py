@@ -1,0 +1,221 @@
+"""Training learns, survives interruption bit for bit, and reports what it measured."""
+
+import dataclasses
+import io
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+import fused_margin as fm
+from fused_margin.trainer import progress
+from fused_margin.trainer.checkpoint import FILE_NAME, CheckpointError, load_checkpoint, save_checkpoint
+from fused_margin.trainer.config import OptimizerConfig, TrainConfig
+from fused_margin.trainer.data import load_splits
+from fused_margin.trainer.data.augment import AugmentationConfig
+from fused_margin.trainer.interrupts import Interrupted
+from fused_margin.trainer.loop import Trainer, learning_rate_factor
+from fused_margin.trainer.model import ResNet20Config
+from fused_margin.trainer.run import run
+
+
+@pytest.fixture
+def console():
+    return Console(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def splits():
+    return load_splits("digits", (8, 8), 1, 0.3, seed=0)
+
+
+class StoppedTrainer(Trainer):
+    """Calls `stop` in the course of step number `at`."""
+
+    def __init__(self, config, splits, at, stop):
+        super().__init__(config, splits)
+        self.at, self.stop = at, stop
+
+    def _train_step(self, images, labels):
+        if self.step + 1 == self.at:
+            self.stop()
+        return super()._train_step(images, labels)
+
+
+def fit(config, splits, console, state=None, trainer=None):
+    """Train with checkpoints in the output folder; returns the trainer."""
+    trainer = trainer or Trainer(config, splits)
+    if state is not None:
+        trainer.load_state_dict(state)
+    config.output.mkdir(exist_ok=True)
+    trainer.fit(console, lambda: save_checkpoint(config.output / FILE_NAME, trainer.state_dict()))
+    return trainer
+
+
+def assert_same_state(ours, theirs):
+    """Equal in every bit, but for the time it took."""
+    assert ours.keys() == theirs.keys()
+    for name in ours.keys() - {"seconds", "config"}:
+        if isinstance(ours[name], dict):
+            assert_same_state(ours[name], theirs[name])
+        elif isinstance(ours[name], torch.Tensor):
+            assert torch.equal(ours[name], theirs[name]), name
+        else:
+            assert ours[name] == theirs[name], name
+
+
+def test_loss_falls_and_unseen_identities_are_verified(tiny_config, console):
+    nothing = dict.fromkeys(("rotation", "scale", "shear", "shift", "blur", "noise"), 0)
+    config = dataclasses.replace(
+        tiny_config,
+        epochs=8,
+        model=ResNet20Config(image_size=(16, 16), widths=(8, 8, 16, 16), embedding_size=16),
+        augmentation=AugmentationConfig(**nothing),
+    )
+    report = run(config, console)
+    assert report["training"]["steps"] == 160
+    assert report["training"]["last_loss"] < 0.6 * report["training"]["first_loss"]
+    assert report["verification"]["accuracy"] > 0.6
+    assert report["verification"]["auc"] > 0.65
+    written = json.loads((config.output / "report.json").read_text())
+    assert written["verification"] == report["verification"] and written.keys() == report.keys()
+    with Image.open(config.output / "report.png") as picture:
+        assert picture.width > 1000 and np.asarray(picture.convert("L")).std() > 10
+
+    weight = load_checkpoint(config.output / FILE_NAME)["model"]["loss_fn.weight"]
+    assert report["separability"]["mean"] == pytest.approx(fm.functional.separability(weight).mean)
+    torch.testing.assert_close(weight.norm(dim=1), torch.ones(7))  # projected after the last step
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_run_ends_as_the_unbroken_one(tiny_config, splits, console, tmp_path, signal_number):
+    unbroken = fit(dataclasses.replace(tiny_config, output=tmp_path / "unbroken"), splits, console)
+
+    before = signal.getsignal(signal_number)
+    stopped = StoppedTrainer(tiny_config, splits, 13, lambda: os.kill(os.getpid(), signal_number))
+    with pytest.raises(Interrupted):
+        fit(tiny_config, splits, console, trainer=stopped)
+    assert signal.getsignal(signal_number) is before
+    state = load_checkpoint(tiny_config.output / FILE_NAME)
+    assert state["step"] == 13 and len(state["losses"]) == 13
+    torch.manual_seed(99)  # another process does not start with this one's random numbers
+    resumed = fit(tiny_config, splits, console, state=state)
+    assert resumed.step == unbroken.step == 40
+    assert_same_state(resumed.state_dict(), unbroken.state_dict())
+
+
+def test_killed_run_goes_on_from_its_last_checkpoint(tiny_config, splits, console, tmp_path):
+    config = dataclasses.replace(tiny_config, checkpoint_every=10)
+    unbroken = fit(dataclasses.replace(config, output=tmp_path / "unbroken"), splits, console)
+
+    def die():
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        fit(config, splits, console, trainer=StoppedTrainer(config, splits, 27, die))
+    state = load_checkpoint(config.output / FILE_NAME)
+    assert state["step"] == 20
+    assert_same_state(fit(config, splits, console, state=state).state_dict(), unbroken.state_dict())
+
+
+def test_folder_of_faces_from_end_to_end(face_folder, tmp_path, console):
+    config = TrainConfig.defaults(str(face_folder))
+    assert config.augmentation.mirror and config.evaluation.flip == "concat"
+    config = dataclasses.replace(
+        config,
+        output=tmp_path / "run",
+        epochs=2,
+        batch_size=8,
+        accelerator="cpu",
+        model=dataclasses.replace(config.model, channels=3, image_size=(16, 16), widths=(4, 4, 8, 8)),
+        evaluation=dataclasses.replace(config.evaluation, pairs=40),
+    )
+    broken = face_folder / "person_3" / "9.jpg"
+    broken.write_bytes(b"\xff\xd8 nothing more")
+    try:
+        report = run(config, console)
+    finally:
+        broken.unlink()
+    assert report["data"]["unreadable"] == [str(broken)]
+    assert report["data"]["train"]["identities"] + report["data"]["test"]["identities"] == 9
+    assert np.isfinite(report["training"]["last_loss"])
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_is_shown(tiny_config, splits, terminal, monkeypatch):
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.2)
+    shown = io.StringIO()
+    fit(tiny_config, splits, Console(file=shown, force_terminal=terminal, width=100))
+    for words in ("epoch 1/2", "epoch 2/2", "loss ", "lr ", "images/s", "0:00:0"):
+        assert words in shown.getvalue()
+    assert ("\x1b[" in shown.getvalue()) == terminal
+
+
+def test_changed_data_is_not_resumed(tiny_config, splits, console):
+    state = Trainer(tiny_config, splits).state_dict()
+    other = load_splits("digits", (8, 8), 1, 0.3, seed=1)
+    with pytest.raises(CheckpointError, match="changed"):
+        Trainer(tiny_config, other).load_state_dict(state)
+
+
+def test_divergence_is_an_error(tiny_config, splits, console):
+    config = dataclasses.replace(tiny_config, optimizer=OptimizerConfig(lr=1e30, clip_norm=1e30))
+    with pytest.raises(FloatingPointError, match="lower --optimizer.lr"):
+        fit(config, splits, console)
+
+
+def test_checkpoint_is_replaced_whole(tmp_path, monkeypatch):
+    path = tmp_path / FILE_NAME
+    save_checkpoint(path, {"step": 1})
+
+    def fail(*args, **kwargs):
+        args[1].write(b"half of it")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_checkpoint(path, {"step": 2})
+    assert load_checkpoint(path)["step"] == 1
+    assert [p.name for p in tmp_path.iterdir()] == [FILE_NAME]
+
+
+@pytest.mark.parametrize("content", [b"", b"no zip file", None])
+def test_damaged_checkpoints(tmp_path, content):
+    path = tmp_path / FILE_NAME
+    if content is None:  # the front half of a good one
+        save_checkpoint(path, {"weights": torch.randn(1000)})
+        content = path.read_bytes()[:2000]
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="cannot read the checkpoint"):
+        load_checkpoint(path)
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        load_checkpoint(tmp_path / "other.pt")
+    torch.save({"step": 3}, path)
+    with pytest.raises(CheckpointError, match="not a checkpoint of this version"):
+        load_checkpoint(path)
+
+
+def test_learning_rate():
+    options = OptimizerConfig(warmup=0.1, decay_power=2)
+    factors = [learning_rate_factor(step, 100, options) for step in range(100)]
+    assert factors[0] == pytest.approx(1 / 11) and factors[9] == pytest.approx(10 / 11)
+    assert factors[10] == 1 and factors[55] == pytest.approx(0.25)
+    assert learning_rate_factor(100, 100, options) == 0
+    flat = OptimizerConfig(warmup=0, decay_power=0)
+    assert {learning_rate_factor(step, 100, flat) for step in range(100)} == {1}
+
+
+def test_config_survives_a_checkpoint(tmp_path):
+    config = TrainConfig.defaults("digits")
+    assert TrainConfig.from_dict(config.to_dict()) == config
+    save_checkpoint(tmp_path / FILE_NAME, {"config": config.to_dict()})
+    assert TrainConfig.from_dict(load_checkpoint(tmp_path / FILE_NAME)["config"]) == config
+    other = dataclasses.replace(config, epochs=7, workers=3)
+    assert config.differences(other) == [f"--epochs {config.epochs} (the run has 7)"]
+    with pytest.raises(ValueError, match="not a configuration"):
+        TrainConfig.from_dict({"data": "digits"})
