@@ -55,6 +55,10 @@ class Options:
     threads: int | None = None
     """CPU threads; by default torch's own choice."""
 
+    allocator: Literal["reuse", "system"] = "reuse"
+    """How malloc treats large freed blocks on a CPU, for every contestant alike. system, its default, returns them, and
+    each new one is faulted in page by page; reuse keeps them, as PyTorch's tuning guide advises."""
+
     rounds: int = 15
     """Timed rounds; each runs every contestant once."""
 
@@ -118,9 +122,18 @@ def run(options: Options, report: Report, console: Console) -> None:
     report.complete = True
 
 
+def restart_with_malloc(settings: dict[str, str]) -> None:
+    """malloc reads its settings when a process starts, so this one starts again, once."""
+    if not settings.items() <= os.environ.items():
+        os.execve(sys.executable, [sys.executable, "-m", "benchmarks", *sys.argv[1:]], {**os.environ, **settings})
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    arguments = sys.argv[1:] if arguments is None else arguments
+    from_command_line = arguments is None
+    arguments = sys.argv[1:] if from_command_line else arguments
     options = tyro.cli(Options, prog="python -m benchmarks", args=arguments)
+    if from_command_line and options.allocator == "reuse" and options.device == "cpu":
+        restart_with_malloc({"MALLOC_MMAP_THRESHOLD_": str(2**40), "MALLOC_TRIM_THRESHOLD_": str(2**40)})
     console = Console()
     if not console.is_terminal:
         console = Console(width=TABLE_WIDTH)
@@ -145,17 +158,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console.print(f"Wrote {output} and the picture beside it.")
 
 
-def keep_freed_memory() -> None:
-    """Start again with a malloc that reuses large blocks, for every contestant alike.
-
-    By default each of them is returned to the system and its next pages are faulted in one by one, which
-    costs whoever allocates more than arithmetic does, and differs from run to run on a virtual machine.
-    """
-    settings = {"MALLOC_MMAP_THRESHOLD_": str(2**40), "MALLOC_TRIM_THRESHOLD_": str(2**40)}
-    if not settings.items() <= os.environ.items():
-        os.execve(sys.executable, [sys.executable, "-m", "benchmarks", *sys.argv[1:]], {**os.environ, **settings})
-
-
 if __name__ == "__main__":
-    keep_freed_memory()
     main()

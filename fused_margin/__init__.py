@@ -2,6 +2,13 @@
 
 import torch as _torch  # noqa: F401 - before the extension, so that both share torch's OpenMP threads
 
+try:
+    from fused_margin import _C  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        "fused_margin's compiled kernels are not there: run `pip install .`, or `pip install -e .` to use the source tree"
+    ) from error
+
 from fused_margin import functional, optim, reference
 from fused_margin.info import __version__, build_info
 from fused_margin.losses import (

@@ -45,6 +45,7 @@ NAN = float("nan")
         ({"scale": torch.full((6,), NAN)}, ValueError, "scale: expected non-negative numbers"),
         ({"margin": 0.5}, TypeError, "margin: expected a fused_margin.Margin, got float"),
         ({"margin": fm.Margin(m2=torch.ones(3))}, ValueError, r"margin.m2: expected a number or shape \(6,\), got \(3,\)"),
+        ({"margin": fm.Margin(m2=torch.full((6,), NAN))}, ValueError, "margin.m2: expected finite numbers, got nan"),
         ({"class_weight": torch.ones(9)}, ValueError, r"class_weight: expected shape \(10,\), got \(9,\)"),
         ({"class_weight": [1.0] * 10}, TypeError, "class_weight: .* got list"),
         ({"reduction": "avg"}, ValueError, "reduction: expected one of 'mean', 'sum', 'none', got 'avg'"),
