@@ -91,7 +91,7 @@ def _lines(sections: list[Section], axis: Axes) -> None:
     others = [name for name in names if not name.startswith("ours")]
     for name in names:
         found = [(section.shape.classes, section.find(name)) for section in sections]
-        points = [(classes, entry.peak_bytes / 2**20) for classes, entry in found if entry.peak_bytes]
+        points = [(classes, entry.peak_bytes / 2**20) for classes, entry in found if entry and entry.peak_bytes]
         if not points:
             continue
         if name in others:

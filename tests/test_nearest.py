@@ -7,6 +7,7 @@ from problems import problem, relative_error
 import fused_margin as fm
 from fused_margin import reference
 from fused_margin.functional import exclusive_regularization, nearest_class, separability
+from fused_margin.ops.plan import make_plan
 
 SMALL = 1e-6  # workspace_mb: smallest tiles
 
@@ -69,6 +70,21 @@ def test_separability_of_random_directions():
     assert abs(mean - 0.170) < 0.002
     assert abs(std - 0.0134) < 0.001
     assert isinstance(mean, float) and isinstance(std, float)
+
+
+@pytest.mark.parametrize("samples", [0, 256])
+@pytest.mark.parametrize("classes", [500, 10_575, 1_000_000])
+@pytest.mark.parametrize("workspace_mb", [1, 8, 256])
+def test_tiles_stay_within_the_workspace(samples, classes, workspace_mb):
+    weight = torch.empty(classes, 512, device="meta")
+    workspace = workspace_mb << 20
+    plan = make_plan(samples, weight, torch.float32, nearest=True, keep=True, workspace_bytes=workspace)
+    scratch = plan.chunk * plan.chunk + samples * (plan.kept_classes + (plan.chunk if plan.kept < plan.chunks else 0))
+    assert 4 * scratch <= workspace
+    sizes = [end - begin for begin, end in map(plan.bounds, range(plan.chunks))]
+    multiplied = sum(size * sum(sizes[: k + 1]) for k, size in enumerate(sizes))
+    if classes > 10_000:
+        assert multiplied < 0.56 * classes**2  # close to half of the square
 
 
 def test_zero_and_nan_rows():

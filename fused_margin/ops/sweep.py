@@ -145,10 +145,9 @@ def forward(
 def update_nearest(run, rows: ClassRows, plan: Plan, columns: Tensor, column_begin: int, result: Sweep) -> None:
     """Compares a chunk of classes with all classes up to its end. Ascending order gives ties to the lowest index."""
     column_count = columns.shape[0]
-    tiles = [(a, min(a + plan.row_tile, column_begin)) for a in range(0, column_begin, plan.row_tile)]
-    tiles.append((column_begin, column_begin + column_count))
-    buffer = columns.new_empty(max(b - a for a, b in tiles) * column_count)
-    for begin, end in tiles:
+    buffer = columns.new_empty(plan.chunk * column_count)
+    for k in range(column_begin // plan.chunk + 1):
+        begin, end = plan.bounds(k)
         products = buffer[: (end - begin) * column_count].view(end - begin, column_count)
         torch.mm(columns if begin == column_begin else rows(begin, end), columns.t(), out=products)
         run.nearest_tile(
