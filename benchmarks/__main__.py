@@ -68,6 +68,9 @@ class Options:
     compiled: bool = True
     """Let torch.compile take part (its compilation takes minutes)."""
 
+    only: tuple[str, ...] = ()
+    """Names of the contestants to run, as the tables have them; by default all."""
+
     quick: bool = False
     """Tiny problems and few rounds: shows that the harness works, measures nothing of worth."""
 
@@ -108,7 +111,7 @@ def run(options: Options, report: Report, console: Console) -> None:
         TextColumn("{task.fields[detail]}"),
     )
     with Progress(*columns, console=console) as progress:
-        runner = Runner(report, progress, options.rounds, options.warmup, options.compiled)
+        runner = Runner(report, progress, options.rounds, options.warmup, options.compiled, options.only)
         if "step" in options.suites:
             for shape in options.step_shapes:
                 console.print(tables.time_table(runner.step(shape)))

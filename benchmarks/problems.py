@@ -80,14 +80,19 @@ def truth(objective: str, embeddings: Tensor, weight: Tensor, labels: Tensor, sc
         loss.backward()
         return Answer(loss.detach(), None, w.grad)
 
-    cosine = F.normalize(x) @ F.normalize(w).t()
-    if objective == "arcface":
-        target = labels[:, None]
-        angle = cosine.gather(1, target).acos() + MARGIN
-        cosine = cosine.scatter(1, target, angle.cos())
-    loss = F.cross_entropy(scale * cosine, labels)
-    loss.backward()
-    return Answer(loss.detach(), x.grad, w.grad)
+    unit_w = F.normalize(w.detach()).requires_grad_()
+    total = x.new_zeros(())
+    for rows in torch.arange(len(x), device=x.device).split(32):  # a float64 (N, C) need not fit
+        cosine = F.normalize(x[rows]) @ unit_w.t()
+        if objective == "arcface":
+            target = labels[rows, None]
+            angle = cosine.gather(1, target).acos() + MARGIN
+            cosine = cosine.scatter(1, target, angle.cos())
+        loss = F.cross_entropy(scale * cosine, labels[rows], reduction="sum") / len(x)
+        loss.backward()
+        total += loss.detach()
+    F.normalize(w).backward(unit_w.grad)
+    return Answer(total, x.grad, w.grad)
 
 
 def relative_error(value: Tensor, exact: Tensor) -> float:

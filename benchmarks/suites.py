@@ -30,6 +30,7 @@ class Runner:
     rounds: int
     warmup: int
     compiled: bool
+    only: tuple[str, ...] = ()  # names; empty for everyone
 
     @property
     def device(self) -> str:
@@ -39,7 +40,7 @@ class Runner:
         return self._compare("step", shape, self._step_contestants(shape))
 
     def exclusive(self, shape: Shape) -> Section:
-        return self._compare("exclusive", shape, peers.exclusive_contestants())
+        return self._compare("exclusive", shape, self._wanted(peers.exclusive_contestants()))
 
     def accuracy(self, shape: Shape) -> Section:
         """Errors of the loss and of both gradients on one batch."""
@@ -79,7 +80,10 @@ class Runner:
         return sections
 
     def _step_contestants(self, shape: Shape) -> list[Contestant]:
-        return peers.step_contestants(shape.rows, self.device, self.compiled)
+        return self._wanted(peers.step_contestants(shape.rows, self.device, self.compiled))
+
+    def _wanted(self, contestants: list[Contestant]) -> list[Contestant]:
+        return [each for each in contestants if not self.only or each.name in self.only]
 
     def _compare(self, suite: str, shape: Shape, contestants: list[Contestant]) -> Section:
         """Check every contestant, time them side by side, then measure the memory of each."""
@@ -93,7 +97,7 @@ class Runner:
                 entry = section.add(contestant)
                 with _unless_out_of_memory(entry):
                     step = self._choose(entry, contestant, inputs)
-                    if isinstance(step, LossStep):
+                    if contestant.objective in exact and isinstance(step, LossStep):
                         entry.errors = _errors(step, exact[contestant.objective])
                         entry.failure = _fault(entry)
                     if entry.failure is None:
@@ -163,7 +167,14 @@ class Runner:
     def _truths(self, contestants: list[Contestant], inputs: Inputs) -> dict[str, Answer]:
         objectives = {each.objective for each in contestants} & TRUTHS
         batch = inputs.embeddings[0], inputs.weight, inputs.labels[0]
-        return {objective: truth(objective, *batch) for objective in objectives}
+        answers = {}
+        for objective in objectives:
+            try:
+                answers[objective] = truth(objective, *batch)
+            except (MemoryError, RuntimeError) as error:  # then nobody's error is known, and the tables show none
+                if not memory.is_out_of_memory(error):
+                    raise
+        return answers
 
     @contextmanager
     def _stage(self, name: str, total: int) -> Iterator[TaskID]:
