@@ -148,7 +148,7 @@ def test_folder_of_faces_from_end_to_end(face_folder, tmp_path, console):
 
 @pytest.mark.parametrize("terminal", [True, False])
 def test_progress_is_shown(tiny_config, splits, terminal, monkeypatch):
-    monkeypatch.setattr(progress, "LINE_SECONDS", 0.2)
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
     shown = io.StringIO()
     fit(tiny_config, splits, Console(file=shown, force_terminal=terminal, width=100))
     for words in ("epoch 1/2", "epoch 2/2", "loss ", "lr ", "images/s", "0:00:0"):
