@@ -77,7 +77,7 @@ def _bars(section: Section, axis: Axes) -> None:
         axis.text(upper, place, label, va="center", fontsize=9)
     names = [f"{entry.name} *" if entry.objective == "normface" else entry.name for entry in entries]
     axis.set_yticks(range(len(entries)), names)
-    axis.set_xlim(right=1e3 * max(quartiles(entry.seconds)[2] for entry in entries) * 1.35)
+    axis.set_xlim(right=1e3 * max(quartiles(entry.seconds)[2] for entry in entries) * 1.5)
     what = "ArcFace step" if section.suite == "step" else "Exclusive term"
     axis.set_title(f"{what}, forward + backward: {section.label}", fontsize=10)
     starred = any(entry.objective == "normface" for entry in entries)
@@ -110,7 +110,8 @@ def _lines(sections: list[Section], axis: Axes) -> None:
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.9g}"))
     axis.yaxis.set_minor_formatter(NullFormatter())
     shape = sections[0].shape
-    axis.set_title(f"Peak memory beyond weights and gradients: N={shape.rows:,}, D={shape.dim:,}", fontsize=10)
+    axis.set_title(f"Peak memory beyond weights and gradients\nN={shape.rows:,}, D={shape.dim:,}", fontsize=10)
     axis.grid(which="major", alpha=0.3)
-    axis.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    axis.set_ylim(top=axis.get_ylim()[1] * 40)  # room for the legend above the lines
+    axis.legend(fontsize=8, frameon=False, loc="upper left", ncols=2)
     axis.spines[["top", "right"]].set_visible(False)

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 MARGIN = 0.5  # radians
 SCALE = 64.0
+BLOCK = 1 << 16  # rows, where a float64 copy of all would be large
 
 
 @dataclass(frozen=True)
@@ -70,17 +71,21 @@ def make_inputs(shape: Shape, device: str, batches: int = 4, seed: int = 0) -> I
 
 
 def truth(objective: str, embeddings: Tensor, weight: Tensor, labels: Tensor, scale: float = SCALE) -> Answer:
-    """The definition of `objective`, written plainly and computed in float64."""
-    x = embeddings.detach().double().requires_grad_()
-    w = weight.detach().double().requires_grad_()
+    """The definition of `objective`, written plainly and computed in float64.
+
+    A million classes in float64 take 4 GiB at D = 512, so no more than two arrays of that size are alive at once.
+    """
+    unit_w = torch.empty_like(weight, dtype=torch.float64)
+    for unit, rows in zip(unit_w.split(BLOCK), weight.detach().split(BLOCK), strict=True):
+        unit.copy_(F.normalize(rows.double()))
+    unit_w.requires_grad_()
     if objective == "exclusive":
-        rows = F.normalize(w)
-        similarity = rows @ rows.t()
+        similarity = unit_w @ unit_w.t()
         loss = similarity.fill_diagonal_(-math.inf).max(dim=1).values.mean()
         loss.backward()
-        return Answer(loss.detach(), None, w.grad)
+        return Answer(loss.detach(), None, _before_normalization(weight, unit_w.grad))
 
-    unit_w = F.normalize(w.detach()).requires_grad_()
+    x = embeddings.detach().double().requires_grad_()
     total = x.new_zeros(())
     for rows in torch.arange(len(x), device=x.device).split(32):  # a float64 (N, C) need not fit
         cosine = F.normalize(x[rows]) @ unit_w.t()
@@ -91,10 +96,19 @@ def truth(objective: str, embeddings: Tensor, weight: Tensor, labels: Tensor, sc
         loss = F.cross_entropy(scale * cosine, labels[rows], reduction="sum") / len(x)
         loss.backward()
         total += loss.detach()
-    F.normalize(w).backward(unit_w.grad)
-    return Answer(total, x.grad, w.grad)
+    return Answer(total, x.grad, _before_normalization(weight, unit_w.grad))
+
+
+def _before_normalization(weight: Tensor, gradient: Tensor) -> Tensor:
+    """Turns the gradient of the normalised rows, in place, into that of `weight`."""
+    for block, rows in zip(gradient.split(BLOCK), weight.detach().split(BLOCK), strict=True):
+        rows = rows.double().requires_grad_()
+        block.copy_(*torch.autograd.grad(F.normalize(rows), rows, block))
+    return gradient
 
 
 def relative_error(value: Tensor, exact: Tensor) -> float:
     """‖value − exact‖ / ‖exact‖ in float64."""
-    return float((value.double() - exact).norm() / exact.norm())
+    values, exacts = value.reshape(-1).split(BLOCK * 512), exact.reshape(-1).split(BLOCK * 512)
+    error = sum(float((v.double() - e).square().sum()) for v, e in zip(values, exacts, strict=True))
+    return math.sqrt(error / sum(float(e.square().sum()) for e in exacts))
