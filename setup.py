@@ -39,9 +39,9 @@ def find_nvcc() -> str | None:
 
 
 def cuda_architectures() -> list[str]:
-    """TORCH_CUDA_ARCH_LIST, such as "8.0;9.0a+PTX", as ["8.0", "9.0a", "9.0a+PTX"]; by default 8.0 with PTX."""
+    """TORCH_CUDA_ARCH_LIST, such as "8.0;9.0a+PTX", as ["8.0", "9.0a", "9.0a+PTX"]; by default 8.0 with PTX, and 9.0a."""
     architectures = []
-    for entry in re.split(r"[;,\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0+PTX").strip()):
+    for entry in re.split(r"[;,\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0+PTX;9.0a").strip()):
         match = re.fullmatch(r"(\d+\.\d[af]?)(\+PTX)?", entry)
         if not match:
             raise SystemExit(f"TORCH_CUDA_ARCH_LIST: expected entries like 8.0 or 9.0a+PTX, got {entry!r}")
@@ -90,8 +90,17 @@ class NinjaBuild(build_ext):
                 f' -DFM_CUDA -DFM_CUDA_ARCHITECTURES=\\"{",".join(architectures)}\\" -DFM_CUDA_TOOLKIT=\\"{toolkit}\\"'
             )
             objects["cuda_kernels.o"] = ("nvcc", "cuda/kernels.cu", nvcc_flags(architectures))
+            tensor_cores = [entry for entry in architectures if float(entry[: entry.index(".") + 2]) >= 8.0]
+            if tensor_cores:
+                defines += " -DFM_SM80"
+                for name in ("operands", "sm80"):
+                    objects[f"cuda_{name}.o"] = ("nvcc", f"cuda/{name}.cu", nvcc_flags(tensor_cores))
+            if "9.0a" in architectures:  # the only architecture that has its instructions
+                defines += " -DFM_SM90"
+                objects["cuda_sm90.o"] = ("nvcc", "cuda/sm90.cu", nvcc_flags(["9.0a"]))
             link = f"{shlex.quote(nvcc)} -shared -cudart static -ccbin {compiler} $in -o $out -Xcompiler={openmp}"
-        objects["module.o"] = ("cxx", "module.cpp", f"{includes} {defines}")
+        for name in ("module", "tensor_module") if "-DFM_SM80" in defines else ("module",):
+            objects[f"{name}.o"] = ("cxx", f"{name}.cpp", f"{includes} {defines}")
 
         lines = [
             "rule cxx",

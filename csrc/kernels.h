@@ -99,6 +99,8 @@ template <class T> struct ProjectWeightGradient {
     T* gradient;           // [chunk, D], in: sum_i r_i E_ij x_hat_i / |w_j|, out: d weight
     MatrixView weight;     // [C, D]
     const T* inverse_norm; // [C]
+    // one element: what the dense part still lacks as a factor, beside 1 / |w_j|; null where it lacks neither
+    const double* dense_scale;
     // samples' own classes; null without embeddings
     const T* normalized_embeddings; // [N, D]
     const int64_t* sorted_labels;   // [N], ascending

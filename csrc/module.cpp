@@ -1,9 +1,7 @@
 // Python's view of the kernels: one function each, taking tensors, in submodules cpu and cuda.
 //
-// The only file that knows Python. It reads data_ptr(), dtype and stride() from whatever tensor object
-// it is given, so no torch header, and no particular torch, is needed to build it. Arguments are
-// trusted: fused_margin.ops is the only caller and has checked them.
-#include <pybind11/pybind11.h>
+// Arguments are trusted: fused_margin.ops is the only caller and has checked them.
+#include "python.h"
 
 #include "cpu/cpu.h"
 #ifdef FM_CUDA
@@ -15,39 +13,11 @@
 #define FM_CUDA_TOOLKIT ""
 #endif
 
-namespace py = pybind11;
 using namespace fm;
 
 namespace {
 
-// A tensor's memory, null for None.
-struct Address {
-    void* data;
-    Address(const py::object& tensor) : data(nullptr) { // NOLINT: implicit on purpose
-        if (!tensor.is_none()) data = reinterpret_cast<void*>(tensor.attr("data_ptr")().cast<uintptr_t>());
-    }
-    template <class T> operator T*() const { return static_cast<T*>(data); }
-};
-
-Dtype dtype_of(const py::object& tensor) {
-    static const py::module_ torch = py::module_::import("torch"); // NOLINT: lives as long as the interpreter
-    static const PyObject* types[] = {torch.attr("float32").ptr(), torch.attr("float64").ptr(),
-                                      torch.attr("float16").ptr(), torch.attr("bfloat16").ptr()};
-    py::object dtype = tensor.attr("dtype");
-    for (int k = 0; k < 4; ++k)
-        if (dtype.ptr() == types[k]) return static_cast<Dtype>(k);
-    throw py::type_error("fused_margin: unsupported dtype " + py::str(dtype).cast<std::string>());
-}
-
-MatrixView view_of(const py::object& tensor) {
-    return {Address(tensor).data, dtype_of(tensor), tensor.attr("stride")(0).cast<int64_t>(),
-            tensor.attr("stride")(1).cast<int64_t>()};
-}
-
-Scalar scalar_of(const py::object& value) {
-    if (py::isinstance<py::float_>(value) || py::isinstance<py::int_>(value)) return {nullptr, value.cast<double>()};
-    return {Address(value), 0.0};
-}
+using namespace fm::python;
 
 struct Cpu {
     template <class P> static void run(const P& p, uintptr_t) { cpu::run(p); }
@@ -70,8 +40,6 @@ template <class Backend, class Make> void run_as(const py::object& like, uintptr
         Backend::run(p, stream);
     }
 }
-
-using Tensor = const py::object&;
 
 template <class Backend> void define_kernels(py::module_ m) {
     m.def(
@@ -163,14 +131,16 @@ template <class Backend> void define_kernels(py::module_ m) {
 
     m.def(
         "project_weight_gradient",
-        [](uintptr_t stream, Tensor gradient, Tensor weight, Tensor inverse_norm, Tensor normalized_embeddings,
-           Tensor sorted_labels, Tensor label_order, Tensor target_gradient, Tensor uniform_direction,
-           Tensor class_weight, Tensor nearest, Tensor sorted_nearest, Tensor nearest_order, Tensor nearest_gradient,
-           int64_t samples, int64_t classes, int64_t size, int64_t class_begin, int64_t chunk) {
+        [](uintptr_t stream, Tensor gradient, Tensor weight, Tensor inverse_norm, Tensor dense_scale,
+           Tensor normalized_embeddings, Tensor sorted_labels, Tensor label_order, Tensor target_gradient,
+           Tensor uniform_direction, Tensor class_weight, Tensor nearest, Tensor sorted_nearest, Tensor nearest_order,
+           Tensor nearest_gradient, int64_t samples, int64_t classes, int64_t size, int64_t class_begin,
+           int64_t chunk) {
             run_as<Backend>(gradient, stream, [&](auto t) {
                 return ProjectWeightGradient<decltype(t)>{Address(gradient),
                                                           view_of(weight),
                                                           Address(inverse_norm),
+                                                          Address(dense_scale),
                                                           Address(normalized_embeddings),
                                                           Address(sorted_labels),
                                                           Address(label_order),
@@ -189,10 +159,10 @@ template <class Backend> void define_kernels(py::module_ m) {
             });
         },
         py::arg("stream"), py::kw_only(), py::arg("gradient"), py::arg("weight"), py::arg("inverse_norm"),
-        py::arg("normalized_embeddings"), py::arg("sorted_labels"), py::arg("label_order"), py::arg("target_gradient"),
-        py::arg("uniform_direction"), py::arg("class_weight"), py::arg("nearest"), py::arg("sorted_nearest"),
-        py::arg("nearest_order"), py::arg("nearest_gradient"), py::arg("samples"), py::arg("classes"), py::arg("size"),
-        py::arg("class_begin"), py::arg("chunk"));
+        py::arg("dense_scale"), py::arg("normalized_embeddings"), py::arg("sorted_labels"), py::arg("label_order"),
+        py::arg("target_gradient"), py::arg("uniform_direction"), py::arg("class_weight"), py::arg("nearest"),
+        py::arg("sorted_nearest"), py::arg("nearest_order"), py::arg("nearest_gradient"), py::arg("samples"),
+        py::arg("classes"), py::arg("size"), py::arg("class_begin"), py::arg("chunk"));
 
     m.def(
         "project_embedding_gradient",
@@ -263,6 +233,9 @@ PYBIND11_MODULE(FM_MODULE_NAME, m) {
     py::module_ device = m.def_submodule("cuda");
     define_kernels<Cuda>(device);
     device.attr("class_major") = false;
+#ifdef FM_SM80
+    define_tensor_kernels(device);
+#endif
 #endif
     m.attr("cuda_architectures") = FM_CUDA_ARCHITECTURES; // empty in a CPU-only build
     m.attr("cuda_toolkit") = FM_CUDA_TOOLKIT;

@@ -9,7 +9,8 @@ from torch import Tensor
 from fused_margin import checks
 from fused_margin.margins import BEYOND_PI, Margin
 from fused_margin.ops import library
-from fused_margin.ops.sweep import compute_dtype
+from fused_margin.ops.dispatch import products_of
+from fused_margin.ops.problem import compute_dtype
 
 
 class NearestClass(NamedTuple):
@@ -155,7 +156,9 @@ def nearest_class(weight: Tensor, *, workspace_mb: float = 256) -> NearestClass:
     """
     checks.class_weights(weight, at_least=2)
     checks.number("workspace_mb", workspace_mb, 0.0, open_low=True)
-    output = library.sweep(None, weight, None, None, 1.0, None, False, True, 0, int(workspace_mb * 2**20), False)
+    output = library.sweep(
+        None, weight, None, None, 1.0, None, True, int(workspace_mb * 2**20), products_of(None, weight), False, 0, False
+    )
     return NearestClass(output[3], output[4])
 
 
@@ -218,7 +221,7 @@ def _sweep(
     checks.number("workspace_mb", workspace_mb, 0.0, open_low=True)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (embeddings, weight, scales))
     output = library.sweep(
-        embeddings, weight, labels, scales, scale_value, class_weight, uniform, nearest, ignore_index,
-        math.floor(workspace_mb * 2**20), keep,
+        embeddings, weight, labels, scales, scale_value, class_weight, nearest, math.floor(workspace_mb * 2**20),
+        products_of(embeddings, weight), uniform, ignore_index, keep,
     )  # fmt: skip
     return output[:4]

@@ -5,6 +5,7 @@ from importlib.metadata import version
 import torch
 
 from fused_margin import _C
+from fused_margin.ops import dispatch
 
 __version__ = version("fused_margin")
 
@@ -21,7 +22,7 @@ def build_info() -> dict:
     capability = _C.cpu.capability().name
     kernels = {"cpu": f"{capability} kernels around torch.mm"}
     if architectures:
-        kernels["cuda"] = "portable CUDA kernels around torch.mm (no committed device result yet)"
+        kernels["cuda"] = dispatch.describe()
     return {
         "version": __version__,
         "cpu": {"capability": capability, "best_capability": _C.cpu.best_capability().name},

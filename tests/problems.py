@@ -4,6 +4,7 @@ import torch
 
 import fused_margin as fm
 from fused_margin import reference
+from fused_margin.ops.problem import Problem
 
 
 def problem(samples, classes, size, *, seed=0, spread=5.0):
@@ -47,3 +48,9 @@ def ours(embeddings, weight, labels, margin=None, scale=64.0, **options):
     return loss_and_gradients(
         fm.functional.margin_cross_entropy, embeddings, weight, labels, fm.Margin(**(margin or {})), scale, **options
     )
+
+
+def sweep_problem(samples, weight, *, nearest=False, workspace_bytes=256 << 20, products="portable"):
+    """What the ops' planning is asked about; embeddings in the weight's dtype and on its device."""
+    embeddings = weight.new_empty(samples, weight.shape[1]) if samples else None
+    return Problem(embeddings, weight, None, None, 64.0, None, nearest, workspace_bytes, products)

@@ -69,3 +69,15 @@ def test_architectures_come_from_torchs_variable():
     for flag in ("arch=compute_86,code=sm_86", "arch=compute_90a,code=sm_90a", "arch=compute_90a,code=compute_90a"):
         assert flag in rules
     assert "compute_80" not in rules
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc")
+def test_tensor_cores_are_built_for_architectures_that_have_them():
+    default = build_rules().stdout
+    hopper = default[default.index("build cuda_sm90.o") :].split("build ")[1]
+    assert "sm_90a" in hopper and "sm_80" not in hopper  # its instructions exist on no other
+    ampere = build_rules(TORCH_CUDA_ARCH_LIST="7.5;8.6").stdout
+    assert "build cuda_sm90.o" not in ampere and "FM_SM90" not in ampere
+    assert "sm_75" not in ampere[ampere.index("build cuda_sm80.o") :].split("build ")[1]
+    turing = build_rules(TORCH_CUDA_ARCH_LIST="7.5").stdout
+    assert "build cuda_kernels.o" in turing and "FM_SM80" not in turing and "tensor_module.o" not in turing

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from problems import problem, relative_error
+from problems import problem, relative_error, sweep_problem
 
 import fused_margin as fm
 from fused_margin import reference
 from fused_margin.functional import exclusive_regularization, nearest_class, separability
-from fused_margin.ops.plan import make_plan
+from fused_margin.ops.plan import portable_plan
 
 SMALL = 1e-6  # workspace_mb: smallest tiles
 
@@ -78,7 +78,7 @@ def test_separability_of_random_directions():
 def test_tiles_stay_within_the_workspace(samples, classes, workspace_mb):
     weight = torch.empty(classes, 512, device="meta")
     workspace = workspace_mb << 20
-    plan = make_plan(samples, weight, torch.float32, nearest=True, keep=True, workspace_bytes=workspace)
+    plan = portable_plan(sweep_problem(samples, weight, nearest=True, workspace_bytes=workspace), keep=True)
     scratch = plan.chunk * plan.chunk + samples * (plan.kept_classes + (plan.chunk if plan.kept < plan.chunks else 0))
     assert 4 * scratch <= workspace
     sizes = [end - begin for begin, end in map(plan.bounds, range(plan.chunks))]

@@ -6,6 +6,7 @@ from problems import leaf, ours, problem
 
 import fused_margin as fm
 from fused_margin.ops import library
+from fused_margin.ops.dispatch import PORTABLE
 
 
 def single(samples, classes, size):
@@ -22,22 +23,22 @@ def test_opcheck_sweep(keep, uniform, nearest):
     class_weight = torch.rand(50, dtype=torch.float64) if uniform else None
     for s in (scale, None):
         torch.library.opcheck(
-            library.sweep, (leaf(x), leaf(w), y, s, 64.0, class_weight, uniform, nearest, -100, 1 << 20, keep)
+            library.sweep, (leaf(x), leaf(w), y, s, 64.0, class_weight, nearest, 1 << 20, PORTABLE, uniform, -100, keep)
         )
 
 
 def test_opcheck_nearest_only():
     torch.library.opcheck(
-        library.sweep, (None, leaf(torch.randn(50, 8)), None, None, 1.0, None, False, True, 0, 1 << 20, False)
+        library.sweep, (None, leaf(torch.randn(50, 8)), None, None, 1.0, None, True, 1 << 20, PORTABLE, False, 0, False)
     )
 
 
 def test_opcheck_sweep_backward():
     x, w, y = single(9, 50, 8)
-    saved = library.sweep(x, w, y, None, 64.0, None, False, True, -100, 1 << 20, True)
+    problem = (x, w, y, None, 64.0, None, True, 1 << 20, PORTABLE)
+    saved = library.sweep(*problem, False, -100, True)
     upstream = [torch.randn(9, dtype=torch.float64), torch.randn(9, dtype=torch.float64), None, torch.randn(50)]
-    arguments = (upstream, x, w, y, None, 64.0, None, list(saved), True, 1 << 20, True, True)
-    torch.library.opcheck(library.sweep_backward, arguments)
+    torch.library.opcheck(library.sweep_backward, (*problem, upstream, list(saved), True, True))
 
 
 def test_opcheck_margin_rows():
@@ -152,7 +153,7 @@ def test_second_derivatives_are_refused():
 
 def test_no_gradient_keeps_nothing():
     x, w, y = single(12, 90, 16)
-    kept = library.sweep(x, w, y, None, 64.0, None, False, False, -100, 1 << 28, False)[10]
+    kept = library.sweep(x, w, y, None, 64.0, None, False, 1 << 28, PORTABLE, False, -100, False)[10]
     assert kept.numel() == 0
     with torch.no_grad():
         assert not fm.functional.margin_cross_entropy(leaf(x), w, y).requires_grad

@@ -207,6 +207,10 @@ template <class T> void project_weight_gradient(const ProjectWeightGradient<T>& 
             int64_t j = p.class_begin + row;
             T* g = p.gradient + row * p.size;
             T inverse = p.inverse_norm[j];
+            if (p.dense_scale) {
+                T scale = static_cast<T>(*p.dense_scale) * inverse;
+                for (int64_t d = 0; d < p.size; ++d) g[d] *= scale;
+            }
             if (p.sorted_labels)
                 for (int64_t k = lower_bound(p.sorted_labels, p.samples, j); k < p.samples && p.sorted_labels[k] == j;
                      ++k) {

@@ -1,7 +1,7 @@
 // Portable CUDA kernels, for any GPU: matrix products are the caller's, these are all that stands around
 // them. Every output element has one owner and every sum one order, so results repeat bit for bit.
 #include "cuda.h"
-#include "device.h"
+#include "warp.h"
 
 #include "../math/cross_entropy.h"
 #include "../math/element.h"
@@ -9,27 +9,6 @@
 
 namespace fm::cuda {
 namespace {
-
-constexpr int kWarp = 32;
-constexpr int kRowThreads = 256;  // one block for one long row
-constexpr int kWarpsPerBlock = 4; // one warp for one row of D elements
-constexpr unsigned kAllLanes = 0xffffffffu;
-
-__device__ int lane() { return static_cast<int>(threadIdx.x) % kWarp; }
-__device__ int64_t warp_row() {
-    return static_cast<int64_t>(blockIdx.x) * kWarpsPerBlock + static_cast<int64_t>(threadIdx.x) / kWarp;
-}
-int64_t warp_blocks(int64_t rows) { return (rows + kWarpsPerBlock - 1) / kWarpsPerBlock; }
-
-__device__ double warp_sum(double value) {
-    for (int offset = kWarp / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(kAllLanes, value, offset);
-    return value;
-}
-
-__device__ double inverse_norm_of(double squares) {
-    double norm = sqrt(squares);
-    return norm < kSmallestNorm ? 0.0 : 1.0 / norm;
-}
 
 template <class T> __device__ double warp_dot(const T* a, const MatrixView& b, int64_t row, int64_t size) {
     double sum = 0.0;
@@ -78,8 +57,7 @@ template <class T> __global__ void target_cosine(TargetCosine<T> p) {
 
 // Combines one value of every thread of a block, in a fixed order, and gives the result to all.
 template <class Combine> __device__ double block_reduce(double value, double* shared, Combine combine) {
-    for (int offset = kWarp / 2; offset > 0; offset /= 2)
-        value = combine(value, __shfl_xor_sync(kAllLanes, value, offset));
+    value = warp_reduce(value, combine);
     __syncthreads(); // an earlier reduction may still be reading
     if (lane() == 0) shared[threadIdx.x / kWarp] = value;
     __syncthreads();
@@ -143,6 +121,10 @@ template <class T> __global__ void project_weight_gradient(ProjectWeightGradient
     int64_t j = p.class_begin + row;
     T* g = p.gradient + row * p.size;
     T inverse = p.inverse_norm[j];
+    if (p.dense_scale) {
+        T scale = static_cast<T>(*p.dense_scale) * inverse;
+        for (int64_t d = lane(); d < p.size; d += kWarp) g[d] *= scale;
+    }
     if (p.sorted_labels) {
         MatrixView embeddings = rows_of(p.normalized_embeddings, p.size);
         for (int64_t k = lower_bound(p.sorted_labels, p.samples, j); k < p.samples && p.sorted_labels[k] == j; ++k) {

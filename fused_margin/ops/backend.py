@@ -15,11 +15,14 @@ class Kernels:
 
     def __init__(self, module, stream: int):
         self._module, self._stream = module, stream
-        # whether a chunk's products lie in memory as (classes, N) or as (N, classes)
-        self.class_major: bool = module.class_major
 
     def __getattr__(self, name: str):
-        return partial(getattr(self._module, name), self._stream)
+        value = getattr(self._module, name)
+        return partial(value, self._stream) if callable(value) else value
+
+    def family(self, name: str) -> "Kernels":
+        """The kernels of a submodule, on the same stream."""
+        return Kernels(getattr(self._module, name), self._stream)
 
 
 def has_cuda_kernels() -> bool:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from fused_margin.ops import sweep as _sweep
 from fused_margin.ops.backend import kernels, on_device
-from fused_margin.ops.plan import make_plan
+from fused_margin.ops.problem import Problem, Sweep, SweepGradients
 
 # Order of MarginDerivative in csrc/kernels.h
 DERIVATIVES = ("negative_logsumexp", "target_cosine", "uniform_cosine", "scale", "m1", "m2", "m3", "annealing")
@@ -28,67 +28,48 @@ def sweep(
     scale: Tensor | None,
     scale_value: float,
     class_weight: Tensor | None,
-    uniform: bool,
     nearest: bool,
-    ignore_index: int,
     workspace_bytes: int,
+    products: str,
+    uniform: bool,
+    ignore_index: int,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return tuple(
-        _sweep.forward(
-            embeddings, weight, labels, scale, scale_value, class_weight, uniform, nearest, ignore_index,
-            workspace_bytes, keep,
-        )
-    )  # fmt: skip
+    """The first arguments are Problem's fields, in their order; the others are sweep.forward's."""
+    problem = Problem(embeddings, weight, labels, scale, scale_value, class_weight, nearest, workspace_bytes, products)
+    return tuple(_sweep.forward(problem, uniform, ignore_index, keep))
 
 
 @sweep.register_fake
-def _(
-    embeddings, weight, labels, scale, scale_value, class_weight, uniform, nearest, ignore_index, workspace_bytes, keep
-):
-    compute = _sweep.compute_dtype(embeddings, weight)
-    samples = 0 if embeddings is None else embeddings.shape[0]
-    plan = make_plan(samples, weight, compute, nearest=nearest, keep=keep, workspace_bytes=workspace_bytes)
-    shared = _sweep.fixed_exponent(scale_value if scale is None else None, weight.shape[0]) is not None
-    return tuple(_sweep.empty_sweep(samples, plan, weight, compute, shared, uniform, nearest))
+def _(*arguments):
+    *problem, uniform, _ignore_index, keep = arguments
+    return tuple(_sweep.empty_sweep(Problem(*problem), uniform, keep)[1])
 
 
 @torch.library.custom_op("fused_margin::sweep_backward", mutates_args=())
 def sweep_backward(
-    upstream: list[Tensor | None],
     embeddings: Tensor | None,
     weight: Tensor,
     labels: Tensor | None,
     scale: Tensor | None,
     scale_value: float,
     class_weight: Tensor | None,
-    saved: list[Tensor],
     nearest: bool,
     workspace_bytes: int,
+    products: str,
+    upstream: list[Tensor | None],
+    saved: list[Tensor],
     need_embeddings: bool,
     need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _sweep.backward(
-        _sweep.SweepGradients(*upstream), embeddings, weight, labels, scale, scale_value, class_weight,
-        _sweep.Sweep(*saved), nearest, workspace_bytes, need_embeddings, need_weight,
-    )  # fmt: skip
+    problem = Problem(embeddings, weight, labels, scale, scale_value, class_weight, nearest, workspace_bytes, products)
+    return _sweep.backward(problem, SweepGradients(*upstream), Sweep(*saved), need_embeddings, need_weight)
 
 
 @sweep_backward.register_fake
-def _(
-    upstream,
-    embeddings,
-    weight,
-    labels,
-    scale,
-    scale_value,
-    class_weight,
-    saved,
-    nearest,
-    workspace_bytes,
-    need_embeddings,
-    need_weight,
-):
+def _(*arguments):
+    *problem, _upstream, _saved, need_embeddings, need_weight = arguments
+    embeddings, weight, scale = problem[0], problem[1], problem[3]
     return (
         torch.empty_like(embeddings, memory_format=torch.contiguous_format) if need_embeddings else weight.new_empty(0),
         torch.empty_like(weight) if need_weight else weight.new_empty(0),
@@ -100,23 +81,25 @@ _first_order_only(sweep_backward)
 
 
 def _sweep_context(ctx, inputs, output):
-    embeddings, weight, labels, scale, scale_value, class_weight, _, nearest, _, workspace_bytes, _ = inputs
+    problem = Problem(*inputs[:9])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(embeddings, weight, labels, scale, class_weight, *output)
-    ctx.settings = scale_value, nearest, workspace_bytes
+    ctx.save_for_backward(
+        problem.embeddings, problem.weight, problem.labels, problem.scale, problem.class_weight, *output
+    )
+    ctx.settings = problem.scale_value, problem.nearest, problem.workspace_bytes, problem.products
 
 
 def _sweep_gradient(ctx, d_nlse, d_target, d_uniform, d_nearest, *_):
     embeddings, weight, labels, scale, class_weight, *saved = ctx.saved_tensors
-    scale_value, nearest, workspace_bytes = ctx.settings
+    scale_value, nearest, workspace_bytes, products = ctx.settings
     need_embeddings, need_weight, _, need_scale = ctx.needs_input_grad[:4]
     upstream = [d_nlse, d_target, d_uniform if saved[2].numel() else None, d_nearest if nearest else None]
-    none = (None,) * 11
+    none = (None,) * 12
     if all(g is None for g in upstream):
         return none
     d_embeddings, d_weight, d_scale = sweep_backward(
-        upstream, embeddings, weight, labels, scale, scale_value, class_weight, saved, nearest, workspace_bytes,
-        need_embeddings, need_weight,
+        embeddings, weight, labels, scale, scale_value, class_weight, nearest, workspace_bytes, products, upstream,
+        saved, need_embeddings, need_weight,
     )  # fmt: skip
     return (
         d_embeddings if need_embeddings else None,

@@ -1,9 +1,11 @@
-"""How one call divides the classes into chunks, and how many chunks' exponentials it keeps, within workspace_mb."""
+"""How one call divides the classes into chunks, and how many chunks it keeps something of, within workspace_mb."""
 
 import math
 from dataclasses import dataclass
 
 import torch
+
+from fused_margin.ops.problem import Problem
 
 # Chunks as large as stay in cache between the product that writes them and the kernel that reads them;
 # on a GPU as large as keeps the launches few.
@@ -18,7 +20,7 @@ TILE_BYTES = {"cpu": 4 << 20, "cuda": 16 << 20}
 class Plan:
     classes: int
     chunk: int  # classes in every chunk but the last
-    kept: int  # leading chunks whose exponentials are kept for the backward
+    kept: int  # leading chunks of which something is kept for the backward
 
     @property
     def chunks(self) -> int:
@@ -32,28 +34,53 @@ class Plan:
         return k * self.chunk, min((k + 1) * self.chunk, self.classes)
 
 
-def make_plan(
-    samples: int, weight: torch.Tensor, compute: torch.dtype, *, nearest: bool, keep: bool, workspace_bytes: int
-) -> Plan:
-    """samples is 0 where only the nearest classes are wanted. Forward and backward of one call make the same plan."""
-    classes, size = weight.shape
-    item = 8 if compute == torch.float64 else 4
-    device = weight.device.type if weight.device.type in CHUNK_BYTES else "cpu"
-    room = workspace_bytes // 2 if nearest else workspace_bytes  # the other half is the tile's
+def whole_chunk(classes: int, most: int) -> int:
+    """A chunk of at most `most` classes, a multiple of SMALLEST_CHUNK and at least that, unless there are fewer."""
+    return min(max(most // SMALLEST_CHUNK * SMALLEST_CHUNK, SMALLEST_CHUNK), max(classes, 1))
+
+
+def device_type(problem: Problem) -> str:
+    return problem.weight.device.type if problem.weight.device.type in CHUNK_BYTES else "cpu"
+
+
+def gradient_in_place(problem: Problem) -> bool:
+    """Whether the caller's own weight gradient can hold a chunk's while it is computed."""
+    return problem.weight.dtype == problem.compute and problem.weight.is_contiguous()
+
+
+def portable_plan(problem: Problem, keep: bool) -> Plan:
+    """Exponentials are kept. Forward and backward of one call make the same plan."""
+    samples, classes, size, workspace = problem.samples, problem.classes, problem.size, problem.workspace_bytes
+    item = 8 if problem.compute == torch.float64 else 4
+    device = device_type(problem)
+    room = workspace // 2 if problem.nearest else workspace  # the other half is the tile's
     target = min(CHUNK_BYTES[device], room)
     # what a class of a chunk takes: its products, and a copy of its weights and of their gradient where
     # the caller's own memory cannot hold them in the compute type
-    per_class = item * (max(samples, 1) + (0 if weight.dtype == compute and weight.is_contiguous() else 2 * size))
+    per_class = item * (max(samples, 1) + (0 if gradient_in_place(problem) else 2 * size))
     chunk = target // max(per_class, item * size)
-    if nearest:  # chunks are then the sides of tiles
+    if problem.nearest:  # chunks are then the sides of tiles
         chunk = min(chunk, math.isqrt(min(TILE_BYTES[device], room) // item))
-    chunk = min(max(chunk // SMALLEST_CHUNK * SMALLEST_CHUNK, SMALLEST_CHUNK), max(classes, 1))
+    chunk = whole_chunk(classes, chunk)
     chunks = -(-classes // chunk)
     kept = 0
     if keep and samples:
-        copies = chunk * (per_class - item * samples) + (chunk * chunk * item if nearest else 0)
-        if samples * classes * item <= workspace_bytes - copies:  # then no chunk needs a buffer of its own
+        copies = chunk * (per_class - item * samples) + (chunk * chunk * item if problem.nearest else 0)
+        if samples * classes * item <= workspace - copies:  # then no chunk needs a buffer of its own
             kept = chunks
         else:
-            kept = max(workspace_bytes - max(target, chunk * per_class + copies), 0) // (samples * chunk * item)
+            kept = max(workspace - max(target, chunk * per_class + copies), 0) // (samples * chunk * item)
+    return Plan(classes, chunk, min(kept, chunks))
+
+
+def tensor_plan(problem: Problem, keep: bool, operand_bytes: int) -> Plan:
+    """Operands, operand_bytes a class, are kept: exponentials would be too wide for fp16 before their sum is known."""
+    samples, classes, workspace = problem.samples, problem.classes, problem.workspace_bytes
+    parts = 2 if operand_bytes > 2 * (problem.size + 63) else 1
+    # the chunk's operand, another one to compare it with, exponentials, and a copy of the gradient
+    per_class = operand_bytes * (2 if problem.nearest else 1) + 2 * parts * samples
+    per_class += 0 if gradient_in_place(problem) else 4 * problem.size
+    chunk = whole_chunk(classes, min(CHUNK_BYTES[device_type(problem)], workspace) // per_class)
+    chunks = -(-classes // chunk)
+    kept = max(workspace - chunk * per_class, 0) // (chunk * operand_bytes) if keep and samples else 0
     return Plan(classes, chunk, min(kept, chunks))

@@ -14,14 +14,23 @@ ROOT = Path(__file__).parents[2]
 def load(directory: Path):
     """Compiles into directory and imports. The module's ``cuda`` kernels take host tensors."""
     target = directory / f"_emulated{sysconfig.get_config_var('EXT_SUFFIX')}"
-    compiler = [os.environ.get("CXX", "c++"), "-std=c++17", "-O1", "-fPIC", "-fopenmp", "-fvisibility=hidden"]
+    compiler = [
+        os.environ.get("CXX", "c++"),
+        "-std=c++17",
+        "-O1",
+        "-U_FORTIFY_SOURCE",
+        "-fPIC",
+        "-fopenmp",
+        "-fvisibility=hidden",
+    ]
     compiler += [
         f"-I{pybind11.get_include()}",
         f"-I{sysconfig.get_paths()['include']}",
         f"-I{ROOT / 'tests/emulation'}",
     ]
-    defines = ["-DFM_MODULE_NAME=_emulated", "-DFM_CUDA", "-DFM_EMULATE", "-DFM_ISA=plain"]
-    sources = ["csrc/module.cpp", "csrc/cpu/dispatch.cpp", "csrc/cpu/kernels.cpp", "csrc/cuda/kernels.cu"]
+    defines = ["-DFM_MODULE_NAME=_emulated", "-DFM_CUDA", "-DFM_SM80", "-DFM_SM90", "-DFM_EMULATE", "-DFM_ISA=plain"]
+    sources = ["csrc/module.cpp", "csrc/tensor_module.cpp", "csrc/cpu/dispatch.cpp", "csrc/cpu/kernels.cpp"]
+    sources += [f"csrc/cuda/{name}.cu" for name in ("kernels", "operands", "sm80", "sm90")]
     jobs = []
     for source in sources:
         output = directory / (Path(source).name.replace(".", "_") + f"_{len(jobs)}.o")

@@ -1,148 +1,414 @@
-// Runs CUDA kernels on the host: every thread of a block is a fiber, blocks run one after another.
+// Runs CUDA kernels on the host: every thread is a fiber, the blocks of a cluster run together, clusters in turn.
 //
-// Enough of the dialect for csrc/cuda: warp shuffles, block barriers, static shared memory. A fiber runs
-// until it needs the others (a shuffle or a barrier), then the next one does. Lanes that wait for a lane
-// that left or took another branch are an error, as they would be a hang or garbage on a GPU.
+// Enough of the dialect for csrc/cuda: warp collectives, barriers, static and dynamic shared memory; what Hopper and
+// Ampere add is in sm90_emulation.h and sm80_emulation.h. Order is hostile on purpose: a warp, then a block, runs
+// alone as far as it can, from either end, and asynchronous work happens as early and as late as a GPU may do it, so
+// that a missing wait or barrier gives a wrong result. Threads that can never go on are an error.
 #pragma once
 
+#if defined(_FORTIFY_SOURCE) && _FORTIFY_SOURCE > 0
+#error "compile with -U_FORTIFY_SOURCE, which takes a jump to another fiber's stack for an error"
+#endif
+
+#include <math.h>
+#include <setjmp.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <vector>
+
+#include "../../csrc/math/element.h"
 
 #define __global__
 #define __device__
-#define __shared__ static // blocks do not run concurrently
+#define __grid_constant__
+#define __launch_bounds__(...)
+#define __shared__ static // blocks that have any do not run concurrently
 
 namespace emulation {
+
+constexpr int kLanes = 32;
+constexpr uint32_t kSharedBase = 1024; // of dynamic shared memory: not 0, so that an offset is not taken for an address
 
 struct Index {
     unsigned x;
 };
 
 struct Fiber {
-    ucontext_t context;
-    std::vector<char> stack;
-    bool done;
-    unsigned shuffles, barriers; // how many of each this thread has reached
-    bool at_barrier;
+    jmp_buf context;
+    std::unique_ptr<char[]> stack;
+    int thread, rank; // of its block in the cluster
+    bool (*ready)(const void*);
+    const void* condition; // what ready looks at
+    const char* place;     // where it waits, and for which address or number
+    uint32_t detail;
+    bool late;      // goes on when no other fiber can
+    int unfinished; // asynchronous operations it has not waited for
 };
 
-constexpr int kLanes = 32;
+struct Warp {
+    void* posts[kLanes]; // what each lane brought to the collective
+    const char* place;
+    int arrived;
+    unsigned generation;
+};
+
+struct Meeting {
+    int arrived, expected;
+    unsigned generation;
+};
 
 struct Block {
-    ucontext_t scheduler;
-    std::vector<Fiber> fibers;
-    std::vector<uint64_t> slots[2]; // what each lane put into its warp's shuffle; even and odd ones
-    int current;
-    void (*body)(void*);
-    void* argument;
+    std::vector<uint16_t> shared;
+    int threads; // that have not left
+    Meeting all, named[16];
 };
 
-inline Block block;
-inline Index thread_index, block_index;
+inline Index thread_index, block_index, block_size, grid_size;
+inline std::vector<Fiber> fibers; // never fewer than the largest cluster so far: a fiber outlives its kernel
+inline std::vector<Warp> warps;
+inline std::vector<Block> blocks;
+inline Meeting cluster;
+inline int threads;          // of the cluster, that have not left
+inline unsigned first_block; // of the cluster
+inline int self;             // the running fiber
+inline jmp_buf scheduler;
+inline void (*body)(const void*);
+inline const void* argument;
+inline bool (*idle)(); // what the hardware does when no thread can move; false: nothing
 
-inline void enter() {
-    block.body(block.argument);
-    block.fibers[block.current].done = true;
-    swapcontext(&block.fibers[block.current].context, &block.scheduler);
+inline int lane() { return self % kLanes; }
+inline Block& block() { return blocks[fibers[self].rank]; }
+
+[[noreturn]] inline void fail(const char* message, uint32_t detail = 0) {
+    fprintf(stderr, "emulation: block %u, thread %u: %s", block_index.x, thread_index.x, message);
+    fprintf(stderr, detail ? " %u\n" : "\n", detail);
+    abort();
 }
 
-inline void yield() {
-    int self = block.current;
-    swapcontext(&block.fibers[self].context, &block.scheduler);
-    thread_index.x = static_cast<unsigned>(self);
+inline void become(int fiber) {
+    self = fiber;
+    thread_index.x = static_cast<unsigned>(fibers[fiber].thread);
+    block_index.x = first_block + static_cast<unsigned>(fibers[fiber].rank);
 }
 
-inline bool ready(int t) {
-    const Fiber& f = block.fibers[t];
-    int threads = static_cast<int>(block.fibers.size());
-    int begin = f.at_barrier ? 0 : t / kLanes * kLanes, end = f.at_barrier ? threads : begin + kLanes;
-    for (int o = begin; o < end; ++o) {
-        const Fiber& other = block.fibers[o];
-        if (f.at_barrier ? (!other.done && other.barriers < f.barriers) : other.shuffles < f.shuffles) return false;
-    }
-    return true;
+// Fibers switch by jumps: swapcontext would make a system call each time.
+inline void leave() {
+    if (!_setjmp(fibers[self].context)) _longjmp(scheduler, 1);
 }
 
-inline void run_block(int threads, void (*body)(void*), void* argument) {
-    block.body = body;
-    block.argument = argument;
-    block.fibers.resize(threads);
-    for (auto& slots : block.slots) slots.resize(threads);
-    for (Fiber& f : block.fibers) {
-        f.stack.resize(64 << 10);
-        f.done = f.at_barrier = false;
-        f.shuffles = f.barriers = 0;
-        getcontext(&f.context);
-        f.context.uc_stack.ss_sp = f.stack.data();
-        f.context.uc_stack.ss_size = f.stack.size();
-        f.context.uc_link = nullptr;
-        makecontext(&f.context, enter, 0);
+inline void resume(int fiber) {
+    become(fiber);
+    if (!_setjmp(scheduler)) _longjmp(fibers[fiber].context, 1);
+}
+
+inline bool always(const void*) { return true; }
+inline bool never(const void*) { return false; }
+
+template <class Ready> void wait_until(const char* place, uint32_t detail, const Ready& ready) {
+    if (ready()) return;
+    Fiber& f = fibers[self];
+    f.ready = [](const void* condition) { return (*static_cast<const Ready*>(condition))(); };
+    f.condition = &ready;
+    f.place = place;
+    f.detail = detail;
+    leave();
+}
+
+inline void let_others_go_first(const char* place) {
+    Fiber& f = fibers[self];
+    f.ready = never;
+    f.late = true;
+    f.place = place;
+    leave();
+}
+
+inline void settle(Meeting& m, int expected) {
+    if (m.arrived == 0 || m.arrived < expected) return;
+    m.arrived = 0;
+    ++m.generation;
+}
+
+inline void meet(const char* place, uint32_t detail, Meeting& m, int expected) {
+    unsigned generation = m.generation;
+    ++m.arrived;
+    settle(m, expected);
+    wait_until(place, detail, [&] { return m.generation != generation; });
+}
+
+// All lanes of a warp bring a Post; the last to come completes them all, complete(lanes), before any goes on.
+template <class Post, class Complete> void together(const char* place, Post& mine, const Complete& complete) {
+    Warp& warp = warps[self / kLanes];
+    if (warp.arrived == 0) warp.place = place;
+    if (strcmp(warp.place, place) != 0) fail("other lanes of the warp are in another collective");
+    warp.posts[lane()] = &mine;
+    unsigned generation = warp.generation;
+    if (++warp.arrived < kLanes) return wait_until(place, 0, [&] { return warp.generation != generation; });
+    Post* lanes[kLanes];
+    for (int l = 0; l < kLanes; ++l) lanes[l] = static_cast<Post*>(warp.posts[l]);
+    complete(lanes);
+    warp.arrived = 0;
+    ++warp.generation;
+}
+
+inline uint8_t* shared(uint32_t address, uint32_t size, int rank = fibers[self].rank) {
+    if (rank >= static_cast<int>(blocks.size())) fail("no such block in the cluster:", static_cast<uint32_t>(rank));
+    if (blocks[rank].threads == 0) fail("touches shared memory of a block that has left, at", address);
+    uint64_t offset = static_cast<uint64_t>(address) - kSharedBase;
+    if (address < kSharedBase || offset + size > 2 * blocks[rank].shared.size())
+        fail("outside of dynamic shared memory:", address);
+    return reinterpret_cast<uint8_t*>(blocks[rank].shared.data()) + offset;
+}
+
+// What one fiber keeps for the instructions of a GPU family. Empty again when its kernel ends.
+template <class State> State& state(int fiber = self) {
+    static std::vector<State> all;
+    if (all.size() < fibers.size()) all.resize(fibers.size());
+    return all[fiber];
+}
+
+// Asynchronous operations of one thread, oldest first, in commit groups.
+template <class Operation> struct Groups {
+    std::vector<Operation> operations;
+    std::vector<size_t> ends; // of the committed groups
+
+    void add(int fiber, const Operation& operation) {
+        operations.push_back(operation);
+        ++fibers[fiber].unfinished;
     }
-    for (int left = threads; left > 0;) {
-        bool moved = false;
-        for (int t = 0; t < threads; ++t) {
-            Fiber& f = block.fibers[t];
-            if (f.done || !ready(t)) continue;
-            moved = true;
-            block.current = t;
-            thread_index.x = static_cast<unsigned>(t);
-            swapcontext(&block.scheduler, &f.context);
-            left -= f.done;
-        }
-        if (!moved) {
-            fprintf(stderr, "emulation: threads of one block wait for each other forever\n");
-            abort();
-        }
+    void commit() { ends.push_back(operations.size()); }
+    // Operations of all groups but the newest.
+    size_t due(size_t newest) const { return ends.size() > newest ? ends[ends.size() - newest - 1] : 0; }
+    void retire(int fiber, size_t newest) {
+        if (ends.size() <= newest) return;
+        size_t count = due(newest);
+        operations.erase(operations.begin(), operations.begin() + static_cast<std::ptrdiff_t>(count));
+        ends.erase(ends.begin(), ends.end() - static_cast<std::ptrdiff_t>(newest));
+        for (size_t& end : ends) end -= count;
+        fibers[fiber].unfinished -= static_cast<int>(count);
     }
+};
+
+inline void live() {
+    for (;;) {
+        leave(); // until there is a kernel to run
+        body(argument);
+        if (fibers[self].unfinished) fail("leaves without waiting for its asynchronous operations");
+        fibers[self].ready = never;
+        fibers[self].place = nullptr;
+        settle(cluster, --threads);
+        settle(block().all, --block().threads);
+    }
+}
+
+inline void make_fiber() {
+    constexpr size_t size = 64 << 10;
+    fibers.emplace_back().stack.reset(new char[size]);
+    self = static_cast<int>(fibers.size()) - 1;
+    ucontext_t start;
+    getcontext(&start);
+    start.uc_stack.ss_sp = fibers.back().stack.get();
+    start.uc_stack.ss_size = size;
+    start.uc_link = nullptr;
+    makecontext(&start, live, 0);
+    if (!_setjmp(scheduler)) setcontext(&start);
+}
+
+[[noreturn]] inline void deadlock() {
+    fprintf(stderr, "emulation: threads of one block or cluster wait for each other forever\n");
+    for (size_t begin = 0, end = 0, count = kLanes * warps.size(); begin < count; begin = end) {
+        const Fiber& f = fibers[begin];
+        auto same = [&](const Fiber& o) { return o.rank == f.rank && o.place == f.place && o.detail == f.detail; };
+        while (end < count && same(fibers[end])) ++end;
+        if (f.place)
+            fprintf(stderr, "  block %u, threads %d to %d: %s %u\n", first_block + static_cast<unsigned>(f.rank),
+                    f.thread, fibers[end - 1].thread, f.place, f.detail);
+    }
+    abort();
+}
+
+inline bool coin() {
+    static uint32_t state = 0;
+    state = state * 1664525u + 1013904223u;
+    return state >> 31;
+}
+
+// Each of these runs what can go on without others, and tells whether anything could.
+inline bool run_warp(int warp) {
+    bool moved = false;
+    for (int fiber = warp * kLanes; fiber < (warp + 1) * kLanes; ++fiber) {
+        if (!fibers[fiber].ready(fibers[fiber].condition)) continue;
+        resume(fiber);
+        moved = true;
+    }
+    return moved;
+}
+
+inline bool run_block(int rank) {
+    int count = static_cast<int>(warps.size() / blocks.size());
+    bool backwards = coin(), moved = false;
+    for (int i = 0; i < count; ++i)
+        while (run_warp(rank * count + (backwards ? count - 1 - i : i))) moved = true;
+    return moved;
+}
+
+inline bool run_blocks() {
+    int count = static_cast<int>(blocks.size());
+    bool backwards = coin(), moved = false;
+    for (int i = 0; i < count; ++i)
+        while (run_block(backwards ? count - 1 - i : i)) moved = true;
+    return moved;
+}
+
+inline bool run_late() {
+    int count = kLanes * static_cast<int>(warps.size());
+    bool backwards = coin();
+    for (int i = 0; i < count; ++i) {
+        int fiber = backwards ? count - 1 - i : i;
+        if (!fibers[fiber].late) continue;
+        fibers[fiber].late = false;
+        resume(fiber);
+        return true;
+    }
+    return false;
+}
+
+inline void run_cluster(int size, int block_threads, int shared_bytes) {
+    threads = size * block_threads;
+    cluster = {};
+    blocks.resize(size);
+    for (Block& b : blocks) {
+        b.shared.assign((shared_bytes + 1) / 2, 0x7fff); // NaN
+        b.threads = block_threads;
+        b.all = {};
+        for (Meeting& m : b.named) m = {};
+    }
+    warps.assign(threads / kLanes, {});
+    while (static_cast<int>(fibers.size()) < threads) make_fiber();
+    for (int t = 0; t < threads; ++t) {
+        Fiber& f = fibers[t];
+        f.thread = t % block_threads;
+        f.rank = t / block_threads;
+        f.ready = always;
+        f.late = false;
+    }
+    while (threads > 0)
+        if (!run_blocks() && !run_late() && !(idle && idle())) deadlock();
+    if (idle) idle(); // work still under way fails: its block has left
+    for (int rank = 0; rank < size; ++rank)
+        for (uint32_t id = 0; id < 16; ++id)
+            if (become(rank * block_threads); blocks[rank].named[id].arrived)
+                fail("the block leaves a named barrier half full:", id);
 }
 
 } // namespace emulation
 
 #define threadIdx emulation::thread_index
 #define blockIdx emulation::block_index
+#define blockDim emulation::block_size
+#define gridDim emulation::grid_size
 
-template <class T> T __shfl_xor_sync(unsigned, T value, int mask) {
-    using namespace emulation;
-    int self = block.current;
-    Fiber& f = block.fibers[self];
-    auto& slots = block.slots[f.shuffles & 1];
-    memcpy(&slots[self], &value, sizeof value);
-    ++f.shuffles;
-    f.at_barrier = false;
-    yield();
-    memcpy(&value, &slots[self ^ mask], sizeof value);
-    return value;
+using std::max;
+using std::min;
+
+template <class T> T __shfl_sync(unsigned mask, T value, int source) {
+    if (mask != 0xffffffffu) emulation::fail("a shuffle of part of a warp");
+    struct Post {
+        T value, result;
+        int source;
+    } post{value, value, source & (emulation::kLanes - 1)};
+    emulation::together("shuffle", post, [](Post* const* lanes) {
+        for (int l = 0; l < emulation::kLanes; ++l) lanes[l]->result = lanes[lanes[l]->source]->value;
+    });
+    return post.result;
 }
+
+template <class T> T __shfl_xor_sync(unsigned mask, T value, int lanes) {
+    return __shfl_sync(mask, value, emulation::lane() ^ lanes);
+}
+
+inline unsigned __ballot_sync(unsigned mask, int predicate) {
+    if (mask != 0xffffffffu) emulation::fail("a ballot of part of a warp");
+    struct Post {
+        bool predicate;
+        unsigned result;
+    } post{predicate != 0, 0};
+    emulation::together("ballot", post, [](Post* const* lanes) {
+        unsigned result = 0;
+        for (int l = 0; l < emulation::kLanes; ++l) result |= static_cast<unsigned>(lanes[l]->predicate) << l;
+        for (int l = 0; l < emulation::kLanes; ++l) lanes[l]->result = result;
+    });
+    return post.result;
+}
+
+inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
+
+inline void __syncwarp(unsigned mask = 0xffffffffu) { __ballot_sync(mask, 0); }
 
 inline void __syncthreads() {
-    emulation::Fiber& f = emulation::block.fibers[emulation::block.current];
-    ++f.barriers;
-    f.at_barrier = true;
-    emulation::yield();
+    emulation::Block& block = emulation::block();
+    emulation::meet("__syncthreads", 0, block.all, block.threads);
 }
+
+inline unsigned long long atomicMax(unsigned long long* at, unsigned long long value) {
+    unsigned long long old = *at;
+    if (value > old) *at = value;
+    return old;
+}
+
+template <class T> T __ldcg(const T* at) { return *at; }
+template <class T> T __ldg(const T* at) { return *at; }
 
 namespace fm::cuda {
 
-template <class P> void launch(void (*kernel)(P), int64_t blocks, int threads, void*, const P& params) {
-    struct Call {
-        void (*kernel)(P);
-        const P* params;
-    } call{kernel, &params};
-    for (int64_t b = 0; b < blocks; ++b) {
-        emulation::block_index.x = static_cast<unsigned>(b);
-        emulation::run_block(
-            threads,
-            [](void* argument) {
-                auto* c = static_cast<Call*>(argument);
-                c->kernel(*c->params);
-            },
-            &call);
+template <class... A> void launch_cluster(void (*kernel)(A...), int64_t clusters, int cluster_size, int threads,
+                                          int shared_bytes, void*, const A&... args) {
+    if (threads % emulation::kLanes != 0) emulation::fail("a block of part of a warp");
+    auto call = [&] { kernel(args...); };
+    emulation::body = [](const void* argument) { (*static_cast<const decltype(call)*>(argument))(); };
+    emulation::argument = &call;
+    emulation::block_size.x = static_cast<unsigned>(threads);
+    emulation::grid_size.x = static_cast<unsigned>(clusters * cluster_size);
+    for (int64_t c = 0; c < clusters; ++c) {
+        emulation::first_block = static_cast<unsigned>(c * cluster_size);
+        emulation::run_cluster(cluster_size, threads, shared_bytes);
     }
+    emulation::argument = nullptr;
+}
+
+template <class P> void launch(void (*kernel)(P), int64_t blocks, int threads, void* stream, const P& params) {
+    launch_cluster(kernel, blocks, 1, threads, 0, stream, params);
+}
+
+inline float exp2_approx(float x) { return exp2f(x); }
+
+inline uint32_t to_half(float value) {
+    uint32_t bits = bits_of(value), sign = bits >> 16 & 0x8000u, rest = bits & 0x7fffffffu;
+    if (rest > 0x7f800000u) return 0x7fffu;
+    if (rest >= 0x477ff000u) return sign | 0x7c00u; // 65520 and more
+    if (rest < 0x38800000u)
+        return sign | (bits_of(float_of(rest) + 0.5f) - bits_of(0.5f)); // one ulp of 0.5 is a denormal's
+    return sign | ((rest - 0x38000000u + 0xfffu + (rest >> 13 & 1u)) >> 13);
+}
+
+inline uint32_t pack_half(float low, float high) { return to_half(low) | to_half(high) << 16; }
+inline float low_half(uint32_t word) { return from_float16(static_cast<uint16_t>(word)); }
+inline float high_half(uint32_t word) { return low_half(word >> 16); }
+
+inline void store_16_bytes(uint16_t* to, const uint32_t (&words)[4]) {
+    if (reinterpret_cast<uintptr_t>(to) % 16 != 0) emulation::fail("stores 16 bytes at an unaligned address");
+    memcpy(to, words, sizeof words);
+}
+
+inline int multiprocessors() { return 5; }
+
+template <class... A> int resident_clusters(void (*)(A...), int cluster_size, int, int) {
+    return multiprocessors() / cluster_size;
 }
 
 } // namespace fm::cuda

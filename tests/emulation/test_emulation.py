@@ -5,14 +5,8 @@ import torch
 from problems import ours, problem, relative_error
 
 import fused_margin as fm
-from emulation import build
 from fused_margin.ops import library, sweep
 from fused_margin.ops.backend import Kernels
-
-
-@pytest.fixture(scope="session")
-def emulated(tmp_path_factory):
-    return build.load(tmp_path_factory.mktemp("emulation"))
 
 
 @pytest.fixture

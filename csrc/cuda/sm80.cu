@@ -1,0 +1,143 @@
+// The family of every GPU since Ampere: cp.async into a ring of stages, ldmatrix, mma.sync.
+//
+// A persistent block of 2 x 4 warps multiplies 128 rows with 128 classes, each warp 64 with 32. Loads run
+// ahead across tiles, so the ring drains only where the block goes on to other rows.
+#include "epilogues.h"
+#include "sm80.h"
+#include "tiles.h"
+
+#include <algorithm>
+
+namespace fm::cuda::sm80 {
+namespace {
+
+constexpr int kRows = 128, kColumns = 128; // of a block's tile
+constexpr int kThreads = 256;
+constexpr int kWarpRows = 64, kWarpColumns = 32; // 2 warps down, 4 across
+constexpr int kM = kWarpRows / 16, kN = kWarpColumns / 8;
+constexpr int kDepth = 32; // elements of a row that a stage holds
+constexpr int kLineBytes = 2 * kDepth;
+constexpr int kStages = 4;
+constexpr int kOperandBytes = kRows * kLineBytes;         // of either operand, in one stage
+constexpr int kSharedBytes = kStages * 2 * kOperandBytes; // 64 KiB: two blocks fit where there are 164, one in 100
+constexpr int kMostBlocks = 2;                            // of a multiprocessor
+
+// Where 16 bytes of a line lie. Eight neighbouring rows' chunks fall into different banks.
+__device__ uint32_t place(int row, int chunk) {
+    return static_cast<uint32_t>(row * kLineBytes + ((chunk ^ (row >> 1 & 3)) << 4));
+}
+
+// Copies one line, at column x, of an operand's rows [begin, begin + 128) into a stage.
+__device__ void load_operand(uint32_t to, const uint16_t* data, int rows, int width, int begin, int x) {
+    FM_UNROLL
+    for (int i = 0; i < kRows * 4 / kThreads; ++i) {
+        int at = static_cast<int>(threadIdx.x) + i * kThreads, row = at / 4, chunk = at % 4;
+        bool inside = begin + row < rows;
+        int64_t from = inside ? static_cast<int64_t>(begin + row) * width + x + chunk * 8 : 0;
+        copy_async(to + place(row, chunk), data + from, inside);
+    }
+}
+
+template <class Epilogue, int kBlocks> __global__ void __launch_bounds__(kThreads, kBlocks)
+    sweep(const __grid_constant__ typename Epilogue::Params p) {
+    const TensorProduct& product = p.product;
+    uint32_t memory = dynamic_shared();
+    int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+    int down = warp / 4 * kWarpRows, across = warp % 4 * kWarpColumns;
+    int slot = static_cast<int>(blockIdx.x) * 4 + warp % 4;
+    int depth = static_cast<int>(product.width) / kDepth;
+    int count = depth * (product.parts == 2 ? 3 : 1); // of split operands: high high, high low, low high
+    int half = static_cast<int>(product.width), width = half * product.parts;
+    Epilogue epilogue;
+    Tiles<kColumns> schedule(product, kRows, is_triangle(p), static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x));
+    Segment segment;
+    while (schedule.next(segment)) {
+        int first_row = segment.group * kRows, row = first_row + down + lane / 4;
+        epilogue.begin(p, row, lane);
+        // what is loaded next, kStages - 1 lines ahead of what is multiplied
+        int next_tile = segment.begin, next_line = 0;
+        auto load = [&](int stage) {
+            if (next_tile < segment.end) {
+                int pass = next_line / depth, x = next_line % depth * kDepth;
+                uint32_t to = memory + static_cast<uint32_t>(stage % kStages * 2 * kOperandBytes);
+                load_operand(to, product.left, static_cast<int>(product.rows), width, first_row,
+                             x + (pass == 2 ? half : 0));
+                load_operand(to + kOperandBytes, product.right, static_cast<int>(product.columns), width,
+                             next_tile * kColumns, x + (pass == 1 ? half : 0));
+                if (++next_line == count) next_line = 0, ++next_tile;
+            }
+            copy_commit(); // also an empty group, so that waiting counts lines
+        };
+        for (int s = 0; s < kStages - 1; ++s) load(s);
+        int stage = 0;
+        for (int tile = segment.begin; tile < segment.end; ++tile) {
+            float products[kM][4 * kN];
+            FM_UNROLL
+            for (int m = 0; m < kM; ++m) {
+                FM_UNROLL
+                for (int i = 0; i < 4 * kN; ++i) products[m][i] = 0.0f;
+            }
+#pragma unroll 1
+            for (int k = 0; k < count; ++k) {
+                copy_wait<kStages - 2>();
+                __syncthreads(); // everyone's copies are there, and everyone is done with the stage loaded next
+                load(stage + kStages - 1);
+                uint32_t a = memory + static_cast<uint32_t>(stage * 2 * kOperandBytes), b = a + kOperandBytes;
+                stage = (stage + 1) % kStages;
+                FM_UNROLL
+                for (int i = 0; i < kDepth / 16; ++i) {
+                    uint32_t left[kM][4], right[kN / 2][4];
+                    FM_UNROLL
+                    for (int m = 0; m < kM; ++m)
+                        load_matrix(left[m], a + place(down + m * 16 + lane % 16, i * 2 + lane / 16));
+                    FM_UNROLL
+                    for (int n = 0; n < kN / 2; ++n)
+                        load_matrix(right[n],
+                                    b + place(across + n * 16 + lane / 16 * 8 + lane % 8, i * 2 + lane / 8 % 2));
+                    FM_UNROLL
+                    for (int m = 0; m < kM; ++m) {
+                        FM_UNROLL
+                        for (int n = 0; n < kN; ++n)
+                            mma(reinterpret_cast<float (&)[4]>(products[m][4 * n]), left[m], right[n / 2][n % 2 * 2],
+                                right[n / 2][n % 2 * 2 + 1]);
+                    }
+                }
+            }
+            int column = tile * kColumns + across;
+            epilogue.tile(p, products, row, column, column + 2 * (lane % 4), lane);
+        }
+        copy_wait<0>();
+        __syncthreads(); // the next rows' first loads must not overtake a warp that still multiplies
+        epilogue.end(p, row, slot, lane);
+    }
+}
+
+// kBlocks to a multiprocessor: half as many registers for each of two.
+template <class Epilogue, int kBlocks = kMostBlocks> void start(const typename Epilogue::Params& p, void* stream) {
+    int64_t tiles = ((p.product.rows + kRows - 1) / kRows) * ((p.product.columns + kColumns - 1) / kColumns);
+    if (tiles == 0) return;
+    launch_cluster(sweep<Epilogue, kBlocks>, static_cast<int>(std::min<int64_t>(kBlocks * multiprocessors(), tiles)), 1,
+                   kThreads, kSharedBytes, stream, p);
+}
+
+} // namespace
+
+void run(const TensorExponentSum& p, void* stream) {
+    if (p.online)
+        start<ExponentSumEpilogue<kM, kN, 16, true>, 1>(p, stream);
+    else
+        start<ExponentSumEpilogue<kM, kN, 16, false>>(p, stream);
+}
+
+void run(const TensorProbabilities& p, void* stream) {
+    if (p.product.parts == 2)
+        start<ProbabilitiesEpilogue<kM, kN, 16, true>>(p, stream);
+    else
+        start<ProbabilitiesEpilogue<kM, kN, 16, false>>(p, stream);
+}
+
+void run(const TensorNearest& p, void* stream) { start<NearestEpilogue<kM, kN, 16>>(p, stream); }
+
+int slots() { return 4 * kMostBlocks * multiprocessors(); }
+
+} // namespace fm::cuda::sm80

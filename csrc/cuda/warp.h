@@ -1,0 +1,39 @@
+// Kernels that give one warp to a row: which row, and sums over the lanes.
+#pragma once
+
+#include "device.h"
+
+#include "../kernels.h"
+
+#include <cstdint>
+#include <math.h>
+
+namespace fm::cuda {
+
+constexpr int kWarp = 32;
+constexpr int kRowThreads = 256;  // one block for one long row
+constexpr int kWarpsPerBlock = 4; // one warp for one row of D elements
+constexpr unsigned kWholeWarp = 0xffffffffu;
+
+__device__ inline int lane() { return static_cast<int>(threadIdx.x) % kWarp; }
+__device__ inline int64_t warp_row() {
+    return static_cast<int64_t>(blockIdx.x) * kWarpsPerBlock + static_cast<int64_t>(threadIdx.x) / kWarp;
+}
+inline int64_t warp_blocks(int64_t rows) { return (rows + kWarpsPerBlock - 1) / kWarpsPerBlock; }
+
+template <class Combine> __device__ double warp_reduce(double value, Combine combine) {
+    for (int offset = kWarp / 2; offset > 0; offset /= 2)
+        value = combine(value, __shfl_xor_sync(kWholeWarp, value, offset));
+    return value;
+}
+
+__device__ inline double warp_sum(double value) {
+    return warp_reduce(value, [](double a, double b) { return a + b; });
+}
+
+__device__ inline double inverse_norm_of(double squares) {
+    double norm = sqrt(squares);
+    return norm < kSmallestNorm ? 0.0 : 1.0 / norm;
+}
+
+} // namespace fm::cuda

@@ -1,0 +1,87 @@
+"""Which products serve a call: torch.mm with kernels around it, or a family of tensor-core kernels."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from fused_margin import _C
+from fused_margin.ops.problem import compute_dtype
+
+PORTABLE = "portable"
+SPLIT = "split"  # ending of a family's name: operands in two halves, accurate to float32
+SIZES = range(32, 4097)  # embedding sizes the families take
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family is on by default only where a committed result shows that it has passed on a device."""
+
+    name: str
+    capability: tuple[int, int]  # lowest compute capability
+    only: bool  # no other capability
+    result: str | None  # file in benchmarks/results
+
+    @property
+    def compiled(self) -> bool:
+        return hasattr(_C, "cuda") and hasattr(_C.cuda, self.name)
+
+    def runs_on(self, capability: tuple[int, int]) -> bool:
+        return capability == self.capability if self.only else capability >= self.capability
+
+
+# The first that is on, compiled and runs on the device serves float32, float16 and bfloat16.
+FAMILIES = (
+    Family("sm90", (9, 0), only=True, result=None),
+    Family("sm80", (8, 0), only=False, result=None),
+)
+_wanted: str | None = None  # by `use`
+
+
+@contextmanager
+def use(name: str) -> Iterator[None]:
+    """Serve all calls by the family of that name, or by PORTABLE: for tests and benchmarks."""
+    global _wanted
+    known = [PORTABLE, *(family.name for family in FAMILIES)]
+    if name not in known:
+        raise ValueError(f"expected one of {known}, got {name!r}")
+    before, _wanted = _wanted, name
+    try:
+        yield
+    finally:
+        _wanted = before
+
+
+def products_of(embeddings: torch.Tensor | None, weight: torch.Tensor) -> str:
+    """PORTABLE, or a family's name, followed by SPLIT where both are float32 and float32 means float32."""
+    candidates = [f for f in FAMILIES if (f.result is not None if _wanted is None else f.name == _wanted)]
+    empty = embeddings is not None and embeddings.shape[0] == 0
+    if not candidates or empty or weight.shape[1] not in SIZES or compute_dtype(embeddings, weight) == torch.float64:
+        return PORTABLE
+    if weight.device.type == "cuda":
+        capability = torch.cuda.get_device_capability(weight.device)
+        candidates = [f for f in candidates if f.compiled and f.runs_on(capability)]
+        if not candidates:
+            return PORTABLE
+    elif _wanted is None:
+        return PORTABLE
+    exact = torch.get_float32_matmul_precision() == "highest" and all(
+        t is None or t.dtype == torch.float32 for t in (embeddings, weight)
+    )
+    return f"{candidates[0].name} {SPLIT}" if exact else candidates[0].name
+
+
+def describe() -> list[str]:
+    """One line for each way, the one that serves by default first."""
+    lines = []
+    for family in FAMILIES:
+        if not family.compiled:
+            state = "not compiled"
+        elif family.result is None:
+            state = "off: no committed device result yet"
+        else:
+            state = f"on: {family.result}"
+        lines.append(f"{family.name} tensor cores: {state}")
+    portable = "portable kernels around torch.mm: serve all else"
+    return sorted(lines, key=lambda line: ": on" not in line) + [portable]

@@ -1,0 +1,71 @@
+"""What a sweep is asked, and what it finds."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The arguments that forward and backward of one sweep share."""
+
+    embeddings: Tensor | None  # (N, D), or None where only the nearest classes are wanted
+    weight: Tensor  # (C, D)
+    labels: Tensor | None  # (N,) int64
+    scale: Tensor | None  # (N,) float64, or None for scale_value
+    scale_value: float
+    class_weight: Tensor | None  # (C,) float64, of label smoothing
+    nearest: bool
+    workspace_bytes: int
+    products: str  # a name of ops.dispatch
+
+    @property
+    def samples(self) -> int:
+        return 0 if self.embeddings is None else self.embeddings.shape[0]
+
+    @property
+    def classes(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def size(self) -> int:
+        return self.weight.shape[1]
+
+    @property
+    def compute(self) -> torch.dtype:
+        return compute_dtype(self.embeddings, self.weight)
+
+    @property
+    def scales(self) -> float | Tensor:
+        return self.scale_value if self.scale is None else self.scale
+
+
+class Sweep(NamedTuple):
+    """What a sweep finds. The first five are its results, the others what its backward needs."""
+
+    negative_logsumexp: Tensor  # (N,) float64, over the classes that are not the label's
+    target_cosine: Tensor  # (N,) float64
+    uniform_cosine: Tensor  # (N,) float64, sum_j class_weight_j cos_ij, or (0,)
+    nearest_cosine: Tensor  # (C,) or (0,)
+    nearest_index: Tensor  # (C,) int64 or (0,)
+    normalized_embeddings: Tensor  # (N, D)
+    embedding_inverse_norm: Tensor  # (N,)
+    weight_inverse_norm: Tensor  # (C,)
+    exponent: Tensor  # (chunks, N) float64, or (1, N) where one exponent of a row serves all chunks
+    uniform_weight: Tensor  # (D,), sum_j class_weight_j w_hat_j, or (0,)
+    kept: Tensor  # what the forward has room to keep for the backward, chunk after chunk
+
+
+class SweepGradients(NamedTuple):
+    """Upstream gradients of a sweep's results; None where nothing depends on them."""
+
+    negative_logsumexp: Tensor | None
+    target_cosine: Tensor | None
+    uniform_cosine: Tensor | None
+    nearest_cosine: Tensor | None

@@ -1,0 +1,80 @@
+// Ampere's instructions on the host: cp.async, ldmatrix and mma.sync, with the signatures of csrc/cuda/sm80.h.
+#pragma once
+
+#include "emulation.h"
+
+namespace emulation {
+
+struct Copy {
+    uint8_t* destination;
+    const void* source; // null: zeros
+
+    void land() const {
+        if (source)
+            memcpy(destination, source, 16);
+        else
+            memset(destination, 0, 16);
+    }
+};
+
+} // namespace emulation
+
+namespace fm::cuda::sm80 {
+
+inline uint32_t dynamic_shared() { return emulation::kSharedBase; }
+
+inline void copy_async(uint32_t destination, const void* source, bool valid) {
+    if (destination % 16 != 0 || (valid && reinterpret_cast<uintptr_t>(source) % 16 != 0))
+        emulation::fail("cp.async needs 16-byte aligned addresses, destination", destination);
+    emulation::Copy copy{emulation::shared(destination, 16), valid ? source : nullptr};
+    // As late as a copy may land, or as early: the one shows a missing wait, the other a buffer still in use.
+    if (destination / 16 % 2)
+        copy.land();
+    else
+        emulation::state<emulation::Groups<emulation::Copy>>().add(emulation::self, copy);
+}
+
+inline void copy_commit() { emulation::state<emulation::Groups<emulation::Copy>>().commit(); }
+
+template <int N> void copy_wait() {
+    auto& groups = emulation::state<emulation::Groups<emulation::Copy>>();
+    for (size_t i = 0, due = groups.due(N); i < due; ++i) groups.operations[i].land();
+    groups.retire(emulation::self, N);
+}
+
+inline void load_matrix(uint32_t (&fragment)[4], uint32_t address) {
+    if (address % 16 != 0) emulation::fail("ldmatrix needs 16-byte aligned addresses:", address);
+    struct Post {
+        uint32_t* fragment;
+        const uint8_t* row;
+    } post{fragment, emulation::shared(address, 16)};
+    emulation::together("ldmatrix", post, [](Post* const* lanes) {
+        for (int l = 0; l < emulation::kLanes; ++l)
+            for (int m = 0; m < 4; ++m) memcpy(&lanes[l]->fragment[m], lanes[8 * m + l / 4]->row + l % 4 * 4, 4);
+    });
+}
+
+inline void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    struct Post {
+        float* c;
+        const uint32_t* a;
+        uint32_t b[2];
+    } post{c, a, {b0, b1}};
+    emulation::together("mma", post, [](Post* const* lanes) {
+        float a[16][16], b[8][16];
+        for (int l = 0; l < emulation::kLanes; ++l)
+            for (int half = 0; half < 2; ++half) {
+                auto element = [&](uint32_t pair) { return from_float16(static_cast<uint16_t>(pair >> 16 * half)); };
+                int k = 2 * (l % 4) + half;
+                for (int i = 0; i < 4; ++i) a[l / 4 + 8 * (i % 2)][k + 8 * (i / 2)] = element(lanes[l]->a[i]);
+                for (int i = 0; i < 2; ++i) b[l / 4][k + 8 * i] = element(lanes[l]->b[i]);
+            }
+        for (int l = 0; l < emulation::kLanes; ++l)
+            for (int i = 0; i < 4; ++i) {
+                const float *row = a[l / 4 + 8 * (i / 2)], *column = b[2 * (l % 4) + i % 2];
+                for (int k = 0; k < 16; ++k) lanes[l]->c[i] += row[k] * column[k];
+            }
+    });
+}
+
+} // namespace fm::cuda::sm80

@@ -1,0 +1,121 @@
+"""Whole tensor-core kernels, executed by the host emulator: pipelines, tiles and epilogues, on the path of a call."""
+
+import pytest
+import torch
+from problems import loss_and_gradients, ours, problem, relative_error, truth
+
+import fused_margin as fm
+from fused_margin import reference
+from fused_margin.ops import dispatch, library, sweep
+from fused_margin.ops.backend import Kernels
+
+
+@pytest.fixture(params=["sm90", "sm80"])
+def family(request, emulated, monkeypatch):
+    for module in (sweep, library):
+        monkeypatch.setattr(module, "kernels", lambda device: Kernels(emulated.cuda, 0))
+    with dispatch.use(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=["highest", "high"])
+def precision(request):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(request.param)
+    yield {"highest": 5e-6, "high": 1e-3}[request.param]
+    torch.set_float32_matmul_precision(before)
+
+
+def single(*shape):
+    return (t.float() if t.is_floating_point() else t for t in problem(*shape))
+
+
+def check(x, w, y, tolerance, **options):
+    expected = truth(x, w, y, {"m2": 0.5}, **{k: v for k, v in options.items() if k != "workspace_mb"})
+    for m, e in zip(ours(x, w, y, {"m2": 0.5}, **options), expected, strict=True):
+        assert relative_error(m, e) < tolerance
+
+
+# tile edges are at 128 rows and 128 or 192 classes; an operand's row is a multiple of 64 wide
+@pytest.mark.parametrize("shape", [(1, 2, 32), (129, 193, 40), (128, 384, 64), (300, 1100, 192)], ids=str)
+def test_losses_and_gradients(family, precision, shape):
+    x, w, y = single(*shape)
+    check(x, w, y, precision, label_smoothing=0.1)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"scale": None},
+        {"scale": 300.0},
+        {"scale": torch.linspace(0.0, 90.0, 140, dtype=torch.float64)},
+        {"workspace_mb": 0.3, "exclusive_weight": 0.5},
+    ],
+    ids=["feature norm", "large scale", "own scales", "many chunks"],
+)
+def test_options(family, options):
+    x, w, y = single(140, 700, 48)
+    y[3] = -100
+    check(x, w, y, 1e-5, **options)
+
+
+@pytest.mark.parametrize("size", [512, 600], ids=["rows stay", "rows are streamed"])
+@pytest.mark.parametrize("precision", ["high"], indirect=True)
+def test_enough_tiles_to_wrap_the_ring(family, precision, size):
+    x, w, y = single(300, 1100, size)
+    check(x, w, y, precision / 2, exclusive_weight=0.2)
+
+
+@pytest.mark.parametrize("classes", [2, 127, 400])
+def test_nearest_class(family, classes):
+    w = torch.randn(classes, 40)
+    for workspace_mb in (256, 0.02):
+        cosine, index = fm.functional.nearest_class(w, workspace_mb=workspace_mb)
+        expected, at = reference.nearest_class(w.double())
+        torch.testing.assert_close(cosine.double(), expected, rtol=0, atol=1e-6)
+        assert torch.equal(index, at)
+
+
+def test_ties_go_to_the_lowest_class(family):
+    w = torch.eye(32)[torch.arange(301) % 5]
+    for workspace_mb in (256, 0.02):
+        cosine, index = fm.functional.nearest_class(w, workspace_mb=workspace_mb)
+        expected = torch.arange(301) % 5
+        expected[:5] += 5
+        assert torch.equal(index, expected) and torch.equal(cosine, torch.ones(301))
+
+
+def test_zero_and_nan_rows(family):
+    w = torch.randn(60, 32)
+    w[7], w[9, 3] = 0, float("nan")
+    cosine, index = fm.functional.nearest_class(w)
+    assert cosine[7] == 0 and cosine[9].isnan()
+    others = torch.arange(60) != 9
+    assert cosine[others].isfinite().all() and (index[others] != 9).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_parameters(family, dtype):
+    x, w, y = single(33, 200, 64)
+    loss, dx, dw = ours(x.to(dtype), w.to(dtype), y, {"m2": 0.5})
+    expected = truth(x.to(dtype), w.to(dtype), y, {"m2": 0.5})
+    assert dx.dtype == dw.dtype == dtype
+    for m, e in zip((loss, dx, dw), expected, strict=True):
+        assert relative_error(m, e) < max(5e-4, torch.finfo(dtype).eps)
+
+
+def test_the_same_bits_every_time(family):
+    x, w, y = single(140, 500, 64)
+    first, again = (ours(x, w, y, {"m2": 0.5}, exclusive_weight=0.3) for _ in range(2))
+    for a, b in zip(first, again, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_gradient_scaler_neither_overflows_nor_loses(family):
+    x, w, y = single(40, 300, 64)
+    for upstream in (2.0**-20, 1.0, 2.0**16):
+        _, dx, dw = loss_and_gradients(
+            fm.functional.margin_cross_entropy, x, w, y, fm.Margin(m2=0.5), upstream=torch.tensor(upstream)
+        )
+        _, ex, ew = truth(x, w, y, {"m2": 0.5})
+        assert relative_error(dx / upstream, ex) < 5e-6 and relative_error(dw / upstream, ew) < 5e-6
