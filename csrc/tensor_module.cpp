@@ -75,6 +75,16 @@ FM_FAMILY(Sm90, sm90)
 template <class Family> void define_family(py::module_ m) {
     m.def("slots", [](uintptr_t) { return Family::slots(); }, py::arg("stream"));
     m.def(
+        "dump",
+        [](uintptr_t stream, Tensor left, Tensor right, int64_t rows, int64_t columns, int64_t width, int parts,
+           bool wide, Tensor out) {
+            Family::run(
+                cuda::TensorDump{{half_of(left), half_of(right), rows, columns, width, parts}, wide, Address(out)},
+                stream);
+        },
+        py::arg("stream"), py::kw_only(), py::arg("left"), py::arg("right"), py::arg("rows"), py::arg("columns"),
+        py::arg("width"), py::arg("parts"), py::arg("wide"), py::arg("out"));
+    m.def(
         "exponent_sum",
         [](uintptr_t stream, Tensor left, Tensor right, int64_t rows, int64_t columns, int64_t width, int parts,
            Tensor prepared, double scale_value, const py::object& fixed_exponent, int64_t class_begin, Tensor partial) {

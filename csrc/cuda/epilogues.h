@@ -46,6 +46,25 @@ __device__ void leave_out(const Params& p, Accumulators<M, N>& products, int row
     }
 }
 
+template <int M, int N, int Stride> struct DumpEpilogue {
+    using Params = TensorDump;
+
+    __device__ void begin(const Params&, int, int) {}
+    __device__ void tile(const Params& p, Accumulators<M, N>& products, int row, int, int column, int) {
+        FM_UNROLL
+        for (int r = 0; r < 2 * M; ++r) {
+            int64_t i = row + row_offset<Stride>(r);
+            FM_UNROLL
+            for (int c = 0; c < 2 * N; ++c) {
+                int j = column + column_offset(c);
+                if (i < p.product.rows && j < p.product.columns)
+                    p.out[i * p.product.columns + j] = products[r >> 1][element_of(r, c)];
+            }
+        }
+    }
+    __device__ void end(const Params&, int, int, int) {}
+};
+
 template <int M, int N, int Stride, bool Online> struct ExponentSumEpilogue {
     static constexpr int kRows = 2 * M;
 

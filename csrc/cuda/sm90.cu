@@ -233,6 +233,13 @@ constexpr int kStride = 64; // between the two m64 products of a tile
 
 } // namespace
 
+void run(const TensorDump& p, void* stream) {
+    if (p.wide)
+        start<DumpEpilogue<2, 24, kStride>, 192>(p, stream);
+    else
+        start<DumpEpilogue<2, 16, kStride>, 128>(p, stream);
+}
+
 void run(const TensorExponentSum& p, void* stream) {
     if (p.online)
         start<ExponentSumEpilogue<2, 16, kStride, true>, 128>(p, stream);

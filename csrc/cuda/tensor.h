@@ -34,6 +34,13 @@ struct TensorProduct {
     int parts;
 };
 
+// The product itself, as accumulated. What bringing up a device begins with: small integers must come out exact.
+struct TensorDump {
+    TensorProduct product;
+    bool wide;  // in tiles of the exponent sum's width, else of the others'
+    float* out; // [rows, columns]
+};
+
 // A sample as the kernels want it at hand: 16 bytes, read where they are needed rather than kept in registers.
 struct TensorRow {
     float high, low; // a = scale * log2(e), split: rounding it would cost |a cos| / 2^25
@@ -96,7 +103,7 @@ struct UnpackNearest {
 };
 
 // X(params) for every struct above that a family launches, and for the others
-#define FM_TENSOR_PRODUCTS(X) X(TensorExponentSum) X(TensorProbabilities) X(TensorNearest)
+#define FM_TENSOR_PRODUCTS(X) X(TensorDump) X(TensorExponentSum) X(TensorProbabilities) X(TensorNearest)
 #define FM_TENSOR_HELPERS(X) X(PackOperand) X(PrepareRows) X(CombinePartials) X(UnpackNearest)
 
 #define FM_DECLARE(P) void run(const P&, void* stream);

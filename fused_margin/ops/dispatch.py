@@ -53,23 +53,42 @@ def use(name: str) -> Iterator[None]:
         _wanted = before
 
 
+def _constant_while_compiled(function):
+    """torch.compiler.assume_constant_result, without its import of the whole compiler, which takes seconds."""
+    function._dynamo_marked_constant = True
+    return function
+
+
+@_constant_while_compiled
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+@_constant_while_compiled
+def _half_is_enough() -> bool:
+    return torch.get_float32_matmul_precision() != "highest"
+
+
 def products_of(embeddings: torch.Tensor | None, weight: torch.Tensor) -> str:
-    """PORTABLE, or a family's name, followed by SPLIT where both are float32 and float32 means float32."""
+    """PORTABLE, or a family's name, followed by SPLIT where float32 inputs must be multiplied as such.
+
+    They are not where either input is half, under autocast, and where torch.set_float32_matmul_precision says so.
+    """
     candidates = [f for f in FAMILIES if (f.result is not None if _wanted is None else f.name == _wanted)]
     empty = embeddings is not None and embeddings.shape[0] == 0
     if not candidates or empty or weight.shape[1] not in SIZES or compute_dtype(embeddings, weight) == torch.float64:
         return PORTABLE
     if weight.device.type == "cuda":
-        capability = torch.cuda.get_device_capability(weight.device)
+        capability = _capability(weight.device)
         candidates = [f for f in candidates if f.compiled and f.runs_on(capability)]
         if not candidates:
             return PORTABLE
     elif _wanted is None:
         return PORTABLE
-    exact = torch.get_float32_matmul_precision() == "highest" and all(
-        t is None or t.dtype == torch.float32 for t in (embeddings, weight)
-    )
-    return f"{candidates[0].name} {SPLIT}" if exact else candidates[0].name
+    halves = any(t is not None and t.dtype != torch.float32 for t in (embeddings, weight))
+    if halves or torch.is_autocast_enabled(weight.device.type) or _half_is_enough():
+        return candidates[0].name
+    return f"{candidates[0].name} {SPLIT}"
 
 
 def describe() -> list[str]:

@@ -72,7 +72,9 @@ inline void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1)
         for (int l = 0; l < emulation::kLanes; ++l)
             for (int i = 0; i < 4; ++i) {
                 const float *row = a[l / 4 + 8 * (i / 2)], *column = b[2 * (l % 4) + i % 2];
-                for (int k = 0; k < 16; ++k) lanes[l]->c[i] += row[k] * column[k];
+                float sum = 0.0f;
+                for (int k = 0; k < 16; ++k) sum += row[k] * column[k];
+                lanes[l]->c[i] += sum;
             }
     });
 }

@@ -129,7 +129,8 @@ inline void read_operand(uint64_t descriptor, int first, int count, float* out, 
         }
 }
 
-// The 16 rows of one warp. Every lane's operation is the same but for the accumulators.
+// The 16 rows of one warp. Every lane's operation is the same but for the accumulators. The 16 products of an element
+// meet before they are added to its accumulator, as tensor cores do it: that rounds less than one by one.
 inline void multiply(const Product* const* lanes, int warp) {
     typedef float Four __attribute__((vector_size(16)));
     static float a[16][16];
@@ -143,10 +144,10 @@ inline void multiply(const Product* const* lanes, int warp) {
                 visit(reinterpret_cast<float*>(sums)[column],
                       lanes[row % 8 * 4 + column % 8 / 2]->accumulators[column / 8 * 4 + row / 8 * 2 + column % 2]);
         };
-        exchange([&](float& sum, float& accumulator) { sum = p.accumulate ? accumulator : 0.0f; });
+        for (Four& sum : sums) sum = Four{};
         for (int k = 0; k < 16; ++k)
             for (int i = 0; i < p.columns / 4; ++i) sums[i] += a[k][row] * b[k][i];
-        exchange([](float& sum, float& accumulator) { accumulator = sum; });
+        exchange([&](float& sum, float& accumulator) { accumulator = p.accumulate ? accumulator + sum : sum; });
     }
 }
 

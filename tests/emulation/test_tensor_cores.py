@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from problems import loss_and_gradients, ours, problem, relative_error, truth
+from problems import leaf, loss_and_gradients, ours, problem, relative_error, truth
 
 import fused_margin as fm
 from fused_margin import reference
@@ -34,6 +34,45 @@ def check(x, w, y, tolerance, **options):
     expected = truth(x, w, y, {"m2": 0.5}, **{k: v for k, v in options.items() if k != "workspace_mb"})
     for m, e in zip(ours(x, w, y, {"m2": 0.5}, **options), expected, strict=True):
         assert relative_error(m, e) < tolerance
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize(("rows", "columns", "width"), [(1, 1, 64), (130, 200, 128), (300, 450, 576)])
+def test_small_integers_multiply_exactly(family, emulated, rows, columns, width, parts, wide):
+    """Any error in a descriptor, a swizzle or a phase shows at once."""
+    left, right = (torch.randint(-4, 5, (n, parts * width)).half() for n in (rows, columns))
+    out = torch.full((rows, columns), float("nan"))
+    Kernels(emulated.cuda, 0).family(family).dump(
+        left=left, right=right, rows=rows, columns=columns, width=width, parts=parts, wide=wide, out=out
+    )
+    a, b = (t.float().view(len(t), parts, width).unbind(1) for t in (left, right))
+    expected = a[0] @ b[0].t() if parts == 1 else a[0] @ (b[0] + b[1]).t() + a[1] @ b[0].t()
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize(("parts", "tolerance"), [(1, 2e-4), (2, 3e-7)])
+def test_operands_are_as_exact_as_they_say(family, emulated, parts, tolerance):
+    """Cosines near one among others, of rows of any length."""
+    x, w = torch.randn(40, 100) * torch.logspace(-8, 8, 40)[:, None], torch.randn(70, 100)
+    w[:40] = x / x.norm(dim=1, keepdim=True) + 1e-3 * w[:40]
+    run = Kernels(emulated.cuda, 0)
+    packed, norms = [], []
+    for rows in (x, w):
+        packed.append(torch.empty(len(rows), parts * 128, dtype=torch.float16))
+        norms.append(torch.empty(len(rows)))
+        run.pack_operand(
+            rows=rows, packed=packed[-1], inverse_norm=norms[-1], count=len(rows), size=100, width=128, parts=parts
+        )
+        torch.testing.assert_close(norms[-1], 1 / rows.norm(dim=1), rtol=1e-6, atol=0)
+    out = torch.empty(40, 70)
+    run.family(family).dump(
+        left=packed[0], right=packed[1], rows=40, columns=70, width=128, parts=parts, wide=False, out=out
+    )
+    expected = torch.nn.functional.normalize(x.double()) @ torch.nn.functional.normalize(w.double()).t()
+    error = (out.double() / run.operand_scale**2 - expected).abs().max()
+    assert error < tolerance
+    assert parts == 2 or error > 1e-6  # half operands round
 
 
 # tile edges are at 128 rows and 128 or 192 classes; an operand's row is a multiple of 64 wide
@@ -102,6 +141,39 @@ def test_half_parameters(family, dtype):
     assert dx.dtype == dw.dtype == dtype
     for m, e in zip((loss, dx, dw), expected, strict=True):
         assert relative_error(m, e) < max(5e-4, torch.finfo(dtype).eps)
+
+
+def test_which_products_serve(family):
+    x, w, _ = single(3, 20, 40)
+    exact = f"{family} {dispatch.SPLIT}"
+    assert dispatch.products_of(x, w) == dispatch.products_of(None, w) == exact
+    assert dispatch.products_of(x.bfloat16(), w) == dispatch.products_of(x, w.half()) == family
+    with torch.autocast("cpu"):
+        assert dispatch.products_of(x, w) == family
+    assert dispatch.products_of(x.double(), w) == dispatch.PORTABLE
+    assert dispatch.products_of(x[:, :31], w[:, :31]) == dispatch.PORTABLE
+    assert dispatch.products_of(x[:0], w) == dispatch.PORTABLE
+
+
+def test_compiles_into_one_graph(family):
+    torch._dynamo.reset()
+    x, w, y = single(20, 90, 40)
+    expected = ours(x, w, y, {"m2": 0.5}, exclusive_weight=0.3)
+    compiled = torch.compile(fm.functional.margin_cross_entropy, fullgraph=True, backend="aot_eager")
+    measured = loss_and_gradients(compiled, x, w, y, fm.Margin(m2=0.5), exclusive_weight=0.3)
+    for m, e in zip(measured, expected, strict=True):
+        assert torch.equal(m, e)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("exact", [True, False])
+def test_opcheck(family, keep, exact):
+    x, w, y = single(9, 200, 40)
+    products = f"{family} {dispatch.SPLIT}" if exact else family
+    scale = (torch.rand(9, dtype=torch.float64) + 5).requires_grad_()
+    torch.library.opcheck(
+        library.sweep, (leaf(x), leaf(w), y, scale, 64.0, None, True, 1 << 18, products, False, -100, keep)
+    )
 
 
 def test_the_same_bits_every_time(family):
