@@ -41,9 +41,12 @@ class MarginLoss(nn.Module):
         self,
         num_classes: int,
         embedding_size: int,
-        margin: Margin,
+        numbers: dict[str, float],  # Margin's m1, m2, m3
         scale: float | None,
         *,
+        beyond_pi: str = "monotone",
+        easy: bool = False,
+        gradient: str = "exact",
         exclusive_weight: float = 0.0,
         class_weight: Tensor | None = None,
         reduction: str = "mean",
@@ -63,7 +66,8 @@ class MarginLoss(nn.Module):
         checks.number("label_smoothing", label_smoothing, 0.0, 1.0)
         checks.number("workspace_mb", workspace_mb, 0.0, open_low=True)
         self.num_classes, self.embedding_size = num_classes, embedding_size
-        self.margin_function, self.scale = margin, scale
+        self.margin_function = Margin(**numbers, beyond_pi=beyond_pi, easy=easy, gradient=gradient)
+        self.scale = scale
         self.exclusive_weight, self.reduction, self.ignore_index = exclusive_weight, reduction, ignore_index
         self.label_smoothing, self.workspace_mb = label_smoothing, workspace_mb
         weight = torch.empty(num_classes, embedding_size, device=device, dtype=dtype)
@@ -119,25 +123,8 @@ class ArcFaceLoss(MarginLoss):
         + _ARGUMENTS.format(own="        margin: angle in radians.\n        scale: s of the logits.")
     )
 
-    def __init__(
-        self,
-        num_classes: int,
-        embedding_size: int,
-        margin: float = 0.5,
-        scale: float = 64.0,
-        *,
-        beyond_pi: str = "monotone",
-        easy: bool = False,
-        gradient: str = "exact",
-        **options,
-    ):
-        super().__init__(
-            num_classes,
-            embedding_size,
-            Margin(m2=margin, beyond_pi=beyond_pi, easy=easy, gradient=gradient),
-            scale,
-            **options,
-        )
+    def __init__(self, num_classes: int, embedding_size: int, margin: float = 0.5, scale: float = 64.0, **options):
+        super().__init__(num_classes, embedding_size, {"m2": margin}, scale, **options)
 
 
 class CosFaceLoss(MarginLoss):
@@ -146,25 +133,8 @@ class CosFaceLoss(MarginLoss):
         + _ARGUMENTS.format(own="        margin: cosine.\n        scale: s of the logits.")
     )
 
-    def __init__(
-        self,
-        num_classes: int,
-        embedding_size: int,
-        margin: float = 0.35,
-        scale: float = 64.0,
-        *,
-        beyond_pi: str = "monotone",
-        easy: bool = False,
-        gradient: str = "exact",
-        **options,
-    ):
-        super().__init__(
-            num_classes,
-            embedding_size,
-            Margin(m3=margin, beyond_pi=beyond_pi, easy=easy, gradient=gradient),
-            scale,
-            **options,
-        )
+    def __init__(self, num_classes: int, embedding_size: int, margin: float = 0.35, scale: float = 64.0, **options):
+        super().__init__(num_classes, embedding_size, {"m3": margin}, scale, **options)
 
 
 class NormFaceLoss(MarginLoss):
@@ -173,7 +143,7 @@ class NormFaceLoss(MarginLoss):
     )
 
     def __init__(self, num_classes: int, embedding_size: int, scale: float = 64.0, **options):
-        super().__init__(num_classes, embedding_size, Margin(), scale, **options)
+        super().__init__(num_classes, embedding_size, {}, scale, **options)
 
 
 class CombinedMarginLoss(MarginLoss):
@@ -189,19 +159,9 @@ class CombinedMarginLoss(MarginLoss):
         m2: float = 0.3,
         m3: float = 0.2,
         scale: float = 64.0,
-        *,
-        beyond_pi: str = "monotone",
-        easy: bool = False,
-        gradient: str = "exact",
         **options,
     ):
-        super().__init__(
-            num_classes,
-            embedding_size,
-            Margin(m1, m2, m3, beyond_pi=beyond_pi, easy=easy, gradient=gradient),
-            scale,
-            **options,
-        )
+        super().__init__(num_classes, embedding_size, {"m1": m1, "m2": m2, "m3": m3}, scale, **options)
 
 
 class SphereFaceLoss(MarginLoss):
@@ -224,20 +184,10 @@ class SphereFaceLoss(MarginLoss):
         margin: float = 4,
         scale: float | None = None,
         annealing: bool = True,
-        *,
-        beyond_pi: str = "monotone",
-        easy: bool = False,
-        gradient: str = "exact",
         **options,
     ):
         checks.number("margin", margin, 1.0)
-        super().__init__(
-            num_classes,
-            embedding_size,
-            Margin(m1=margin, beyond_pi=beyond_pi, easy=easy, gradient=gradient),
-            scale,
-            **options,
-        )
+        super().__init__(num_classes, embedding_size, {"m1": margin}, scale, **options)
         self.annealing = annealing
         if annealing:
             self.register_buffer("iteration", torch.zeros((), dtype=torch.int64, device=self.weight.device))

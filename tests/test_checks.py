@@ -99,6 +99,7 @@ def test_margin(arguments, error, message):
         (lambda: fm.ArcFaceLoss(10, 4.0), TypeError, "embedding_size: expected an integer, got float"),
         (lambda: fm.ArcFaceLoss(10, 4, margin=NAN), ValueError, "m2: expected a finite number"),
         (lambda: fm.ArcFaceLoss(10, 4, scale=-1), ValueError, "scale: expected a positive"),
+        (lambda: fm.NormFaceLoss(10, 4, m2=0.5), TypeError, "unexpected keyword argument 'm2'"),
         (lambda: fm.ArcFaceLoss(10, 4, marginn=1), TypeError, "unexpected keyword argument 'marginn'"),
         (lambda: fm.ArcFaceLoss(10, 4, dtype=torch.int64), TypeError, "int64|floating"),
         (lambda: fm.SphereFaceLoss(10, 4, margin=0.5), ValueError, r"margin: expected a number in \[1.0, inf\), got 0.5"),
