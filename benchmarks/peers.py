@@ -7,14 +7,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from pytorch_metric_learning.losses import ArcFaceLoss
-from pytorch_metric_learning.regularizers import RegularFaceRegularizer
 from torch import Tensor
 from torch.nn import functional as F
 
 import fused_margin as fm
 
 from .problems import MARGIN, SCALE, Answer, Inputs
+
+try:
+    from pytorch_metric_learning.losses import ArcFaceLoss
+    from pytorch_metric_learning.regularizers import RegularFaceRegularizer
+except ImportError:  # then it does not take part
+    ArcFaceLoss = RegularFaceRegularizer = None
 
 OURS = "ours"
 OURS_SMALL = "ours, nothing kept"
@@ -37,10 +41,15 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # (embeddings, weight, labels
 
 
 class LossStep:
-    """Forward and backward of a scalar loss, with gradients set to None first, as optimisers do."""
+    """Forward and backward of a scalar loss, with gradients set to None first, as optimisers do.
 
-    def __init__(self, loss: Loss, inputs: Inputs, parameter: Tensor | None = None):
+    Gradients of half-precision logits would vanish in fp16: `loss_scale` multiplies the loss, as a GradScaler does.
+    """
+
+    def __init__(self, loss: Loss, inputs: Inputs, parameter: Tensor | None = None, loss_scale: float = 1.0):
         self.loss = loss
+        self.loss_scale = loss_scale
+        self.upstream = None if loss_scale == 1.0 else torch.tensor(loss_scale, device=inputs.weight.device)
         self.embeddings = inputs.embeddings
         self.labels = inputs.labels
         self.parameter = inputs.weight if parameter is None else parameter
@@ -51,16 +60,16 @@ class LossStep:
         embeddings, labels = self.embeddings[batch], self.labels[batch]
         embeddings.grad = self.parameter.grad = None
         loss = self.loss(embeddings, self.parameter, labels)
-        loss.backward()
+        loss.backward(self.upstream)
         return loss.detach()
 
     def answer(self, turn: int) -> Answer:
         """Run the step once and hand over what it computed."""
         loss = self(turn)
-        gradient = self.parameter.grad
+        gradient = self.parameter.grad / self.loss_scale
         return Answer(
             loss,
-            self.embeddings[turn % len(self.embeddings)].grad,
+            self.embeddings[turn % len(self.embeddings)].grad / self.loss_scale,
             gradient.t() if self.transposed else gradient,
         )
 
@@ -106,6 +115,9 @@ class Contestant:
     variants: Mapping[str, Build]
     reference: str = OURS  # whose time the ratio is taken against
     compiled: bool = False
+    # who is beyond these relative errors does not compute what it is compared for, and is not timed
+    loss_tolerance: float = 1e-5
+    tolerance: float = 1e-3  # of gradients, and of what a kernel computes
 
 
 def textbook_arcface(embeddings: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -131,7 +143,7 @@ def lean_arcface(embeddings: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """ArcFace as a careful user writes it: the scale on N×D, the margin on N numbers, in place."""
     logits = F.linear(F.normalize(embeddings) * SCALE, F.normalize(weight))
     target = torch.arange(len(labels), device=labels.device), labels
-    return F.cross_entropy(logits.index_put_(target, _with_margin(logits[target])), labels)
+    return F.cross_entropy(logits.index_put_(target, _with_margin(logits[target]).to(logits.dtype)), labels)
 
 
 def selecting_arcface(embeddings: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -197,9 +209,6 @@ def step_contestants(rows: int, device: str, compiled: bool = True) -> list[Cont
         for form, loss in (("select", selecting_arcface), ("write", lean_arcface))
         for mode in ("default", "max-autotune-no-cudagraphs")
     }
-    chunkings = {"unchunked": _linear_cross_entropy(None)}
-    for chunk in dict.fromkeys((rows, -(-rows // 2), -(-rows // 4))):
-        chunkings[f"batch_chunk_size={chunk}"] = _linear_cross_entropy(chunk)
     small = SMALL_WORKSPACE_MB[device]
     contestants = [
         Contestant(PRODUCTS, "products", layouts),
@@ -208,22 +217,31 @@ def step_contestants(rows: int, device: str, compiled: bool = True) -> list[Cont
         Contestant(COMPILED, "arcface", compilations, compiled=True),
         Contestant(LEAN, "arcface", {"in place": _of(lean_arcface)}),
         Contestant(TEXTBOOK, "arcface", {"full matrices": _of(textbook_arcface)}),
-        Contestant(PML, "arcface", {"defaults": _pml_arcface}),
+    ]
+    if ArcFaceLoss is not None:
+        contestants.append(Contestant(PML, "arcface", {"defaults": _pml_arcface}))
+    contestants.append(
         Contestant(
             OURS_NORMFACE,
             "normface",
             {f"workspace_mb={WORKSPACE_MB}": _ours(fm.Margin())},
             OURS_NORMFACE,
-        ),
-        Contestant(LINEAR, "normface", chunkings, OURS_NORMFACE),
-        Contestant(
-            LINEAR_CHUNKED,
-            "normface",
-            {f"batch_chunk_size={CHUNK_ROWS}": _linear_cross_entropy(CHUNK_ROWS)},
-            OURS_NORMFACE,
-        ),
-    ]
+        )
+    )
+    if hasattr(F, "linear_cross_entropy"):  # torch 2.13
+        chunked = {f"batch_chunk_size={CHUNK_ROWS}": _linear_cross_entropy(CHUNK_ROWS)}
+        contestants += [
+            Contestant(LINEAR, "normface", linear_chunkings(rows), OURS_NORMFACE),
+            Contestant(LINEAR_CHUNKED, "normface", chunked, OURS_NORMFACE),
+        ]
     return [each for each in contestants if compiled or not each.compiled]
+
+
+def linear_chunkings(rows: int) -> dict[str, Build]:
+    chunks = dict.fromkeys((rows, -(-rows // 2), -(-rows // 4)))
+    return {"unchunked": _linear_cross_entropy(None)} | {
+        f"batch_chunk_size={chunk}": _linear_cross_entropy(chunk) for chunk in chunks
+    }
 
 
 def _of_weight(loss: Callable[[Tensor], Tensor]) -> Build:
@@ -258,16 +276,20 @@ def exclusive_contestants() -> list[Contestant]:
         f"{chunk} rows at a time": _of_weight(lambda w, chunk=chunk: searching_exclusive(w, chunk))
         for chunk in (512, 2048)
     }
-    return [
+    contestants = [
         Contestant(
             OURS,
             "exclusive",
             {"defaults": _of_weight(fm.functional.exclusive_regularization)},
         ),
-        Contestant(PML_EXCLUSIVE, "exclusive", {"defaults": _of_weight(RegularFaceRegularizer())}),
         Contestant(LEAN, "exclusive", {"C×C matrix": _of_weight(lean_exclusive)}),
         Contestant("eager, chunked search", "exclusive", searches),
     ]
+    if RegularFaceRegularizer is not None:
+        contestants.append(
+            Contestant(PML_EXCLUSIVE, "exclusive", {"defaults": _of_weight(RegularFaceRegularizer())})
+        )
+    return contestants
 
 
 def find(suite: str, name: str, rows: int, device: str) -> Contestant:

@@ -58,6 +58,7 @@ __device__ __forceinline__ uint32_t cluster_rank() {
     return rank;
 }
 __device__ __forceinline__ void cluster_sync() {
+    __syncwarp(); // aligned instructions want the whole warp, also where one lane has just been alone
     asm volatile("barrier.cluster.arrive.release.aligned;\n barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 __device__ __forceinline__ bool elect_one() {
