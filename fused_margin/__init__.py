@@ -10,6 +10,7 @@ except ImportError as error:
     ) from error
 
 from fused_margin import functional, optim, reference
+from fused_margin.adaptive import AdaFaceLoss, ElasticFaceLoss, MagFaceLoss
 from fused_margin.info import __version__, build_info
 from fused_margin.losses import (
     ArcFaceLoss,
@@ -24,10 +25,13 @@ from fused_margin.margins import Margin
 from fused_margin.ops.bad_labels import set_debug
 
 __all__ = [
+    "AdaFaceLoss",
     "ArcFaceLoss",
     "CombinedMarginLoss",
     "CosFaceLoss",
+    "ElasticFaceLoss",
     "ExclusiveRegularizer",
+    "MagFaceLoss",
     "Margin",
     "MarginLoss",
     "NormFaceLoss",

@@ -10,7 +10,7 @@ from fused_margin import checks
 from fused_margin.functional import margin_cross_entropy, nearest_class
 from fused_margin.margins import Margin
 
-_ARGUMENTS = """
+ARGUMENTS = """
     Args:
         num_classes: C.
         embedding_size: D.
@@ -66,7 +66,8 @@ class MarginLoss(nn.Module):
         checks.number("label_smoothing", label_smoothing, 0.0, 1.0)
         checks.number("workspace_mb", workspace_mb, 0.0, open_low=True)
         self.num_classes, self.embedding_size = num_classes, embedding_size
-        self.margin_function = Margin(**numbers, beyond_pi=beyond_pi, easy=easy, gradient=gradient)
+        self.options = {"beyond_pi": beyond_pi, "easy": easy, "gradient": gradient}  # of whatever margin
+        self.margin_function = Margin(**numbers, **self.options)
         self.scale = scale
         self.exclusive_weight, self.reduction, self.ignore_index = exclusive_weight, reduction, ignore_index
         self.label_smoothing, self.workspace_mb = label_smoothing, workspace_mb
@@ -87,7 +88,7 @@ class MarginLoss(nn.Module):
             embeddings,
             self.weight,
             labels,
-            self.current_margin(),
+            self.current_margin(embeddings, labels),
             self.scale,
             exclusive_weight=self.exclusive_weight,
             class_weight=self.class_weight,
@@ -97,8 +98,8 @@ class MarginLoss(nn.Module):
             workspace_mb=self.workspace_mb,
         )
 
-    def current_margin(self) -> Margin:
-        """The margin of the next step."""
+    def current_margin(self, embeddings: Tensor, labels: Tensor) -> Margin:
+        """The margin of this step."""
         return self.margin_function
 
     def logits(self, embeddings: Tensor) -> Tensor:
@@ -120,7 +121,7 @@ class MarginLoss(nn.Module):
 class ArcFaceLoss(MarginLoss):
     __doc__ = (
         "ArcFace: an additive angular margin, ``psi = cos(theta + margin)`` (arXiv:1801.07698, eq. 3)."
-        + _ARGUMENTS.format(own="        margin: angle in radians.\n        scale: s of the logits.")
+        + ARGUMENTS.format(own="        margin: angle in radians.\n        scale: s of the logits.")
     )
 
     def __init__(self, num_classes: int, embedding_size: int, margin: float = 0.5, scale: float = 64.0, **options):
@@ -130,7 +131,7 @@ class ArcFaceLoss(MarginLoss):
 class CosFaceLoss(MarginLoss):
     __doc__ = (
         "CosFace: an additive cosine margin, ``psi = cos(theta) - margin`` (arXiv:1801.09414, eq. 4)."
-        + _ARGUMENTS.format(own="        margin: cosine.\n        scale: s of the logits.")
+        + ARGUMENTS.format(own="        margin: cosine.\n        scale: s of the logits.")
     )
 
     def __init__(self, num_classes: int, embedding_size: int, margin: float = 0.35, scale: float = 64.0, **options):
@@ -138,7 +139,7 @@ class CosFaceLoss(MarginLoss):
 
 
 class NormFaceLoss(MarginLoss):
-    __doc__ = "NormFace: normalised softmax, no margin (arXiv:1704.06369)." + _ARGUMENTS.format(
+    __doc__ = "NormFace: normalised softmax, no margin (arXiv:1704.06369)." + ARGUMENTS.format(
         own="        scale: s of the logits."
     )
 
@@ -147,7 +148,7 @@ class NormFaceLoss(MarginLoss):
 
 
 class CombinedMarginLoss(MarginLoss):
-    __doc__ = "All three margins, ``psi = cos(m1 * theta + m2) - m3`` (arXiv:1801.07698, eq. 4)." + _ARGUMENTS.format(
+    __doc__ = "All three margins, ``psi = cos(m1 * theta + m2) - m3`` (arXiv:1801.07698, eq. 4)." + ARGUMENTS.format(
         own="        m1: factor on the angle.\n        m2: angle in radians.\n        m3: cosine.\n        scale: s of the logits."
     )
 
@@ -167,7 +168,7 @@ class CombinedMarginLoss(MarginLoss):
 class SphereFaceLoss(MarginLoss):
     __doc__ = (
         "SphereFace / A-Softmax: a multiplicative angular margin (arXiv:1704.08063, eq. 7)."
-        + _ARGUMENTS.format(
+        + ARGUMENTS.format(
             own="        margin: factor on the angle, any real number >= 1.\n"
             "        scale: s of the logits; None, the paper's choice, is every embedding's own norm.\n"
             "        annealing: start near plain softmax, as published: the target cosine used is\n"
@@ -192,7 +193,7 @@ class SphereFaceLoss(MarginLoss):
         if annealing:
             self.register_buffer("iteration", torch.zeros((), dtype=torch.int64, device=self.weight.device))
 
-    def current_margin(self) -> Margin:
+    def current_margin(self, embeddings: Tensor, labels: Tensor) -> Margin:
         if not self.annealing:
             return self.margin_function
         strength = torch.clamp(1000.0 / (1.0 + 0.12 * self.iteration.double()), min=5.0)

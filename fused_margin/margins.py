@@ -9,6 +9,26 @@ BEYOND_PI = ("monotone", "linear", "none")
 GRADIENT = ("exact", "straight_through")
 
 
+def minimum_scale(num_classes: int, probability: float) -> float:
+    """Smallest scale at which a sample can reach `probability` for its class (CosFace, arXiv:1801.09414, eq. 6).
+
+    ``s >= (C - 1) / C * log((C - 1) * P / (1 - P))``, with the C class weights as far apart as C vectors can be.
+
+    Args:
+        num_classes: C, 2 or more.
+        probability: P, between 1 / C and 1.
+
+    Raises:
+        ValueError: for numbers out of range.
+    """
+    if not num_classes >= 2:
+        raise ValueError(f"num_classes: expected 2 or more, got {num_classes}")
+    if not 1 / num_classes <= probability < 1:
+        raise ValueError(f"probability: expected a number in [1 / num_classes, 1), got {probability}")
+    others = num_classes - 1
+    return others / num_classes * math.log(others * probability / (1 - probability))
+
+
 @dataclass(frozen=True)
 class Margin:
     """The margin applied to the target's angle: ``psi(theta) = cos(m1 * theta + m2) - m3``.

@@ -1,0 +1,157 @@
+"""Losses whose margin follows the sample: AdaFace and MagFace read its norm, ElasticFace draws it."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fused_margin import checks
+from fused_margin.losses import ARGUMENTS, MarginLoss
+from fused_margin.margins import Margin
+
+
+class AdaFaceLoss(MarginLoss):
+    __doc__ = (
+        "AdaFace: the norm, taken for the image's quality, moves the margin (arXiv:2204.00964, eq. 12 to 15).\n\n"
+        "    With z the norm, standardised by running statistics and held to [-1, 1]::\n\n"
+        "        psi(theta) = cos(theta - margin * z) - (margin + margin * z)\n\n"
+        "    where ``theta - margin * z`` stays within [0, pi]. No gradient flows through z."
+        + ARGUMENTS.format(
+            own="        margin: m of the formula, radians and cosine at once.\n"
+            "        concentration: h; z is +-1 at 1 / h standard deviations from the mean.\n"
+            "        momentum: share of the running statistics that a batch replaces.\n"
+            "        scale: s of the logits."
+        )
+        + "        norm_mean, norm_std: running statistics of the norm, buffers; updated in training mode.\n"
+    )
+    NORMS = (0.001, 100.0)
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        margin: float = 0.4,
+        scale: float = 64.0,
+        concentration: float = 0.333,
+        momentum: float = 0.01,
+        **options,
+    ):
+        checks.number("margin", margin, 0.0)
+        checks.number("concentration", concentration, 0.0, open_low=True)
+        checks.number("momentum", momentum, 0.0, 1.0)
+        super().__init__(num_classes, embedding_size, {}, scale, **options)
+        self.margin, self.concentration, self.momentum = margin, concentration, momentum
+        for name, start in (("norm_mean", 20.0), ("norm_std", 100.0)):
+            self.register_buffer(name, torch.tensor(start, dtype=torch.float64, device=self.weight.device))
+
+    @torch.no_grad()
+    def current_margin(self, embeddings: Tensor, labels: Tensor) -> Margin:
+        norm = embedding_norm(embeddings, *self.NORMS)
+        if self.training and len(norm) > 1:  # one sample has no deviation
+            self.norm_mean.lerp_(norm.mean(), self.momentum)
+            self.norm_std.lerp_(norm.std(), self.momentum)
+        z = ((norm - self.norm_mean) / (self.norm_std + 1e-3) * self.concentration).clamp(-1.0, 1.0)
+        theta = torch.acos(target_cosine(embeddings, self.weight, labels))
+        angle = torch.minimum(torch.maximum(-self.margin * z, -theta), torch.pi - theta)
+        return Margin(m2=angle, m3=self.margin + self.margin * z, **self.options)
+
+
+class MagFaceLoss(MarginLoss):
+    __doc__ = (
+        "MagFace: the margin grows with the norm, and the norm is rewarded (arXiv:2103.06627, eq. 2 and 4).\n\n"
+        "    With a the norm, held to ``norms = (l_a, u_a)``, the angular margin rises linearly from ``margins[0]`` at\n"
+        "    l_a to ``margins[1]`` at u_a, and ``norm_weight * (1 / a + a / u_a^2)`` is added to every sample's loss.\n"
+        "    The margin is differentiable in the norm."
+        + ARGUMENTS.format(
+            own="        margins: smallest and largest, radians.\n"
+            "        norms: between which the margin rises.\n"
+            "        norm_weight: lambda_g.\n"
+            "        scale: s of the logits."
+        )
+    )
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        margins: tuple[float, float] = (0.45, 0.8),
+        norms: tuple[float, float] = (10.0, 110.0),
+        norm_weight: float = 35.0,
+        scale: float = 64.0,
+        **options,
+    ):
+        for name, (low, high) in (("margins", margins), ("norms", norms)):
+            checks.number(f"{name}[0]", low, 0.0, open_low=name == "norms")
+            checks.number(f"{name}[1]", high, low, open_low=name == "norms")
+        checks.number("norm_weight", norm_weight, 0.0)
+        super().__init__(num_classes, embedding_size, {}, scale, **options)
+        self.margins, self.norms, self.norm_weight = tuple(margins), tuple(norms), norm_weight
+
+    def current_margin(self, embeddings: Tensor, labels: Tensor) -> Margin:
+        (low, high), (shortest, longest) = self.margins, self.norms
+        norm = embedding_norm(embeddings, shortest, longest)
+        return Margin(m2=low + (high - low) * (norm - shortest) / (longest - shortest), **self.options)
+
+    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        loss = super().forward(embeddings, labels)
+        norm = embedding_norm(embeddings, *self.norms)
+        counts = labels != self.ignore_index
+        reward = torch.where(counts, 1 / norm + norm / self.norms[1] ** 2, 0.0)
+        if self.reduction == "mean":
+            reward = reward.sum() / counts.sum()
+        elif self.reduction == "sum":
+            reward = reward.sum()
+        return loss + (self.norm_weight * reward).to(loss.dtype)
+
+
+class ElasticFaceLoss(MarginLoss):
+    __doc__ = (
+        "ElasticFace: every sample's margin is drawn anew from a normal distribution (arXiv:2109.09416, eq. 5 and 6).\n\n"
+        "    In evaluation mode every margin is the mean."
+        + ARGUMENTS.format(
+            own="        margin: mean; radians, or cosine.\n"
+            "        std: standard deviation.\n"
+            '        kind: "arc" adds the margin to the angle, "cos" subtracts it from the cosine.\n'
+            "        by_difficulty: the paper's ElasticFace+: the drawn margins are dealt out so that a sample further\n"
+            "            from its class has a larger one.\n"
+            "        scale: s of the logits."
+        )
+    )
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        margin: float = 0.5,
+        std: float = 0.05,
+        kind: str = "arc",
+        by_difficulty: bool = False,
+        scale: float = 64.0,
+        **options,
+    ):
+        checks.number("margin", margin, 0.0)
+        checks.number("std", std, 0.0)
+        if kind not in ("arc", "cos"):
+            raise ValueError(f"kind: expected 'arc' or 'cos', got {kind!r}")
+        super().__init__(num_classes, embedding_size, {}, scale, **options)
+        self.margin, self.std, self.kind, self.by_difficulty = margin, std, kind, by_difficulty
+
+    @torch.no_grad()
+    def current_margin(self, embeddings: Tensor, labels: Tensor) -> Margin:
+        margin = torch.full((len(labels),), self.margin, dtype=torch.float64, device=embeddings.device)
+        if self.training:
+            margin = margin + self.std * torch.randn_like(margin)
+            if self.by_difficulty:
+                easiest_first = target_cosine(embeddings, self.weight, labels).argsort(descending=True)
+                margin = torch.empty_like(margin).scatter(0, easiest_first, margin.sort().values)
+        return Margin(**{"m2" if self.kind == "arc" else "m3": margin}, **self.options)
+
+
+def embedding_norm(embeddings: Tensor, least: float, most: float) -> Tensor:
+    """Norms (N,) float64 of embeddings (N, D), held to [least, most]."""
+    return torch.linalg.vector_norm(embeddings, dim=1, dtype=torch.float64).clamp(least, most)
+
+
+def target_cosine(embeddings: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Cosines (N,) float64 of the samples with their own class; that of an ignored label means nothing."""
+    own = weight[labels.long().clamp(0, len(weight) - 1)]
+    return F.cosine_similarity(embeddings.double(), own.double(), dim=1).clamp(-1.0, 1.0)
