@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
-from . import peers
+from . import kernels, peers
 from .results import Report, Section, hardware
 from .timing import quartiles
 
@@ -35,7 +35,8 @@ def draw(report: Report, path: Path) -> None:
         _lines(memory, axes[len(timed)])
     for axis in axes[panels:]:
         axis.remove()
-    figure.suptitle(f"fused_margin on {_machine(report)}, fp32")
+    only_fp32 = not any(section.suite in kernels.SUITES for section in report.sections)
+    figure.suptitle(f"fused_margin on {_machine(report)}{', fp32' if only_fp32 else ''}")
     figure.savefig(path, dpi=130)
 
 
@@ -78,10 +79,10 @@ def _bars(section: Section, axis: Axes) -> None:
     names = [f"{entry.name} *" if entry.objective == "normface" else entry.name for entry in entries]
     axis.set_yticks(range(len(entries)), names)
     axis.set_xlim(right=1e3 * max(quartiles(entry.seconds)[2] for entry in entries) * 1.5)
-    what = "ArcFace step" if section.suite == "step" else "Exclusive term"
-    axis.set_title(f"{what}, forward + backward: {section.label}", fontsize=10)
+    axis.set_title(section.title, fontsize=10)
     starred = any(entry.objective == "normface" for entry in entries)
-    axis.set_xlabel("ms (× ours)" + ("      * normalised softmax, no margin" if starred else ""))
+    unit = f"ms (× {kernels.CUBLAS})" if section.suite in kernels.KERNELS else "ms (× ours)"
+    axis.set_xlabel(unit + ("      * normalised softmax, no margin" if starred else ""))
     axis.spines[["top", "right"]].set_visible(False)
 
 
@@ -100,7 +101,7 @@ def _lines(sections: list[Section], axis: Axes) -> None:
         else:
             dash = {peers.OURS: "-", peers.OURS_SMALL: "--"}.get(name, ":")
             style = {"color": OURS, "marker": "o", "linewidth": 2.5, "linestyle": dash}
-        missing = [f"{classes:,}" for classes, entry in found if entry.failure]
+        missing = [f"{classes:,}" for classes, entry in found if entry and entry.failure]
         label = f"{name}\n(does not fit: {', '.join(missing)})" if missing else name
         axis.plot(*zip(*points, strict=True), label=label, **style)
     axis.set(xscale="log", yscale="log", xlabel="classes C", ylabel="MiB")
