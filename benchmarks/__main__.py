@@ -16,14 +16,14 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from . import tables, targets
+from . import kernels, tables, targets
 from .figures import draw
 from .memory import limit_to_available
 from .problems import Shape
 from .results import Report, cpu_name
 from .suites import Runner
 
-Suite = Literal["step", "exclusive", "memory", "accuracy"]
+Suite = Literal["step", "exclusive", "memory", "accuracy", "kernels"]
 ShapeArgument = Annotated[
     Shape,
     tyro.constructors.PrimitiveConstructorSpec(
@@ -44,7 +44,7 @@ class Options:
     """Measure fused_margin beside its peers: time, peak memory and accuracy."""
 
     suites: tyro.conf.Positional[tuple[Suite, ...]] = ("step", "exclusive", "memory", "accuracy")
-    """Suites to run; each stands alone."""
+    """Suites to run; each stands alone. kernels, on a GPU only, times the tensor-core kernels beside cuBLAS."""
 
     output: Path | None = None
     """JSON file to write, the picture beside it as .png; by default named after the processor."""
@@ -70,6 +70,9 @@ class Options:
 
     only: tuple[str, ...] = ()
     """Names of the contestants to run, as the tables have them; by default all."""
+
+    families: tuple[str, ...] | None = None
+    """Families of tensor-core kernels in the kernels suite; by default all that the device runs."""
 
     quick: bool = False
     """Tiny problems and few rounds: shows that the harness works, measures nothing of worth."""
@@ -98,7 +101,8 @@ class Options:
 def default_output(device: str) -> Path:
     name = torch.cuda.get_device_name() if device == "cuda" else cpu_name()
     stem = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    return Path(__file__).parent / "results" / f"{stem}-{torch.get_num_threads()}-threads.json"
+    threads = "" if device == "cuda" else f"-{torch.get_num_threads()}-threads"
+    return Path(__file__).parent / "results" / f"{stem}{threads}.json"
 
 
 def run(options: Options, report: Report, console: Console) -> None:
@@ -122,6 +126,10 @@ def run(options: Options, report: Report, console: Console) -> None:
             console.print(tables.check_table(report.checks))
         if "memory" in options.suites:
             console.print(tables.memory_table(runner.memory(list(options.memory_shapes))))
+        if "kernels" in options.suites:
+            families = kernels.available_families() if options.families is None else options.families
+            for section in runner.kernels(kernels.comparisons(families, quick=options.quick)):
+                console.print(tables.time_table(section))
     report.complete = True
 
 
@@ -135,6 +143,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from_command_line = arguments is None
     arguments = sys.argv[1:] if from_command_line else arguments
     options = tyro.cli(Options, prog="python -m benchmarks", args=arguments)
+    if "kernels" in options.suites and (why := kernels.missing(options.device)):
+        sys.exit(why)
     if from_command_line and options.allocator == "reuse" and options.device == "cpu":
         restart_with_malloc({"MALLOC_MMAP_THRESHOLD_": str(2**40), "MALLOC_TRIM_THRESHOLD_": str(2**40)})
     console = Console()

@@ -66,12 +66,11 @@ class LossStep:
     def answer(self, turn: int) -> Answer:
         """Run the step once and hand over what it computed."""
         loss = self(turn)
-        gradient = self.parameter.grad / self.loss_scale
-        return Answer(
-            loss,
-            self.embeddings[turn % len(self.embeddings)].grad / self.loss_scale,
-            gradient.t() if self.transposed else gradient,
-        )
+        gradients = self.embeddings[turn % len(self.embeddings)].grad, self.parameter.grad
+        if self.upstream is not None:
+            gradients = [gradient / self.loss_scale for gradient in gradients]
+        embeddings, parameter = gradients
+        return Answer(loss, embeddings, parameter.t() if self.transposed else parameter)
 
     def touch_gradients(self) -> None:
         """Let every gradient buffer exist in memory, as it does during training."""
@@ -175,18 +174,26 @@ def _ours(margin: fm.Margin, workspace_mb: int = WORKSPACE_MB) -> Build:
     )
 
 
-def _linear_cross_entropy(rows: int | None) -> Build:
+def _linear_cross_entropy(rows: int | None, dtype: torch.dtype) -> Loss:
     """Normalised softmax by torch's own fusion; `rows` at a time, or its unchunked path."""
     options = None if rows is None else torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows)
-    return _of(
-        lambda embeddings, weight, labels: F.linear_cross_entropy(
-            F.normalize(embeddings) * SCALE,
-            F.normalize(weight),
-            labels,
-            reduction="mean",
-            options=options,
-        )
+    return lambda embeddings, weight, labels: F.linear_cross_entropy(
+        (F.normalize(embeddings) * SCALE).to(dtype),
+        F.normalize(weight).to(dtype),
+        labels,
+        reduction="mean",
+        options=options,
     )
+
+
+def linear_losses(rows: int, dtype: torch.dtype = torch.float32) -> dict[str, Loss]:
+    """It at its settings for `rows` embeddings; none before torch 2.13, which brought it."""
+    if not hasattr(F, "linear_cross_entropy"):
+        return {}
+    chunks = dict.fromkeys((rows, -(-rows // 2), -(-rows // 4)))
+    return {"unchunked": _linear_cross_entropy(None, dtype)} | {
+        f"batch_chunk_size={chunk}": _linear_cross_entropy(chunk, dtype) for chunk in chunks
+    }
 
 
 def _pml_arcface(inputs: Inputs) -> LossStep:
@@ -228,20 +235,13 @@ def step_contestants(rows: int, device: str, compiled: bool = True) -> list[Cont
             OURS_NORMFACE,
         )
     )
-    if hasattr(F, "linear_cross_entropy"):  # torch 2.13
-        chunked = {f"batch_chunk_size={CHUNK_ROWS}": _linear_cross_entropy(CHUNK_ROWS)}
+    if linear := {name: _of(loss) for name, loss in linear_losses(rows).items()}:
+        chunked = {f"batch_chunk_size={CHUNK_ROWS}": _of(_linear_cross_entropy(CHUNK_ROWS, torch.float32))}
         contestants += [
-            Contestant(LINEAR, "normface", linear_chunkings(rows), OURS_NORMFACE),
+            Contestant(LINEAR, "normface", linear, OURS_NORMFACE),
             Contestant(LINEAR_CHUNKED, "normface", chunked, OURS_NORMFACE),
         ]
     return [each for each in contestants if compiled or not each.compiled]
-
-
-def linear_chunkings(rows: int) -> dict[str, Build]:
-    chunks = dict.fromkeys((rows, -(-rows // 2), -(-rows // 4)))
-    return {"unchunked": _linear_cross_entropy(None)} | {
-        f"batch_chunk_size={chunk}": _linear_cross_entropy(chunk) for chunk in chunks
-    }
 
 
 def _of_weight(loss: Callable[[Tensor], Tensor]) -> Build:
@@ -286,9 +286,7 @@ def exclusive_contestants() -> list[Contestant]:
         Contestant("eager, chunked search", "exclusive", searches),
     ]
     if RegularFaceRegularizer is not None:
-        contestants.append(
-            Contestant(PML_EXCLUSIVE, "exclusive", {"defaults": _of_weight(RegularFaceRegularizer())})
-        )
+        contestants.append(Contestant(PML_EXCLUSIVE, "exclusive", {"defaults": _of_weight(RegularFaceRegularizer())}))
     return contestants
 
 

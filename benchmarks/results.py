@@ -8,7 +8,7 @@ import platform
 import re
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,14 @@ import torch
 
 import fused_margin as fm
 
+from . import kernels
 from .edges import Check
 from .peers import Contestant
 from .problems import Shape
 from .timing import quartiles, ratio
+
+PEERS = ("pytorch-metric-learning", "triton", "cut-cross-entropy", "liger-kernel")
+TITLES = {"step": "ArcFace step, forward + backward", "exclusive": "Exclusive term, forward + backward"}
 
 
 @dataclass
@@ -52,9 +56,13 @@ class Section:
 
     @property
     def label(self) -> str:
-        """The problem in words; the exclusive term has no embeddings."""
+        """The problem in words; of classes among themselves there are no embeddings."""
         label = self.shape.label
-        return label if self.suite != "exclusive" else label[label.index("D=") :]
+        return label if self.suite not in ("exclusive", kernels.NEAREST) else label[label.index("D=") :]
+
+    @property
+    def title(self) -> str:
+        return f"{TITLES.get(self.suite, self.suite.capitalize())}: {self.label}"
 
     def add(self, contestant: Contestant) -> Entry:
         entry = Entry(contestant.name, contestant.objective, contestant.reference)
@@ -141,7 +149,13 @@ def hardware(device: str) -> dict[str, Any]:
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
     }
     if device == "cuda":
-        facts["gpu"] = torch.cuda.get_device_name()
+        gpu = torch.cuda.get_device_properties()
+        facts |= {
+            "gpu": gpu.name,
+            "gpu_capability": f"{gpu.major}.{gpu.minor}",
+            "gpu_multiprocessors": gpu.multi_processor_count,
+            "gpu_memory_bytes": gpu.total_memory,
+        }
     return facts
 
 
@@ -149,6 +163,14 @@ def versions() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "pytorch_metric_learning": version("pytorch-metric-learning"),
+        "cuda": torch.version.cuda,
         "fused_margin": fm.build_info(),
-    }
+    } | {name.replace("-", "_"): version(name) for name in PEERS if _installed(name)}
+
+
+def _installed(name: str) -> bool:
+    try:
+        version(name)
+    except PackageNotFoundError:
+        return False
+    return True

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 from rich.progress import Progress, TaskID
 
-from . import memory, peers, timing
+from . import half, kernels, memory, peers, timing
 from .edges import check_edges
-from .peers import Contestant, LossStep, ProductsStep
+from .peers import Contestant, LossStep
 from .problems import Answer, Inputs, Shape, make_inputs, relative_error, truth
 from .results import Entry, Report, Section
+from .timing import Step, Timer
 
-# What has an answer in float64. A contestant beyond the tolerances does not compute
-# what it is compared for, and is not timed.
-TRUTHS = {"arcface", "normface", "exclusive"}
-LOSS_TOLERANCE = 1e-5
-GRADIENT_TOLERANCE = 1e-3
+TRUTHS = {"arcface", "normface", "exclusive"}  # what has an answer in float64
 
 
 @dataclass
@@ -41,6 +39,13 @@ class Runner:
 
     def exclusive(self, shape: Shape) -> Section:
         return self._compare("exclusive", shape, self._wanted(peers.exclusive_contestants()))
+
+    def kernels(self, comparisons: Iterable[kernels.Comparison]) -> Iterator[Section]:
+        """Sections of kernels.py, each when it is complete."""
+        with half.precision("high"):
+            for each in comparisons:
+                contestants = [one for one in each.contestants if self.compiled or not one.compiled]
+                yield self._compare(each.suite, each.shape, self._wanted(contestants))
 
     def accuracy(self, shape: Shape) -> Section:
         """Errors of the loss and of both gradients on one batch."""
@@ -89,23 +94,33 @@ class Runner:
         """Check every contestant, time them side by side, then measure the memory of each."""
         section = self.report.section(suite, shape)
         inputs = make_inputs(shape, self.device)
-        steps: dict[str, LossStep | ProductsStep] = {}
+        timer = timing.time_queued if suite in kernels.QUEUED else timing.time_once
+        noting = _noting_failure if suite in kernels.SUITES else _unless_out_of_memory
+        steps: dict[str, Step] = {}
         with self._stage(f"{suite}, {section.label}: check", len(contestants)) as task:
             exact = self._truths(contestants, inputs)
             for contestant in contestants:
                 self._show(task, contestant.name)
                 entry = section.add(contestant)
-                with _unless_out_of_memory(entry):
-                    step = self._choose(entry, contestant, inputs)
+                with noting(entry):
+                    step = self._choose(entry, contestant, inputs, timer)
                     if contestant.objective in exact and isinstance(step, LossStep):
                         entry.errors = _errors(step, exact[contestant.objective])
-                        entry.failure = _fault(entry)
+                    elif hasattr(step, "errors"):
+                        entry.errors = step.errors()
+                    entry.failure = _fault(entry, contestant)
                     if entry.failure is None:
                         steps[contestant.name] = step
                 self.progress.advance(task)
             del exact
 
-        self._time(section, steps)
+        self._time(section, steps, timer)
+        if suite in kernels.SUITES:
+            for name, step in steps.items():
+                entry = section.find(name)
+                with noting(entry):
+                    entry.peak_bytes = kernels.peak_bytes(step, self.device)
+            return section
         steps.clear()
 
         with self._stage(f"{suite}, {section.label}: memory", len(section.entries)) as task:
@@ -116,13 +131,13 @@ class Runner:
                 self.progress.advance(task)
         return section
 
-    def _time(self, section: Section, steps: dict[str, LossStep | ProductsStep]) -> None:
+    def _time(self, section: Section, steps: dict[str, Step], timer: Timer) -> None:
         """Fill the samples of `section`; who runs out of memory leaves, the others go on."""
         total, done = self.warmup + self.rounds, 0
         with self._stage(f"{section.suite}, {section.label}: time", total) as task:
             while steps and done < total:
                 try:
-                    for times in timing.interleaved(steps, total - done, self.device, seed=done):
+                    for times in timing.interleaved(steps, total - done, self.device, seed=done, timer=timer):
                         done += 1
                         self.progress.advance(task)
                         if done > self.warmup:
@@ -135,11 +150,11 @@ class Runner:
                     entry = section.find(failed.name)
                     entry.seconds, entry.failure = [], memory.does_not_fit(failed.__cause__)
 
-    def _choose(self, entry: Entry, contestant: Contestant, inputs: Inputs) -> LossStep | ProductsStep:
+    def _choose(self, entry: Entry, contestant: Contestant, inputs: Inputs, timer: Timer) -> Step:
         """The fastest variant, with all of them noted."""
         steps = {name: build(inputs) for name, build in contestant.variants.items()}
         if len(steps) > 1:
-            entry.variants = timing.fastest(steps, self.device)
+            entry.variants = timing.fastest(steps, self.device, timer=timer)
             entry.variant = min(entry.variants, key=entry.variants.__getitem__)
         else:
             (entry.variant,) = steps
@@ -198,9 +213,9 @@ def _errors(step: LossStep, exact: Answer) -> dict[str, float]:
     return errors | {"weight": relative_error(answer.weight, exact.weight)}
 
 
-def _fault(entry: Entry) -> str | None:
+def _fault(entry: Entry, contestant: Contestant) -> str | None:
     for name, error in entry.errors.items():
-        tolerance = LOSS_TOLERANCE if name == "loss" else GRADIENT_TOLERANCE
+        tolerance = contestant.loss_tolerance if name == "loss" else contestant.tolerance
         if not error <= tolerance:  # also where it is a NaN
             return f"wrong: relative error {error:.1e} of {name}, tolerated {tolerance:.0e}"
     return None
@@ -214,3 +229,15 @@ def _unless_out_of_memory(entry: Entry) -> Iterator[None]:
         if not memory.is_out_of_memory(error):
             raise
         entry.failure = memory.does_not_fit(error)
+
+
+@contextmanager
+def _noting_failure(entry: Entry) -> Iterator[None]:
+    """A peer that does not run here, or a kernel at fault, does not keep the others from being measured."""
+    try:
+        with _unless_out_of_memory(entry):
+            yield
+    except Exception as error:  # noqa: BLE001 - whatever it raises
+        entry.failure = f"failed: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]:.160}"
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # raises again where the device is lost to this process: then nothing goes on

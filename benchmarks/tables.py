@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rich.table import Table
 
+from . import kernels
 from .edges import Check
 from .results import Entry, Section
 from .targets import Verdict
@@ -14,6 +15,10 @@ ABSENT = "–"
 
 def mebibytes(count: int | None) -> str:
     return ABSENT if count is None else f"{count / 2**20:,.0f}"
+
+
+def milliseconds(value: float) -> str:
+    return f"{value:,.1f}" if value >= 10 else f"{value:.3f}"
 
 
 def _error(value: float | None) -> str:
@@ -29,11 +34,12 @@ def table_of(section: Section) -> Table:
 
 def time_table(section: Section) -> Table:
     """Time, ratio, memory and error, one contestant a row."""
-    title = f"{section.suite}: forward + backward, {section.label}"
-    table = Table(title=title, caption="ratio: of times within a round, to ours of the same loss")
+    reference = kernels.CUBLAS if section.suite in kernels.KERNELS else "ours of the same loss"
+    table = Table(title=section.title, caption=f"ratio: of times within a round, to {reference}")
     table.add_column("contestant", no_wrap=True)
     table.add_column("setting")
-    for heading in ("median ms", "quartiles", "ratio", "peak extra MiB", "gradient error"):
+    error = "error" if section.suite in kernels.KERNELS else "gradient error"
+    for heading in ("median ms", "quartiles", "ratio", "peak extra MiB", error):
         table.add_column(heading, justify="right")
     for entry in section.entries:
         if not entry.seconds:
@@ -44,8 +50,8 @@ def time_table(section: Section) -> Table:
         table.add_row(
             entry.name,
             entry.variant,
-            f"{median:,.1f}",
-            f"{lower:,.1f} … {upper:,.1f}",
+            milliseconds(median),
+            f"{milliseconds(lower)} … {milliseconds(upper)}",
             ABSENT if ratio is None else f"{ratio:.2f}×",
             entry.failure or mebibytes(entry.peak_bytes),
             _error(entry.gradient_error),

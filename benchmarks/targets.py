@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from . import peers
+from fused_margin.ops import dispatch
+
+from . import half, kernels, peers
+from .half import ours
 from .problems import Shape
 from .results import Report, Section
 
@@ -17,6 +20,9 @@ EXCLUSIVE = Shape(256, 512, 10_575)
 OURS = (peers.OURS, peers.OURS_SMALL, peers.OURS_NORMFACE)
 NORMFACE_PEERS = (peers.LINEAR, peers.LINEAR_CHUNKED)
 ARCFACE_PEERS = (peers.COMPILED, peers.LEAN, peers.TEXTBOOK, peers.PML)
+
+FAMILIES = tuple(family.name for family in dispatch.FAMILIES)
+WHOLE_STEP_FROM = 85_000  # classes
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,8 @@ def judge(report: Report) -> list[Verdict]:
         verdicts += _exclusive(section)
     for section in report.of("accuracy"):
         verdicts += _accuracy(section)
+    if report.device == "cuda":
+        verdicts += _kernels(report)
     if report.checks:
         passed = sum(check.passed for check in report.checks)
         verdicts.append(
@@ -88,17 +96,77 @@ def _tall_step(section: Section) -> Iterator[Verdict]:
 
 
 def _memory(section: Section) -> Iterator[Verdict]:
+    yield from _bounded_memory(section, peers.OURS)
+
+
+def _bounded_memory(section: Section, name: str) -> Iterator[Verdict]:
     """The bound's O(N·D + C) is taken as eight floats for each of N·D and C."""
     shape = section.shape
     bound = peers.WORKSPACE_MB * 2**20 + 8 * 4 * (shape.rows * shape.dim + shape.classes)
-    entry = section.find(peers.OURS)
+    entry = section.find(name)
     if entry and entry.peak_bytes is not None:
+        what = "peak extra memory" + ("" if name == peers.OURS else f" of {name}")
         yield Verdict(
-            f"{shape.label}: peak extra memory",
+            f"{shape.label}: {what}",
             f"≤ workspace + 8 floats·(N·D + C) = {_mebibytes(bound)}",
             _mebibytes(entry.peak_bytes),
             entry.peak_bytes <= bound,
         )
+
+
+def _kernels(report: Report) -> Iterator[Verdict]:
+    """Of every family by itself; the portable way is measured beside them and has no targets."""
+    for family in FAMILIES:
+        for suite in kernels.SUITES:
+            for section in report.of(suite):
+                yield from _failures(section, family)
+        for section in report.of(kernels.EXPONENT_SUM, kernels.STEP):
+            yield from _at_speed(section, ours(family), kernels.CUBLAS, 0.90)
+        for section in report.of(kernels.NEAREST, kernels.CLASSES):
+            yield from _at_speed(section, ours(family), kernels.CUBLAS, 1.70)
+        for section in report.of(kernels.HALF_STEP):
+            if section.shape.classes >= WHOLE_STEP_FROM:
+                yield from _half_step(section, family)
+        for section in report.of(kernels.LAUNCH_BOUND, kernels.SMALL):
+            yield from _at_speed(section, ours(family), half.COMPILED, 1.00)
+            yield from _at_speed(section, ours(family, half.GRAPH), half.TEXTBOOK, 2.00)
+
+
+def _half_step(section: Section, family: str) -> Iterator[Verdict]:
+    """The products are the four that ours multiplies: exponentials are made again in the backward, whatever is kept."""
+    yield from _at_speed(section, ours(family), half.FOUR, 0.80)
+    yield from _at_speed(section, ours(family), half.TEXTBOOK, 5.00)
+    for name in (half.COMPILED, half.RECOMPUTING):
+        yield from _at_speed(section, ours(family, half.NOTHING_KEPT), name, 1.15)
+        yield from _at_speed(section, ours(family), name, 1.40)
+    for name, limit in ((half.CUT, 3.0), (half.LIGER, 3.0), (half.LINEAR, 2.0)):
+        yield from _at_speed(section, ours(family, half.NORMFACE), name, limit)
+    if section.shape in kernels.LARGE:
+        yield from _bounded_memory(section, ours(family))
+    for way, limit in ((family, 5e-4), (f"{family} {dispatch.SPLIT}", 1e-5)):
+        entry, eager = section.find(ours(way)), section.find(half.TEXTBOOK)
+        if not entry or entry.gradient_error is None:
+            continue
+        error = entry.gradient_error
+        goal = f"{section.shape.label}: gradient error of {entry.name}"
+        yield Verdict(f"{goal} against float64", f"≤ {limit:.0e}", f"{error:.1e}", error <= limit)
+        if eager and eager.gradient_error is not None:
+            times = eager.gradient_error / error
+            yield Verdict(f"{goal} below that of {eager.name}", "≥ 20×", f"{times:.0f}×", times >= 20)
+
+
+def _failures(section: Section, family: str) -> Iterator[Verdict]:
+    for entry in section.entries:
+        if entry.failure and entry.name.startswith(ours(family)):
+            yield Verdict(f"{section.title}: {entry.name}", "runs, and is right", entry.failure, False)
+
+
+def _at_speed(section: Section, mine: str, theirs: str, least: float) -> Iterator[Verdict]:
+    """Ratio of speeds, where both were timed."""
+    ratio = section.ratio(theirs, mine)
+    if ratio is not None:
+        goal = f"{section.title}: {mine} against {theirs}"
+        yield Verdict(goal, f"≥ {least:.2f}× its speed", f"{ratio:.2f}×", ratio >= least)
 
 
 def _exclusive(section: Section) -> Iterator[Verdict]:

@@ -10,6 +10,9 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 
 Step = Callable[[int], object]  # one whole step on the batch of that number
+Timer = Callable[[Step, int, str], float]
+
+HEAD_START = 10_000_000  # cycles, about 5 ms: longer than the host takes to launch a step
 
 
 class StepFailed(RuntimeError):
@@ -40,7 +43,25 @@ def time_once(step: Step, turn: int, device: str) -> float:
     return time.perf_counter() - begin_seconds
 
 
-def interleaved(steps: Mapping[str, Step], rounds: int, device: str, seed: int = 0) -> Iterator[dict[str, float]]:
+def time_queued(step: Step, turn: int, device: str) -> float:
+    """Seconds the device takes for one step whose launches all wait for it, as behind a busy network's.
+
+    A kernel is otherwise timed with the host's launch of it, which can take as long as the kernel. A step that
+    itself waits for the device is still timed as a user would see it.
+    """
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
+    torch.cuda._sleep(HEAD_START)
+    begin.record()
+    step(turn)
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+def interleaved(
+    steps: Mapping[str, Step], rounds: int, device: str, seed: int = 0, timer: Timer = time_once
+) -> Iterator[dict[str, float]]:
     """Yield, round by round, the seconds of every contestant.
 
     Each round runs all of them on the same batch, one after another, so that what disturbs the
@@ -55,13 +76,13 @@ def interleaved(steps: Mapping[str, Step], rounds: int, device: str, seed: int =
         times = {}
         for name in order:
             try:
-                times[name] = time_once(steps[name], turn, device)
+                times[name] = timer(steps[name], turn, device)
             except Exception as error:
                 raise StepFailed(name) from error
         yield times
 
 
-def fastest(variants: Mapping[str, Step], device: str, rounds: int = 3) -> dict[str, float]:
+def fastest(variants: Mapping[str, Step], device: str, rounds: int = 3, timer: Timer = time_once) -> dict[str, float]:
     """Median seconds of every variant of one contestant that is worth a second look.
 
     The first call is not counted (it compiles, allocates, starts threads). A variant that then
@@ -70,11 +91,11 @@ def fastest(variants: Mapping[str, Step], device: str, rounds: int = 3) -> dict[
     seconds: dict[str, list[float]] = {}
     for name, step in variants.items():
         step(0)
-        seconds[name] = [time_once(step, 0, device)]
+        seconds[name] = [timer(step, 0, device)]
     limit = 3 * min(first for (first,) in seconds.values())
     remaining = {name: variants[name] for name, (first,) in seconds.items() if first <= limit}
     if len(remaining) > 1:
-        for times in interleaved(remaining, rounds, device):
+        for times in interleaved(remaining, rounds, device, timer=timer):
             for name, value in times.items():
                 seconds[name].append(value)
     return {name: statistics.median(values) for name, values in seconds.items()}

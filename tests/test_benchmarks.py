@@ -1,8 +1,10 @@
 """The benchmark harness on tiny problems: what it writes, and that it keeps what it has."""
 
 import json
+import math
 import resource
 import statistics
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,10 +21,10 @@ sys.path.append(str(Path(__file__).parent.parent))  # benchmarks/ is not install
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks import memory, peers, targets, timing
+from benchmarks import half, kernels, memory, peers, targets, timing
 from benchmarks.__main__ import main
 from benchmarks.peers import Contestant
-from benchmarks.problems import Shape
+from benchmarks.problems import Shape, make_inputs
 from benchmarks.results import Entry, Report
 from benchmarks.suites import Runner
 
@@ -174,3 +176,136 @@ def test_ratio_is_taken_within_a_round() -> None:
     """A disturbance that hits a whole round leaves the ratio alone."""
     assert timing.ratio([2.0, 20.0, 2.0], [1.0, 10.0, 1.0]) == 2.0
     assert timing.quartiles([3.0]) == (3.0, 3.0, 3.0)
+
+
+def test_kernels_need_a_gpu() -> None:
+    with pytest.raises(SystemExit, match="needs --device cuda"):
+        main(["kernels"])
+    if not torch.cuda.is_available():
+        with pytest.raises(SystemExit, match="finds none"):
+            main(["kernels", "--device", "cuda"])
+
+
+class Counted:
+    """A step that knows its error, and how often it has run."""
+
+    def __init__(self, error: float | Exception):
+        self.error, self.calls = error, 0
+
+    def __call__(self, turn: int) -> None:
+        self.calls += 1
+
+    def errors(self) -> dict[str, float]:
+        if isinstance(self.error, Exception):
+            raise self.error
+        return {"result": self.error}
+
+
+def test_a_kernel_at_fault_is_reported_and_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "time_queued", timing.time_once)
+    steps = {"right": Counted(9e-7), "wrong": Counted(2e-6), "nan": Counted(math.nan), "lost": Counted(OSError("gone"))}
+    contestants = [
+        Contestant(name, "kernel", {"one": lambda _, step=step: step}, "right", tolerance=1e-6)
+        for name, step in steps.items()
+    ]
+    (section,) = runner().kernels([kernels.Comparison(kernels.EXPONENT_SUM, Shape(4, 8, 16), contestants)])
+    failures = {entry.name: entry.failure for entry in section.entries}
+    assert failures["right"] is None and failures["lost"] == "failed: OSError: gone"
+    assert all(failures[name].startswith("wrong: relative error") for name in ("wrong", "nan"))
+    assert {name: step.calls for name, step in steps.items()} == {"right": ROUNDS + 1, "wrong": 0, "nan": 0, "lost": 0}
+    assert {entry.name: len(entry.seconds) for entry in section.entries if entry.seconds} == {"right": ROUNDS}
+
+
+def kernel_report(device: str) -> Report:
+    """sm90 just reaches every target it can; sm80 misses each a little, and one of its answers is wrong."""
+    report = Report("", device, 1)
+    best, nothing_kept, normface = half.ours("sm90"), half.NOTHING_KEPT, half.NORMFACE
+    problems = {
+        (kernels.EXPONENT_SUM, kernels.STEP): {kernels.CUBLAS: 0.9, best: 1.0},
+        (kernels.NEAREST, kernels.CLASSES): {kernels.CUBLAS: 1.7, best: 1.0},
+        (kernels.LAUNCH_BOUND, kernels.SMALL): {
+            best: 1.0, half.ours("sm90", half.GRAPH): 0.5, half.COMPILED: 1.0, half.TEXTBOOK: 1.0,
+        },
+        (kernels.HALF_STEP, kernels.STEP): {
+            best: 1.0, half.FOUR: 0.8, half.TEXTBOOK: 5.0, half.COMPILED: 1.4, half.ours("sm90", nothing_kept): 1.2,
+            half.ours("sm90", normface): 1.0, half.CUT: 3.0,
+        },
+        (kernels.HALF_STEP, kernels.LARGE[0]): {best: 1.0},
+    }  # fmt: skip
+    for (suite, shape), seconds in problems.items():
+        section = report.section(suite, shape)
+        for name, value in seconds.items():
+            section.entries.append(Entry(name, "arcface", best, seconds=[value, 2 * value]))
+            if "sm90" in name:
+                slower = name.replace("sm90", "sm80")
+                section.entries.append(Entry(slower, "arcface", best, seconds=[1.1 * value, 2.2 * value]))
+    large, step = report.sections[-1], report.sections[-2]
+    large.find(best).peak_bytes, large.find(half.ours("sm80")).peak_bytes = 300 << 20, 400 << 20
+    step.find(best).errors, step.find(half.TEXTBOOK).errors = {"weight": 4e-4, "loss": 1.0}, {"weight": 9e-3}
+    report.sections[0].entries.append(Entry("ours, sm80 split", "kernel", best, failure="wrong: relative error nan"))
+    return report
+
+
+def test_kernel_targets() -> None:
+    verdicts = targets.judge(kernel_report("cuda"))
+    sm90 = [each for each in verdicts if "sm90" in each.goal]
+    assert [(each.measured, each.met) for each in sm90] == [
+        ("0.90×", True), ("1.70×", True),  # exponent sum, nearest class
+        ("0.80×", True), ("5.00×", True), ("1.17×", True), ("1.40×", True), ("3.00×", True),  # step
+        ("4.0e-04", True), ("22×", True), ("300 MiB", True),
+        ("1.00×", True), ("2.00×", True),  # launch-bound
+    ]  # fmt: skip
+    sm80 = [each for each in verdicts if "sm80" in each.goal]
+    assert len(sm80) == len(sm90) - 1  # its gradient error is unknown, and it has a failure
+    assert not any(each.met for each in sm80)
+    assert sum(each.measured == "wrong: relative error nan" for each in sm80) == 1
+    assert len(verdicts) == len(sm90) + len(sm80)
+
+
+def test_kernel_targets_hold_for_their_problems_alone() -> None:
+    assert targets.judge(kernel_report("cpu")) == []
+    report = kernel_report("cuda")
+    for section in report.sections:
+        section.shape = Shape(8, 64, 80_000)
+    assert all("wrong" in verdict.measured for verdict in targets.judge(report))
+
+
+def test_queued_launches_wait_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device is held up before the first event, so that the host is ahead when the clock starts."""
+    log: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool):
+            assert enable_timing
+
+        def record(self) -> None:
+            log.append("record")
+
+        def synchronize(self) -> None:
+            log.append("wait")
+
+        def elapsed_time(self, end: "Event") -> float:
+            assert end is not self
+            return 1500.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: log.append("synchronize"))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append("hold"), raising=False)
+    (times,) = timing.interleaved({"a": lambda turn: log.append("step")}, 1, "cuda", timer=timing.time_queued)
+    assert times == {"a": 1.5}
+    assert log == ["synchronize", "hold", "record", "step", "record", "wait"]
+
+
+def test_a_scaled_loss_gives_the_same_answer() -> None:
+    inputs = make_inputs(Shape(4, 8, 16), "cpu", batches=1)
+    plain, scaled = (peers.LossStep(peers.lean_arcface, inputs, loss_scale=scale) for scale in (1.0, 256.0))
+    answers = [step.answer(0) for step in (plain, scaled)]
+    assert torch.equal(answers[0].weight, answers[1].weight) and torch.equal(
+        answers[0].embeddings, answers[1].embeddings
+    )
+    scaled(0)
+    torch.testing.assert_close(inputs.weight.grad, 256 * answers[0].weight)
+
+
+def test_gpu_script_parses() -> None:
+    subprocess.run(["bash", "-n", Path(__file__).parents[1] / "benchmarks/gpu.sh"], check=True)

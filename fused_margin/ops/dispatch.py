@@ -37,6 +37,8 @@ FAMILIES = (
     Family("sm80", (8, 0), only=False, result=None),
 )
 _wanted: str | None = None  # by `use`
+# Before 2.10 torch's products of halves cannot be added to a float32 matrix in place.
+_TORCH_ADDS_TO_FLOAT32 = torch.torch_version.TorchVersion(torch.__version__) >= (2, 10)
 
 
 @contextmanager
@@ -79,6 +81,8 @@ def products_of(embeddings: torch.Tensor | None, weight: torch.Tensor) -> str:
     if not candidates or empty or weight.shape[1] not in SIZES or compute_dtype(embeddings, weight) == torch.float64:
         return PORTABLE
     if weight.device.type == "cuda":
+        if not _TORCH_ADDS_TO_FLOAT32:
+            return PORTABLE
         capability = _capability(weight.device)
         candidates = [f for f in candidates if f.compiled and f.runs_on(capability)]
         if not candidates:

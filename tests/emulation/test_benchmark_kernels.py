@@ -1,0 +1,46 @@
+"""What the kernels suite of the benchmarks asks of a family, and that it notices a wrong answer."""
+
+import pytest
+
+from benchmarks import kernels
+from benchmarks.problems import Shape, make_inputs
+from fused_margin.ops.backend import Kernels
+
+SHAPE = Shape(130, 40, 403)
+
+
+@pytest.fixture
+def measured(emulated, monkeypatch):
+    monkeypatch.setattr(kernels, "kernels", lambda device: Kernels(emulated.cuda, 0))
+    monkeypatch.setattr(kernels, "EXACT_ROWS", 100)
+    by_suite = {each.suite: each for each in kernels.comparisons(("sm90", "sm80")) if each.suite in kernels.KERNELS}
+    inputs = make_inputs(SHAPE, "cpu", batches=2)
+    return {
+        (suite, contestant.name): (contestant, variant(inputs))
+        for suite, comparison in by_suite.items()
+        for contestant in comparison.contestants
+        if contestant.name in map(kernels.ours, ("sm90", "sm80"))
+        for variant in contestant.variants.values()
+    }
+
+
+class Idle:
+    """A family that launches and writes nothing."""
+
+    def __getattr__(self, name):
+        return lambda **_: None
+
+
+def test_right_answers_are_within_tolerance_and_wrong_ones_are_not(measured):
+    assert len(measured) == 2 * len(kernels.KERNELS)
+    for (suite, name), (contestant, step) in measured.items():
+        for turn in range(3):  # what earlier rounds left behind does not count
+            step(turn)
+        assert max(step.errors().values()) <= contestant.tolerance, (suite, name)
+        if suite != kernels.NEAREST:  # another label is left out than should be
+            rows = step.rows[0]
+            step.rows[0] = step.rows[1]
+            assert not max(step.errors().values()) <= contestant.tolerance, (suite, name)
+            step.rows[0] = rows
+        step.family = Idle()
+        assert not max(step.errors().values()) <= contestant.tolerance, (suite, name)
