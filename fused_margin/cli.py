@@ -30,6 +30,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         add_help=False,  # the trainer's own parser answers --help
     )
     train.set_defaults(run=_train)
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="evaluate a trained network, or features from a file, under a named protocol",
+        add_help=False,
+    )
+    evaluate.set_defaults(run=_evaluate)
+    align = commands.add_parser("align", help="bring faces onto a template by their five landmarks", add_help=False)
+    align.set_defaults(run=_align)
 
     known, rest = parser.parse_known_args(argv)
     if not hasattr(known, "run"):
@@ -61,15 +69,33 @@ def _train(rest: list[str]) -> int:
     try:
         from fused_margin.trainer.cli import main as train
     except ModuleNotFoundError as error:
-        module = (error.name or "").partition(".")[0]
-        if module not in EXTRAS:
-            raise
-        print(
-            f'fused-margin train needs {EXTRAS[module]}: pip install "fused_margin[trainer]"',
-            file=sys.stderr,
-        )
-        return 1
+        return _missing("train", error)
     return train(rest)
+
+
+def _evaluate(rest: list[str]) -> int:
+    try:
+        from fused_margin.trainer.cli import evaluate_main as evaluate
+    except ModuleNotFoundError as error:
+        return _missing("evaluate", error)
+    return evaluate(rest)
+
+
+def _align(rest: list[str]) -> int:
+    try:
+        from fused_margin.trainer.align import main as align
+    except ModuleNotFoundError as error:
+        return _missing("align", error)
+    return align(rest)
+
+
+def _missing(command: str, error: ModuleNotFoundError) -> int:
+    """Say which package of the trainer's extra `command` lacks; any other missing module is raised."""
+    module = (error.name or "").partition(".")[0]
+    if module not in EXTRAS:
+        raise error
+    print(f'fused-margin {command} needs {EXTRAS[module]}: pip install "fused_margin[trainer]"', file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The command `fused-margin train`: options, errors and exit codes."""
+"""The commands `fused-margin train` and `evaluate`: options, errors and exit codes."""
 
 from __future__ import annotations
 
@@ -16,10 +16,13 @@ from rich.console import Console
 from .checkpoint import FILE_NAME, CheckpointError, latest_run, load_checkpoint
 from .config import EMBEDDED, TrainConfig
 from .data import DataError
+from .evaluate_config import EvaluateConfig
+from .evaluate_run import run_evaluation
 from .interrupts import Interrupted
 from .run import run
 
 PROG = "fused-margin train"
+EVALUATE_PROG = "fused-margin evaluate"
 RUNS = Path("runs")
 FAILED, INTERRUPTED = 1, 130  # tyro exits with 2 on options that are not valid
 
@@ -40,9 +43,33 @@ def main(args: Sequence[str]) -> int:
             console.print("interrupted before the first step: nothing to resume")
         return INTERRUPTED
     except (CheckpointError, DataError, FloatingPointError, OSError) as error:
-        errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        return FAILED
+        return _failed(errors, error)
     return 0
+
+
+def evaluate_main(args: Sequence[str]) -> int:
+    """Run the command; returns the exit code."""
+    console, errors = Console(), Console(stderr=True)
+    try:
+        config = tyro.cli(EvaluateConfig, prog=EVALUATE_PROG, args=args)
+        if config.checkpoint is None and config.features is None:
+            latest = latest_run(RUNS)
+            if latest is None:
+                raise CheckpointError(f"no run to evaluate in {RUNS}/; name its folder with --checkpoint")
+            config = dataclasses.replace(config, checkpoint=latest)
+        with _termination_as_interrupt():
+            run_evaluation(config, console)
+    except KeyboardInterrupt:
+        console.print("interrupted")
+        return INTERRUPTED
+    except (CheckpointError, DataError, OSError) as error:
+        return _failed(errors, error)
+    return 0
+
+
+def _failed(errors: Console, error: Exception) -> int:
+    errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+    return FAILED
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from .data import find_reader
 from .data.augment import AugmentationConfig
 from .model import ResNet20Config
 
@@ -98,7 +99,9 @@ class TrainConfig:
     """
 
     data: str = "glyphs"
-    """glyphs (characters of twelve fonts), digits (handwritten) or a folder, FOLDER/identity/image.jpg.
+    """glyphs (characters of twelve fonts), digits (handwritten), or where images are.
+
+    A folder of identities (FOLDER/identity/image.jpg), a folder with train.rec and train.idx, or a list (.txt, .lst).
 
     The defaults of the other options depend on it."""
     output: Path | None = None
@@ -120,7 +123,7 @@ class TrainConfig:
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     """Precision of the backbone."""
     workers: int = 0
-    """Processes that read images ahead (for a folder of images)."""
+    """Processes that read images ahead (for images in files)."""
     checkpoint_every: int = 500
     """Steps between checkpoints; one is left at the end and on Ctrl-C in any case."""
     model: ResNet20Config = field(default_factory=ResNet20Config)
@@ -130,11 +133,8 @@ class TrainConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
-        if self.data not in EMBEDDED and not Path(self.data).is_dir():
-            raise ValueError(
-                f"data: no folder {self.data!r}; it is {', '.join(EMBEDDED)} or a folder of "
-                "identities (FOLDER/identity/image.jpg)"
-            )
+        if self.data not in EMBEDDED:
+            find_reader(self.data)
         for name, least in (("epochs", 1), ("batch_size", 1), ("checkpoint_every", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")

@@ -1,24 +1,34 @@
-"""Evaluation of a trained backbone: embeddings of the test images, then the protocols' numbers."""
+"""Evaluation of a trained backbone: features of images, then verification on pairs of the test images."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.data import BatchSampler, SequentialSampler
 
 import fused_margin as fm
 
 from . import verification
 from .config import TrainConfig
-from .data.augment import augment
-from .data.base import DataError, Splits, data_loader, seeded_generator, to_input
+from .data.augment import AugmentationConfig, augment
+from .data.base import DataError, ImageSet, Splits, data_loader, seeded_generator, to_input
+from .protocols import cosine_pairs, join_mirror
 
 TEST_STREAM = 2  # keeps the test images' distortion apart from the training's
 BATCH_SIZE = 256
+
+
+class Embedded(NamedTuple):
+    """What a backbone makes of a set of images."""
+
+    features: np.ndarray  # (num_images, D) float32, not normalised
+    mirrored: np.ndarray | None  # (num_images, D) of the mirror images
+    labels: np.ndarray  # (num_images,)
+    unreadable: list[str]  # images that are left out
 
 
 @dataclass(frozen=True)
@@ -26,40 +36,61 @@ class Evaluation:
     """What was measured on the unseen identities, and on the class weights."""
 
     accuracy: verification.FoldAccuracy
-    roc: verification.RocCurve
-    auc: float
-    tar: float  # at the configured false accept rate
+    summary: verification.ScoreSummary
     num_pairs: int
     folds_disjoint: bool
     nearest_cosine: np.ndarray  # (num_classes,) cosine of each class weight to its nearest
     separability: tuple[float, float]  # mean and standard deviation of it
     unreadable: list[str]
 
+    @property
+    def auc(self) -> float:
+        return self.summary.auc
+
+    @property
+    def tar(self) -> float:
+        """At the configured false accept rate."""
+        return self.summary.tar.tar
+
 
 @torch.no_grad()
 def embed(
-    backbone: nn.Module, splits: Splits, config: TrainConfig, device: torch.device
-) -> tuple[Tensor, Tensor, list[str]]:
-    """Unit embeddings (num_images, D) of the readable test images, their labels, the others."""
-    sampler = BatchSampler(SequentialSampler(splits.test), BATCH_SIZE, drop_last=False)
-    embeddings, labels, unreadable = [], [], []
+    backbone: nn.Module,
+    images: ImageSet,
+    device: torch.device,
+    *,
+    mirror: bool,
+    distortion: AugmentationConfig | None = None,
+    seed: int = 0,
+    workers: int = 0,
+) -> Embedded:
+    """Features of the readable images and, with `mirror`, of their mirror images.
+
+    Raises:
+        DataError: no image can be read.
+    """
+    sampler = BatchSampler(SequentialSampler(images), BATCH_SIZE, drop_last=False)
+    features, mirrored, labels, unreadable = [], [], [], []
     backbone.eval()
-    for number, batch in enumerate(data_loader(splits.test, sampler, config.workers)):
+    for number, batch in enumerate(data_loader(images, sampler, workers)):
         unreadable += batch.unreadable
         if not len(batch.labels):
             continue
         inputs = to_input(batch.images.to(device))
-        if splits.test_distortion is not None:
-            generator = seeded_generator(config.seed, TEST_STREAM, number, device=device)
-            inputs = augment(inputs, splits.test_distortion, generator)
-        features = backbone(inputs)
-        if config.evaluation.flip == "concat":
-            features = torch.cat([features, backbone(inputs.flip(-1))], dim=1)
-        embeddings.append(F.normalize(features.float()).cpu())
+        if distortion is not None:
+            inputs = augment(inputs, distortion, seeded_generator(seed, TEST_STREAM, number, device=device))
+        features.append(backbone(inputs).float().cpu())
+        if mirror:
+            mirrored.append(backbone(inputs.flip(-1)).float().cpu())
         labels.append(batch.labels)
-    if not embeddings:
-        raise DataError(f"none of the {len(splits.test)} test images could be read")
-    return torch.cat(embeddings), torch.cat(labels), unreadable
+    if not features:
+        raise DataError(f"none of the {len(images)} test images could be read")
+    return Embedded(
+        torch.cat(features).numpy(),
+        torch.cat(mirrored).numpy() if mirror else None,
+        torch.cat(labels).numpy(),
+        unreadable,
+    )
 
 
 def evaluate(
@@ -70,20 +101,32 @@ def evaluate(
     device: torch.device,
 ) -> Evaluation:
     """Verify the backbone on pairs of the test images."""
-    embeddings, labels, unreadable = embed(backbone, splits, config, device)
     options = config.evaluation
-    pairs = verification.make_pairs(labels.numpy(), options.pairs, options.folds, config.seed)
-    first, second = torch.from_numpy(pairs.indices).T
-    scores = (embeddings[first] * embeddings[second]).sum(dim=1).numpy()
-    roc = verification.roc(scores, pairs.same)
+    embedded = embed(
+        backbone,
+        splits.test,
+        device,
+        mirror=options.flip != "none",
+        distortion=splits.test_distortion,
+        seed=config.seed,
+        workers=config.workers,
+    )
+    pairs = verification.make_pairs(embedded.labels, options.pairs, options.folds, config.seed)
+    features = join_mirror(embedded.features, embedded.mirrored, options.flip)
+    result = cosine_pairs(features, pairs.indices, pairs.same, pairs.fold)
+    nearest_cosine, separability = separation(class_weight)
     return Evaluation(
-        accuracy=verification.kfold_accuracy(scores, pairs.same, pairs.fold),
-        roc=roc,
-        auc=verification.area_under_curve(roc),
-        tar=verification.tar_at_far(roc, options.far),
+        accuracy=result.folds,
+        summary=verification.summarize_pairs(result.scores, pairs.same, options.far),
         num_pairs=len(pairs.same),
         folds_disjoint=pairs.folds_disjoint,
-        nearest_cosine=fm.functional.nearest_class(class_weight).cosine.cpu().numpy(),
-        separability=tuple(fm.functional.separability(class_weight)),
-        unreadable=unreadable,
+        nearest_cosine=nearest_cosine,
+        separability=separability,
+        unreadable=embedded.unreadable,
     )
+
+
+def separation(class_weight: Tensor) -> tuple[np.ndarray, tuple[float, float]]:
+    """Cosine (num_classes,) of each class weight to its nearest; their mean and standard deviation (RegularFace's Sep)."""
+    cosine = fm.functional.nearest_class(class_weight).cosine.double().cpu().numpy()
+    return cosine, (float(cosine.mean()), float(cosine.std()))

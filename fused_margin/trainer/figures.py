@@ -1,7 +1,8 @@
-"""The picture of a run: ROC, separability histogram and loss curve."""
+"""The pictures of a run and of an evaluation: ROC, histograms of scores and separability, loss curve."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import matplotlib
@@ -11,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from .evaluate import Evaluation
+from .verification import ScoreSummary
 
 INK, ACCENT, MUTED = "#1f3b57", "#d1495b", "#9aa7b4"
 STYLE = {
@@ -22,50 +24,88 @@ STYLE = {
     "axes.titleweight": "bold",
     "font.size": 10,
     "grid.color": "#e3e7eb",
-    "legend.frameon": False,
+    "legend.edgecolor": "none",
+    "legend.framealpha": 0.9,
 }
 
 
 def draw_report(path: Path, title: str, evaluation: Evaluation, far: float, losses: list[float], epochs: int) -> None:
-    """Write the three panels to `path`."""
+    """Write the three panels of a training to `path`."""
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(15, 4.8), layout="constrained")
-        axes = figure.subplots(1, 3)
-        _draw_roc(axes[0], evaluation, far)
-        _draw_separability(axes[1], evaluation)
+        figure, axes = _panels(3)
+        _draw_roc(axes[0], evaluation.summary)
+        _draw_separability(axes[1], evaluation.nearest_cosine)
         _draw_loss(axes[2], losses, epochs)
-        figure.suptitle(title, fontsize=12, color=INK)
-        figure.savefig(path, dpi=120)
+        _save(figure, path, title)
 
 
-def _draw_roc(axes: Axes, evaluation: Evaluation, far: float) -> None:
-    smallest = 1 / max(1, evaluation.num_pairs // 2)  # one false accept among the unlike pairs
-    curve = evaluation.roc
-    shown = np.maximum(curve.far, smallest / 2)  # so that the part without false accepts shows
-    axes.plot(shown, curve.tar, color=INK, linewidth=2, drawstyle="steps-post")
-    diagonal = np.geomspace(smallest / 2, 1, 100)
+def draw_evaluation(path: Path, title: str, summary: ScoreSummary, nearest_cosine: np.ndarray | None) -> None:
+    """Write the panels of an evaluation to `path`; without class weights there is no separability."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _panels(2 if nearest_cosine is None else 3)
+        _draw_roc(axes[0], summary)
+        _draw_scores(axes[1], summary)
+        if nearest_cosine is not None:
+            _draw_separability(axes[2], nearest_cosine)
+        _save(figure, path, title)
+
+
+def _panels(number: int) -> tuple[Figure, np.ndarray]:
+    figure = Figure(figsize=(5 * number, 4.8), layout="constrained")
+    return figure, figure.subplots(1, number)
+
+
+def _save(figure: Figure, path: Path, title: str) -> None:
+    figure.suptitle(title, fontsize=12, color=INK)
+    figure.savefig(path, dpi=120)
+
+
+def _draw_roc(axes: Axes, summary: ScoreSummary) -> None:
+    curve, tar = summary.roc, summary.tar
+    left = tar.smallest_far / 2  # so that the part without false accepts shows
+    axes.plot(np.maximum(curve.far, left), curve.tar, color=INK, linewidth=2, drawstyle="steps-post")
+    diagonal = np.geomspace(left, 1, 100)
     axes.plot(diagonal, diagonal, color=MUTED, linestyle="--", linewidth=1, label="chance")
-    axes.plot(
-        max(far, smallest / 2),
-        evaluation.tar,
-        "o",
-        color=ACCENT,
-        label=f"TAR {evaluation.tar:.1%} at FAR {far:g}",
-    )
+    label = f"TAR {tar.tar:.1%} at FAR {tar.far:g}"
+    if not tar.resolved:
+        label += f",\nbelow one false accept ({tar.smallest_far:.1e})"
+    axes.plot(max(tar.far, left), tar.tar, "o", color=ACCENT, clip_on=False, label=label)
     axes.set(
-        title=f"Verification, AUC {evaluation.auc:.4f}",
+        title=f"Verification, AUC {summary.auc:.4f}",
         xlabel="false accept rate (FAR)",
         ylabel="true accept rate (TAR)",
         xscale="log",
-        xlim=(smallest / 2, 1),
+        xlim=(left, 1),
         ylim=(0, 1.02),
     )
     axes.legend(loc="best")
 
 
-def _draw_separability(axes: Axes, evaluation: Evaluation) -> None:
-    mean, std = evaluation.separability
-    axes.hist(evaluation.nearest_cosine, bins=60, color=INK, alpha=0.85)
+def _draw_scores(axes: Axes, summary: ScoreSummary) -> None:
+    genuine, impostor, count = summary.genuine, summary.impostor, summary.impostor_count
+    count = np.ones(len(impostor)) if count is None else count
+    shown = impostor[count > 0]
+    edges = np.linspace(min(genuine.min(), shown.min()), max(genuine.max(), shown.max()), 61)
+    kinds = (("two identities", MUTED, impostor, count), ("one identity", INK, genuine, np.ones(len(genuine))))
+    for name, color, scores, weight in kinds:
+        label = f"{name}, {weight.sum():,.0f} pairs"
+        axes.hist(scores, edges, weights=weight / weight.sum(), color=color, alpha=0.7, label=label)
+    if np.isfinite(summary.tar.threshold):
+        label = f"threshold at FAR {summary.tar.far:g}"
+        axes.axvline(summary.tar.threshold, color=ACCENT, linewidth=2, label=label)
+    axes.set(
+        title=f"Scores, equal error rate {summary.equal_error_rate:.2%}",
+        xlabel="cosine",
+        ylabel="share of the pairs",
+    )
+    axes.margins(y=0.3)
+    axes.legend(loc="upper left")
+
+
+def _draw_separability(axes: Axes, nearest_cosine: np.ndarray) -> None:
+    mean, std = nearest_cosine.mean(), nearest_cosine.std()
+    bins = min(60, 5 + 2 * math.isqrt(len(nearest_cosine)))
+    axes.hist(nearest_cosine, bins, color=INK, alpha=0.85)
     axes.axvline(mean, color=ACCENT, linewidth=2, label=f"mean {mean:.3f}, std {std:.3f}")
     axes.set(
         title="Separability of the class weights",

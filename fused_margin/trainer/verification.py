@@ -1,12 +1,16 @@
-"""Verification: which pairs are compared, and the protocols, as functions of the pairs' scores."""
+"""Verification: which pairs are compared, and what their scores amount to: accuracy, ROC, error rates."""
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from sklearn.metrics import auc, roc_curve
+from sklearn.model_selection import KFold
 
+from .array_checks import check_folds, check_scores
 from .data.base import DataError
 
 
@@ -31,6 +35,33 @@ class RocCurve(NamedTuple):
 
     far: np.ndarray
     tar: np.ndarray
+
+
+class TarAtFar(NamedTuple):
+    """True accept rate at a false accept rate."""
+
+    far: float  # asked for
+    tar: float
+    threshold: float  # a pair is accepted when its score is above it; -inf: all are
+    smallest_far: float  # one false accept; what is asked for below it means none
+
+    @property
+    def resolved(self) -> bool:
+        """Whether there are impostors enough to tell `far` from 0."""
+        return self.far >= self.smallest_far
+
+
+@dataclass(frozen=True)
+class ScoreSummary:
+    """What the scores of genuine pairs (one identity) and impostor pairs (two) amount to."""
+
+    genuine: np.ndarray  # (num_genuine,) scores, higher is more alike
+    impostor: np.ndarray  # (num_scores,)
+    impostor_count: np.ndarray | None  # (num_scores,) pairs that have each score; None: one each
+    roc: RocCurve
+    auc: float
+    equal_error_rate: float
+    tar: TarAtFar
 
 
 def make_pairs(labels: np.ndarray, num_pairs: int, folds: int, seed: int) -> Pairs:
@@ -63,12 +94,36 @@ def make_pairs(labels: np.ndarray, num_pairs: int, folds: int, seed: int) -> Pai
     return Pairs(np.concatenate(indices), np.concatenate(same), np.concatenate(fold), disjoint)
 
 
+def unshuffled_folds(num_pairs: int, folds: int = 10) -> np.ndarray:
+    """Fold (num_pairs,) of each pair: consecutive pairs, sizes that differ by one at most.
+
+    Raises:
+        ValueError: there are fewer pairs than folds.
+    """
+    if num_pairs < folds:
+        raise ValueError(f"pairs: expected at least one for each of the {folds} folds, got {num_pairs}")
+    fold = np.empty(num_pairs, np.int64)
+    for number, (_, part) in enumerate(KFold(folds).split(fold)):
+        fold[part] = number
+    return fold
+
+
 def kfold_accuracy(scores: np.ndarray, same: np.ndarray, fold: np.ndarray) -> FoldAccuracy:
     """Accuracy on each fold at the threshold that is best on the other folds together.
 
-    A pair is accepted when its score reaches the threshold. Thresholds are tried at every score
+    A pair is accepted when its score reaches the threshold. Thresholds are tried between all scores
     of the other folds; among equally good ones the highest is taken.
+
+    Args:
+        scores: (num_pairs,), higher is more alike.
+        same: (num_pairs,) bool, the two images show one identity.
+        fold: (num_pairs,) integers.
+
+    Raises:
+        ValueError: a score is not finite, shapes differ, or the folds allow no choice.
     """
+    check_scores("scores", scores)
+    check_folds(same, fold, len(scores))
     accuracies, thresholds = [], []
     for held_out in np.unique(fold):
         rest, part = fold != held_out, fold == held_out
@@ -76,25 +131,93 @@ def kfold_accuracy(scores: np.ndarray, same: np.ndarray, fold: np.ndarray) -> Fo
         candidates[0] = np.nextafter(candidates[1], np.inf)  # accepts none, as the infinity there
         num_same = np.count_nonzero(same[rest])
         num_different = np.count_nonzero(~same[rest])
-        threshold = candidates[np.argmax(tar * num_same + (1 - far) * num_different)]
+        best = int(np.argmax(tar * num_same + (1 - far) * num_different))
+        threshold = candidates[best]
+        if 0 < best < len(candidates) - 1:
+            # Halfway to the next score below, or a held-out pair hardly less alike would be refused.
+            between = (threshold + candidates[best + 1]) / 2
+            threshold = between if between > candidates[best + 1] else threshold
         accuracies.append(np.mean((scores[part] >= threshold) == same[part]))
         thresholds.append(threshold)
     return FoldAccuracy(np.array(accuracies), np.array(thresholds))
 
 
-def roc(scores: np.ndarray, same: np.ndarray) -> RocCurve:
-    """True accept rate over false accept rate of all pairs."""
-    far, tar, _ = roc_curve(same, scores, drop_intermediate=False)
+def summarize(
+    genuine: np.ndarray, impostor: np.ndarray, tar: TarAtFar, impostor_count: np.ndarray | None = None
+) -> ScoreSummary:
+    """ROC, AUC and equal error rate of the scores; the arguments are those of `roc`."""
+    curve = roc(genuine, impostor, impostor_count)
+    return ScoreSummary(
+        genuine, impostor, impostor_count, curve, float(auc(curve.far, curve.tar)), equal_error_rate(curve), tar
+    )
+
+
+def summarize_pairs(scores: np.ndarray, same: np.ndarray, far: float) -> ScoreSummary:
+    """All measures of the scores (num_pairs,) of pairs of one identity, `same`, and of two; TAR at `far`."""
+    genuine, impostor = scores[same], scores[~same]
+    return summarize(genuine, impostor, tar_at_far(genuine, impostor, far))
+
+
+def roc(genuine: np.ndarray, impostor: np.ndarray, impostor_count: np.ndarray | None = None) -> RocCurve:
+    """True accept rate over false accept rate, one point per distinct score: ties are accepted together.
+
+    Args:
+        genuine: (num_genuine,) scores of pairs of one identity, higher is more alike.
+        impostor: (num_scores,) scores of pairs of two identities.
+        impostor_count: (num_scores,) how many pairs have each; one if not given.
+
+    Raises:
+        ValueError: there are no scores of one kind, or one is not finite.
+    """
+    check_scores("genuine", genuine)
+    check_scores("impostor", impostor)
+    same = np.repeat([True, False], [len(genuine), len(impostor)])
+    weight = None if impostor_count is None else np.concatenate([np.ones(len(genuine)), impostor_count])
+    far, tar, _ = roc_curve(same, np.concatenate([genuine, impostor]), sample_weight=weight, drop_intermediate=False)
     return RocCurve(far, tar)
 
 
-def area_under_curve(curve: RocCurve) -> float:
-    return float(auc(curve.far, curve.tar))
+def equal_error_rate(curve: RocCurve) -> float:
+    """The rate at which false accepts equal false rejects, on straight lines between the curve's points."""
+    return float(np.interp(0.0, curve.far - (1 - curve.tar), curve.far))
 
 
-def tar_at_far(curve: RocCurve, far: float) -> float:
-    """Best true accept rate among the thresholds whose false accept rate is `far` or less."""
-    return float(curve.tar[curve.far <= far].max())
+def tar_at_far(genuine: np.ndarray, impostor: np.ndarray, far: float, num_impostors: int | None = None) -> TarAtFar:
+    """Best true accept rate at a false accept rate of `far` or less.
+
+    With n impostors the rates are multiples of 1/n: a `far` below 1/n is answered for no false
+    accept at all, and `resolved` is False. Impostors tied with the first one that must not pass
+    are kept out with it.
+
+    Args:
+        genuine: (num_genuine,) scores of pairs of one identity, higher is more alike.
+        impostor: scores of pairs of two identities; all, or more of the highest than may pass.
+        far: share of the impostors that may pass, 0 to 1.
+        num_impostors: how many there are, where `impostor` holds only the highest.
+
+    Raises:
+        ValueError: there are no scores of one kind, one is not finite, or `far` is not a rate.
+    """
+    check_scores("genuine", genuine)
+    check_scores("impostor", impostor)
+    total = len(impostor) if num_impostors is None else num_impostors
+    passing = false_accepts(far, total)
+    if passing >= total:
+        threshold = -math.inf
+    elif passing >= len(impostor):
+        raise ValueError(f"impostor: expected the {passing + 1} highest scores or more, got {len(impostor)}")
+    else:
+        place = len(impostor) - 1 - passing
+        threshold = float(np.partition(impostor, place)[place])
+    return TarAtFar(far, float(np.mean(genuine > threshold)), threshold, 1 / total)
+
+
+def false_accepts(far: float, num_impostors: int) -> int:
+    """The most impostors that may pass at a false accept rate of `far`."""
+    if not 0 <= far <= 1:
+        raise ValueError(f"far: expected a rate from 0 to 1, got {far}")
+    passing = math.floor(far * num_impostors)
+    return passing + ((passing + 1) / num_impostors <= far)  # 0.29 * 100 is 28.999...
 
 
 def _draw_pairs(

@@ -54,8 +54,8 @@ def test_info_needs_no_extra():
     assert "version: " in done.stdout and "kernels:" in done.stdout
 
 
-@pytest.mark.parametrize("module", ["lightning", "sklearn"])
-def test_missing_extra(module, monkeypatch, capsys):
+@pytest.mark.parametrize(("command", "module"), [("train", "lightning"), ("train", "sklearn"), ("evaluate", "sklearn")])
+def test_missing_extra(command, module, monkeypatch, capsys):
     for name in [n for n in sys.modules if n.startswith("fused_margin.trainer")]:
         monkeypatch.delitem(sys.modules, name)
     real_import = builtins.__import__
@@ -66,9 +66,9 @@ def test_missing_extra(module, monkeypatch, capsys):
         return real_import(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    said = fails(capsys, 1, "train")
+    said = fails(capsys, 1, command)
     package = cli.EXTRAS[module]
-    assert said == f'fused-margin train needs {package}: pip install "fused_margin[trainer]"'
+    assert said == f'fused-margin {command} needs {package}: pip install "fused_margin[trainer]"'
 
 
 def test_every_option_is_explained(capsys):

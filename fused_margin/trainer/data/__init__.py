@@ -2,17 +2,52 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 from .base import DataError, Splits
+from .benchmarks import VerificationSet, read_bin, read_lfw, read_ytf
 from .digits import digit_splits
 from .folder import folder_splits
 from .glyphs import glyph_splits
+from .lists import list_splits
+from .records import INDEX, RECORDS, record_splits
 
-__all__ = ["DataError", "Splits", "load_splits"]
+__all__ = ["DataError", "Splits", "find_benchmark_reader", "find_reader", "load_splits"]
+
+LISTS = (".txt", ".lst")
+BENCHMARKS = {"pairs.txt": read_lfw, "splits.txt": read_ytf}
 
 
 def load_splits(data: str, image_size: tuple[int, int], channels: int, test_fraction: float, seed: int) -> Splits:
-    """Training and test sets of "glyphs", "digits" or a folder of identities."""
-    sources = {"glyphs": glyph_splits, "digits": digit_splits}
-    if data in sources:
-        return sources[data](image_size, channels, test_fraction, seed)
-    return folder_splits(data, image_size, channels, test_fraction, seed)
+    """Training and test sets of "glyphs", "digits" or what is at a path."""
+    embedded = {"glyphs": glyph_splits, "digits": digit_splits}
+    if data in embedded:
+        return embedded[data](image_size, channels, test_fraction, seed)
+    return find_reader(data)(data, image_size, channels, test_fraction, seed)
+
+
+def find_benchmark_reader(path: str) -> Callable[[Path], VerificationSet] | None:
+    """The reader of a published verification set: a .bin file, or a folder with pairs.txt or splits.txt."""
+    found = Path(path)
+    if found.is_file():
+        return read_bin if found.suffix.lower() == ".bin" else None
+    return next((read for name, read in BENCHMARKS.items() if (found / name).is_file()), None)
+
+
+def find_reader(path: str) -> Callable[..., Splits]:
+    """The reader of the images at a path.
+
+    Raises:
+        DataError: there is nothing that can be read.
+    """
+    found = Path(path)
+    if found.is_dir():
+        return record_splits if (found / RECORDS).is_file() else folder_splits
+    if found.is_file() and found.suffix.lower() in LISTS:
+        return list_splits
+    wrong = f"{path!r} is no folder and no list" if found.exists() else f"no folder {path!r} and no such list"
+    raise DataError(
+        f"data: {wrong}; expected glyphs, digits, a folder of identities (FOLDER/identity/image.jpg), a folder with "
+        f"{RECORDS} and {INDEX}, or a list ({' or '.join(LISTS)}) of a path and a label per line"
+    )

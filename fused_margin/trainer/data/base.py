@@ -65,11 +65,8 @@ class TensorImages(ImageSet):
     @classmethod
     def of(cls, images: Tensor, labels: Tensor, names: Sequence[str], identities: Sequence[int]) -> TensorImages:
         """The images of some `identities`, which are numbered anew."""
-        new_label = torch.full((len(names),), -1)
-        new_label[list(identities)] = torch.arange(len(identities))
-        labels = new_label[labels]
-        kept = labels >= 0
-        return cls(images[kept].contiguous(), labels[kept], [names[i] for i in identities])
+        rows, labels = rows_of(labels, len(names), identities)
+        return cls(images[rows].contiguous(), labels, [names[i] for i in identities])
 
 
 @dataclass(frozen=True)
@@ -148,6 +145,36 @@ def split_identities(
     test = np.random.default_rng(seed).permutation(candidates)[:num_test]
     train = np.setdiff1d(np.arange(num_identities), test)
     return train.tolist(), sorted(test.tolist())
+
+
+def split_by_images(source: str, counts: np.ndarray, test_fraction: float, seed: int) -> tuple[list[int], list[int]]:
+    """Train and test identities by their numbers of images (num_identities,); one image is for training.
+
+    Raises:
+        DataError: `source` has too few identities to train and verify on.
+    """
+    paired = np.flatnonzero(counts >= 2)
+    if len(counts) < 4 or len(paired) < 2:
+        raise DataError(
+            f"{source} has {len(counts)} identities, {len(paired)} of them with two images or more; "
+            "at least two are needed to train on and two more with two images to verify on"
+        )
+    train, test = split_identities(len(counts), test_fraction, seed, eligible=paired)
+    if len(train) < 2:
+        raise DataError(
+            f"{len(test)} of the {len(counts)} identities in {source} are for verification, which "
+            "leaves fewer than two to train on: lower the test fraction"
+        )
+    return train, test
+
+
+def rows_of(labels: Tensor, num_identities: int, kept: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Rows of the images (num_images,) of some identities, and their labels, numbered anew."""
+    new_label = torch.full((num_identities,), -1)
+    new_label[list(kept)] = torch.arange(len(kept))
+    labels = new_label[labels]
+    rows = (labels >= 0).nonzero().flatten()
+    return rows, labels[rows]
 
 
 def to_input(images: Tensor) -> Tensor:

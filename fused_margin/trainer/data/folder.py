@@ -7,11 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
-from .base import Batch, DataError, ImageSet, Splits, split_identities
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".pgm", ".ppm", ".tif", ".tiff")
+from .base import DataError, Splits, split_by_images
+from .decode import SUFFIXES, DecodedImages
 
 
 def folder_splits(root: str, image_size: tuple[int, int], channels: int, test_fraction: float, seed: int) -> Splits:
@@ -26,18 +24,8 @@ def folder_splits(root: str, image_size: tuple[int, int], channels: int, test_fr
             f"no identities in {root}: expected {root}/identity/image.jpg, images ending in {', '.join(SUFFIXES)}"
         )
     names = list(identities)
-    paired = [i for i, name in enumerate(names) if len(identities[name]) >= 2]
-    if len(names) < 4 or len(paired) < 2:
-        raise DataError(
-            f"{root} has {len(names)} identities, {len(paired)} of them with two images or more; "
-            "at least two are needed to train on and two more with two images to verify on"
-        )
-    train, test = split_identities(len(names), test_fraction, seed, eligible=paired)
-    if len(train) < 2:
-        raise DataError(
-            f"{len(test)} of the {len(names)} identities in {root} are for verification, which "
-            "leaves fewer than two to train on: lower the test fraction"
-        )
+    counts = np.array([len(files) for files in identities.values()])
+    train, test = split_by_images(root, counts, test_fraction, seed)
 
     def part(kept: list[int]) -> FolderImages:
         paths = [identities[names[i]] for i in kept]
@@ -47,8 +35,8 @@ def folder_splits(root: str, image_size: tuple[int, int], channels: int, test_fr
     return Splits(part(train), part(test), description=description, test_distortion=None)
 
 
-class FolderImages(ImageSet):
-    """Images decoded and resized when their batch is read; an unreadable one is left out."""
+class FolderImages(DecodedImages):
+    """Images by identity and file name."""
 
     def __init__(
         self,
@@ -59,33 +47,14 @@ class FolderImages(ImageSet):
         channels: int,
     ) -> None:
         counts = torch.tensor([len(names) for names in files])
-        super().__init__(torch.arange(len(files)).repeat_interleave(counts), identities)
+        super().__init__(torch.arange(len(files)).repeat_interleave(counts), identities, image_size, channels)
         # One array of relative names: workers share it, where a list would be copied page by page.
         self.files = np.array([name for names in files for name in names])
-        self.root, self.image_size, self.channels = Path(root), image_size, channels
+        self.root = Path(root)
 
-    def __getitems__(self, indices: list[int]) -> Batch:
-        images, kept, unreadable = [], [], []
-        for index in indices:
-            path = self.root / self.identities[int(self.labels[index])] / self.files[index]
-            try:
-                images.append(self._read(path))
-            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-                unreadable.append(str(path))  # what Pillow raises for a broken file
-            else:
-                kept.append(index)
-        shape = (0, self.channels, *self.image_size)
-        stacked = torch.stack(images) if images else torch.empty(shape, dtype=torch.uint8)
-        return Batch(stacked, self.labels[kept], tuple(unreadable))
-
-    def _read(self, path: Path) -> torch.Tensor:
-        height, width = self.image_size
-        with Image.open(path) as image:
-            image = image.convert("L" if self.channels == 1 else "RGB")
-            if image.size != (width, height):
-                image = image.resize((width, height), Image.Resampling.BILINEAR)
-            pixels = np.array(image)
-        return torch.from_numpy(pixels).view(height, width, self.channels).permute(2, 0, 1)
+    def source(self, index: int) -> tuple[str, Path]:
+        path = self.root / self.identities[int(self.labels[index])] / self.files[index]
+        return str(path), path
 
 
 def _list_identities(root: Path) -> dict[str, list[str]]:

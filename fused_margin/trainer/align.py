@@ -1,0 +1,186 @@
+"""The command `fused-margin align`: a folder of photographs and their landmarks to a folder of aligned faces."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path, PurePath
+from typing import Annotated, Literal
+
+import tyro
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from .data import DataError
+from .data.align import TEMPLATES, goodness_of_fit, similarity_transform, warp
+from .data.decode import SUFFIXES, UNREADABLE
+from .data.landmarks import Row, read_rows
+
+PROG = "fused-margin align"
+ALIGNED, BROKEN, INTERRUPTED = 0, 1, 130
+CHUNK = 256  # rows that are handed out at once
+# Faces seen fully from the side still explain 0.6 of the template's spread; landmarks in another order, or left
+# and right exchanged, next to nothing.
+LEAST_FIT = 0.5
+
+
+@dataclass(frozen=True)
+class AlignConfig:
+    """Turn, scale and cut faces so that their five landmarks come to lie on a template.
+
+    The landmarks are left eye, right eye, nose, left and right corner of the mouth, as seen in the
+    image: x and y in pixels, whole numbers being the middles of pixels. An image whose output exists
+    is skipped, so that the same command continues where it was stopped.
+    """
+
+    images: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES")]
+    """Folder of the photographs."""
+    landmarks: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="LANDMARKS")]
+    """A .csv with path,x1,y1,...,x5,y5 per line, or a .json with {path: [[x1, y1], ..., [x5, y5]]}."""
+    output: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUTPUT")]
+    """Folder for the aligned faces, under the same paths."""
+    size: Literal["112x112", "112x96"] = "112x112"
+    """Height and width: InsightFace's template, or SphereFace's (and RegularFace's)."""
+    workers: int = 4
+    """Images worked on at a time."""
+
+    def __post_init__(self) -> None:
+        if not self.images.is_dir():
+            raise ValueError(f"images: no folder {str(self.images)!r}")
+        if self.workers < 1:
+            raise ValueError(f"workers must be at least 1, got {self.workers}")
+        if self.output.resolve() == self.images.resolve():
+            raise ValueError("output: the aligned faces would have the photographs' names; name another folder")
+
+
+@dataclass
+class Outcome:
+    """What became of the rows."""
+
+    aligned: int = 0
+    present: int = 0  # before
+    failed: int = 0
+
+
+class BadRow(Exception):
+    """A row that cannot be used, and why."""
+
+
+def main(args: Sequence[str]) -> int:
+    """Run the command; returns the exit code."""
+    console, errors = Console(), Console(stderr=True)
+    config = tyro.cli(AlignConfig, prog=PROG, args=args)
+    try:
+        outcome = align(config, console, errors)
+    except KeyboardInterrupt:
+        console.print("interrupted; the same command continues")
+        return INTERRUPTED
+    except (DataError, OSError) as error:
+        _complain(errors, f"error: {error}")
+        return BROKEN
+    console.print(
+        f"{outcome.aligned:,} aligned, {outcome.present:,} were there already, {outcome.failed:,} could not be",
+        highlight=False,
+    )
+    return ALIGNED if outcome.aligned or outcome.present else BROKEN
+
+
+def align(config: AlignConfig, console: Console, errors: Console) -> Outcome:
+    """Align every row's image; what is wrong with a row is printed to `errors`.
+
+    Raises:
+        DataError: the landmarks cannot be read.
+        OSError: an aligned face cannot be written.
+    """
+    total, rows = read_rows(config.landmarks)
+    outcome, seen = Outcome(), set()
+
+    def attempt(row: Row) -> str | BadRow:
+        try:
+            return "aligned" if _align_image(config, row) else "present"
+        except BadRow as error:
+            return error
+
+    columns = TextColumn("aligning"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    progress = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
+    with ThreadPoolExecutor(config.workers) as pool, progress:
+        task = progress.add_task("", total=total)
+        for chunk in _chunks(rows):
+            once = []
+            for row in chunk:
+                if row.path in seen:
+                    outcome.failed += 1
+                    _complain(errors, f"{row.place}: {row.path}: it has landmarks already")
+                else:
+                    seen.add(row.path)
+                    once.append(row)
+            for row, result in zip(once, pool.map(attempt, once), strict=True):
+                if result == "aligned":
+                    outcome.aligned += 1
+                elif result == "present":
+                    outcome.present += 1
+                else:
+                    outcome.failed += 1
+                    _complain(errors, f"{row.place}: {row.path}: {result}")
+            progress.advance(task, len(chunk))
+    return outcome
+
+
+def _align_image(config: AlignConfig, row: Row) -> bool:
+    """Write one aligned face; False if it is there already.
+
+    Raises:
+        BadRow: the row or its image cannot be used.
+    """
+    relative = PurePath(row.path)
+    if relative.is_absolute() or ".." in relative.parts or not relative.name:
+        raise BadRow("the path leaves the folder")
+    if relative.suffix.lower() not in SUFFIXES:
+        raise BadRow(f"expected an image ending in {', '.join(SUFFIXES)}")
+    target = config.output / relative
+    if target.exists():
+        return False
+
+    size, template = TEMPLATES[config.size]
+    try:
+        points = row.points()
+        matrix = similarity_transform(points, template)
+    except ValueError as error:
+        raise BadRow(str(error)) from error
+    if (fit := goodness_of_fit(points, template, matrix)) < LEAST_FIT:
+        raise BadRow(
+            f"the points are not those of a face (fit {fit:.2f}): expected left eye, right eye, nose, left and right "
+            "corner of the mouth, as seen"
+        )
+    try:
+        with Image.open(config.images / relative) as image:
+            face = warp(image if image.mode in ("L", "RGB") else image.convert("RGB"), matrix, size)
+    except UNREADABLE as error:
+        raise BadRow(f"cannot be read: {error}") from error
+    _save(face, target)
+    return True
+
+
+def _save(face: Image.Image, target: Path) -> None:
+    """Write the image beside `target`, then move it there: what is there is whole."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+    try:
+        face.save(temporary, Image.registered_extensions()[target.suffix.lower()], quality=95)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _chunks(rows: Iterator[Row]) -> Iterator[list[Row]]:
+    while chunk := list(islice(rows, CHUNK)):
+        yield chunk
+
+
+def _complain(errors: Console, message: str) -> None:
+    errors.print(message, style="red", markup=False, highlight=False, soft_wrap=True)

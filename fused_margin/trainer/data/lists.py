@@ -1,0 +1,90 @@
+"""A list of images, `path label` or `path<TAB>label` per line, paths relative to the list's folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .base import DataError, Splits, rows_of, split_by_images
+from .decode import DecodedImages
+
+LOOKED_FOR = 100  # files of a list whose existence is checked before the training
+
+
+def list_splits(path: str, image_size: tuple[int, int], channels: int, test_fraction: float, seed: int) -> Splits:
+    """Read the list and split its identities; one with a single image is always for training.
+
+    Raises:
+        DataError: a line is not of the format, no image is found, or the identities are too few.
+    """
+    files, labels, names = read_list(Path(path))
+    root = Path(path).parent
+    train, test = split_by_images(path, np.bincount(labels, minlength=len(names)), test_fraction, seed)
+
+    def part(kept: list[int]) -> ListImages:
+        rows, new_labels = rows_of(torch.from_numpy(labels), len(names), kept)
+        return ListImages(root, files[rows.numpy()], new_labels, [names[i] for i in kept], image_size, channels)
+
+    return Splits(part(train), part(test), description=f"images listed in {path}", test_distortion=None)
+
+
+def read_list(path: Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Relative paths (num_images,) as encoded names, labels (num_images,), and the name of each label.
+
+    A label is any text; labels are numbered in the order in which they first appear.
+
+    Raises:
+        DataError: a line is not of the format, or none of the files looked for exists.
+    """
+    files: list[bytes] = []
+    labels: list[int] = []
+    numbers: dict[str, int] = {}
+    # File names may be in any encoding.
+    with open(path, encoding="utf-8-sig", errors="surrogateescape") as lines:
+        for number, line in enumerate(lines, 1):
+            line = line.strip()
+            if not line:
+                continue
+            fields = [field.strip() for field in (line.split("\t") if "\t" in line else line.split())]
+            if len(fields) != 2 or not all(fields):
+                raise DataError(
+                    f"{path}, line {number}: expected a path and a label, with a tab between them if the path "
+                    f"has spaces, got {line[:200]!r}"
+                )
+            files.append(os.fsencode(fields[0]))
+            labels.append(numbers.setdefault(fields[1], len(numbers)))
+    if not files:
+        raise DataError(f"{path} lists no images")
+    some = files[:: -(-len(files) // LOOKED_FOR)]
+    if not any((path.parent / os.fsdecode(file)).is_file() for file in some):
+        raise DataError(
+            f"none of {len(some)} images looked for exists, the first being {path.parent / os.fsdecode(some[0])}: "
+            f"paths in {path} are relative to its folder"
+        )
+    # One array of names: workers share it, where a list would be copied page by page.
+    return np.array(files), np.array(labels), list(numbers)
+
+
+class ListImages(DecodedImages):
+    """Images by path below a folder."""
+
+    def __init__(
+        self,
+        root: Path,
+        files: np.ndarray,
+        labels: Tensor,
+        identities: Sequence[str],
+        image_size: tuple[int, int],
+        channels: int,
+    ) -> None:
+        super().__init__(labels, identities, image_size, channels)
+        self.root, self.files = root, files
+
+    def source(self, index: int) -> tuple[str, Path]:
+        path = self.root / os.fsdecode(self.files[index])
+        return str(path), path

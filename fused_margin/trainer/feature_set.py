@@ -1,0 +1,182 @@
+"""What is evaluated: features and what is known of them, from a trained network and images or from a file."""
+
+from __future__ import annotations
+
+import dataclasses
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .checkpoint import CheckpointError, load_checkpoint
+from .config import TrainConfig
+from .data import DataError, find_benchmark_reader, load_splits
+from .data.base import Splits
+from .data.benchmarks import VerificationSet
+from .data.features import read_megaface
+from .evaluate import Embedded, embed
+from .model import ResNet20
+
+
+@dataclass(frozen=True)
+class FeatureSet:
+    """Arrays by the names that an .npz file gives them; the protocol tells which are needed."""
+
+    features: np.ndarray  # (num_rows, D) of images, video frames or probes, not normalised
+    mirrored: np.ndarray | None = None  # (num_rows, D) of the mirror images
+    labels: np.ndarray | None = None  # (num_rows,) identity
+    pairs: np.ndarray | None = None  # (num_pairs, 2) rows, or numbers of videos
+    same: np.ndarray | None = None  # (num_pairs,) bool
+    fold: np.ndarray | None = None  # (num_pairs,)
+    video: np.ndarray | None = None  # (num_rows,) number of the video
+    distractors: np.ndarray | None = None  # (num_distractors, D)
+    mirrored_distractors: np.ndarray | None = None  # (num_distractors, D)
+    class_weight: np.ndarray | None = None  # (num_classes, D)
+
+    def need(self, *names: str) -> list[np.ndarray]:
+        """The arrays of these names.
+
+        Raises:
+            DataError: one is missing.
+        """
+        if missing := [name for name in names if getattr(self, name) is None]:
+            raise DataError(f"this protocol needs the arrays {', '.join(missing)}: give them in a --features file")
+        return [getattr(self, name) for name in names]
+
+
+def read_probes(probes: Path, distractors: Path) -> FeatureSet:
+    """MegaFace-style features of probes and distractors; raises DataError as `data.features.read_megaface`."""
+    found = read_megaface(probes, distractors)
+    return FeatureSet(features=found.probes, labels=found.identity, distractors=found.distractors)
+
+
+def read_arrays(path: Path) -> FeatureSet:
+    """Read the arrays of an .npz file, without running code from it.
+
+    Raises:
+        DataError: it is no such file, or holds an array of another name.
+        OSError: it cannot be opened.
+    """
+    names = [field.name for field in dataclasses.fields(FeatureSet)]
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = dict(file)
+    except (AttributeError, EOFError, TypeError, ValueError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path} is not an .npz file of arrays: {error}") from error
+    if unknown := sorted(set(arrays) - set(names)):
+        raise DataError(f"{path} holds {', '.join(unknown)}; known arrays are {', '.join(names)}")
+    if "features" not in arrays:
+        raise DataError(f"{path} has no array `features`")
+    return FeatureSet(**arrays)
+
+
+@dataclass(frozen=True)
+class TrainedNetwork:
+    """A checkpoint and the images it is to be evaluated on."""
+
+    state: dict
+    config: TrainConfig  # of the training, but for the data
+    seen: bool  # the images are those of the training: only its test identities are unseen
+    path: Path
+    benchmark: VerificationSet | None = None  # in the place of the training's kind of data
+
+    def features(self, device: torch.device, *, mirror: bool, workers: int) -> tuple[FeatureSet, str, list[str]]:
+        """Features of the identities not trained on, what they are of, and the images left out.
+
+        Raises:
+            CheckpointError: the weights do not fit the network.
+            DataError: the images are not those of the training any more, or cannot be read.
+        """
+        config, class_weight = self.config, self.state["model"]["loss_fn.weight"].numpy()
+        backbone = self._backbone().to(device, memory_format=torch.channels_last)
+        if self.benchmark is not None:
+            images = self.benchmark.image_set(config.model.image_size, config.model.channels)
+            part = embed(backbone, images, device, mirror=mirror, workers=workers)
+            found = benchmark_features(self.benchmark, part, class_weight)
+            return found, f"{len(part.labels):,} images of {self.benchmark.source}", part.unreadable
+        splits = load_splits(
+            config.data, config.model.image_size, config.model.channels, config.test_fraction, config.seed
+        )
+        if self.seen and self.state["data"] != splits.fingerprint():
+            raise DataError(
+                f"the identities or images of {config.data!r} have changed since the training, so the test "
+                "identities may be among those trained on"
+            )
+        parts = [
+            embed(
+                backbone,
+                images,
+                device,
+                mirror=mirror,
+                distortion=splits.test_distortion,
+                seed=config.seed,
+                workers=workers,
+            )
+            for images in ([splits.test] if self.seen else [splits.train, splits.test])
+        ]
+        labels = [parts[0].labels] + [part.labels + splits.train.num_classes for part in parts[1:]]
+        found = FeatureSet(
+            features=np.concatenate([part.features for part in parts]),
+            mirrored=np.concatenate([part.mirrored for part in parts]) if mirror else None,
+            labels=np.concatenate(labels),
+            class_weight=class_weight,
+        )
+        return found, _describe(splits, self.seen), sorted(name for part in parts for name in part.unreadable)
+
+    def _backbone(self) -> ResNet20:
+        backbone, prefix = ResNet20(self.config.model), "backbone."
+        weights = self.state["model"]
+        try:
+            backbone.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
+        except RuntimeError as error:
+            raise CheckpointError(f"the weights in {self.path} do not fit the network of this version") from error
+        return backbone
+
+
+def benchmark_features(benchmark: VerificationSet, part: Embedded, class_weight: np.ndarray) -> FeatureSet:
+    """Features of a verification set's images; a video may miss frames, an image of a pair may not.
+
+    Raises:
+        DataError: an image that pairs need cannot be read.
+    """
+    videos = len(benchmark.item) > len(np.unique(benchmark.item))
+    if part.unreadable and not videos:
+        raise DataError(
+            f"{len(part.unreadable)} of the images that {benchmark.source} pairs cannot be read: "
+            f"{', '.join(part.unreadable[:5])}"
+        )
+    return FeatureSet(
+        part.features,
+        part.mirrored,
+        pairs=benchmark.pairs,
+        same=benchmark.same,
+        fold=benchmark.fold,
+        video=benchmark.item[part.labels],
+        class_weight=class_weight,
+    )
+
+
+def read_checkpoint(path: Path, data: str | None) -> TrainedNetwork:
+    """Read a checkpoint to evaluate on `data`, by default the images of its training.
+
+    Raises:
+        CheckpointError: it cannot be read, or its options are not of this version.
+        DataError: `data` is a verification set that is broken.
+    """
+    state = load_checkpoint(path)
+    try:
+        values = state["config"]
+        trained_on = values["data"]
+        reader = find_benchmark_reader(data) if data is not None else None
+        config = TrainConfig.from_dict({**values, "data": trained_on if data is None or reader else data})
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"cannot evaluate {path}: {error}") from error
+    benchmark = reader(Path(data)) if reader else None
+    return TrainedNetwork(state, config, seen=config.data == trained_on, path=path, benchmark=benchmark)
+
+
+def _describe(splits: Splits, seen: bool) -> str:
+    identities = splits.test.num_classes + (0 if seen else splits.train.num_classes)
+    return f"{splits.description}: {identities:,} identities not trained on"

@@ -1,0 +1,313 @@
+"""`fused-margin evaluate` on a trained network and on files of features: numbers, files, errors."""
+
+import io
+import json
+import pickle
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import fused_margin as fm
+from fused_margin import cli
+from fused_margin.trainer import protocols
+from fused_margin.trainer.checkpoint import FILE_NAME, load_checkpoint, save_checkpoint
+
+TRAIN = """train --data digits --epochs 2 --batch-size 64 --model.image-size 8 8 --model.widths 4 4 8 8
+    --model.embedding-size 8 --evaluation.pairs 200 --accelerator cpu"""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Folder of a run of 40 steps, in its runs/."""
+    root = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        assert cli.main([*TRAIN.split(), "--output", "runs/digits"]) == 0
+    return root / "runs" / "digits"
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.chdir(tmp_path)
+
+
+def evaluate(*arguments):
+    """Run the command; returns the report it writes to the folder `out`, and checks the picture."""
+    assert cli.main(["evaluate", "--output", "out", *map(str, arguments)]) == 0
+    options = list(arguments)
+    name = options[options.index("--protocol") + 1] if "--protocol" in options else "pairs"
+    if name == "lfw":
+        name += "-" + (options[options.index("--variant") + 1] if "--variant" in options else "insightface")
+    with Image.open(f"out/{name}.png") as picture:
+        assert picture.width >= 1000 and np.asarray(picture.convert("L")).std() > 10
+    with open(f"out/{name}.json") as file:
+        report = json.load(file, parse_constant=pytest.fail)  # NaN and infinity are not JSON
+    assert report["protocol"] == name
+    return report
+
+
+def fails(capsys, code, *arguments):
+    """Run the command, which must fail with `code`; returns what it said."""
+    try:
+        returned = cli.main(["evaluate", *map(str, arguments)])
+    except SystemExit as exit_:
+        returned = exit_.code
+    streams = capsys.readouterr()
+    assert returned == code, streams
+    assert "Traceback" not in streams.out + streams.err
+    return " ".join((streams.out + streams.err).replace("│", " ").split())
+
+
+def write(**arrays):
+    np.savez("features.npz", **arrays)
+    return "--features", "features.npz"
+
+
+def clusters(identities=12, images=6, size=8, noise=0.8):
+    rng = np.random.default_rng(0)
+    centre = np.repeat(rng.normal(size=(identities, size)), images, axis=0)
+    features, mirrored = (centre + noise * rng.normal(size=centre.shape) for _ in range(2))
+    return {"features": features, "mirrored": mirrored, "labels": np.repeat(np.arange(identities), images)}
+
+
+def test_without_options_it_repeats_what_the_training_reported(trained, monkeypatch, capsys):
+    monkeypatch.chdir(trained.parents[1])  # its runs/ has one run, the latest
+    assert cli.main(["evaluate"]) == 0
+    said = capsys.readouterr().out
+    assert "accuracy" in said and "3 identities not trained on" in said and "pairs.json, pairs.png" in said
+    ours, theirs = (json.loads((trained / name).read_text()) for name in ("pairs.json", "report.json"))
+    for name in ("accuracy", "accuracy_std", "fold_accuracy", "fold_threshold", "pairs", "folds_share_no_identity"):
+        assert ours["result"][name] == theirs["verification"][name], name
+    assert ours["scores"]["auc"] == theirs["verification"]["auc"]
+    assert ours["scores"]["tar_at_far"] == theirs["verification"]["tar_at_far"]
+    assert ours["separability"] == pytest.approx(theirs["separability"])
+    assert ours["flip"] == "none" and ours["input"]["rows"] == theirs["data"]["test"]["images"]
+
+
+def test_protocols_on_a_trained_network(trained):
+    sums = evaluate("--checkpoint", trained, "--protocol", "lfw")
+    joined = evaluate("--checkpoint", trained / FILE_NAME, "--protocol", "lfw", "--variant", "regularface")
+    for report in (sums, joined):
+        assert report["result"]["pairs"] == 200 and len(report["result"]["fold_accuracy"]) == 10
+    assert sums["result"]["accuracy"] >= 0.5  # 40 steps leave the distances below the first steps of the grid
+    assert joined["result"]["accuracy"] > 0.6
+    assert (sums["flip"], sums["result"]["threshold_unit"]) == ("sum", "squared distance")
+    assert (joined["flip"], joined["result"]["threshold_unit"]) == ("concat", "cosine")
+    assert not sums["result"]["tar_over_folds"]["far_resolved"]  # 90 impostors, FAR 1e-3
+    assert "tar_over_folds" not in joined["result"]
+
+    found = evaluate("--checkpoint", trained, "--protocol", "megaface", "--probes", 0.7)
+    result = found["result"]
+    assert result["probe_identities"] == 2 and result["probes"] + result["distractors"] == 539
+    assert [row["distractors"] for row in result["rank1"]] == [10, 100, result["distractors"]]
+    rates = [row["rate"] for row in result["rank1"]]
+    assert rates == sorted(rates, reverse=True) and rates[0] > 0.2
+    assert found["scores"]["impostors"] == result["probes"] * result["distractors"]
+    assert found["scores"]["far"] == 1e-6 and not found["scores"]["far_resolved"]
+
+
+def test_other_images_than_the_training_s(trained, face_folder, capsys):
+    broken = face_folder / "person_3" / "9.jpg"
+    broken.write_bytes(b"\xff\xd8 nothing more")
+    try:
+        report = evaluate("--checkpoint", trained, "--data", face_folder, "--num-pairs", 60, "--flip", "concat")
+    finally:
+        broken.unlink()
+    assert report["input"]["rows"] == 8 * 4 + 1  # all identities: none was trained on
+    assert report["input"]["unreadable"] == [str(broken)] and report["input"]["dimensions"] == 8
+    assert "9 identities not trained on" in report["input"]["description"]
+    assert "left out 1 unreadable images" in capsys.readouterr().out
+    assert report["result"]["accuracy"] > 0.6  # even an untrained network tells these patterns apart
+
+
+def test_images_that_have_changed_are_not_evaluated(trained, capsys, tmp_path):
+    state = load_checkpoint(trained / FILE_NAME)
+    save_checkpoint(tmp_path / FILE_NAME, {**state, "data": "of other images"})
+    assert "have changed since the training" in fails(capsys, 1, "--checkpoint", tmp_path)
+    del state["model"]["backbone.embedding.weight"]
+    save_checkpoint(tmp_path / FILE_NAME, state)
+    assert "do not fit the network" in fails(capsys, 1, "--checkpoint", tmp_path)
+
+
+def test_pairs_in_a_file_by_hand():
+    # Cosines 1, 0.6, 0.8, 0 and again; both folds are separated between 0.6 and 0.8 but for one pair each.
+    features = np.array([[1, 0], [2, 0], [3, 4], [8, 6], [0, 1]], np.float32)
+    pairs = np.array([[0, 1], [0, 2], [0, 3], [0, 4]] * 2)
+    same = np.array([True, True, False, False, True, False, True, False])
+    report = evaluate(*write(features=features, pairs=pairs, same=same, fold=np.repeat([0, 1], 4)), "--far", 0.25)
+    # Fold 1 sets 0.7, where fold 0 errs twice; fold 0 is best above 0.8, at 0.9, or below 0.6, at 0.3: the
+    # higher is taken, where fold 1 errs once.
+    assert report["result"]["fold_threshold"] == pytest.approx([0.7, 0.9])
+    assert report["result"]["fold_accuracy"] == [0.5, 0.75]
+    assert report["result"]["accuracy"] == 0.625 and report["result"]["accuracy_std"] == 0.125
+    # Genuine 1, 1, 0.8, 0.6; impostor 0.8, 0.6, 0, 0: 13 of 16 in order, and two ties for a half each.
+    assert report["scores"]["auc"] == pytest.approx(14 / 16)
+    assert report["scores"]["tar_at_far"] == 0.75 and report["scores"]["far_resolved"]
+    assert report["scores"]["threshold_at_far"] == pytest.approx(0.6)
+    assert report["separability"] is None
+
+
+def test_a_file_s_arrays_reach_the_protocols():
+    given = clusters()
+    features, mirrored, labels = given.values()
+    pairs = np.array([[i, (i + step) % 72] for step in (1, 7) for i in range(72)])
+    same = labels[pairs[:, 0]] == labels[pairs[:, 1]]
+    order = np.random.default_rng(1).permutation(len(pairs))
+    pairs, same = pairs[order], same[order]
+    weight = np.random.default_rng(2).normal(size=(40, 8)).astype(np.float32)
+    file = write(features=features, mirrored=mirrored, pairs=pairs, same=same, class_weight=weight)
+    for variant in protocols.LFW_FLIP:
+        report = evaluate(*file, "--protocol", "lfw", "--variant", variant)
+        expected = protocols.lfw(features, mirrored, pairs, same, variant=variant)
+        assert report["result"]["fold_accuracy"] == expected.folds.accuracy.tolist()
+    joined = {"none": features, "sum": features + mirrored, "concat": np.hstack([features, mirrored])}
+    for flip, expected in joined.items():
+        report = evaluate(*file, "--flip", flip, "--folds", 5)
+        fold = np.repeat(np.arange(5), [29, 29, 29, 29, 28])
+        expected = protocols.cosine_pairs(expected, pairs, same, fold)
+        assert report["result"]["fold_accuracy"] == expected.folds.accuracy.tolist()
+    assert tuple(report["separability"].values()) == pytest.approx(fm.functional.separability(torch.tensor(weight)))
+
+    video = np.random.default_rng(3).permutation(72) // 2
+    pairs, same = pairs[(pairs < 36).all(axis=1)], same[(pairs < 36).all(axis=1)]
+    report = evaluate(*write(features=features, video=video, pairs=pairs, same=same), "--protocol", "ytf")
+    expected = protocols.ytf(features, video, pairs, same)
+    assert report["result"]["fold_accuracy"] == expected.folds.accuracy.tolist()
+
+
+def test_megaface_with_distractors_of_its_own():
+    given, others = clusters(), clusters(20)
+    arrays = {"distractors": others["features"] + 1, "mirrored_distractors": others["mirrored"] + 1}
+    report = evaluate(*write(**given, **arrays), "--protocol", "megaface", "--far", 1e-2, "--flip", "concat")
+    probes, distractors = np.hstack([given["features"], given["mirrored"]]), np.hstack(list(arrays.values()))
+    expected = protocols.megaface(probes, given["labels"], distractors, far=1e-2)
+    assert [row["rate"] for row in report["result"]["rank1"]] == expected.rank1.tolist()
+    assert report["result"]["searches"] == 12 * 6 * 5
+    scores = report["scores"]
+    assert scores["tar_at_far"] == expected.tar.tar and scores["far_resolved"]
+    # The impostors of the curve, and they alone, are rounded to 1e-4.
+    probes, distractors = (rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (probes, distractors))
+    impostor = np.sort((probes @ distractors.T).ravel())
+    below = np.searchsorted(impostor, expected.genuine) / len(impostor)
+    assert scores["auc"] == pytest.approx(below.mean(), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--protocol ijbc", "ijbc"),
+        ("--protocol lfw --flip none", "flip: lfw's variant insightface prescribes sum"),
+        ("--features x.npz --checkpoint runs", "features: a file of features needs no checkpoint"),
+        ("--data no/such/folder", "no folder 'no/such/folder'"),
+        ("--far 0", "far must be between 0 and 1"),
+        ("--folds 1", "folds must be at least 2"),
+        ("--num-pairs 3", "num-pairs must be at least two per fold"),
+        ("--probes 1", "probes must be between 0 and 1"),
+        ("--workers -1", "workers must not be negative"),
+    ],
+)
+def test_invalid_options(capsys, options, message):
+    assert message in fails(capsys, 2, *options.split())
+
+
+def test_every_option_is_explained(capsys):
+    said = fails(capsys, 0, "--help")
+    for words in ("--checkpoint", "--features", "--variant", "Mirror", "Share of the identities"):
+        assert words.lower() in said.lower()
+
+
+def test_no_network_to_evaluate(capsys, tmp_path):
+    assert "no run to evaluate in runs/" in fails(capsys, 1)
+    assert "no checkpoint at nowhere" in fails(capsys, 1, "--checkpoint", "nowhere")
+    (tmp_path / FILE_NAME).write_bytes(b"damaged")
+    assert "cannot read the checkpoint" in fails(capsys, 1, "--checkpoint", tmp_path)
+    save_checkpoint(tmp_path / FILE_NAME, {"config": {"data": "digits"}})
+    assert "cannot evaluate" in fails(capsys, 1, "--checkpoint", tmp_path)
+
+
+def test_files_without_an_answer(capsys, tmp_path):
+    given = clusters()
+    nan = np.where(given["features"] > 2, np.nan, given["features"])
+    for arrays, options, message in (
+        ({"labels": given["labels"]}, "", "has no array `features`"),
+        ({**given, "label": given["labels"]}, "", "holds label; known arrays are features, mirrored"),
+        ({"features": given["features"]}, "", "needs the arrays labels"),
+        (given, "--protocol ytf", "needs the arrays pairs, same"),
+        ({**given, "mirrored": nan}, "--protocol lfw --num-pairs 60", "mirrored: expected finite values"),
+        ({**given, "features": nan}, "--num-pairs 60", "features.npz: features: expected finite values"),
+        ({**given, "labels": given["labels"][1:]}, "", "labels: expected (72) integers"),
+        ({**given, "labels": given["labels"] * 0}, "--protocol megaface", "megaface needs distractors"),
+        ({**given, "features": given["features"].astype(str)}, "--num-pairs 60", "features: expected"),
+        ({**given, "class_weight": nan}, "--num-pairs 60", "class_weight: expected finite values"),
+        (given, "--num-pairs 10", "num-pairs must be at least two per fold"),
+        ({**given, "features": np.array([{}])}, "", "is not an .npz file of arrays"),
+    ):
+        assert message in fails(capsys, 1, *write(**arrays), *options.split())
+    assert "No such file" in fails(capsys, 1, "--features", "nowhere.npz")
+    np.save("features.npy", given["features"])
+    (tmp_path / "text.npz").write_text("no archive")
+    (tmp_path / "empty.npz").write_bytes(b"")
+    (tmp_path / "half.npz").write_bytes((tmp_path / "features.npz").read_bytes()[:200])
+    for name in ("features.npy", "text.npz", "empty.npz", "half.npz"):
+        assert "is not an .npz file of arrays" in fails(capsys, 1, "--features", name)
+    assert not list(tmp_path.glob("*.json"))
+
+
+def encoded_digit(rng, shade):
+    pixels = (rng.random((8, 8)) * 60 + shade).astype(np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def test_published_verification_sets(trained):
+    """A .bin file, LFW's folder and videos, made of images in two shades."""
+    rng = np.random.default_rng(0)
+    shades = [(20, 20) if row % 2 else (20, 180) for row in range(40)]
+    images = [encoded_digit(rng, shade) for pair in shades for shade in pair]
+    flags = [row % 2 == 1 for row in range(40)]
+    Path("faces.bin").write_bytes(pickle.dumps((images, flags)))
+    report = evaluate("--checkpoint", trained, "--data", "faces.bin", "--protocol", "lfw")
+    assert report["result"]["pairs"] == 40 and report["input"]["rows"] == 80
+    assert evaluate("--checkpoint", trained, "--data", "faces.bin")["scores"]["genuine"] == 20
+
+    names, lines = ["Ann_Lee", "Bo", "Cy"], ["2\t3"]
+    for name, shade in zip(names, (20, 100, 180), strict=True):
+        for folder in (Path("lfw", name), Path("ytf", name, "0"), Path("ytf", name, "1")):
+            folder.mkdir(parents=True)
+            for number in range(1, 4):
+                (folder / f"{name}_{number:04d}.png").write_bytes(encoded_digit(rng, shade))
+    for _ in range(2):
+        lines += [f"{name}\t1\t2" for name in names] + [f"{a}\t3\t{b}\t1" for a, b in pairwise([*names, names[0]])]
+    Path("lfw/pairs.txt").write_text("\n".join(lines))
+    report = evaluate("--checkpoint", trained, "--data", "lfw", "--protocol", "lfw", "--variant", "regularface")
+    assert report["result"]["pairs"] == 12 and len(report["result"]["fold_accuracy"]) == 2
+
+    rows = ["split number, first name, second name, is same"]
+    for split in (1, 2):
+        rows += [f"{split}, {n}/0, {n}/1, 1" for n in names] + [f"{split}, {names[0]}/0, {n}/1, 0" for n in names[1:]]
+    Path("ytf/splits.txt").write_text("\n".join(rows))
+    Path("ytf/Bo/0/Bo_0001.png").write_bytes(b"no image")  # the video has two frames left
+    report = evaluate("--checkpoint", trained, "--data", "ytf", "--protocol", "ytf")
+    assert report["result"]["pairs"] == 10 and report["input"]["rows"] == 17 and len(report["input"]["unreadable"]) == 1
+
+
+def test_a_pair_without_its_image_is_an_error(trained, capsys):
+    rng = np.random.default_rng(0)
+    Path("faces.bin").write_bytes(pickle.dumps(([encoded_digit(rng, 20)] * 39 + [b"no image"], [True, False] * 10)))
+    assert "image 39" in fails(capsys, 1, "--checkpoint", trained, "--data", "faces.bin")
+
+
+def test_megaface_files(capsys):
+    rng = np.random.default_rng(0)
+    np.savez("probes.npz", features=rng.normal(size=(6, 4)), labels=np.array(["a", "a", "b", "b", "c", "c"]))
+    np.save("distractors.npy", rng.normal(size=(50, 4)))
+    arguments = "--features", "probes.npz", "--distractors", "distractors.npy"
+    report = evaluate(*arguments, "--protocol", "megaface")
+    assert report["result"]["distractors"] == 50 and report["result"]["probe_identities"] == 3
+    assert "distractors" in fails(capsys, 2, *arguments)
