@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,6 +91,11 @@ class Options:
     """Problem of the accuracy suite."""
 
     def __post_init__(self) -> None:
+        for name, least in (("rounds", 1), ("warmup", 0), ("threads", 1)):
+            if (value := getattr(self, name)) is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device: torch finds no GPU")
         if self.quick:
             self.rounds, self.warmup = 3, 1
             self.step_shapes = (Shape(32, 64, 2_000),)
@@ -98,7 +104,9 @@ class Options:
             self.accuracy_shape = Shape(32, 64, 2_000)
 
 
-def default_output(device: str) -> Path:
+def default_output(device: str, quick: bool) -> Path:
+    if quick:  # nothing to be kept, and nothing of worth to be overwritten
+        return Path(tempfile.gettempdir()) / "fused-margin-quick.json"
     name = torch.cuda.get_device_name() if device == "cuda" else cpu_name()
     stem = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     threads = "" if device == "cuda" else f"-{torch.get_num_threads()}-threads"
@@ -153,7 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     limit_to_available(options.device)
-    output = options.output or default_output(options.device)
+    output = options.output or default_output(options.device, options.quick)
     command = shlex.join(["python", "-m", "benchmarks", *arguments])
     report = Report(command, options.device, torch.get_num_threads())
     try:
@@ -163,6 +171,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             console.print(tables.table_of(section))
         console.print("[yellow]Interrupted: kept what was measured so far.[/]")
     finally:
+        if options.only and not any(section.entries for section in report.sections):
+            sys.exit(f"nobody is called {' or '.join(map(repr, options.only))}: nothing was measured or written")
         verdicts = targets.judge(report)
         report.write(output, verdicts)
         draw(report, output.with_suffix(".png"))

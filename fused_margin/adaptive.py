@@ -44,15 +44,35 @@ class AdaFaceLoss(MarginLoss):
             self.register_buffer(name, torch.tensor(start, dtype=torch.float64, device=self.weight.device))
 
     @torch.no_grad()
+    def statistics(self, norm: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The running statistics after this batch, of which ignored samples and NaN are no part."""
+        counts = (labels != self.ignore_index) & norm.isfinite()
+        count = counts.sum()
+        mean = torch.where(counts, norm, 0.0).sum() / count
+        variance = torch.where(counts, (norm - mean) ** 2, 0.0).sum() / (count - 1)
+        momentum = torch.where(count > 1, self.momentum, 0.0)  # one sample has no deviation
+        new = (mean.nan_to_num(), variance.nan_to_num().sqrt())
+        return tuple(old + momentum * (n - old) for old, n in zip((self.norm_mean, self.norm_std), new, strict=True))
+
+    @torch.no_grad()
     def current_margin(self, embeddings: Tensor, labels: Tensor) -> Margin:
         norm = embedding_norm(embeddings, *self.NORMS)
-        if self.training and len(norm) > 1:  # one sample has no deviation
-            self.norm_mean.lerp_(norm.mean(), self.momentum)
-            self.norm_std.lerp_(norm.std(), self.momentum)
-        z = ((norm - self.norm_mean) / (self.norm_std + 1e-3) * self.concentration).clamp(-1.0, 1.0)
-        theta = torch.acos(target_cosine(embeddings, self.weight, labels))
+        mean, std = self.statistics(norm, labels) if self.training else (self.norm_mean, self.norm_std)
+        z = ((norm - mean) / (std + 1e-3) * self.concentration).nan_to_num().clamp(-1.0, 1.0)
+        theta = torch.acos(target_cosine(embeddings, self.weight, labels)).nan_to_num()
         angle = torch.minimum(torch.maximum(-self.margin * z, -theta), torch.pi - theta)
         return Margin(m2=angle, m3=self.margin + self.margin * z, **self.options)
+
+    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        loss = super().forward(embeddings, labels)
+        if self.training:  # only now: a call that raised changes nothing
+            mean, std = self.statistics(embedding_norm(embeddings.detach(), *self.NORMS), labels)
+            self.norm_mean.copy_(mean)
+            self.norm_std.copy_(std)
+        return loss
+
+    def margin_repr(self) -> list[str]:
+        return [f"margin={self.margin}", f"concentration={self.concentration}"]
 
 
 class MagFaceLoss(MarginLoss):
@@ -79,17 +99,21 @@ class MagFaceLoss(MarginLoss):
         scale: float = 64.0,
         **options,
     ):
-        for name, (low, high) in (("margins", margins), ("norms", norms)):
-            checks.number(f"{name}[0]", low, 0.0, open_low=name == "norms")
-            checks.number(f"{name}[1]", high, low, open_low=name == "norms")
+        margins = checks.interval("margins", margins, 0.0)
+        norms = checks.interval("norms", norms, 0.0, open_low=True)
         checks.number("norm_weight", norm_weight, 0.0)
         super().__init__(num_classes, embedding_size, {}, scale, **options)
-        self.margins, self.norms, self.norm_weight = tuple(margins), tuple(norms), norm_weight
+        self.margins, self.norms, self.norm_weight = margins, norms, norm_weight
 
     def current_margin(self, embeddings: Tensor, labels: Tensor) -> Margin:
         (low, high), (shortest, longest) = self.margins, self.norms
-        norm = embedding_norm(embeddings, shortest, longest)
+        norm = embedding_norm(embeddings, shortest, longest).nan_to_num(
+            shortest
+        )  # the loss is NaN without the margin's help
         return Margin(m2=low + (high - low) * (norm - shortest) / (longest - shortest), **self.options)
+
+    def margin_repr(self) -> list[str]:
+        return [f"margins={self.margins}", f"norms={self.norms}", f"norm_weight={self.norm_weight}"]
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         loss = super().forward(embeddings, labels)
@@ -144,6 +168,9 @@ class ElasticFaceLoss(MarginLoss):
                 easiest_first = target_cosine(embeddings, self.weight, labels).argsort(descending=True)
                 margin = torch.empty_like(margin).scatter(0, easiest_first, margin.sort().values)
         return Margin(**{"m2" if self.kind == "arc" else "m3": margin}, **self.options)
+
+    def margin_repr(self) -> list[str]:
+        return [f"margin={self.margin}", f"std={self.std}", f"kind={self.kind!r}"]
 
 
 def embedding_norm(embeddings: Tensor, least: float, most: float) -> Tensor:

@@ -1,6 +1,7 @@
 """Every validation of user input, once. Errors name the argument, what was expected and what came."""
 
 import math
+import operator
 
 import torch
 from torch import Tensor
@@ -123,10 +124,23 @@ def index(name: str, value: int) -> None:
         raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
 
 
-def positive_index(name: str, value: int) -> None:
-    index(name, value)
+def positive_index(name: str, value: int) -> int:
+    """The value as an int; NumPy's integers are taken too."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
+    value = operator.index(value)
     if value < 1:
         raise ValueError(f"{name}: expected a positive integer, got {value}")
+    return value
+
+
+def interval(name: str, value: tuple[float, float], low: float, *, open_low: bool = False) -> tuple[float, float]:
+    """Two numbers, ascending."""
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise TypeError(f"{name}: expected two numbers, got {value!r}")
+    number(f"{name}[0]", value[0], low, open_low=open_low)
+    number(f"{name}[1]", value[1], value[0], open_low=open_low)
+    return tuple(value)
 
 
 def reduction(value: str, exclusive_weight: float) -> None:

@@ -202,7 +202,8 @@ def separability(weight: Tensor, *, workspace_mb: float = 256) -> Separability:
 def _scales(scale: float | Tensor | None, embeddings: Tensor) -> tuple[Tensor | None, float]:
     """Per-sample scales (N,) float64, or None and the one number."""
     if scale is None:
-        return torch.linalg.vector_norm(embeddings, dim=1, dtype=torch.float64), 0.0
+        norm = torch.linalg.vector_norm(embeddings, dim=1, dtype=torch.float64)
+        return torch.where(norm.isnan(), 0.0, norm), 0.0  # the loss of that row is NaN by its cosines
     return checks.per_sample("scale", scale, embeddings), 0.0 if isinstance(scale, Tensor) else float(scale)
 
 

@@ -57,8 +57,8 @@ class MarginLoss(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        checks.positive_index("num_classes", num_classes)
-        checks.positive_index("embedding_size", embedding_size)
+        num_classes = checks.positive_index("num_classes", num_classes)
+        embedding_size = checks.positive_index("embedding_size", embedding_size)
         checks.scale(scale)
         checks.number("exclusive_weight", exclusive_weight, 0.0)
         checks.reduction(reduction, exclusive_weight)
@@ -84,6 +84,7 @@ class MarginLoss(nn.Module):
         nn.init.normal_(self.weight, std=0.01)
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        checks.batch(embeddings, self.weight, labels)  # before a margin is made of them
         return margin_cross_entropy(
             embeddings,
             self.weight,
@@ -109,10 +110,12 @@ class MarginLoss(nn.Module):
         cosine = F.linear(F.normalize(embeddings, dim=1), F.normalize(weight, dim=1).to(embeddings.dtype))
         return cosine * (embeddings.norm(dim=1, keepdim=True) if self.scale is None else self.scale)
 
+    def margin_repr(self) -> list[str]:
+        return [f"{name}={getattr(self.margin_function, name)}" for name in ("m1", "m2", "m3")]
+
     def extra_repr(self) -> str:
-        m = self.margin_function
         parts = [f"num_classes={self.num_classes}", f"embedding_size={self.embedding_size}", f"scale={self.scale}"]
-        parts += [f"{name}={getattr(m, name)}" for name in ("m1", "m2", "m3")]
+        parts += self.margin_repr()
         if self.exclusive_weight:
             parts.append(f"exclusive_weight={self.exclusive_weight}")
         return ", ".join(parts)

@@ -161,3 +161,34 @@ def test_minimum_scale_just_reaches_the_probability(classes, probability):
     apart = -1 / (classes - 1)
     reached = 1 / (1 + (classes - 1) * math.exp(scale * (apart - 1)))
     assert abs(reached - probability) < 1e-12
+
+
+@pytest.mark.parametrize("module", [fm.SphereFaceLoss, fm.AdaFaceLoss, fm.MagFaceLoss, fm.ElasticFaceLoss])
+def test_a_nan_embedding_gives_a_nan_loss_and_spoils_nothing(module):
+    x, _, y = problem(12, 30, 8, seed=1)
+    loss_fn = module(30, 8, dtype=torch.float64)
+    bad = x.clone()
+    bad[3, 0] = math.nan
+    assert loss_fn(bad, y).isnan()
+    assert loss_fn(x, y).isfinite()
+
+
+def test_a_rejected_or_ignored_batch_leaves_adafaces_statistics_alone():
+    x, _, y = problem(12, 30, 8)
+    loss_fn = fm.AdaFaceLoss(30, 8, dtype=torch.float64)
+    with pytest.raises(ValueError, match="labels"):
+        loss_fn(x, y + 30)
+    loss_fn(x, y.fill_(-100))
+    assert loss_fn.norm_mean == 20 and loss_fn.norm_std == 100
+
+
+@pytest.mark.parametrize("module", [fm.AdaFaceLoss, fm.MagFaceLoss, fm.ElasticFaceLoss])
+def test_wrong_batches_are_said_before_anything_is_computed(module):
+    x, _, y = problem(12, 30, 8)
+    loss_fn = module(30, 8, dtype=torch.float64)
+    for batch in (x[:, :7], x[0], x.long(), x.numpy()):
+        with pytest.raises((ValueError, TypeError), match="embeddings"):
+            loss_fn(batch, y)
+    assert "m1=" not in repr(loss_fn)
+    with pytest.raises(TypeError, match="margins"):
+        fm.MagFaceLoss(10, 4, margins=0.5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,11 +30,11 @@ class LossConfig:
     """Weight of the exclusive term, which pushes the nearest class weights apart; 0: none."""
 
     def __post_init__(self) -> None:
-        if not self.scale > 0:
-            raise ValueError(f"loss.scale must be positive, got {self.scale}")
-        if not self.margin >= 0:
-            raise ValueError(f"loss.margin must not be negative, got {self.margin}")
-        if not self.exclusive_weight >= 0:
+        if not 0 < self.scale < math.inf:
+            raise ValueError(f"loss.scale must be positive and finite, got {self.scale}")
+        if not 0 <= self.margin < math.inf:
+            raise ValueError(f"loss.margin must be finite and not negative, got {self.margin}")
+        if not 0 <= self.exclusive_weight < math.inf:
             raise ValueError(f"loss.exclusive_weight must not be negative, got {self.exclusive_weight}")
 
 
@@ -58,10 +59,10 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         for name in ("lr", "class_lr", "clip_norm"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"optimizer.{name} must be positive, got {getattr(self, name)}")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"optimizer.{name} must be positive and finite, got {getattr(self, name)}")
         for name in ("weight_decay", "decay_power"):
-            if not getattr(self, name) >= 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"optimizer.{name} must not be negative, got {getattr(self, name)}")
         for name in ("momentum", "warmup"):
             if not 0 <= getattr(self, name) < 1:
@@ -124,7 +125,7 @@ class TrainConfig:
     """Precision of the backbone."""
     workers: int = 0
     """Processes that read images ahead (for images in files)."""
-    checkpoint_every: int = 500
+    checkpoint_every: int = 100
     """Steps between checkpoints; one is left at the end and on Ctrl-C in any case."""
     model: ResNet20Config = field(default_factory=ResNet20Config)
     loss: LossConfig = field(default_factory=LossConfig)

@@ -19,7 +19,7 @@ import fused_margin as fm
 from .checkpoint import CheckpointError
 from .config import OptimizerConfig, TrainConfig
 from .data.augment import augment
-from .data.base import Splits, TrainingBatches, data_loader, seeded_generator, to_input
+from .data.base import DataError, Splits, TrainingBatches, data_loader, seeded_generator, to_input
 from .interrupts import Interrupted, watch_for_stop
 from .model import ResNet20
 from .progress import TrainingProgress
@@ -52,9 +52,11 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, splits: Splits) -> None:
         self.config, self.splits = config, splits
-        accelerator = config.accelerator
+        accelerator, has_gpu = config.accelerator, fm.build_info()["cuda"]["available"]
         if accelerator == "auto":
-            accelerator = "cuda" if fm.build_info()["cuda"]["available"] else "cpu"
+            accelerator = "cuda" if has_gpu else "cpu"
+        elif accelerator == "cuda" and not has_gpu:
+            raise DataError("--accelerator cuda: there is no GPU, or the kernels are not built for it")
         self.fabric = Fabric(accelerator=accelerator, devices=1, precision=config.precision)
         torch.manual_seed(config.seed)
         model = Recognizer(config, splits.train.num_classes)
