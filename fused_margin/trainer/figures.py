@@ -29,7 +29,7 @@ STYLE = {
 }
 
 
-def draw_report(path: Path, title: str, evaluation: Evaluation, far: float, losses: list[float], epochs: int) -> None:
+def draw_report(path: Path, title: str, evaluation: Evaluation, losses: list[float], epochs: int) -> None:
     """Write the three panels of a training to `path`."""
     with matplotlib.rc_context(STYLE):
         figure, axes = _panels(3)
@@ -78,7 +78,7 @@ def _draw_roc(axes: Axes, summary: ScoreSummary) -> None:
         xlim=(left, 1),
         ylim=(0, 1.02),
     )
-    axes.legend(loc="best")
+    axes.legend(loc="center right")
 
 
 def _draw_scores(axes: Axes, summary: ScoreSummary) -> None:
@@ -122,7 +122,8 @@ def _draw_loss(axes: Axes, losses: list[float], epochs: int) -> None:
     values = np.array(losses)
     steps = np.arange(1, len(values) + 1)
     window = max(1, len(values) // 50)
-    axes.plot(steps, values, color=MUTED, linewidth=0.7, alpha=0.7, label="each step")
+    few = "." if len(values) < 20 else None  # a line needs two points
+    axes.plot(steps, values, color=MUTED, linewidth=0.7, alpha=0.7, marker=few, label="each step")
     if window > 1:
         smooth = np.convolve(values, np.ones(window) / window, mode="valid")
         axes.plot(steps[window - 1 :], smooth, color=INK, linewidth=2, label=f"mean of {window}")
@@ -132,4 +133,5 @@ def _draw_loss(axes: Axes, losses: list[float], epochs: int) -> None:
         ylabel="loss",
         xlim=(0, len(values) + 1),
     )
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(loc="upper right")

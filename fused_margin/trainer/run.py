@@ -66,7 +66,6 @@ def run(config: TrainConfig, console: Console) -> dict[str, Any]:
         f"{config.data}: {len(splits.test.identities)} unseen identities, "
         f"accuracy {report['verification']['accuracy']:.2%}",
         evaluation,
-        config.evaluation.far,
         trainer.losses,
         config.epochs,
     )
