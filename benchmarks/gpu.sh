@@ -70,7 +70,7 @@ assert torch.cuda.is_available(), "torch finds no GPU"
 '
 
 # The products, then what is made of them, smallest shapes first. In a build in which a barrier that is waited for
-# too long traps: that ends one launch, where a hang would end the machine's lease.
+# too long traps: that ends one launch, where a hang would hold the device.
 check() {
     local family first second
     NVCC_APPEND_FLAGS=-DFM_TRAP_AFTER=${TRAP:-10000000} build "build that traps where it would hang" || return

@@ -46,6 +46,8 @@ NAN = float("nan")
         ({"margin": 0.5}, TypeError, "margin: expected a fused_margin.Margin, got float"),
         ({"margin": fm.Margin(m2=torch.ones(3))}, ValueError, r"margin.m2: expected a number or shape \(6,\), got \(3,\)"),
         ({"margin": fm.Margin(m2=torch.full((6,), NAN))}, ValueError, "margin.m2: expected finite numbers, got nan"),
+        ({"margin": fm.Margin(m1=-torch.ones(6))}, ValueError, "margin.m1: expected positive numbers, got -1"),
+        ({"margin": fm.Margin(annealing=-torch.ones(6))}, ValueError, "annealing: expected non-negative numbers, got -1"),
         ({"class_weight": torch.ones(9)}, ValueError, r"class_weight: expected shape \(10,\), got \(9,\)"),
         ({"class_weight": [1.0] * 10}, TypeError, "class_weight: .* got list"),
         ({"reduction": "avg"}, ValueError, "reduction: expected one of 'mean', 'sum', 'none', got 'avg'"),

@@ -139,10 +139,17 @@ def margin_rows(
     samples, device = labels.shape[0], labels.device
     loss, row_weight = torch.empty_like(negative_logsumexp), torch.empty_like(negative_logsumexp)
     derivatives = negative_logsumexp.new_empty(len(DERIVATIVES), samples)
-    for name, margin in (("m1", m1), ("m2", m2), ("m3", m3), ("annealing", annealing)):
-        # on CPU only: looking at the values of a CUDA tensor would wait for it
-        if margin is not None and margin.device.type == "cpu" and not bool(margin.isfinite().all()):
-            raise ValueError(f"margin.{name}: expected finite numbers, got {margin[~margin.isfinite()][0].item()}")
+    # on CPU only: looking at the values of a CUDA tensor would wait for it
+    for name, margin, said, fits in (
+        ("m1", m1, "positive", lambda m: m > 0),
+        ("m2", m2, "finite", lambda m: m.isfinite()),
+        ("m3", m3, "finite", lambda m: m.isfinite()),
+        ("annealing", annealing, "non-negative", lambda m: m >= 0),
+    ):
+        if margin is not None and margin.device.type == "cpu":
+            wrong = ~(fits(margin) & margin.isfinite())
+            if bool(wrong.any()):
+                raise ValueError(f"margin.{name}: expected {said} numbers, got {margin[wrong][0].item()}")
     scalars = (v if t is None else t for t, v in zip((scale, m1, m2, m3, annealing), values, strict=True))
     scale, m1, m2, m3, annealing = scalars
     with on_device(device):
