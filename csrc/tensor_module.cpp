@@ -17,7 +17,6 @@ template <class P> void launch(const P& p, uintptr_t stream) {
 void define_helpers(py::module_ m) {
     m.attr("operand_scale") = cuda::kOperandScale;
     m.attr("probability_scale") = cuda::kProbabilityScale;
-    m.attr("width_multiple") = cuda::kWidthMultiple;
     m.def(
         "pack_operand",
         [](uintptr_t stream, Tensor rows, Tensor packed, Tensor inverse_norm, int64_t count, int64_t size,

@@ -107,9 +107,8 @@ class MagFaceLoss(MarginLoss):
 
     def current_margin(self, embeddings: Tensor, labels: Tensor) -> Margin:
         (low, high), (shortest, longest) = self.margins, self.norms
-        norm = embedding_norm(embeddings, shortest, longest).nan_to_num(
-            shortest
-        )  # the loss is NaN without the margin's help
+        # a NaN embedding makes the loss NaN by its cosines; the margin stays a number
+        norm = embedding_norm(embeddings, shortest, longest).nan_to_num(shortest)
         return Margin(m2=low + (high - low) * (norm - shortest) / (longest - shortest), **self.options)
 
     def margin_repr(self) -> list[str]:

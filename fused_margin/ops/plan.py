@@ -73,10 +73,10 @@ def portable_plan(problem: Problem, keep: bool) -> Plan:
     return Plan(classes, chunk, min(kept, chunks))
 
 
-def tensor_plan(problem: Problem, keep: bool, operand_bytes: int) -> Plan:
-    """Operands, operand_bytes a class, are kept: exponentials would be too wide for fp16 before their sum is known."""
+def tensor_plan(problem: Problem, keep: bool, width: int, parts: int) -> Plan:
+    """Operands, `parts` halves of `width` a class, are kept: exponentials would be too wide for fp16 before their sum is known."""
     samples, classes, workspace = problem.samples, problem.classes, problem.workspace_bytes
-    parts = 2 if operand_bytes > 2 * (problem.size + 63) else 1
+    operand_bytes = 2 * parts * width
     # the chunk's operand, another one to compare it with, exponentials, and a copy of the gradient
     per_class = operand_bytes * (2 if problem.nearest else 1) + 2 * parts * samples
     per_class += 0 if gradient_in_place(problem) else 4 * problem.size

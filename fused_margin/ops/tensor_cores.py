@@ -14,7 +14,7 @@ from fused_margin.ops.plan import Plan, tensor_plan
 from fused_margin.ops.portable import fixed_exponent
 from fused_margin.ops.problem import Problem, Sweep
 
-WIDTH_MULTIPLE = 64  # elements of an operand's row come in lines of 128 bytes
+WIDTH_MULTIPLE = 64  # kWidthMultiple of csrc/cuda/tensor.h: an operand's row comes in lines of 128 bytes
 # dX has few output tiles and a long inner dimension: the classes are divided, so that every multiprocessor works
 MOST_DIVISIONS = 8
 
@@ -27,16 +27,12 @@ def width_of(problem: Problem) -> int:
     return -(-problem.size // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
 
 
-def operand_width(problem: Problem) -> int:
-    return parts_of(problem) * width_of(problem)
-
-
 def plan_of(problem: Problem, keep: bool) -> Plan:
-    return tensor_plan(problem, keep, 2 * operand_width(problem))
+    return tensor_plan(problem, keep, width_of(problem), parts_of(problem))
 
 
 def kept_elements(problem: Problem, plan: Plan) -> tuple[int, torch.dtype]:
-    return plan.kept_classes * operand_width(problem), torch.float16
+    return plan.kept_classes * parts_of(problem) * width_of(problem), torch.float16
 
 
 def has_shared_exponent(problem: Problem) -> bool:
