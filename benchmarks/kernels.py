@@ -70,7 +70,7 @@ class Operands:
         weight = inputs.weight.detach()
         self.run = kernels(weight.device)
         self.labels = inputs.labels
-        self.problem = Problem(inputs.embeddings[0], weight, inputs.labels[0], None, SCALE, None, False, 0, "")
+        self.problem = Problem(inputs.embeddings[0], weight, 0, "", inputs.labels[0], scale_value=SCALE)
         self.left = [self._pack(batch.detach()) for batch in inputs.embeddings]
         packed = self._pack(weight)
         cached = torch.cuda.get_device_properties(weight.device).L2_cache_size if weight.is_cuda else 0

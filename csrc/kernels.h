@@ -28,32 +28,42 @@ template <class T> struct RowNormalize {
     int64_t count, size; // R, D
 };
 
-// Cosine of every sample with its own class, accumulated in double from the unrounded inputs. Labels
-// outside [0, C) give 0; those that are not ignore_index are reported through bad_label.
+// Cosine of every sample with its own class (or their inner product), accumulated in double from the
+// unrounded inputs. With sub-centers, S rows of weight a class, it is the best row's, the first of equals.
+// Labels outside [0, C / S) give 0 and row -1; those that are not ignore_index are reported through bad_label.
 template <class T> struct TargetCosine {
     MatrixView embeddings; // [N, D]
     MatrixView weight;     // [C, D]
     const int64_t* labels; // [N]
     double* cosine;        // [N]
+    int64_t* row;          // [N], of weight; or null
     int64_t* bad_label;    // one element, set to label + 1, or to label where it is negative; or null
-    int64_t samples, classes, size, ignore_index; // N, C, D
+    int64_t samples, classes, size, ignore_index, sub_centers; // N, C, D, S
+    bool inner_product;
 };
 
 // Replaces products x_hat . w_j of one chunk by 2^(a cos - k) / |w_j|, a = scale * log2(e), with the
 // target's own entry 0, and sums 2^(a cos - k) per row. k, an integer, keeps the result in range: one
 // constant when `fixed`, else the row's own (nearest integer to its largest logit in this chunk).
 // Dividing by |w_j| here lets both products of the backward run on the raw weights.
+//
+// With a bias cos is product / |w_j| + bias_j. With sub-centers only the best of a class's S rows counts,
+// the first of equals, and the target's entries are all S. With hard negatives a cosine c above the row's
+// threshold becomes h(c) = c (strength + c), and what is stored is multiplied by h'(c).
 template <class T> struct ExponentSum {
     T* products; // in and out; [N, chunk] on CUDA, [chunk, N] on the CPU: what each one's products are fastest in
-    const T* inverse_norm; // [chunk], of the classes
-    const int64_t* labels; // [N]
-    const double* scale;   // [N] or null
-    double scale_value;    // used where scale is null
+    const T* inverse_norm;        // [chunk], of the classes
+    const T* bias;                // [chunk] or null
+    const int64_t* labels;        // [N]
+    const double* hard_threshold; // [N] or null
+    const double* hard_strength;  // one element, or null without threshold
+    const double* scale;          // [N] or null
+    double scale_value;           // used where scale is null
     bool fixed;
-    double fixed_exponent; // k
-    double* exponent;      // [N], k of every row
-    double* sum;           // [N]
-    int64_t samples, chunk, class_begin;
+    double fixed_exponent;                            // k
+    double* exponent;                                 // [N], k of every row
+    double* sum;                                      // [N]
+    int64_t samples, chunk, class_begin, sub_centers; // chunk and class_begin are multiples of S
 };
 
 // The N-sized end of the loss: margin, cross-entropy, and the derivative of every row's loss in all it
@@ -115,6 +125,7 @@ template <class T> struct ProjectWeightGradient {
     const int64_t* nearest_order;  // [C], class of every sorted nearest
     const T* nearest_gradient;     // [C], dL / d nearest cosine
     int64_t samples, classes, size, class_begin, chunk;
+    bool inner_product; // then inverse_norm is 1 and there is no Jacobian
 };
 
 // The same for the embeddings: row scale, target and label-smoothing terms, Jacobian.
@@ -133,6 +144,7 @@ template <class T> struct ProjectEmbeddingGradient {
     const T* uniform_weight;        // [D] or null, sum_j class_weight_j w_hat_j
     double* scale_gradient;         // [N] or null, sum_j p_ij cos_ij scaled like the gradient
     int64_t samples, classes, size;
+    bool inner_product; // then normalized_embeddings are not, inverse_norm is 1 and there is no Jacobian
 };
 
 // Offers one tile of W W^T to the best class of each of its rows and, off the diagonal, of each of its
@@ -146,5 +158,8 @@ template <class T> struct NearestTile {
 };
 
 inline constexpr double kSmallestNorm = 1e-12;
+
+// Marks a product that takes no part in its row's sum; no product of rows that have norms is that low.
+template <class T> inline constexpr T kLeftOut = static_cast<T>(-3.0e38);
 
 } // namespace fm

@@ -56,40 +56,58 @@ template <class Backend> void define_kernels(py::module_ m) {
     m.def(
         "target_cosine",
         [](uintptr_t stream, Tensor compute_like, Tensor embeddings, Tensor weight, Tensor labels, Tensor cosine,
-           uintptr_t bad_label, int64_t samples, int64_t classes, int64_t size, int64_t ignore_index) {
+           Tensor row, uintptr_t bad_label, int64_t samples, int64_t classes, int64_t size, int64_t ignore_index,
+           int64_t sub_centers, bool inner_product) {
             run_as<Backend>(compute_like, stream, [&](auto t) {
                 return TargetCosine<decltype(t)>{view_of(embeddings),
                                                  view_of(weight),
                                                  Address(labels),
                                                  Address(cosine),
+                                                 Address(row),
                                                  reinterpret_cast<int64_t*>(bad_label),
                                                  samples,
                                                  classes,
                                                  size,
-                                                 ignore_index};
+                                                 ignore_index,
+                                                 sub_centers,
+                                                 inner_product};
             });
         },
         py::arg("stream"), py::kw_only(), py::arg("compute_like"), py::arg("embeddings"), py::arg("weight"),
-        py::arg("labels"), py::arg("cosine"), py::arg("bad_label"), py::arg("samples"), py::arg("classes"),
-        py::arg("size"), py::arg("ignore_index"));
+        py::arg("labels"), py::arg("cosine"), py::arg("row"), py::arg("bad_label"), py::arg("samples"),
+        py::arg("classes"), py::arg("size"), py::arg("ignore_index"), py::arg("sub_centers"), py::arg("inner_product"));
 
     m.def(
         "exponent_sum",
-        [](uintptr_t stream, Tensor products, Tensor inverse_norm, Tensor labels, Tensor scale,
-           const py::object& fixed_exponent, Tensor exponent, Tensor sum, int64_t samples, int64_t chunk,
-           int64_t class_begin) {
+        [](uintptr_t stream, Tensor products, Tensor inverse_norm, Tensor bias, Tensor labels, Tensor hard_threshold,
+           Tensor hard_strength, Tensor scale, const py::object& fixed_exponent, Tensor exponent, Tensor sum,
+           int64_t samples, int64_t chunk, int64_t class_begin, int64_t sub_centers) {
             Scalar s = scalar_of(scale);
             bool fixed = !fixed_exponent.is_none();
             double k = fixed ? fixed_exponent.cast<double>() : 0.0;
             run_as<Backend>(products, stream, [&](auto t) {
-                return ExponentSum<decltype(t)>{
-                    Address(products), Address(inverse_norm), Address(labels), s.values, s.value,    fixed, k,
-                    Address(exponent), Address(sum),          samples,         chunk,    class_begin};
+                return ExponentSum<decltype(t)>{Address(products),
+                                                Address(inverse_norm),
+                                                Address(bias),
+                                                Address(labels),
+                                                Address(hard_threshold),
+                                                Address(hard_strength),
+                                                s.values,
+                                                s.value,
+                                                fixed,
+                                                k,
+                                                Address(exponent),
+                                                Address(sum),
+                                                samples,
+                                                chunk,
+                                                class_begin,
+                                                sub_centers};
             });
         },
-        py::arg("stream"), py::kw_only(), py::arg("products"), py::arg("inverse_norm"), py::arg("labels"),
-        py::arg("scale"), py::arg("fixed_exponent"), py::arg("exponent"), py::arg("sum"), py::arg("samples"),
-        py::arg("chunk"), py::arg("class_begin"));
+        py::arg("stream"), py::kw_only(), py::arg("products"), py::arg("inverse_norm"), py::arg("bias"),
+        py::arg("labels"), py::arg("hard_threshold"), py::arg("hard_strength"), py::arg("scale"),
+        py::arg("fixed_exponent"), py::arg("exponent"), py::arg("sum"), py::arg("samples"), py::arg("chunk"),
+        py::arg("class_begin"), py::arg("sub_centers"));
 
     m.def(
         "margin_rows",
@@ -134,8 +152,8 @@ template <class Backend> void define_kernels(py::module_ m) {
         [](uintptr_t stream, Tensor gradient, Tensor weight, Tensor inverse_norm, Tensor dense_scale,
            Tensor normalized_embeddings, Tensor sorted_labels, Tensor label_order, Tensor target_gradient,
            Tensor uniform_direction, Tensor class_weight, Tensor nearest, Tensor sorted_nearest, Tensor nearest_order,
-           Tensor nearest_gradient, int64_t samples, int64_t classes, int64_t size, int64_t class_begin,
-           int64_t chunk) {
+           Tensor nearest_gradient, int64_t samples, int64_t classes, int64_t size, int64_t class_begin, int64_t chunk,
+           bool inner_product) {
             run_as<Backend>(gradient, stream, [&](auto t) {
                 return ProjectWeightGradient<decltype(t)>{Address(gradient),
                                                           view_of(weight),
@@ -155,21 +173,22 @@ template <class Backend> void define_kernels(py::module_ m) {
                                                           classes,
                                                           size,
                                                           class_begin,
-                                                          chunk};
+                                                          chunk,
+                                                          inner_product};
             });
         },
         py::arg("stream"), py::kw_only(), py::arg("gradient"), py::arg("weight"), py::arg("inverse_norm"),
         py::arg("dense_scale"), py::arg("normalized_embeddings"), py::arg("sorted_labels"), py::arg("label_order"),
         py::arg("target_gradient"), py::arg("uniform_direction"), py::arg("class_weight"), py::arg("nearest"),
         py::arg("sorted_nearest"), py::arg("nearest_order"), py::arg("nearest_gradient"), py::arg("samples"),
-        py::arg("classes"), py::arg("size"), py::arg("class_begin"), py::arg("chunk"));
+        py::arg("classes"), py::arg("size"), py::arg("class_begin"), py::arg("chunk"), py::arg("inner_product"));
 
     m.def(
         "project_embedding_gradient",
         [](uintptr_t stream, Tensor gradient, Tensor normalized_embeddings, Tensor inverse_norm, Tensor weight,
            Tensor weight_inverse_norm, Tensor labels, Tensor row_scale, Tensor scale, Tensor target_gradient,
            Tensor uniform_gradient, Tensor uniform_weight, Tensor scale_gradient, int64_t samples, int64_t classes,
-           int64_t size) {
+           int64_t size, bool inner_product) {
             Scalar s = scalar_of(scale);
             run_as<Backend>(gradient, stream, [&](auto t) {
                 return ProjectEmbeddingGradient<decltype(t)>{Address(gradient),
@@ -187,13 +206,15 @@ template <class Backend> void define_kernels(py::module_ m) {
                                                              Address(scale_gradient),
                                                              samples,
                                                              classes,
-                                                             size};
+                                                             size,
+                                                             inner_product};
             });
         },
         py::arg("stream"), py::kw_only(), py::arg("gradient"), py::arg("normalized_embeddings"),
         py::arg("inverse_norm"), py::arg("weight"), py::arg("weight_inverse_norm"), py::arg("labels"),
         py::arg("row_scale"), py::arg("scale"), py::arg("target_gradient"), py::arg("uniform_gradient"),
-        py::arg("uniform_weight"), py::arg("scale_gradient"), py::arg("samples"), py::arg("classes"), py::arg("size"));
+        py::arg("uniform_weight"), py::arg("scale_gradient"), py::arg("samples"), py::arg("classes"), py::arg("size"),
+        py::arg("inner_product"));
 
     m.def(
         "nearest_tile",

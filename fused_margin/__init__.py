@@ -10,16 +10,20 @@ except ImportError as error:
     ) from error
 
 from fused_margin import functional, optim, reference
-from fused_margin.adaptive import AdaFaceLoss, ElasticFaceLoss, MagFaceLoss
+from fused_margin.adaptive import AdaFaceLoss, CurricularFaceLoss, ElasticFaceLoss, MagFaceLoss
+from fused_margin.companions import CenterLoss, InterLoss, IntraLoss, RingLoss, UniformLoss
 from fused_margin.info import __version__, build_info
+from fused_margin.linear import L2SoftmaxLoss, LSoftmaxLoss, SoftmaxLoss
 from fused_margin.losses import (
     ArcFaceLoss,
     CombinedMarginLoss,
     CosFaceLoss,
     ExclusiveRegularizer,
     MarginLoss,
+    ModifiedSoftmaxLoss,
     NormFaceLoss,
     SphereFaceLoss,
+    SubCenterArcFaceLoss,
 )
 from fused_margin.margins import Margin
 from fused_margin.ops.bad_labels import set_debug
@@ -27,15 +31,26 @@ from fused_margin.ops.bad_labels import set_debug
 __all__ = [
     "AdaFaceLoss",
     "ArcFaceLoss",
+    "CenterLoss",
     "CombinedMarginLoss",
     "CosFaceLoss",
+    "CurricularFaceLoss",
     "ElasticFaceLoss",
     "ExclusiveRegularizer",
+    "InterLoss",
+    "IntraLoss",
+    "L2SoftmaxLoss",
+    "LSoftmaxLoss",
     "MagFaceLoss",
     "Margin",
     "MarginLoss",
+    "ModifiedSoftmaxLoss",
     "NormFaceLoss",
+    "RingLoss",
+    "SoftmaxLoss",
     "SphereFaceLoss",
+    "SubCenterArcFaceLoss",
+    "UniformLoss",
     "__version__",
     "build_info",
     "functional",

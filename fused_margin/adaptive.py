@@ -1,4 +1,4 @@
-"""Losses whose margin follows the sample: AdaFace and MagFace read its norm, ElasticFace draws it."""
+"""Losses that follow the sample: AdaFace and MagFace read its norm, ElasticFace draws, CurricularFace looks around it."""
 
 import torch
 from torch import Tensor
@@ -6,7 +6,8 @@ from torch.nn import functional as F
 
 from fused_margin import checks
 from fused_margin.losses import ARGUMENTS, MarginLoss
-from fused_margin.margins import Margin
+from fused_margin.margins import HardNegatives, Margin
+from fused_margin.reference import psi
 
 
 class AdaFaceLoss(MarginLoss):
@@ -40,8 +41,8 @@ class AdaFaceLoss(MarginLoss):
         checks.number("momentum", momentum, 0.0, 1.0)
         super().__init__(num_classes, embedding_size, {}, scale, **options)
         self.margin, self.concentration, self.momentum = margin, concentration, momentum
-        for name, start in (("norm_mean", 20.0), ("norm_std", 100.0)):
-            self.register_buffer(name, torch.tensor(start, dtype=torch.float64, device=self.weight.device))
+        self.register_buffer("norm_mean", running_value(self, 20.0))
+        self.register_buffer("norm_std", running_value(self, 100.0))
 
     @torch.no_grad()
     def statistics(self, norm: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,9 +60,9 @@ class AdaFaceLoss(MarginLoss):
         norm = embedding_norm(embeddings, *self.NORMS)
         mean, std = self.statistics(norm, labels) if self.training else (self.norm_mean, self.norm_std)
         z = ((norm - mean) / (std + 1e-3) * self.concentration).nan_to_num().clamp(-1.0, 1.0)
-        theta = torch.acos(target_cosine(embeddings, self.weight, labels)).nan_to_num()
+        theta = torch.acos(target_cosine(self, embeddings, labels)).nan_to_num()
         angle = torch.minimum(torch.maximum(-self.margin * z, -theta), torch.pi - theta)
-        return Margin(m2=angle, m3=self.margin + self.margin * z, **self.options)
+        return Margin(m2=angle, m3=self.margin + self.margin * z, **self.margin_options)
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         loss = super().forward(embeddings, labels)
@@ -109,7 +110,7 @@ class MagFaceLoss(MarginLoss):
         (low, high), (shortest, longest) = self.margins, self.norms
         # a NaN embedding makes the loss NaN by its cosines; the margin stays a number
         norm = embedding_norm(embeddings, shortest, longest).nan_to_num(shortest)
-        return Margin(m2=low + (high - low) * (norm - shortest) / (longest - shortest), **self.options)
+        return Margin(m2=low + (high - low) * (norm - shortest) / (longest - shortest), **self.margin_options)
 
     def margin_repr(self) -> list[str]:
         return [f"margins={self.margins}", f"norms={self.norms}", f"norm_weight={self.norm_weight}"]
@@ -164,12 +165,65 @@ class ElasticFaceLoss(MarginLoss):
         if self.training:
             margin = margin + self.std * torch.randn_like(margin)
             if self.by_difficulty:
-                easiest_first = target_cosine(embeddings, self.weight, labels).argsort(descending=True)
+                easiest_first = target_cosine(self, embeddings, labels).argsort(descending=True)
                 margin = torch.empty_like(margin).scatter(0, easiest_first, margin.sort().values)
-        return Margin(**{"m2" if self.kind == "arc" else "m3": margin}, **self.options)
+        return Margin(**{"m2" if self.kind == "arc" else "m3": margin}, **self.margin_options)
 
     def margin_repr(self) -> list[str]:
         return [f"margin={self.margin}", f"std={self.std}", f"kind={self.kind!r}"]
+
+
+class CurricularFaceLoss(MarginLoss):
+    __doc__ = (
+        "CurricularFace: ArcFace in which near other classes come to weigh more as training goes on (arXiv:2004.00288).\n\n"
+        "    A cosine to another class above ``cos(theta + margin)`` becomes ``cos * (t + cos)`` (eq. 6); t is the running\n"
+        "    mean of the cosines to the own classes (eq. 9)."
+        + ARGUMENTS.format(
+            own="        margin: angle in radians.\n"
+            "        scale: s of the logits.\n"
+            "        momentum: share of t that a batch replaces, before it is used, as published in code."
+        )
+        + "        t: the running mean, a buffer; updated in training mode.\n"
+    )
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        margin: float = 0.5,
+        scale: float = 64.0,
+        momentum: float = 0.01,
+        **options,
+    ):
+        checks.number("margin", margin, 0.0)
+        checks.number("momentum", momentum, 0.0, 1.0)
+        super().__init__(num_classes, embedding_size, {"m2": margin}, scale, **options)
+        self.momentum = momentum
+        self.register_buffer("t", running_value(self, 0.0))
+
+    @torch.no_grad()
+    def next_t(self, cosine: Tensor, labels: Tensor) -> Tensor:
+        counts = (labels != self.ignore_index) & cosine.isfinite()
+        mean = torch.where(counts, cosine, 0.0).sum() / counts.sum()
+        momentum = self.momentum if self.training else 0.0
+        return torch.where(counts.any(), torch.lerp(self.t, mean, momentum), self.t)
+
+    @torch.no_grad()
+    def hard_negatives(self, embeddings: Tensor, labels: Tensor) -> HardNegatives:
+        cosine = target_cosine(self, embeddings, labels)
+        threshold = psi(cosine, m2=self.margin_function.m2, **self.margin_options)
+        return HardNegatives(threshold, self.next_t(cosine, labels))
+
+    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        loss = super().forward(embeddings, labels)
+        if self.training:  # only now: a call that raised changes nothing
+            self.t.copy_(self.next_t(target_cosine(self, embeddings, labels), labels))
+        return loss
+
+
+def running_value(loss_fn: MarginLoss, start: float) -> Tensor:
+    """A number to be updated in place: (1,), because torch.compile loses what is written to a 0-d float64 tensor."""
+    return torch.full((1,), start, dtype=torch.float64, device=loss_fn.weight.device)
 
 
 def embedding_norm(embeddings: Tensor, least: float, most: float) -> Tensor:
@@ -177,7 +231,8 @@ def embedding_norm(embeddings: Tensor, least: float, most: float) -> Tensor:
     return torch.linalg.vector_norm(embeddings, dim=1, dtype=torch.float64).clamp(least, most)
 
 
-def target_cosine(embeddings: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+def target_cosine(loss_fn: MarginLoss, embeddings: Tensor, labels: Tensor) -> Tensor:
     """Cosines (N,) float64 of the samples with their own class; that of an ignored label means nothing."""
-    own = weight[labels.long().clamp(0, len(weight) - 1)]
-    return F.cosine_similarity(embeddings.double(), own.double(), dim=1).clamp(-1.0, 1.0)
+    centers = loss_fn.weight.unflatten(0, (loss_fn.num_classes, loss_fn.sub_centers))
+    own = centers[labels.long().clamp(0, loss_fn.num_classes - 1)]  # (N, sub_centers, D)
+    return F.cosine_similarity(embeddings.double().unsqueeze(1), own.double(), dim=2).amax(dim=1).clamp(-1.0, 1.0)

@@ -6,7 +6,7 @@ import operator
 import torch
 from torch import Tensor
 
-from fused_margin.margins import Margin
+from fused_margin.margins import HardNegatives, Margin, is_number
 from fused_margin.ops.backend import REBUILD, has_cuda_kernels
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -69,6 +69,25 @@ def per_sample_index(name: str, value: Tensor, embeddings: Tensor) -> None:
     same_device(name, value, embeddings)
 
 
+def labels(value: Tensor, weight: Tensor) -> None:
+    """(N,) labels where no embeddings say what N is."""
+    if isinstance(value, Tensor) and value.dim() != 1:
+        raise ValueError(f"labels: expected shape (N,), got {tuple(value.shape)}")
+    per_sample_index("labels", value, value)
+    same_device("labels", value, weight)
+
+
+def label_values(value: Tensor, num_classes: int, ignore_index: int) -> None:
+    """On CPU only: looking at the values of a CUDA tensor would wait for it. There torch's own look-up asserts."""
+    if value.device.type == "cpu" and not torch.compiler.is_compiling():
+        wrong = (value != ignore_index) & ((value < 0) | (value >= num_classes))
+        if bool(wrong.any()):
+            raise ValueError(
+                f"labels: expected values in [0, num_classes) or ignore_index, got {value[wrong][0].item()} "
+                f"for {num_classes} classes"
+            )
+
+
 def per_sample(name: str, value: float | Tensor, embeddings: Tensor) -> Tensor | None:
     """The (N,) float64 tensor of a per-sample argument; None where it is one number."""
     if not isinstance(value, Tensor):
@@ -85,7 +104,7 @@ def per_sample(name: str, value: float | Tensor, embeddings: Tensor) -> Tensor |
 def scale(value: float | Tensor | None) -> None:
     if value is None or isinstance(value, Tensor):
         return
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if not is_number(value):
         raise TypeError(f"scale: expected a number, a tensor of shape (N,) or None, got {type(value).__name__}")
     if not 0 < value < math.inf:
         raise ValueError(f"scale: expected a positive finite number, got {value}")
@@ -96,15 +115,53 @@ def margin(value: Margin) -> None:
         raise TypeError(f"margin: expected a fused_margin.Margin, got {type(value).__name__}")
 
 
-def class_weight(value: Tensor | None, weight: Tensor) -> None:
-    """F.cross_entropy's ``weight``: one factor per class."""
+def per_class(name: str, value: Tensor | None, weight: Tensor, sub_centers: int = 1) -> None:
+    """One number per class, such as F.cross_entropy's ``weight``."""
     if value is None:
         return
     if not isinstance(value, Tensor) or not value.is_floating_point():
-        raise TypeError(f"class_weight: expected a floating-point tensor of shape (num_classes,), got {kind(value)}")
-    if tuple(value.shape) != (weight.shape[0],):
-        raise ValueError(f"class_weight: expected shape ({weight.shape[0]},), got {tuple(value.shape)}")
-    same_device("class_weight", value, weight)
+        raise TypeError(f"{name}: expected a floating-point tensor of shape (num_classes,), got {kind(value)}")
+    if tuple(value.shape) != (weight.shape[0] // sub_centers,):
+        raise ValueError(f"{name}: expected shape ({weight.shape[0] // sub_centers},), got {tuple(value.shape)}")
+    same_device(name, value, weight)
+
+
+def sub_centers(value: int, weight: Tensor, exclusive_weight: float, label_smoothing: float) -> None:
+    positive_index("sub_centers", value)
+    if weight.shape[0] % value:
+        raise ValueError(f"weight: expected {value} rows for every class, got {weight.shape[0]} rows")
+    if value > 1:
+        absent("sub_centers above 1", exclusive_weight=exclusive_weight, label_smoothing=label_smoothing)
+
+
+def hard_negatives(
+    value: HardNegatives | None, embeddings: Tensor, scale: float | Tensor | None, label_smoothing: float
+) -> tuple[Tensor | None, Tensor | None]:
+    """Threshold (N,) and strength (1,), float64, or None for both."""
+    if value is None:
+        return None, None
+    if not isinstance(value, HardNegatives):
+        raise TypeError(f"hard_negatives: expected a fused_margin.margins.HardNegatives, got {type(value).__name__}")
+    if not is_number(scale):
+        raise TypeError(f"scale: expected a number with hard_negatives, got {kind(scale)}")
+    absent("hard_negatives", label_smoothing=label_smoothing)
+    if not isinstance(value.threshold, Tensor) or value.threshold.dim() != 1:
+        raise TypeError(f"hard_negatives.threshold: expected a tensor of shape (N,), got {kind(value.threshold)}")
+    threshold = per_sample("hard_negatives.threshold", value.threshold.detach(), embeddings)
+    if isinstance(value.strength, Tensor):
+        if value.strength.numel() != 1:
+            raise ValueError(f"hard_negatives.strength: expected one element, got {tuple(value.strength.shape)}")
+        same_device("hard_negatives.strength", value.strength, embeddings)
+        return threshold, value.strength.detach().to(torch.float64).reshape(1)
+    number("hard_negatives.strength", value.strength, -math.inf)
+    return threshold, threshold.new_full((1,), value.strength)
+
+
+def absent(beside: str, **numbers: float) -> None:
+    """Options that are not defined together."""
+    for name, value in numbers.items():
+        if value > 0:
+            raise ValueError(f"{name}: expected 0 with {beside}, got {value}")
 
 
 def kind(value) -> str:
@@ -112,7 +169,7 @@ def kind(value) -> str:
 
 
 def number(name: str, value: float, low: float, high: float = math.inf, *, open_low: bool = False) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if not is_number(value):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     if not (low < value if open_low else low <= value) or not value <= high or value == math.inf:
         interval = f"{'(' if open_low else '['}{low}, {high}{')' if high == math.inf else ']'}"
@@ -141,6 +198,15 @@ def interval(name: str, value: tuple[float, float], low: float, *, open_low: boo
     number(f"{name}[0]", value[0], low, open_low=open_low)
     number(f"{name}[1]", value[1], value[0], open_low=open_low)
     return tuple(value)
+
+
+def cross_entropy_options(
+    reduction_: str, exclusive_weight: float, ignore_index: int, label_smoothing: float, workspace_mb: float
+) -> None:
+    reduction(reduction_, exclusive_weight)
+    index("ignore_index", ignore_index)
+    number("label_smoothing", label_smoothing, 0.0, 1.0)
+    number("workspace_mb", workspace_mb, 0.0, open_low=True)
 
 
 def reduction(value: str, exclusive_weight: float) -> None:

@@ -1,16 +1,18 @@
 """Functional interface: margin softmax losses and the exclusive term over (C, D) class weights."""
 
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fused_margin import checks
-from fused_margin.margins import BEYOND_PI, Margin
+from fused_margin.margins import BEYOND_PI, HardNegatives, Margin
 from fused_margin.ops import library
-from fused_margin.ops.dispatch import products_of
-from fused_margin.ops.problem import compute_dtype
+from fused_margin.ops.dispatch import PORTABLE, products_of
+from fused_margin.ops.problem import Problem, Sweep
 
 
 class NearestClass(NamedTuple):
@@ -35,6 +37,8 @@ def margin_cross_entropy(
     reduction: str = "mean",
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
+    sub_centers: int = 1,
+    hard_negatives: HardNegatives | None = None,
     workspace_mb: float = 256,
 ) -> Tensor:
     """Cross-entropy over scaled cosines with a margin on the target, plus RegularFace's exclusive term.
@@ -58,6 +62,10 @@ def margin_cross_entropy(
             embedding's norm, as SphereFace does.
         exclusive_weight: lambda of the exclusive term. Found in the same sweep over the weights.
         class_weight, reduction, ignore_index, label_smoothing: as in ``torch.nn.functional.cross_entropy``.
+        sub_centers: S rows of weight for every class, (C * S, D), class by class; the cosine to a class is that
+            to the nearest of them (sub-center ArcFace, ECCV 2020, eq. 3). Neither with the exclusive term nor
+            with label smoothing.
+        hard_negatives: what becomes of near classes (CurricularFace). Not with label smoothing.
         workspace_mb: bound on scratch memory in MiB. Exponentials that fit in it are kept for the
             backward, the others are computed again. At least 64 classes are always taken at a time.
 
@@ -73,38 +81,98 @@ def margin_cross_entropy(
     checks.margin(margin)
     checks.scale(scale)
     checks.number("exclusive_weight", exclusive_weight, 0.0)
-    checks.class_weight(class_weight, weight)
-    checks.reduction(reduction, exclusive_weight)
-    checks.index("ignore_index", ignore_index)
-    checks.number("label_smoothing", label_smoothing, 0.0, 1.0)
-    compute = compute_dtype(embeddings, weight)
+    checks.cross_entropy_options(reduction, exclusive_weight, ignore_index, label_smoothing, workspace_mb)
+    checks.sub_centers(sub_centers, weight, exclusive_weight, label_smoothing)
+    checks.per_class("class_weight", class_weight, weight, sub_centers)
+    threshold, strength = checks.hard_negatives(hard_negatives, embeddings, scale, label_smoothing)
     exclusive, smooth = exclusive_weight > 0, label_smoothing > 0
     if exclusive:
         checks.class_weights(weight, at_least=2)
 
-    labels = labels.to(torch.int64).contiguous()
-    class_weight = None if class_weight is None else class_weight.detach().to(torch.float64).contiguous()
+    labels, class_weight = labels.to(torch.int64).contiguous(), _double(class_weight)
     scales, scale_value = _scales(scale, embeddings)
-    nlse, target_cosine, uniform_cosine, nearest_cosine = _sweep(
-        embeddings, weight, labels, scales, scale_value, workspace_mb, class_weight if smooth else None, smooth,
-        exclusive, ignore_index,
+    portable = sub_centers > 1 or threshold is not None
+    problem = Problem(
+        embeddings, weight, _bytes(workspace_mb), PORTABLE if portable else products_of(embeddings, weight), labels,
+        scales, scale_value, class_weight if smooth else None, exclusive, sub_centers, threshold, strength,
     )  # fmt: skip
-    numbers = {"m1": margin.m1, "m2": margin.m2, "m3": margin.m3, "annealing": margin.annealing}
-    per_sample = [scales] + [checks.per_sample(f"margin.{name}", value, embeddings) for name, value in numbers.items()]
-    values = [scale_value] + [0.0 if isinstance(value, Tensor) else float(value) for value in numbers.values()]
-    loss, row_weight, _ = library.margin_rows(
-        nlse, target_cosine, uniform_cosine if smooth else None, labels, class_weight,
-        class_weight.sum() if smooth and class_weight is not None else None, *per_sample, values,
-        BEYOND_PI.index(margin.beyond_pi), margin.easy, margin.gradient == "straight_through", math.sqrt(torch.finfo(compute).eps),
-        float(label_smoothing), weight.shape[0], ignore_index,
+    found = _sweep(problem, smooth, ignore_index)
+    loss = _margin_loss(
+        problem, margin, found.negative_logsumexp, found.target_cosine, found.uniform_cosine if smooth else None,
+        class_weight, label_smoothing, ignore_index, reduction,
     )  # fmt: skip
-    if reduction == "mean":
-        loss = loss.sum() / row_weight.sum()
-    elif reduction == "sum":
-        loss = loss.sum()
     if exclusive:
-        loss = loss + exclusive_weight * nearest_cosine.mean(dtype=torch.float64)
-    return loss.to(compute)
+        loss = loss + exclusive_weight * found.nearest_cosine.mean(dtype=torch.float64)
+    return loss.to(problem.compute)
+
+
+def linear_cross_entropy(
+    embeddings: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    margin: Margin | None = None,
+    *,
+    class_weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    workspace_mb: float = 256,
+) -> Tensor:
+    """Cross-entropy over inner products, ``z_ij = x_i . w_j + b_j``: plain softmax, and L-softmax with a margin.
+
+    What ``torch.nn.functional.linear_cross_entropy`` computes, with nothing of size N x C ever whole. A margin
+    replaces the target's logit by ``|x_i| |w_y| psi(theta_i) + b_y`` (L-softmax, arXiv:1612.02295, eq. 4).
+
+    Args:
+        embeddings: (N, D), float32, float64, float16 or bfloat16, any strides; not normalised.
+        weight: (C, D), same device; dtype may differ.
+        labels: (N,) integers in [0, C), or ``ignore_index``.
+        bias: (C,) or None.
+        margin: of the target, or None. Not with label smoothing.
+        class_weight, reduction, ignore_index, label_smoothing: as in ``torch.nn.functional.cross_entropy``.
+        workspace_mb: as in :func:`margin_cross_entropy`.
+
+    Returns:
+        Scalar, or (N,) for ``reduction="none"``; float64 if an input is, else float32.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as :func:`margin_cross_entropy`.
+    """
+    checks.batch(embeddings, weight, labels)
+    checks.cross_entropy_options(reduction, 0.0, ignore_index, label_smoothing, workspace_mb)
+    checks.per_class("class_weight", class_weight, weight)
+    checks.per_class("bias", bias, weight)
+    if margin is not None:
+        checks.margin(margin)
+        checks.absent("a margin", label_smoothing=label_smoothing)
+    labels, class_weight, smooth = labels.to(torch.int64).contiguous(), _double(class_weight), label_smoothing > 0
+    problem = Problem(
+        embeddings, weight, _bytes(workspace_mb), PORTABLE, labels, inner_product=True, bias=bias,
+        class_weight=class_weight if smooth else None,
+    )  # fmt: skip
+    found = _sweep(problem, smooth, ignore_index)
+    own = labels.clamp(0, weight.shape[0] - 1)  # an ignored sample's is not used
+    own_bias = 0.0 if bias is None else bias[own].double()
+    if margin is not None:
+        length = (_norm(embeddings) * _norm(weight[own])).contiguous()
+        cosine = torch.where(length > 0, found.target_cosine / torch.where(length > 0, length, 1.0), 0.0)
+        problem = replace(problem, scale=length)
+        nlse = found.negative_logsumexp - own_bias  # in the place of adding it to the target's logit
+        loss = _margin_loss(problem, margin, nlse, cosine, None, class_weight, 0.0, ignore_index, reduction)
+        return loss.to(problem.compute)
+    target = found.target_cosine + own_bias
+    nll = F.softplus(found.negative_logsumexp - target, threshold=40.0)  # log(1 + exp(.)), exact in float64
+    row_weight = torch.ones_like(nll) if class_weight is None else class_weight[own]
+    loss = row_weight * nll
+    if smooth:
+        every = torch.ones_like(weight[:, 0], dtype=torch.float64) if class_weight is None else class_weight
+        uniform = found.uniform_cosine if bias is None else found.uniform_cosine + every.dot(bias.double())
+        smoothed = ((target + nll) * every.sum() - uniform) / weight.shape[0]
+        loss = torch.lerp(loss, smoothed, float(label_smoothing))
+    counts = labels != ignore_index
+    loss, row_weight = torch.where(counts, loss, 0.0), torch.where(counts, row_weight, 0.0)
+    return _reduce(loss, row_weight, reduction).to(problem.compute)
 
 
 def cosine_logsumexp(
@@ -130,14 +198,15 @@ def cosine_logsumexp(
     """
     checks.batch(embeddings, weight, labels)
     checks.scale(scale)
+    checks.number("workspace_mb", workspace_mb, 0.0, open_low=True)
     scales, scale_value = _scales(scale, embeddings)
-    labels = labels.to(torch.int64).contiguous()
+    problem = Problem(
+        embeddings, weight, _bytes(workspace_mb), products_of(embeddings, weight), labels.to(torch.int64).contiguous(),
+        scales, scale_value,
+    )  # fmt: skip
     nothing_ignored = torch.iinfo(torch.int64).min
-    nlse, target_cosine, _, _ = _sweep(
-        embeddings, weight, labels, scales, scale_value, workspace_mb, None, False, False, nothing_ignored
-    )
-    compute = compute_dtype(embeddings, weight)
-    return nlse.to(compute), target_cosine.to(compute)
+    found = _sweep(problem, False, nothing_ignored)
+    return found.negative_logsumexp.to(problem.compute), found.target_cosine.to(problem.compute)
 
 
 def nearest_class(weight: Tensor, *, workspace_mb: float = 256) -> NearestClass:
@@ -156,10 +225,9 @@ def nearest_class(weight: Tensor, *, workspace_mb: float = 256) -> NearestClass:
     """
     checks.class_weights(weight, at_least=2)
     checks.number("workspace_mb", workspace_mb, 0.0, open_low=True)
-    output = library.sweep(
-        None, weight, None, None, 1.0, None, True, int(workspace_mb * 2**20), products_of(None, weight), False, 0, False
-    )
-    return NearestClass(output[3], output[4])
+    problem = Problem(None, weight, _bytes(workspace_mb), products_of(None, weight), nearest=True)
+    found = library.run_sweep(problem, uniform=False, ignore_index=0, keep=False)
+    return NearestClass(found.nearest_cosine, found.nearest_index)
 
 
 def exclusive_regularization(weight: Tensor, *, workspace_mb: float = 256) -> Tensor:
@@ -199,30 +267,58 @@ def separability(weight: Tensor, *, workspace_mb: float = 256) -> Separability:
     return Separability(cosine.mean().item(), cosine.std(correction=0).item())
 
 
+def _norm(rows: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+
+
+def _double(class_weight: Tensor | None) -> Tensor | None:
+    return None if class_weight is None else class_weight.detach().to(torch.float64).contiguous()
+
+
+def _bytes(workspace_mb: float) -> int:
+    return math.floor(workspace_mb * 2**20)
+
+
 def _scales(scale: float | Tensor | None, embeddings: Tensor) -> tuple[Tensor | None, float]:
     """Per-sample scales (N,) float64, or None and the one number."""
     if scale is None:
-        norm = torch.linalg.vector_norm(embeddings, dim=1, dtype=torch.float64)
+        norm = _norm(embeddings)
         return torch.where(norm.isnan(), 0.0, norm), 0.0  # the loss of that row is NaN by its cosines
     return checks.per_sample("scale", scale, embeddings), 0.0 if isinstance(scale, Tensor) else float(scale)
 
 
-def _sweep(
-    embeddings: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    scales: Tensor | None,
-    scale_value: float,
-    workspace_mb: float,
+def _sweep(problem: Problem, uniform: bool, ignore_index: int) -> Sweep:
+    differentiable = (problem.embeddings, problem.weight, problem.bias, problem.scale)
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)
+    return library.run_sweep(problem, uniform, ignore_index, keep)
+
+
+def _margin_loss(
+    problem: Problem,
+    margin: Margin,
+    negative_logsumexp: Tensor,
+    target_cosine: Tensor,
+    uniform_cosine: Tensor | None,
     class_weight: Tensor | None,
-    uniform: bool,
-    nearest: bool,
+    label_smoothing: float,
     ignore_index: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    checks.number("workspace_mb", workspace_mb, 0.0, open_low=True)
-    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (embeddings, weight, scales))
-    output = library.sweep(
-        embeddings, weight, labels, scales, scale_value, class_weight, nearest, math.floor(workspace_mb * 2**20),
-        products_of(embeddings, weight), uniform, ignore_index, keep,
+    reduction: str,
+) -> Tensor:
+    """The loss, reduced, float64, from what a sweep has found."""
+    numbers = {"m1": margin.m1, "m2": margin.m2, "m3": margin.m3, "annealing": margin.annealing}
+    per_sample = [checks.per_sample(f"margin.{name}", value, problem.embeddings) for name, value in numbers.items()]
+    values = [0.0 if isinstance(value, Tensor) else float(value) for value in numbers.values()]
+    loss, row_weight, _ = library.margin_rows(
+        negative_logsumexp, target_cosine, uniform_cosine, problem.labels, class_weight,
+        None if class_weight is None or uniform_cosine is None else class_weight.sum(),
+        problem.scale, *per_sample, [problem.scale_value, *values], BEYOND_PI.index(margin.beyond_pi), margin.easy,
+        margin.gradient == "straight_through", math.sqrt(torch.finfo(problem.compute).eps), float(label_smoothing),
+        problem.classes // problem.sub_centers, ignore_index,
     )  # fmt: skip
-    return output[:4]
+    return _reduce(loss, row_weight, reduction)
+
+
+def _reduce(loss: Tensor, row_weight: Tensor, reduction: str) -> Tensor:
+    if reduction == "mean":
+        return loss.sum() / row_weight.sum()
+    return loss.sum() if reduction == "sum" else loss

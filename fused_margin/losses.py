@@ -1,5 +1,7 @@
-"""The losses as modules that own their class weights."""
+"""The margin losses as modules that own their class weights."""
 
+import math
+import warnings
 from dataclasses import replace
 
 import torch
@@ -8,7 +10,9 @@ from torch.nn import functional as F
 
 from fused_margin import checks
 from fused_margin.functional import margin_cross_entropy, nearest_class
-from fused_margin.margins import Margin
+from fused_margin.margins import HardNegatives, Margin, minimum_scale
+
+PROBABILITY = 0.9  # a sample should be able to reach for its class
 
 ARGUMENTS = """
     Args:
@@ -20,6 +24,7 @@ ARGUMENTS = """
         class_weight: (C,) factors, as ``weight`` in ``torch.nn.CrossEntropyLoss``. A buffer.
         reduction, ignore_index, label_smoothing: as in ``torch.nn.CrossEntropyLoss``.
         beyond_pi, easy, gradient: see :class:`fused_margin.Margin`.
+        sub_centers: rows of ``weight`` for every class, of which the nearest counts (see SubCenterArcFaceLoss).
         workspace_mb: bound on scratch memory in MiB, whatever C is.
         device, dtype: of ``weight``.
 
@@ -34,19 +39,15 @@ ARGUMENTS = """
 """
 
 
-class MarginLoss(nn.Module):
-    """What the margin losses share: the class weights, the margin, and how they meet the embeddings."""
+class ClassificationLoss(nn.Module):
+    """What all losses share: the class weights, and the options of a cross-entropy over the classes."""
 
     def __init__(
         self,
         num_classes: int,
         embedding_size: int,
-        numbers: dict[str, float],  # Margin's m1, m2, m3
-        scale: float | None,
         *,
-        beyond_pi: str = "monotone",
-        easy: bool = False,
-        gradient: str = "exact",
+        sub_centers: int = 1,
         exclusive_weight: float = 0.0,
         class_weight: Tensor | None = None,
         reduction: str = "mean",
@@ -57,28 +58,85 @@ class MarginLoss(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        num_classes = checks.positive_index("num_classes", num_classes)
-        embedding_size = checks.positive_index("embedding_size", embedding_size)
-        checks.scale(scale)
+        self.num_classes = checks.positive_index("num_classes", num_classes)
+        self.embedding_size = checks.positive_index("embedding_size", embedding_size)
+        self.sub_centers = checks.positive_index("sub_centers", sub_centers)
         checks.number("exclusive_weight", exclusive_weight, 0.0)
-        checks.reduction(reduction, exclusive_weight)
-        checks.index("ignore_index", ignore_index)
-        checks.number("label_smoothing", label_smoothing, 0.0, 1.0)
-        checks.number("workspace_mb", workspace_mb, 0.0, open_low=True)
-        self.num_classes, self.embedding_size = num_classes, embedding_size
-        self.options = {"beyond_pi": beyond_pi, "easy": easy, "gradient": gradient}  # of whatever margin
-        self.margin_function = Margin(**numbers, **self.options)
-        self.scale = scale
+        checks.cross_entropy_options(reduction, exclusive_weight, ignore_index, label_smoothing, workspace_mb)
         self.exclusive_weight, self.reduction, self.ignore_index = exclusive_weight, reduction, ignore_index
         self.label_smoothing, self.workspace_mb = label_smoothing, workspace_mb
-        weight = torch.empty(num_classes, embedding_size, device=device, dtype=dtype)
+        weight = torch.empty(self.num_classes * self.sub_centers, self.embedding_size, device=device, dtype=dtype)
         checks.class_weights(weight, at_least=2 if exclusive_weight > 0 else 1)
+        checks.sub_centers(self.sub_centers, weight, exclusive_weight, label_smoothing)
         self.weight = nn.Parameter(weight)
         if class_weight is not None:
             class_weight = torch.as_tensor(class_weight, device=self.weight.device)
-            checks.class_weight(class_weight, self.weight)
+            checks.per_class("class_weight", class_weight, self.weight, self.sub_centers)
         self.register_buffer("class_weight", class_weight)
+
+    def cross_entropy_options(self) -> dict:
+        """What the functional forms of all losses take."""
+        return {
+            "class_weight": self.class_weight,
+            "reduction": self.reduction,
+            "ignore_index": self.ignore_index,
+            "label_smoothing": self.label_smoothing,
+            "workspace_mb": self.workspace_mb,
+        }
+
+    def own_repr(self) -> list[str]:
+        """What tells one loss from another, as name=value."""
+        return []
+
+    def extra_repr(self) -> str:
+        parts = [f"num_classes={self.num_classes}", f"embedding_size={self.embedding_size}", *self.own_repr()]
+        if self.sub_centers > 1:
+            parts.append(f"sub_centers={self.sub_centers}")
+        if self.exclusive_weight:
+            parts.append(f"exclusive_weight={self.exclusive_weight}")
+        return ", ".join(parts)
+
+
+class MarginLoss(ClassificationLoss):
+    """What the margin losses share: the margin, the scale, and how they meet the embeddings.
+
+    A scale given as a 0-d tensor becomes a buffer, as a ``torch.nn.Parameter`` a parameter that is learned.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        numbers: dict[str, float],  # Margin's m1, m2, m3
+        scale: float | Tensor | None,
+        *,
+        beyond_pi: str = "monotone",
+        easy: bool = False,
+        gradient: str = "exact",
+        **options,
+    ):
+        checks.scale(scale)
+        super().__init__(num_classes, embedding_size, **options)
+        self.margin_options = {"beyond_pi": beyond_pi, "easy": easy, "gradient": gradient}  # of whatever margin
+        self.margin_function = Margin(**numbers, **self.margin_options)
+        if isinstance(scale, Tensor):
+            if scale.dim() != 0:
+                raise ValueError(f"scale: expected a number or a 0-d tensor, got shape {tuple(scale.shape)}")
+            if not isinstance(scale, nn.Parameter):
+                self.register_buffer("scale", None)
+        elif scale is not None:
+            self.warn_of_small(scale)
+        self.scale = scale
         self.reset_parameters()
+
+    def warn_of_small(self, scale: float) -> None:
+        least = minimum_scale(self.num_classes, PROBABILITY) if self.num_classes > 1 else 0.0
+        if scale < least:
+            warnings.warn(
+                f"scale {scale:g} is below {least:.2f}: with {self.num_classes} classes no sample can reach a "
+                f"probability of {PROBABILITY} for its class (see fused_margin.margins.minimum_scale)",
+                stacklevel=4,  # where the loss is made
+            )
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, std=0.01)
@@ -92,33 +150,33 @@ class MarginLoss(nn.Module):
             self.current_margin(embeddings, labels),
             self.scale,
             exclusive_weight=self.exclusive_weight,
-            class_weight=self.class_weight,
-            reduction=self.reduction,
-            ignore_index=self.ignore_index,
-            label_smoothing=self.label_smoothing,
-            workspace_mb=self.workspace_mb,
+            sub_centers=self.sub_centers,
+            hard_negatives=self.hard_negatives(embeddings, labels),
+            **self.cross_entropy_options(),
         )
 
     def current_margin(self, embeddings: Tensor, labels: Tensor) -> Margin:
         """The margin of this step."""
         return self.margin_function
 
+    def hard_negatives(self, embeddings: Tensor, labels: Tensor) -> HardNegatives | None:
+        """What becomes of near classes in this step."""
+        return None
+
     def logits(self, embeddings: Tensor) -> Tensor:
-        """Scaled cosines (N, C) of embeddings (N, D), without margin, for inference."""
+        """Scaled cosines (N, C) of embeddings (N, D), without margin, for inference; of the nearest sub-centers."""
         checks.embeddings_for(embeddings, self.weight)
         embeddings, weight = embeddings.to(torch.promote_types(embeddings.dtype, self.weight.dtype)), self.weight
         cosine = F.linear(F.normalize(embeddings, dim=1), F.normalize(weight, dim=1).to(embeddings.dtype))
+        if self.sub_centers > 1:
+            cosine = cosine.unflatten(1, (self.num_classes, self.sub_centers)).amax(dim=2)
         return cosine * (embeddings.norm(dim=1, keepdim=True) if self.scale is None else self.scale)
 
     def margin_repr(self) -> list[str]:
         return [f"{name}={getattr(self.margin_function, name)}" for name in ("m1", "m2", "m3")]
 
-    def extra_repr(self) -> str:
-        parts = [f"num_classes={self.num_classes}", f"embedding_size={self.embedding_size}", f"scale={self.scale}"]
-        parts += self.margin_repr()
-        if self.exclusive_weight:
-            parts.append(f"exclusive_weight={self.exclusive_weight}")
-        return ", ".join(parts)
+    def own_repr(self) -> list[str]:
+        return [f"scale={self.scale}", *self.margin_repr()]
 
 
 class ArcFaceLoss(MarginLoss):
@@ -128,7 +186,31 @@ class ArcFaceLoss(MarginLoss):
     )
 
     def __init__(self, num_classes: int, embedding_size: int, margin: float = 0.5, scale: float = 64.0, **options):
+        checks.number("margin", margin, -math.inf)
         super().__init__(num_classes, embedding_size, {"m2": margin}, scale, **options)
+
+
+class SubCenterArcFaceLoss(MarginLoss):
+    __doc__ = (
+        "Sub-center ArcFace: ArcFace to the nearest of several centers a class (ECCV 2020, eq. 3), for noisy labels."
+        + ARGUMENTS.format(
+            own="        margin: angle in radians.\n"
+            "        scale: s of the logits.\n"
+            "        sub_centers: rows of ``weight`` for every class, class by class: it is (C * sub_centers, D)."
+        )
+    )
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        margin: float = 0.5,
+        scale: float = 64.0,
+        sub_centers: int = 3,
+        **options,
+    ):
+        checks.number("margin", margin, -math.inf)
+        super().__init__(num_classes, embedding_size, {"m2": margin}, scale, sub_centers=sub_centers, **options)
 
 
 class CosFaceLoss(MarginLoss):
@@ -138,6 +220,7 @@ class CosFaceLoss(MarginLoss):
     )
 
     def __init__(self, num_classes: int, embedding_size: int, margin: float = 0.35, scale: float = 64.0, **options):
+        checks.number("margin", margin, -math.inf)
         super().__init__(num_classes, embedding_size, {"m3": margin}, scale, **options)
 
 
@@ -168,7 +251,36 @@ class CombinedMarginLoss(MarginLoss):
         super().__init__(num_classes, embedding_size, {"m1": m1, "m2": m2, "m3": m3}, scale, **options)
 
 
-class SphereFaceLoss(MarginLoss):
+class ModifiedSoftmaxLoss(MarginLoss):
+    __doc__ = (
+        "Modified softmax: A-Softmax without margin, logits ``|x_i| cos_ij`` (arXiv:1704.08063, eq. 5)."
+        + ARGUMENTS.format(own="")
+    )
+
+    def __init__(self, num_classes: int, embedding_size: int, **options):
+        super().__init__(num_classes, embedding_size, {}, None, **options)
+
+
+class AnnealedMargin:
+    """SphereFace's annealing, for a loss with ``margin_function`` and ``weight``."""
+
+    def set_annealing(self, annealing: bool) -> None:
+        self.annealing = annealing
+        if annealing:
+            self.register_buffer("iteration", torch.zeros((), dtype=torch.int64, device=self.weight.device))
+
+    def annealed_margin(self) -> Margin:
+        if not self.annealing:
+            return self.margin_function
+        strength = torch.clamp(1000.0 / (1.0 + 0.12 * self.iteration.double()), min=5.0)
+        return replace(self.margin_function, annealing=strength)
+
+    def count_iteration(self) -> None:
+        if self.training and self.annealing:
+            self.iteration += 1  # only after a loss: a call that raised was no iteration
+
+
+class SphereFaceLoss(AnnealedMargin, MarginLoss):
     __doc__ = (
         "SphereFace / A-Softmax: a multiplicative angular margin (arXiv:1704.08063, eq. 7)."
         + ARGUMENTS.format(
@@ -192,20 +304,14 @@ class SphereFaceLoss(MarginLoss):
     ):
         checks.number("margin", margin, 1.0)
         super().__init__(num_classes, embedding_size, {"m1": margin}, scale, **options)
-        self.annealing = annealing
-        if annealing:
-            self.register_buffer("iteration", torch.zeros((), dtype=torch.int64, device=self.weight.device))
+        self.set_annealing(annealing)
 
     def current_margin(self, embeddings: Tensor, labels: Tensor) -> Margin:
-        if not self.annealing:
-            return self.margin_function
-        strength = torch.clamp(1000.0 / (1.0 + 0.12 * self.iteration.double()), min=5.0)
-        return replace(self.margin_function, annealing=strength)
+        return self.annealed_margin()
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         loss = super().forward(embeddings, labels)
-        if self.training and self.annealing:
-            self.iteration += 1  # only now: a call that raised was no iteration
+        self.count_iteration()
         return loss
 
 

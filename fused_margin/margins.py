@@ -3,10 +3,16 @@
 import math
 from dataclasses import dataclass
 
+import numpy as np
 from torch import Tensor
 
+NUMBERS = (int, float, np.integer, np.floating)
 BEYOND_PI = ("monotone", "linear", "none")
 GRADIENT = ("exact", "straight_through")
+
+
+def is_number(value) -> bool:
+    return isinstance(value, NUMBERS) and not isinstance(value, bool)
 
 
 def minimum_scale(num_classes: int, probability: float) -> float:
@@ -27,6 +33,26 @@ def minimum_scale(num_classes: int, probability: float) -> float:
         raise ValueError(f"probability: expected a number in [1 / num_classes, 1), got {probability}")
     others = num_classes - 1
     return others / num_classes * math.log(others * probability / (1 - probability))
+
+
+# The combined margins of the ArcFace paper (arXiv:1801.07698, table 2), as CombinedMarginLoss takes them.
+CM1 = {"m1": 1.0, "m2": 0.3, "m3": 0.2}
+CM2 = {"m1": 0.9, "m2": 0.4, "m3": 0.15}
+
+
+@dataclass(frozen=True)
+class HardNegatives:
+    """Other classes nearer than ``threshold`` weigh more: their cosine becomes ``cos * (strength + cos)``.
+
+    (CurricularFace, arXiv:2004.00288, eq. 6.) No gradient flows to either number.
+
+    Args:
+        threshold: (N,) tensor, cosine: the target's own after its margin, in the paper.
+        strength: t of the paper, a number or a tensor with one element.
+    """
+
+    threshold: Tensor
+    strength: float | Tensor
 
 
 @dataclass(frozen=True)
@@ -66,7 +92,7 @@ class Margin:
             value = getattr(self, name)
             if isinstance(value, Tensor):
                 continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
+            if not is_number(value):
                 raise TypeError(f"{name}: expected a number or a tensor of shape (N,), got {type(value).__name__}")
             if not -math.inf < value < math.inf:  # NaN is not either; math.isfinite would not compile
                 raise ValueError(f"{name}: expected a finite number, got {value}")

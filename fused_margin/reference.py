@@ -60,13 +60,19 @@ def margin_cross_entropy(
     reduction: str = "mean",
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
+    sub_centers: int = 1,
+    hard_negatives: tuple[Tensor, float] | None = None,
 ) -> Tensor:
     """As fused_margin.functional.margin_cross_entropy, with psi's arguments as a dict for the margin."""
     cosine = normalize(embeddings) @ normalize(weight).t()
+    cosine = cosine.unflatten(1, (-1, sub_centers)).max(dim=2).values
     labels = labels.long()
     rows = torch.arange(len(labels), device=labels.device)
-    columns = labels.clamp(0, weight.shape[0] - 1)  # an ignored label still needs a place to write
+    columns = labels.clamp(0, cosine.shape[1] - 1)  # an ignored label still needs a place to write
     target = psi(cosine[rows, columns], **(margin or {}))
+    if hard_negatives is not None:
+        threshold, strength = hard_negatives
+        cosine = torch.where(cosine > threshold.unsqueeze(1), cosine * (strength + cosine), cosine)
     if scale is None:
         scale = embeddings.norm(dim=1)
     scale = torch.as_tensor(scale, dtype=cosine.dtype, device=cosine.device).reshape(-1, 1)
@@ -80,6 +86,25 @@ def margin_cross_entropy(
         label_smoothing=label_smoothing,
     )
     return loss + exclusive_weight * exclusive_regularization(weight) if exclusive_weight else loss
+
+
+def linear_cross_entropy(
+    embeddings: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    margin: dict | None = None,
+    **cross_entropy_options,
+) -> Tensor:
+    """As fused_margin.functional.linear_cross_entropy, with psi's arguments as a dict for the margin."""
+    logits = F.linear(embeddings, weight, bias)
+    if margin is not None:
+        rows = torch.arange(len(labels), device=labels.device)
+        own = weight[labels]
+        cosine = (normalize(embeddings) * normalize(own)).sum(dim=1)
+        target = embeddings.norm(dim=1) * own.norm(dim=1) * psi(cosine, **margin)
+        logits = logits.index_put((rows, labels), target + (0.0 if bias is None else bias[labels]))
+    return F.cross_entropy(logits, labels, **cross_entropy_options)
 
 
 def cosine_logsumexp(

@@ -53,4 +53,4 @@ def ours(embeddings, weight, labels, margin=None, scale=64.0, **options):
 def sweep_problem(samples, weight, *, nearest=False, workspace_bytes=256 << 20, products="portable"):
     """What the ops' planning is asked about; embeddings in the weight's dtype and on its device."""
     embeddings = weight.new_empty(samples, weight.shape[1]) if samples else None
-    return Problem(embeddings, weight, None, None, 64.0, None, nearest, workspace_bytes, products)
+    return Problem(embeddings, weight, workspace_bytes, products, scale_value=64.0, nearest=nearest)

@@ -99,7 +99,7 @@ def test_margin(arguments, error, message):
     [
         (lambda: fm.ArcFaceLoss(0, 4), ValueError, "num_classes: expected a positive integer, got 0"),
         (lambda: fm.ArcFaceLoss(10, 4.0), TypeError, "embedding_size: expected an integer, got float"),
-        (lambda: fm.ArcFaceLoss(10, 4, margin=NAN), ValueError, "m2: expected a finite number"),
+        (lambda: fm.ArcFaceLoss(10, 4, margin=NAN), ValueError, "margin: expected a number"),
         (lambda: fm.ArcFaceLoss(10, 4, scale=-1), ValueError, "scale: expected a positive"),
         (lambda: fm.NormFaceLoss(10, 4, m2=0.5), TypeError, "unexpected keyword argument 'm2'"),
         (lambda: fm.ArcFaceLoss(10, 4, marginn=1), TypeError, "unexpected keyword argument 'marginn'"),

@@ -65,8 +65,9 @@ def test_exponentials_to_float32_rounding():
         output, one = cosine.clone(), torch.ones(4001)
         exponent, total = torch.empty(1, dtype=torch.float64), torch.empty(1, dtype=torch.float64)
         kernels(cosine.device).exponent_sum(
-            products=output, inverse_norm=one, labels=torch.tensor([-100]), scale=scale, fixed_exponent=None,
-            exponent=exponent, sum=total, samples=1, chunk=4001, class_begin=0,
+            products=output, inverse_norm=one, bias=None, labels=torch.tensor([-100]), hard_threshold=None,
+            hard_strength=None, scale=scale, fixed_exponent=None, exponent=exponent, sum=total, samples=1, chunk=4001,
+            class_begin=0, sub_centers=1,
         )  # fmt: skip
         expected = torch.exp2(cosine.double() * scale / torch.log(torch.tensor(2.0, dtype=torch.float64)) - exponent)
         normal = expected > 2.0**-124

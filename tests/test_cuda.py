@@ -8,6 +8,7 @@ from problems import leaf, loss_and_gradients, ours, problem, relative_error, tr
 
 import fused_margin as fm
 from fused_margin import reference
+from fused_margin.margins import HardNegatives
 from fused_margin.ops import dispatch
 from fused_margin.ops.backend import kernels
 
@@ -182,6 +183,39 @@ OPTIONS = [
     {"scale": None, "workspace_mb": 1e-6},
     {"scale": 300.0, "workspace_mb": 0.5},
 ]
+
+
+@pytest.mark.parametrize("workspace_mb", [256, 1e-6], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(252, 507, 123), pytest.param((33, 258, 8), marks=sanitizer)], ids=str)
+def test_what_only_portable_products_do(shape, dtype, workspace_mb):
+    """Sub-centers, hard negatives, inner products with a bias: on the device as on the CPU."""
+    x, w, y = (t.to(dtype) if t.is_floating_point() else t for t in problem(*shape, spread=1.0))
+    y = torch.where(torch.arange(len(y)) == 2, -100, y % (len(w) // 3))
+    threshold, bias = torch.linspace(-0.3, 0.3, len(x), dtype=torch.float64), torch.randn(len(w), dtype=dtype)
+
+    def margin(device, **options):
+        options = {name: value(device) for name, value in options.items()}
+        return ours(x.to(device), w.to(device), y.to(device), ARCFACE, 20.0, workspace_mb=workspace_mb, **options)
+
+    def linear(device, **options):
+        leaves = [leaf(t.to(device)) for t in (x, w, bias)]
+        loss = fm.functional.linear_cross_entropy(leaves[0], leaves[1], y.to(device), leaves[2], **options)
+        loss.backward()
+        return loss.detach(), *(t.grad for t in leaves)
+
+    def hard(device):
+        return HardNegatives(threshold.to(device), torch.full((1,), 0.3, device=device))
+
+    for function, options in (
+        (margin, {"sub_centers": lambda device: 3}),
+        (margin, {"hard_negatives": hard}),
+        (linear, {"label_smoothing": 0.1, "workspace_mb": workspace_mb}),
+        (linear, {"margin": fm.Margin(m1=4.0), "workspace_mb": workspace_mb}),
+    ):
+        measured, again, expected = (function(device, **options) for device in (DEVICE, DEVICE, "cpu"))
+        for m, a, e in zip(measured, again, expected, strict=True):
+            assert torch.equal(m, a) and relative_error(m.cpu(), e) < (1e-5 if dtype == torch.float32 else 1e-11)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)

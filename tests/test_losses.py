@@ -1,7 +1,9 @@
 """The loss modules: conventions of nn.Module, and that each is its paper's margin."""
 
 import copy
+import warnings
 
+import numpy as np
 import pytest
 import torch
 from problems import leaf, problem, relative_error
@@ -15,6 +17,7 @@ MODULES = {
     "normface": (fm.NormFaceLoss, {}, 64.0),
     "combined": (fm.CombinedMarginLoss, {"m1": 1.0, "m2": 0.3, "m3": 0.2}, 64.0),
     "sphereface": (fm.SphereFaceLoss, {"m1": 4.0, "annealing": 1000.0}, None),
+    "modified softmax": (fm.ModifiedSoftmaxLoss, {}, None),
 }
 
 
@@ -49,6 +52,47 @@ def test_module_conventions(name):
     assert "num_classes=30" in repr(loss_fn)
     assert module(30, 8, dtype=torch.bfloat16).weight.dtype == torch.bfloat16
     assert module(30, 8, device="meta").weight.is_meta
+
+
+def test_combined_presets():
+    """The numbers of the ArcFace paper's table."""
+    assert fm.CombinedMarginLoss(30, 8, **fm.margins.CM1).margin_function == fm.Margin(1.0, 0.3, 0.2)
+    assert fm.CombinedMarginLoss(30, 8, **fm.margins.CM2).margin_function == fm.Margin(0.9, 0.4, 0.15)
+
+
+def test_small_scale_warns():
+    """The bound for 1,001 classes and probability 0.9 is 1000 / 1001 * log(9000) = 9.096."""
+    with pytest.warns(UserWarning, match=r"scale 9 is below 9\.10") as caught:
+        fm.ArcFaceLoss(1001, 8, scale=9)
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fm.ArcFaceLoss(1001, 8, scale=9.1)
+        fm.ArcFaceLoss(1, 8, scale=0.1)
+        fm.SphereFaceLoss(1001, 8)
+
+
+def test_scale_as_tensor():
+    x, _, y = problem(6, 30, 8)
+    fixed = fm.ArcFaceLoss(30, 8, scale=torch.tensor(20.0), dtype=torch.float64)
+    learned = fm.ArcFaceLoss(30, 8, scale=torch.nn.Parameter(torch.tensor(20.0)), dtype=torch.float64)
+    assert fixed.state_dict()["scale"] == 20 and list(dict(learned.named_parameters())) == ["weight", "scale"]
+    fixed.load_state_dict(learned.state_dict())
+    assert torch.equal(fixed(x, y), learned(x, y))
+    learned(x, y).backward()
+    assert learned.scale.grad.abs() > 0
+    with pytest.raises(ValueError, match="scale: expected a number or a 0-d tensor"):
+        fm.ArcFaceLoss(30, 8, scale=torch.ones(6))
+
+
+def test_numpy_numbers():
+    x, _, y = problem(6, 30, 8)
+    loss_fn = fm.ArcFaceLoss(
+        np.int64(30), np.int32(8), margin=np.float32(0.5), scale=np.float32(64), dtype=torch.float64
+    )
+    assert torch.equal(loss_fn(x, y), fm.functional.margin_cross_entropy(x, loss_fn.weight, y, fm.Margin(m2=0.5)))
+    with pytest.raises(ValueError, match="margin: expected a number"):
+        fm.ArcFaceLoss(30, 8, margin=float("nan"))
 
 
 def test_logits_are_scaled_cosines_without_margin():

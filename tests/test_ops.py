@@ -7,6 +7,7 @@ from problems import leaf, ours, problem
 import fused_margin as fm
 from fused_margin.ops import library
 from fused_margin.ops.dispatch import PORTABLE
+from fused_margin.ops.problem import Problem
 
 
 def single(samples, classes, size):
@@ -22,23 +23,42 @@ def test_opcheck_sweep(keep, uniform, nearest):
     scale = (torch.rand(9, dtype=torch.float64) + 5).requires_grad_()
     class_weight = torch.rand(50, dtype=torch.float64) if uniform else None
     for s in (scale, None):
-        torch.library.opcheck(
-            library.sweep, (leaf(x), leaf(w), y, s, 64.0, class_weight, nearest, 1 << 20, PORTABLE, uniform, -100, keep)
-        )
+        problem = Problem(leaf(x), leaf(w), 1 << 20, PORTABLE, y, s, 64.0, class_weight, nearest)
+        torch.library.opcheck(library.sweep, (*library.arguments(problem), uniform, -100, keep))
 
 
 def test_opcheck_nearest_only():
-    torch.library.opcheck(
-        library.sweep, (None, leaf(torch.randn(50, 8)), None, None, 1.0, None, True, 1 << 20, PORTABLE, False, 0, False)
-    )
+    problem = Problem(None, leaf(torch.randn(50, 8)), 1 << 20, PORTABLE, nearest=True)
+    torch.library.opcheck(library.sweep, (*library.arguments(problem), False, 0, False))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sub_centers": 5},
+        {"hard_threshold": torch.randn(9, dtype=torch.float64), "hard_strength": torch.ones(1, dtype=torch.float64)},
+        {"inner_product": True},
+        {"inner_product": True, "bias": torch.randn(50, requires_grad=True)},
+    ],
+    ids=lambda options: "+".join(options),
+)
+def test_opcheck_portable_options(options):
+    x, w, y = single(9, 50, 8)
+    problem = Problem(leaf(x), leaf(w), 1 << 20, PORTABLE, y % 10, scale_value=4.0, **options)
+    torch.library.opcheck(library.sweep, (*library.arguments(problem), False, -100, True))
 
 
 def test_opcheck_sweep_backward():
     x, w, y = single(9, 50, 8)
-    problem = (x, w, y, None, 64.0, None, True, 1 << 20, PORTABLE)
-    saved = library.sweep(*problem, False, -100, True)
     upstream = [torch.randn(9, dtype=torch.float64), torch.randn(9, dtype=torch.float64), None, torch.randn(50)]
-    torch.library.opcheck(library.sweep_backward, (*problem, upstream, list(saved), True, True))
+    for options in ({"nearest": True}, {"inner_product": True, "bias": torch.randn(50)}):
+        arguments = library.arguments(Problem(x, w, 1 << 20, PORTABLE, y, **options))
+        saved = library.sweep(*arguments, False, -100, True)
+        if "bias" in options:
+            upstream[3] = None
+        torch.library.opcheck(
+            library.sweep_backward, (*arguments, upstream, list(saved), True, True, "bias" in options)
+        )
 
 
 def test_opcheck_margin_rows():
@@ -62,6 +82,12 @@ LOSSES = {
     "normface": lambda: fm.NormFaceLoss(90, 16, reduction="sum"),
     "combined": lambda: fm.CombinedMarginLoss(90, 16),
     "sphereface": lambda: fm.SphereFaceLoss(90, 16),
+    "adaface": lambda: fm.AdaFaceLoss(90, 16),
+    "curricularface": lambda: fm.CurricularFaceLoss(90, 16),
+    "subcenter": lambda: fm.SubCenterArcFaceLoss(90, 16),
+    "softmax": lambda: fm.SoftmaxLoss(90, 16, label_smoothing=0.1, exclusive_weight=0.5),
+    "l2softmax": lambda: fm.L2SoftmaxLoss(90, 16),
+    "lsoftmax": lambda: fm.LSoftmaxLoss(90, 16),
 }
 
 
@@ -85,6 +111,8 @@ def test_compiled_equals_eager(name):
             results.append((loss.detach(), a.grad, module.weight.grad))
         for e, c in zip(*results, strict=True):
             torch.testing.assert_close(c, e)
+        for e, c in zip(eager.buffers(), compiled_module.buffers(), strict=True):
+            torch.testing.assert_close(c, e)  # running statistics
 
 
 def test_autocast_changes_nothing_of_the_arithmetic():
@@ -153,7 +181,8 @@ def test_second_derivatives_are_refused():
 
 def test_no_gradient_keeps_nothing():
     x, w, y = single(12, 90, 16)
-    kept = library.sweep(x, w, y, None, 64.0, None, False, 1 << 28, PORTABLE, False, -100, False)[10]
-    assert kept.numel() == 0
+    problem = Problem(x, w, 1 << 28, PORTABLE, y, scale_value=64.0)
+    assert library.run_sweep(problem, False, -100, keep=True).kept.numel() > 0
+    assert library.run_sweep(problem, False, -100, keep=False).kept.numel() == 0
     with torch.no_grad():
         assert not fm.functional.margin_cross_entropy(leaf(x), w, y).requires_grad

@@ -5,6 +5,7 @@
 #include "cpu.h"
 
 #include <cstdlib>
+#include <limits>
 
 #include "../math/cross_entropy.h"
 #include "../math/element.h"
@@ -96,31 +97,71 @@ template <class T> void target_cosine(const TargetCosine<T>& p) {
         for (int64_t i = 0; i < p.samples; ++i) {
             int64_t label = p.labels[i];
             p.cosine[i] = 0.0;
+            if (p.row) p.row[i] = -1;
             if (label == p.ignore_index) continue;
-            if (label < 0 || label >= p.classes) {
+            if (label < 0 || label >= p.classes / p.sub_centers) {
 #pragma omp critical
                 if (p.bad_label) *p.bad_label = label < 0 ? label : label + 1;
                 continue;
             }
             const T* x = load_row<T>(p.embeddings, i, p.size, left);
-            const T* w = load_row<T>(p.weight, label, p.size, right);
-            p.cosine[i] = dot(x, w, p.size) * inverse_norm_of(dot(x, x, p.size)) * inverse_norm_of(dot(w, w, p.size));
+            double inverse = p.inner_product ? 1.0 : inverse_norm_of(dot(x, x, p.size));
+            for (int64_t row = label * p.sub_centers; row < (label + 1) * p.sub_centers; ++row) {
+                const T* w = load_row<T>(p.weight, row, p.size, right);
+                double cosine =
+                    dot(x, w, p.size) * inverse * (p.inner_product ? 1.0 : inverse_norm_of(dot(w, w, p.size)));
+                if (row > label * p.sub_centers && !(cosine > p.cosine[i])) continue;
+                p.cosine[i] = cosine;
+                if (p.row) p.row[i] = row;
+            }
         }
     }
 }
 
-// Marks a sample's own class among the products; no product of rows that have norms is that low.
-template <class T> constexpr T own_class = static_cast<T>(-3.0e38);
+// Leaves out all but the best of the sub-centers [begin, begin + sub_centers) of one class.
+template <class T> inline void leave_best(const ExponentSum<T>& p, int64_t begin, T* best) {
+    for (int64_t i = 0; i < p.samples; ++i) best[i] = kLeftOut<T>;
+    for (int64_t j = begin; j < begin + p.sub_centers; ++j) {
+        T* row = p.products + j * p.samples;
+        T inverse = p.inverse_norm[j];
+        for (int64_t i = 0; i < p.samples; ++i) best[i] = row[i] * inverse > best[i] ? row[i] * inverse : best[i];
+    }
+    for (int64_t j = begin; j < begin + p.sub_centers; ++j) {
+        T* row = p.products + j * p.samples;
+        T inverse = p.inverse_norm[j];
+        for (int64_t i = 0; i < p.samples; ++i) {
+            T c = row[i] * inverse;
+            if (c < best[i]) row[i] = kLeftOut<T>;                          // NaN stays, and makes the row's sum NaN
+            if (c == best[i]) best[i] = std::numeric_limits<T>::infinity(); // the first of equals
+        }
+    }
+}
 
-// The largest cosine of every sample with the classes [begin, end), own classes left out.
-template <class T> inline void largest_cosines(const ExponentSum<T>& p, int64_t begin, int64_t end, T* largest) {
-    for (int64_t i = 0; i < p.samples; ++i) largest[i] = static_cast<T>(-4);
+// A negative's cosine as the exponential sees it, and its derivative: as it is, or as CurricularFace's.
+template <class T> struct AsItIs {
+    T operator()(int64_t, T cosine, T& slope) const {
+        slope = 1;
+        return cosine;
+    }
+};
+template <class T> struct HardNegatives {
+    const T* threshold; // [N]
+    T strength;
+    T operator()(int64_t i, T cosine, T& slope) const { return hard_negative(cosine, threshold[i], strength, slope); }
+};
+
+// The largest cosine of every sample with the classes [begin, end), as the exponential will see it.
+template <class T, class Transform>
+inline void largest_cosines(const ExponentSum<T>& p, int64_t begin, int64_t end, Transform transform, T* largest) {
+    for (int64_t i = 0; i < p.samples; ++i) largest[i] = kLeftOut<T>;
     for (int64_t j = begin; j < end; ++j) {
         const T* row = p.products + j * p.samples;
-        T inverse = p.inverse_norm[j];
+        T inverse = p.inverse_norm[j], bias = p.bias ? p.bias[j] : static_cast<T>(0);
 #pragma omp simd
         for (int64_t i = 0; i < p.samples; ++i) {
-            T c = row[i] == own_class<T> ? static_cast<T>(-4) : row[i] * inverse;
+            T slope;
+            T c = transform(i, row[i] * inverse + bias, slope);
+            c = row[i] == kLeftOut<T> ? kLeftOut<T> : c;
             largest[i] = c > largest[i] ? c : largest[i];
         }
     }
@@ -128,38 +169,49 @@ template <class T> inline void largest_cosines(const ExponentSum<T>& p, int64_t 
 
 // Exponentials of the classes [begin, end) in place, and every sample's sum of them. Sums of 64 classes are
 // taken in T, their total in double.
-template <class T> inline void exponentials(const ExponentSum<T>& p, int64_t begin, int64_t end, const T* high,
-                                            const T* low, const T* k, T* sum, double* total) {
+template <class T, class Transform> inline void exponentials(const ExponentSum<T>& p, int64_t begin, int64_t end,
+                                                             Transform transform, const T* high, const T* low,
+                                                             const T* k, T* sum, double* total) {
     for (int64_t i = 0; i < p.samples; ++i) total[i] = 0.0;
     for (int64_t block = begin; block < end; block += 64) {
         for (int64_t i = 0; i < p.samples; ++i) sum[i] = 0;
         for (int64_t j = block; j < (block + 64 < end ? block + 64 : end); ++j) {
             T* row = p.products + j * p.samples;
-            T inverse = p.inverse_norm[j];
+            T inverse = p.inverse_norm[j], bias = p.bias ? p.bias[j] : static_cast<T>(0);
 #pragma omp simd
             for (int64_t i = 0; i < p.samples; ++i) {
-                T e = Exponential<T>{high[i], low[i], k[i]}(row[i] * inverse);
-                e = row[i] == own_class<T> ? static_cast<T>(0) : e;
+                T slope;
+                T c = transform(i, row[i] * inverse + bias, slope);
+                T e = Exponential<T>{high[i], low[i], k[i]}(c);
+                e = row[i] == kLeftOut<T> ? static_cast<T>(0) : e;
                 sum[i] += e;
-                row[i] = e * inverse;
+                row[i] = e * inverse * slope;
             }
         }
         for (int64_t i = 0; i < p.samples; ++i) total[i] += static_cast<double>(sum[i]);
     }
 }
 
-template <class T> void exponent_sum(const ExponentSum<T>& p) {
+template <class T, class Transform> void exponent_sum(const ExponentSum<T>& p, Transform transform) {
     const int64_t samples = p.samples;
     const int threads = threads_for(samples * p.chunk);
-    for (int64_t i = 0; i < samples; ++i) {
-        int64_t target = p.labels[i] - p.class_begin;
-        if (target >= 0 && target < p.chunk) p.products[target * samples + i] = own_class<T>;
-    }
     Scratch<T> per_thread(threads * samples), high(samples), low(samples), k(samples);
+    if (p.sub_centers > 1) {
+        const int64_t groups = p.chunk / p.sub_centers;
+#pragma omp parallel for schedule(static) num_threads(threads)
+        for (int t = 0; t < threads; ++t)
+            for (int64_t group = groups * t / threads; group < groups * (t + 1) / threads; ++group)
+                leave_best(p, group * p.sub_centers, per_thread + t * samples);
+    }
+    for (int64_t i = 0; i < samples; ++i) {
+        int64_t target = p.labels[i] * p.sub_centers - p.class_begin;
+        if (target >= 0 && target < p.chunk)
+            for (int64_t j = target; j < target + p.sub_centers; ++j) p.products[j * samples + i] = kLeftOut<T>;
+    }
     if (!p.fixed) {
 #pragma omp parallel for schedule(static) num_threads(threads)
         for (int t = 0; t < threads; ++t)
-            largest_cosines(p, p.chunk * t / threads, p.chunk * (t + 1) / threads, per_thread + t * samples);
+            largest_cosines(p, p.chunk * t / threads, p.chunk * (t + 1) / threads, transform, per_thread + t * samples);
     }
     for (int64_t i = 0; i < samples; ++i) {
         double scale = p.scale ? p.scale[i] : p.scale_value;
@@ -178,12 +230,19 @@ template <class T> void exponent_sum(const ExponentSum<T>& p) {
     Scratch<double> totals(threads * samples);
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int t = 0; t < threads; ++t)
-        exponentials<T>(p, p.chunk * t / threads, p.chunk * (t + 1) / threads, high, low, k, per_thread + t * samples,
-                        totals + t * samples);
+        exponentials<T>(p, p.chunk * t / threads, p.chunk * (t + 1) / threads, transform, high, low, k,
+                        per_thread + t * samples, totals + t * samples);
     for (int64_t i = 0; i < samples; ++i) {
         p.sum[i] = 0.0;
         for (int t = 0; t < threads; ++t) p.sum[i] += totals[t * samples + i];
     }
+}
+
+template <class T> void exponent_sum(const ExponentSum<T>& p) {
+    if (!p.hard_threshold) return exponent_sum(p, AsItIs<T>{});
+    Scratch<T> threshold(p.samples);
+    for (int64_t i = 0; i < p.samples; ++i) threshold[i] = static_cast<T>(p.hard_threshold[i]);
+    exponent_sum(p, HardNegatives<T>{threshold, static_cast<T>(*p.hard_strength)});
 }
 
 void margin_rows(const MarginRows& p) {
@@ -232,7 +291,8 @@ template <class T> void project_weight_gradient(const ProjectWeightGradient<T>& 
                                load_row<T>(p.weight, i, p.size, other), p.size);
                 }
             }
-            project_out(g, load_row<T>(p.weight, j, p.size, own), inverse, static_cast<T>(1), p.size);
+            if (!p.inner_product)
+                project_out(g, load_row<T>(p.weight, j, p.size, own), inverse, static_cast<T>(1), p.size);
         }
     }
 }
@@ -254,7 +314,7 @@ template <class T> void project_embedding_gradient(const ProjectEmbeddingGradien
                 add_scaled(g, static_cast<T>(p.target_gradient[i]) * p.weight_inverse_norm[label],
                            load_row<T>(p.weight, label, p.size, buffer), p.size);
             if (p.uniform_weight) add_scaled(g, static_cast<T>(p.uniform_gradient[i]), p.uniform_weight, p.size);
-            project_out(g, x, static_cast<T>(1), p.inverse_norm[i], p.size);
+            if (!p.inner_product) project_out(g, x, static_cast<T>(1), p.inverse_norm[i], p.size);
         }
     }
 }

@@ -35,24 +35,35 @@ template <class T> __global__ void target_cosine(TargetCosine<T> p) {
     int64_t i = warp_row();
     if (i >= p.samples) return;
     int64_t label = p.labels[i];
-    bool known = label >= 0 && label < p.classes;
+    bool known = label >= 0 && label < p.classes / p.sub_centers;
     if (!known || label == p.ignore_index) {
         if (lane() == 0) {
             p.cosine[i] = 0.0;
+            if (p.row) p.row[i] = -1;
             if (label != p.ignore_index && p.bad_label) *p.bad_label = label < 0 ? label : label + 1;
         }
         return;
     }
-    double xw = 0.0, xx = 0.0, ww = 0.0;
-    for (int64_t d = lane(); d < p.size; d += kWarp) {
-        double x = static_cast<double>(element<T>(p.embeddings, i, d)),
-               w = static_cast<double>(element<T>(p.weight, label, d));
-        xw += x * w;
-        xx += x * x;
-        ww += w * w;
+    double best = 0.0;
+    int64_t best_row = label * p.sub_centers;
+    for (int64_t row = label * p.sub_centers; row < (label + 1) * p.sub_centers; ++row) {
+        double xw = 0.0, xx = 0.0, ww = 0.0;
+        for (int64_t d = lane(); d < p.size; d += kWarp) {
+            double x = static_cast<double>(element<T>(p.embeddings, i, d)),
+                   w = static_cast<double>(element<T>(p.weight, row, d));
+            xw += x * w;
+            xx += x * x;
+            ww += w * w;
+        }
+        double cosine = warp_sum(xw);
+        xx = warp_sum(xx), ww = warp_sum(ww);
+        if (!p.inner_product) cosine *= inverse_norm_of(xx) * inverse_norm_of(ww);
+        if (row == label * p.sub_centers || cosine > best) best = cosine, best_row = row;
     }
-    xw = warp_sum(xw), xx = warp_sum(xx), ww = warp_sum(ww);
-    if (lane() == 0) p.cosine[i] = xw * inverse_norm_of(xx) * inverse_norm_of(ww);
+    if (lane() == 0) {
+        p.cosine[i] = best;
+        if (p.row) p.row[i] = best_row;
+    }
 }
 
 // Combines one value of every thread of a block, in a fixed order, and gives the result to all.
@@ -66,27 +77,50 @@ template <class Combine> __device__ double block_reduce(double value, double* sh
     return value;
 }
 
+// Leaves out, of one row, all but the best of every class's sub-centers.
+template <class T> __device__ void leave_best(const ExponentSum<T>& p, T* row) {
+    for (int64_t begin = threadIdx.x * p.sub_centers; begin < p.chunk; begin += kRowThreads * p.sub_centers) {
+        int64_t best = begin;
+        for (int64_t j = begin + 1; j < begin + p.sub_centers; ++j)
+            if (row[j] * p.inverse_norm[j] > row[best] * p.inverse_norm[best]) best = j;
+        for (int64_t j = begin; j < begin + p.sub_centers; ++j) // NaN stays, and makes the row's sum NaN
+            if (j != best && row[j] == row[j]) row[j] = kLeftOut<T>;
+    }
+    __syncthreads();
+}
+
 template <class T> __global__ void exponent_sum(ExponentSum<T> p) {
     __shared__ double shared[kRowThreads / kWarp];
     int64_t i = blockIdx.x;
     T* row = p.products + i * p.chunk;
     double scale = p.scale ? p.scale[i] : p.scale_value;
-    int64_t target = p.labels[i] - p.class_begin;
+    int64_t target = p.labels[i] * p.sub_centers - p.class_begin;
+    T threshold = p.hard_threshold ? static_cast<T>(p.hard_threshold[i]) : static_cast<T>(0);
+    T strength = p.hard_threshold ? static_cast<T>(*p.hard_strength) : static_cast<T>(0);
+    if (p.sub_centers > 1) leave_best(p, row);
+    auto left_out = [&](int64_t j) { return (j >= target && j < target + p.sub_centers) || row[j] == kLeftOut<T>; };
+    auto cosine = [&](int64_t j, T& slope) {
+        T c = row[j] * p.inverse_norm[j] + (p.bias ? p.bias[j] : static_cast<T>(0));
+        slope = static_cast<T>(1);
+        return p.hard_threshold ? hard_negative(c, threshold, strength, slope) : c;
+    };
     double k = p.fixed_exponent;
+    T slope;
     if (!p.fixed) {
-        double top = -4.0;
+        double top = static_cast<double>(kLeftOut<T>);
         for (int64_t j = threadIdx.x; j < p.chunk; j += kRowThreads) {
-            double c = static_cast<double>(row[j] * p.inverse_norm[j]);
-            if (j != target && c > top) top = c;
+            double c = static_cast<double>(cosine(j, slope));
+            if (!left_out(j) && c > top) top = c;
         }
         k = row_exponent(scale, block_reduce(top, shared, [](double a, double b) { return a > b ? a : b; }));
     }
     auto power = Exponential<T>::of(scale, k);
     double sum = 0.0;
     for (int64_t j = threadIdx.x; j < p.chunk; j += kRowThreads) {
-        T e = j == target ? static_cast<T>(0) : power(row[j] * p.inverse_norm[j]);
+        T c = cosine(j, slope);
+        T e = left_out(j) ? static_cast<T>(0) : power(c);
         sum += static_cast<double>(e);
-        row[j] = e * p.inverse_norm[j];
+        row[j] = e * p.inverse_norm[j] * slope;
     }
     sum = block_reduce(sum, shared, [](double a, double b) { return a + b; });
     if (threadIdx.x == 0) {
@@ -143,7 +177,7 @@ template <class T> __global__ void project_weight_gradient(ProjectWeightGradient
             add_row(g, inverse * p.nearest_gradient[i] * p.inverse_norm[i], p.weight, i, p.size);
         }
     }
-    project_out(g, p.weight, j, inverse, static_cast<T>(1), p.size);
+    if (!p.inner_product) project_out(g, p.weight, j, inverse, static_cast<T>(1), p.size);
 }
 
 template <class T> __global__ void project_embedding_gradient(ProjectEmbeddingGradient<T> p) {
@@ -163,7 +197,7 @@ template <class T> __global__ void project_embedding_gradient(ProjectEmbeddingGr
         add_row(g, static_cast<T>(p.target_gradient[i]) * p.weight_inverse_norm[label], p.weight, label, p.size);
     if (p.uniform_weight)
         add_row(g, static_cast<T>(p.uniform_gradient[i]), rows_of(p.uniform_weight, p.size), 0, p.size);
-    project_out(g, embeddings, i, static_cast<T>(1), p.inverse_norm[i], p.size);
+    if (!p.inner_product) project_out(g, embeddings, i, static_cast<T>(1), p.inverse_norm[i], p.size);
 }
 
 // The best partner one thread has seen. A thread sees its partners in ascending order.

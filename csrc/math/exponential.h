@@ -1,6 +1,7 @@
 // 2^(a c - k) for a cosine c: one branch-free polynomial for both devices, accurate to 1e-7.
 #pragma once
 
+#include "../kernels.h"
 #include "platform.h"
 
 namespace fm {
@@ -43,7 +44,15 @@ template <> struct Exponential<double> {
 
 // The integer k that puts a row's largest logit at 2^0. A row without negatives has no logit: 0.
 FM_HD double row_exponent(double scale, double largest_cosine) {
-    return largest_cosine < -2.0 ? 0.0 : rint(scale * 1.4426950408889634 * largest_cosine);
+    return largest_cosine <= static_cast<double>(kLeftOut<float>) ? 0.0
+                                                                  : rint(scale * 1.4426950408889634 * largest_cosine);
+}
+
+// A cosine as the exponential sees it, and its derivative: CurricularFace's hard negatives (arXiv:2004.00288, eq. 6).
+template <class T> FM_HD T hard_negative(T cosine, T threshold, T strength, T& slope) {
+    bool hard = cosine > threshold;
+    slope = hard ? strength + 2 * cosine : static_cast<T>(1);
+    return hard ? cosine * (strength + cosine) : cosine;
 }
 
 } // namespace fm

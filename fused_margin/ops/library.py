@@ -1,17 +1,26 @@
 """The torch.library ops: schemas, fakes for torch.compile, and their gradients."""
 
+from dataclasses import fields
+
 import torch
 from torch import Tensor
 
 from fused_margin.ops import sweep as _sweep
 from fused_margin.ops.backend import kernels, on_device
-from fused_margin.ops.problem import Problem, Sweep, SweepGradients
+from fused_margin.ops.problem import Gradients, Problem, Sweep, SweepGradients
+
+# A problem's fields are the first arguments of the ops on it, in their order.
+FIELDS = fields(Problem)
+_SCHEMA_TYPE = {
+    Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", int: "SymInt", bool: "bool", str: "str"
+}  # fmt: skip
+_PROBLEM = ", ".join(f"{_SCHEMA_TYPE[field.type]} {field.name}" for field in FIELDS)
 
 # Order of MarginDerivative in csrc/kernels.h
 DERIVATIVES = ("negative_logsumexp", "target_cosine", "uniform_cosine", "scale", "m1", "m2", "m3", "annealing")
 
 
-def _first_order_only(op) -> None:
+def first_order_only(op) -> None:
     """A backward op is not differentiated again: an error, never a silently wrong second derivative."""
 
     def refuse(ctx, *_):
@@ -20,24 +29,27 @@ def _first_order_only(op) -> None:
     op.register_autograd(refuse)
 
 
-@torch.library.custom_op("fused_margin::sweep", mutates_args=())
-def sweep(
-    embeddings: Tensor | None,
-    weight: Tensor,
-    labels: Tensor | None,
-    scale: Tensor | None,
-    scale_value: float,
-    class_weight: Tensor | None,
-    nearest: bool,
-    workspace_bytes: int,
-    products: str,
-    uniform: bool,
-    ignore_index: int,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The first arguments are Problem's fields, in their order; the others are sweep.forward's."""
-    problem = Problem(embeddings, weight, labels, scale, scale_value, class_weight, nearest, workspace_bytes, products)
-    return tuple(_sweep.forward(problem, uniform, ignore_index, keep))
+def _outputs(kind: type) -> str:
+    return f"({', '.join(['Tensor'] * len(kind._fields))})"
+
+
+@torch.library.custom_op(
+    "fused_margin::sweep",
+    mutates_args=(),
+    schema=f"({_PROBLEM}, bool uniform, SymInt ignore_index, bool keep) -> {_outputs(Sweep)}",
+)
+def sweep(*arguments):
+    *problem, uniform, ignore_index, keep = arguments
+    return tuple(_sweep.forward(Problem(*problem), uniform, ignore_index, keep))
+
+
+def arguments(problem: Problem) -> tuple:
+    """The first of an op's."""
+    return tuple(getattr(problem, field.name) for field in FIELDS)
+
+
+def run_sweep(problem: Problem, uniform: bool, ignore_index: int, keep: bool) -> Sweep:
+    return Sweep(*sweep(*arguments(problem), uniform, ignore_index, keep))
 
 
 @sweep.register_fake
@@ -46,68 +58,59 @@ def _(*arguments):
     return tuple(_sweep.empty_sweep(Problem(*problem), uniform, keep)[1])
 
 
-@torch.library.custom_op("fused_margin::sweep_backward", mutates_args=())
-def sweep_backward(
-    embeddings: Tensor | None,
-    weight: Tensor,
-    labels: Tensor | None,
-    scale: Tensor | None,
-    scale_value: float,
-    class_weight: Tensor | None,
-    nearest: bool,
-    workspace_bytes: int,
-    products: str,
-    upstream: list[Tensor | None],
-    saved: list[Tensor],
-    need_embeddings: bool,
-    need_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    problem = Problem(embeddings, weight, labels, scale, scale_value, class_weight, nearest, workspace_bytes, products)
-    return _sweep.backward(problem, SweepGradients(*upstream), Sweep(*saved), need_embeddings, need_weight)
+@torch.library.custom_op(
+    "fused_margin::sweep_backward",
+    mutates_args=(),
+    schema=f"({_PROBLEM}, Tensor?[] upstream, Tensor[] saved, bool need_embeddings, bool need_weight, bool need_bias) "
+    f"-> {_outputs(Gradients)}",
+)
+def sweep_backward(*arguments):
+    *problem, upstream, saved, need_embeddings, need_weight, need_bias = arguments
+    upstream, saved = SweepGradients(*upstream), Sweep(*saved)
+    return tuple(_sweep.backward(Problem(*problem), upstream, saved, need_embeddings, need_weight, need_bias))
 
 
 @sweep_backward.register_fake
 def _(*arguments):
-    *problem, _upstream, _saved, need_embeddings, need_weight = arguments
-    embeddings, weight, scale = problem[0], problem[1], problem[3]
+    *problem, _upstream, _saved, need_embeddings, need_weight, need_bias = arguments
+    problem = Problem(*problem)
+    embeddings, weight, bias, scale = problem.embeddings, problem.weight, problem.bias, problem.scale
     return (
         torch.empty_like(embeddings, memory_format=torch.contiguous_format) if need_embeddings else weight.new_empty(0),
         torch.empty_like(weight) if need_weight else weight.new_empty(0),
+        bias.new_empty(bias.shape) if need_bias else weight.new_empty(0),
         torch.empty_like(scale) if scale is not None else weight.new_empty(0, dtype=torch.float64),
     )
 
 
-_first_order_only(sweep_backward)
+first_order_only(sweep_backward)
+_IS_TENSOR = [field.type in (Tensor, Tensor | None) for field in FIELDS]
 
 
 def _sweep_context(ctx, inputs, output):
-    problem = Problem(*inputs[:9])
+    problem = inputs[: len(FIELDS)]
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(
-        problem.embeddings, problem.weight, problem.labels, problem.scale, problem.class_weight, *output
-    )
-    ctx.settings = problem.scale_value, problem.nearest, problem.workspace_bytes, problem.products
+    ctx.save_for_backward(*(value for value, tensor in zip(problem, _IS_TENSOR, strict=True) if tensor), *output)
+    ctx.settings = [value for value, tensor in zip(problem, _IS_TENSOR, strict=True) if not tensor]
 
 
 def _sweep_gradient(ctx, d_nlse, d_target, d_uniform, d_nearest, *_):
-    embeddings, weight, labels, scale, class_weight, *saved = ctx.saved_tensors
-    scale_value, nearest, workspace_bytes, products = ctx.settings
-    need_embeddings, need_weight, _, need_scale = ctx.needs_input_grad[:4]
-    upstream = [d_nlse, d_target, d_uniform if saved[2].numel() else None, d_nearest if nearest else None]
-    none = (None,) * 12
-    if all(g is None for g in upstream):
-        return none
-    d_embeddings, d_weight, d_scale = sweep_backward(
-        embeddings, weight, labels, scale, scale_value, class_weight, nearest, workspace_bytes, products, upstream,
-        saved, need_embeddings, need_weight,
-    )  # fmt: skip
-    return (
-        d_embeddings if need_embeddings else None,
-        d_weight if need_weight else None,
-        None,
-        d_scale if need_scale else None,
-        *none[4:],
-    )
+    tensors, settings = list(ctx.saved_tensors), iter(ctx.settings)
+    saved = Sweep(*tensors[sum(_IS_TENSOR) :])
+    problem = Problem(*(tensors.pop(0) if tensor else next(settings) for tensor in _IS_TENSOR))
+    needed = dict(zip((field.name for field in FIELDS), ctx.needs_input_grad, strict=False))
+    upstream = [
+        d_nlse,
+        d_target,
+        d_uniform if saved.uniform_cosine.numel() else None,
+        d_nearest if problem.nearest else None,
+    ]
+    result = dict.fromkeys(needed)
+    if any(g is not None for g in upstream):
+        asked = [needed[name] for name in ("embeddings", "weight", "bias")]
+        gradients = Gradients(*sweep_backward(*arguments(problem), upstream, list(saved), *asked))
+        result |= {name: value for name, value in gradients._asdict().items() if needed[name]}
+    return (*result.values(), None, None, None)
 
 
 sweep.register_autograd(_sweep_gradient, setup_context=_sweep_context)
@@ -182,7 +185,7 @@ def _(upstream, derivatives):
     return torch.empty_like(derivatives)
 
 
-_first_order_only(margin_rows_backward)
+first_order_only(margin_rows_backward)
 
 
 # position of an input of margin_rows: row of its derivatives

@@ -34,9 +34,10 @@ class Plan:
         return k * self.chunk, min((k + 1) * self.chunk, self.classes)
 
 
-def whole_chunk(classes: int, most: int) -> int:
+def whole_chunk(classes: int, most: int, sub_centers: int = 1) -> int:
     """A chunk of at most `most` classes, a multiple of SMALLEST_CHUNK and at least that, unless there are fewer."""
-    return min(max(most // SMALLEST_CHUNK * SMALLEST_CHUNK, SMALLEST_CHUNK), max(classes, 1))
+    smallest = SMALLEST_CHUNK * sub_centers  # the sub-centers of a class stay together
+    return min(max(most // smallest * smallest, smallest), max(classes, 1))
 
 
 def device_type(problem: Problem) -> str:
@@ -61,7 +62,7 @@ def portable_plan(problem: Problem, keep: bool) -> Plan:
     chunk = target // max(per_class, item * size)
     if problem.nearest:  # chunks are then the sides of tiles
         chunk = min(chunk, math.isqrt(min(TILE_BYTES[device], room) // item))
-    chunk = whole_chunk(classes, chunk)
+    chunk = whole_chunk(classes, chunk, problem.sub_centers)
     chunks = -(-classes // chunk)
     kept = 0
     if keep and samples:

@@ -30,6 +30,8 @@ def fixed_exponent(problem: Problem) -> float | None:
     With |cos| <= 1, exp(scale * cos - shift) stays within [1e-36, e^58] and its sum over the classes
     below float32's largest; e^58 leaves room for the division by the norm of a very short class weight.
     """
+    if problem.inner_product or problem.hard_threshold is not None:
+        return None  # not within [-1, 1]
     scale = problem.scale_value
     shift = max(math.log(max(problem.classes, 1)) / 2, scale - 58.0)
     return math.ceil(shift / LN2) if problem.scale is None and scale + shift <= 82.0 else None
@@ -67,10 +69,13 @@ class Products:
     def exponentiate(self, k: int, operand: Tensor) -> Tensor:
         (begin, end), products = self.plan.bounds(k), self.exponentials(k)
         torch.mm(self.sweep.normalized_embeddings, operand.t(), out=products)
+        problem = self.problem
         self.run.exponent_sum(
-            products=products, inverse_norm=self.sweep.weight_inverse_norm[begin:end], labels=self.problem.labels,
-            scale=self.problem.scales, fixed_exponent=self.fixed, exponent=self.exponents[k], sum=self.sums[k],
-            samples=self.problem.samples, chunk=end - begin, class_begin=begin,
+            products=products, inverse_norm=self.sweep.weight_inverse_norm[begin:end],
+            bias=None if problem.bias is None else problem.bias[begin:end].to(problem.compute).contiguous(),
+            labels=problem.labels, hard_threshold=problem.hard_threshold, hard_strength=problem.hard_strength,
+            scale=problem.scales, fixed_exponent=self.fixed, exponent=self.exponents[k], sum=self.sums[k],
+            samples=problem.samples, chunk=end - begin, class_begin=begin, sub_centers=problem.sub_centers,
         )  # fmt: skip
         return products
 
@@ -78,10 +83,13 @@ class Products:
         """Forward of a chunk: the norms of its classes, and their part of every row's sum."""
         begin, end = self.plan.bounds(k)
         operand = self.rows(begin, end)
-        self.run.row_normalize(
-            rows=operand, normalized=None, inverse_norm=self.sweep.weight_inverse_norm[begin:end], count=end - begin,
-            size=self.problem.size,
-        )  # fmt: skip
+        inverse_norm = self.sweep.weight_inverse_norm[begin:end]
+        if self.problem.inner_product:
+            inverse_norm.fill_(1.0)
+        else:
+            self.run.row_normalize(
+                rows=operand, normalized=None, inverse_norm=inverse_norm, count=end - begin, size=self.problem.size
+            )
         if self.problem.samples:
             self.exponentiate(k, operand)
         if self.problem.nearest:
@@ -124,8 +132,8 @@ class Products:
         self.left = torch.empty_like(x_hat) if need_weight else None
         self.partial = torch.empty_like(x_hat) if need_embeddings and not self.shared else None
 
-    def accumulate(self, k: int, gradient: Tensor | None) -> None:
-        """Backward of a chunk: adds to d_embeddings, writes the dense part of the weight gradient."""
+    def accumulate(self, k: int, gradient: Tensor | None, bias_gradient: Tensor | None) -> None:
+        """Backward of a chunk: adds to d_embeddings, writes the dense parts of the gradients of weight and bias."""
         begin, end = self.plan.bounds(k)
         operand = self.rows(begin, end)
         exponentials = self.exponentials(k) if k < self.plan.kept else self.exponentiate(k, operand)
@@ -139,6 +147,8 @@ class Products:
                 factors = self.to_classes[0 if self.shared else k].to(operand.dtype)
                 torch.mul(self.sweep.normalized_embeddings, factors.unsqueeze(1), out=self.left)
             torch.mm(exponentials.t(), self.left, out=gradient)
+        if bias_gradient is not None:
+            torch.mv(exponentials.t(), self.to_classes[k].to(operand.dtype), out=bias_gradient)
 
     def embedding_gradient(self) -> Tensor:
         return self.d_embeddings

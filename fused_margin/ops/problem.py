@@ -16,14 +16,20 @@ class Problem:
     """The arguments that forward and backward of one sweep share."""
 
     embeddings: Tensor | None  # (N, D), or None where only the nearest classes are wanted
-    weight: Tensor  # (C, D)
-    labels: Tensor | None  # (N,) int64
-    scale: Tensor | None  # (N,) float64, or None for scale_value
-    scale_value: float
-    class_weight: Tensor | None  # (C,) float64, of label smoothing
-    nearest: bool
+    weight: Tensor  # (C, D), C classes, or their sub-centers
     workspace_bytes: int
     products: str  # a name of ops.dispatch
+    labels: Tensor | None = None  # (N,) int64
+    scale: Tensor | None = None  # (N,) float64, or None for scale_value
+    scale_value: float = 1.0
+    class_weight: Tensor | None = None  # (C,) float64, of label smoothing
+    nearest: bool = False
+    # by portable products only
+    sub_centers: int = 1  # rows of weight a class
+    hard_threshold: Tensor | None = None  # (N,) float64, see margins.HardNegatives
+    hard_strength: Tensor | None = None  # (1,) float64
+    inner_product: bool = False  # nothing is normalised
+    bias: Tensor | None = None  # (C,), of inner products
 
     @property
     def samples(self) -> int:
@@ -50,16 +56,26 @@ class Sweep(NamedTuple):
     """What a sweep finds. The first five are its results, the others what its backward needs."""
 
     negative_logsumexp: Tensor  # (N,) float64, over the classes that are not the label's
-    target_cosine: Tensor  # (N,) float64
+    target_cosine: Tensor  # (N,) float64; an inner product without its bias, where those are asked for
     uniform_cosine: Tensor  # (N,) float64, sum_j class_weight_j cos_ij, or (0,)
     nearest_cosine: Tensor  # (C,) or (0,)
     nearest_index: Tensor  # (C,) int64 or (0,)
+    target_row: Tensor  # (N,) int64 row of weight that is the target's, or (0,) where the label is
     normalized_embeddings: Tensor  # (N, D)
     embedding_inverse_norm: Tensor  # (N,)
     weight_inverse_norm: Tensor  # (C,)
     exponent: Tensor  # (chunks, N) float64, or (1, N) where one exponent of a row serves all chunks
     uniform_weight: Tensor  # (D,), sum_j class_weight_j w_hat_j, or (0,)
     kept: Tensor  # what the forward has room to keep for the backward, chunk after chunk
+
+
+class Gradients(NamedTuple):
+    """Of a problem's tensors; no elements where not asked for."""
+
+    embeddings: Tensor  # (N, D)
+    weight: Tensor  # (C, D)
+    bias: Tensor  # (C,); the target's part is left to whoever added the target's bias
+    scale: Tensor  # (N,)
 
 
 class SweepGradients(NamedTuple):

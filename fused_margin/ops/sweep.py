@@ -12,7 +12,7 @@ from torch import Tensor
 from fused_margin.ops import bad_labels, dispatch, portable, tensor_cores
 from fused_margin.ops.backend import advise_huge_pages, kernels, on_device
 from fused_margin.ops.plan import Plan, gradient_in_place
-from fused_margin.ops.problem import Problem, Sweep, SweepGradients
+from fused_margin.ops.problem import Gradients, Problem, Sweep, SweepGradients
 
 LN2 = portable.LN2
 
@@ -40,6 +40,7 @@ def empty_sweep(problem: Problem, uniform: bool, keep: bool) -> tuple[Plan, Swee
         uniform_cosine=weight.new_empty(samples if uniform else 0, dtype=statistic),
         nearest_cosine=weight.new_empty(classes if problem.nearest else 0, dtype=compute),
         nearest_index=weight.new_empty(classes if problem.nearest else 0, dtype=torch.int64),
+        target_row=weight.new_empty(samples if problem.sub_centers > 1 else 0, dtype=torch.int64),
         normalized_embeddings=weight.new_empty(samples, size, dtype=compute),
         embedding_inverse_norm=weight.new_empty(samples, dtype=compute),
         weight_inverse_norm=weight.new_empty(classes, dtype=compute),
@@ -60,14 +61,20 @@ def forward(problem: Problem, uniform: bool, ignore_index: int, keep: bool) -> S
             reported = bad_labels.flag(device)
             run.target_cosine(
                 compute_like=result.normalized_embeddings, embeddings=problem.embeddings, weight=weight,
-                labels=problem.labels, cosine=result.target_cosine, bad_label=reported.data_ptr(), samples=samples,
-                classes=classes, size=size, ignore_index=ignore_index,
+                labels=problem.labels, cosine=result.target_cosine,
+                row=result.target_row if problem.sub_centers > 1 else None, bad_label=reported.data_ptr(),
+                samples=samples, classes=classes, size=size, ignore_index=ignore_index,
+                sub_centers=problem.sub_centers, inner_product=problem.inner_product,
             )  # fmt: skip
-            bad_labels.check(reported, device, classes)
-            run.row_normalize(
-                rows=problem.embeddings, normalized=result.normalized_embeddings,
-                inverse_norm=result.embedding_inverse_norm, count=samples, size=size,
-            )  # fmt: skip
+            bad_labels.check(reported, device, classes // problem.sub_centers)
+            if problem.inner_product:
+                result.normalized_embeddings.copy_(problem.embeddings)
+                result.embedding_inverse_norm.fill_(1.0)
+            else:
+                run.row_normalize(
+                    rows=problem.embeddings, normalized=result.normalized_embeddings,
+                    inverse_norm=result.embedding_inverse_norm, count=samples, size=size,
+                )  # fmt: skip
         products = products_module(problem).Products(run, problem, plan, result)
         if uniform:
             result.uniform_weight.zero_()
@@ -86,14 +93,14 @@ def forward(problem: Problem, uniform: bool, ignore_index: int, keep: bool) -> S
 
 
 def backward(
-    problem: Problem, upstream: SweepGradients, saved: Sweep, need_embeddings: bool, need_weight: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of embeddings (N, D), weight (C, D) and scale (N,); an empty tensor for what is not needed."""
+    problem: Problem, upstream: SweepGradients, saved: Sweep, need_embeddings: bool, need_weight: bool, need_bias: bool
+) -> Gradients:
     compute, weight, device = problem.compute, problem.weight, problem.weight.device
     samples, classes, size, x_hat = problem.samples, problem.classes, problem.size, saved.normalized_embeddings
     module = products_module(problem)
     plan = module.plan_of(problem, saved.kept.numel() > 0)
     d_weight = weight.new_empty(0)
+    d_bias = x_hat.new_empty(classes if need_bias else 0)
     d_scale = saved.target_cosine.new_empty(samples if problem.scale is not None else 0)
     # of the embeddings, before the Jacobian; the scale's gradient is read off it too
     need_dense = need_embeddings or problem.scale is not None
@@ -108,6 +115,8 @@ def backward(
         if dense:
             products = module.Products(run, problem, plan, saved)
             products.prepare(row_scales(upstream.negative_logsumexp, saved), need_dense, need_weight)
+        else:
+            d_bias.zero_()
         if need_weight:
             d_weight = torch.empty_like(weight)
             advise_huge_pages(d_weight)
@@ -120,14 +129,14 @@ def backward(
             if need_weight:
                 gradient = d_weight[begin:end] if in_place else buffer[: end - begin]
             if dense:
-                products.accumulate(k, gradient)
+                products.accumulate(k, gradient, d_bias[begin:end] if need_bias else None)
             elif need_weight:
                 gradient.zero_()
             if need_weight:
                 run.project_weight_gradient(
                     gradient=gradient, weight=weight, inverse_norm=saved.weight_inverse_norm,
                     dense_scale=products.dense_scale if dense else None, **sparse, samples=samples, classes=classes,
-                    size=size, class_begin=begin, chunk=end - begin,
+                    size=size, class_begin=begin, chunk=end - begin, inner_product=problem.inner_product,
                 )  # fmt: skip
                 if not in_place:
                     d_weight[begin:end].copy_(gradient)
@@ -137,19 +146,26 @@ def backward(
             uniform = upstream.uniform_cosine is not None
             run.project_embedding_gradient(
                 gradient=d_embeddings, normalized_embeddings=x_hat, inverse_norm=saved.embedding_inverse_norm,
-                weight=weight, weight_inverse_norm=saved.weight_inverse_norm, labels=problem.labels,
+                weight=weight, weight_inverse_norm=saved.weight_inverse_norm, labels=target_rows(problem, saved),
                 row_scale=products.embedding_scale if dense else None, scale=problem.scales,
                 target_gradient=target_gradient,
                 uniform_gradient=upstream.uniform_cosine.contiguous() if uniform else None,
                 uniform_weight=saved.uniform_weight if uniform else None,
                 scale_gradient=d_scale if problem.scale is not None else None, samples=samples, classes=classes,
-                size=size,
+                size=size, inner_product=problem.inner_product,
             )  # fmt: skip
     if not need_embeddings:
         d_embeddings = x_hat.new_empty(0)
     elif problem.embeddings.dtype != compute:
         d_embeddings = d_embeddings.to(problem.embeddings.dtype)
-    return d_embeddings, d_weight, d_scale
+    if need_bias:
+        d_bias = d_bias.to(problem.bias.dtype)
+    return Gradients(d_embeddings, d_weight, d_bias, d_scale)
+
+
+def target_rows(problem: Problem, saved: Sweep) -> Tensor | None:
+    """The row of weight (N,) that is every sample's target."""
+    return saved.target_row if problem.sub_centers > 1 else problem.labels
 
 
 def row_scales(gradient: Tensor, saved: Sweep) -> Tensor:
@@ -169,7 +185,7 @@ def sparse_terms(
     )  # fmt: skip
     x_hat = saved.normalized_embeddings
     if problem.labels is not None:
-        terms["sorted_labels"], terms["label_order"] = torch.sort(problem.labels, stable=True)
+        terms["sorted_labels"], terms["label_order"] = torch.sort(target_rows(problem, saved), stable=True)
         terms["normalized_embeddings"], terms["target_gradient"] = x_hat, target_gradient
     if upstream.uniform_cosine is not None:
         terms["uniform_direction"] = torch.mv(x_hat.t(), upstream.uniform_cosine.to(x_hat.dtype))

@@ -117,8 +117,8 @@ class Products:
             cosine = torch.empty_like(sweep.nearest_cosine, dtype=torch.float64)
             self.run.target_cosine(  # what fp16 has found, computed anew from the unrounded weights
                 compute_like=sweep.nearest_cosine, embeddings=weight, weight=weight, labels=sweep.nearest_index,
-                cosine=cosine, bad_label=0, samples=self.problem.classes, classes=self.problem.classes,
-                size=self.problem.size, ignore_index=-1,
+                cosine=cosine, row=None, bad_label=0, samples=self.problem.classes, classes=self.problem.classes,
+                size=self.problem.size, ignore_index=-1, sub_centers=1, inner_product=False,
             )  # fmt: skip
             sweep.nearest_cosine.copy_(cosine.clamp_(-1.0, 1.0))
 
@@ -147,7 +147,7 @@ class Products:
             self.classes_left = [high, (exact - high.float()).half()][: self.parts]
             self.dense_scale = largest / (operand_scale * probability_scale)
 
-    def accumulate(self, k: int, gradient: Tensor | None) -> None:
+    def accumulate(self, k: int, gradient: Tensor | None, _bias_gradient: None) -> None:
         """Backward of a chunk: adds to d_embeddings, writes the dense part of the weight gradient."""
         begin, end = self.plan.bounds(k)
         operand = self.operand(k, self.buffer, fresh=False)

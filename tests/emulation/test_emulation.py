@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from problems import ours, problem, relative_error
+from problems import leaf, ours, problem, relative_error
 
 import fused_margin as fm
+from fused_margin.margins import HardNegatives
 from fused_margin.ops import library, sweep
 from fused_margin.ops.backend import Kernels
 
@@ -40,6 +41,36 @@ def test_losses(compare, case, dtype):
     y[2] = -100
     tolerance = 1e-6 if dtype == torch.float32 else 1e-12
     compare(lambda: ours(x, w, y, {"m2": 0.5}, **CASES[case]), tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("workspace_mb", [256, 1e-6], ids=["kept", "recomputed"])
+def test_sub_centers_and_hard_negatives(compare, dtype, workspace_mb):
+    x, w, y = (t.to(dtype) if t.is_floating_point() else t for t in problem(7, 777, 45))
+    y = torch.where(torch.arange(7) == 2, -100, y % 259)
+    negatives = HardNegatives(torch.linspace(-0.3, 0.3, 7, dtype=torch.float64), 0.3)
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-12
+    for options in ({"sub_centers": 3}, {"hard_negatives": negatives}, {"sub_centers": 3, "hard_negatives": negatives}):
+        compare(
+            lambda o=options: ours(x, w, y, {"m2": 0.5}, 20.0, workspace_mb=workspace_mb, **o),
+            tolerance,
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("workspace_mb", [256, 1e-6], ids=["kept", "recomputed"])
+def test_inner_products(compare, dtype, workspace_mb):
+    x, w, y = (t.to(dtype) if t.is_floating_point() else t for t in problem(7, 333, 45, spread=1.0))
+    bias = torch.randn(333, dtype=dtype)
+
+    def run(**options):
+        leaves = [leaf(t) for t in (x, w, bias)]
+        loss = fm.functional.linear_cross_entropy(leaves[0], leaves[1], y, leaves[2], **options)
+        loss.backward()
+        return loss.detach(), *(t.grad for t in leaves)
+
+    for options in ({"label_smoothing": 0.1}, {"margin": fm.Margin(m1=4.0)}):
+        compare(lambda o=options: run(workspace_mb=workspace_mb, **o), 2e-6 if dtype == torch.float32 else 1e-12)
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 3), (33, 257, 31), (3, 1025, 130)], ids=str)

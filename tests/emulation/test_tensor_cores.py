@@ -8,6 +8,7 @@ import fused_margin as fm
 from fused_margin import reference
 from fused_margin.ops import dispatch, library, sweep
 from fused_margin.ops.backend import Kernels
+from fused_margin.ops.problem import Problem
 
 
 @pytest.fixture(params=["sm90", "sm80"])
@@ -171,9 +172,8 @@ def test_opcheck(family, keep, exact):
     x, w, y = single(9, 200, 40)
     products = f"{family} {dispatch.SPLIT}" if exact else family
     scale = (torch.rand(9, dtype=torch.float64) + 5).requires_grad_()
-    torch.library.opcheck(
-        library.sweep, (leaf(x), leaf(w), y, scale, 64.0, None, True, 1 << 18, products, False, -100, keep)
-    )
+    problem = Problem(leaf(x), leaf(w), 1 << 18, products, y, scale, nearest=True)
+    torch.library.opcheck(library.sweep, (*library.arguments(problem), False, -100, keep))
 
 
 def test_the_same_bits_every_time(family):

@@ -1,0 +1,142 @@
+"""Losses over inner products, with class weights whose length matters: softmax, L2-softmax, L-softmax."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fused_margin import checks
+from fused_margin.functional import exclusive_regularization, linear_cross_entropy
+from fused_margin.losses import AnnealedMargin, ClassificationLoss
+from fused_margin.margins import Margin
+
+ARGUMENTS = """
+
+    Args:
+        num_classes: C.
+        embedding_size: D.
+{own}
+        exclusive_weight: lambda of RegularFace's exclusive term, added to the loss in a sweep of its own.
+        class_weight: (C,) factors, as ``weight`` in ``torch.nn.CrossEntropyLoss``. A buffer.
+        reduction, ignore_index, label_smoothing: as in ``torch.nn.CrossEntropyLoss``{smoothing}.
+        workspace_mb: bound on scratch memory in MiB, whatever C is.
+        device, dtype: of the parameters.
+
+    Shape:
+        embeddings (N, D), labels (N,) integers -> scalar, or (N,) with ``reduction="none"``.
+
+    Attributes:
+        weight: (C, D) parameter, initialised as that of ``torch.nn.Linear``.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came.
+"""
+OWN_BIAS = "        bias: with a learned (C,) ``bias``, initialised 0."
+
+
+class SoftmaxLoss(ClassificationLoss):
+    __doc__ = "Plain softmax: cross-entropy over ``x_i . w_j + b_j``, with nothing of size N x C." + ARGUMENTS.format(
+        own=OWN_BIAS, smoothing=""
+    )
+
+    def __init__(self, num_classes: int, embedding_size: int, bias: bool = True, **options):
+        super().__init__(num_classes, embedding_size, **options)
+        if self.sub_centers > 1:
+            raise ValueError(f"sub_centers: expected 1 with inner products, got {self.sub_centers}")
+        self.register_parameter("bias", nn.Parameter(torch.empty_like(self.weight[:, 0])) if bias else None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        checks.batch(embeddings, self.weight, labels)
+        loss = linear_cross_entropy(
+            self.features(embeddings), self.weight, labels, self.bias, self.margin(), **self.cross_entropy_options()
+        )
+        if self.exclusive_weight > 0:
+            loss = loss + self.exclusive_weight * exclusive_regularization(self.weight, workspace_mb=self.workspace_mb)
+        return loss
+
+    def features(self, embeddings: Tensor) -> Tensor:
+        """What the class weights are multiplied with."""
+        return embeddings
+
+    def margin(self) -> Margin | None:
+        """Of the target, in this step."""
+        return None
+
+    def logits(self, embeddings: Tensor) -> Tensor:
+        """Logits (N, C) of embeddings (N, D), without margin, for inference."""
+        checks.embeddings_for(embeddings, self.weight)
+        dtype = torch.promote_types(embeddings.dtype, self.weight.dtype)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return F.linear(self.features(embeddings).to(dtype), self.weight.to(dtype), bias)
+
+
+class L2SoftmaxLoss(SoftmaxLoss):
+    __doc__ = (
+        "L2-softmax: softmax over embeddings of one length, ``alpha x_i / |x_i|`` (arXiv:1703.09507, eq. 3)."
+        + ARGUMENTS.format(
+            own="        alpha: the length; None learns it, from the paper's lower bound (eq. 5, probability 0.9) on.\n"
+            + OWN_BIAS,
+            smoothing="",
+        )
+    )
+
+    def __init__(self, num_classes: int, embedding_size: int, alpha: float | None = None, bias: bool = True, **options):
+        if alpha is not None:
+            checks.number("alpha", alpha, 0.0, open_low=True)
+        super().__init__(num_classes, embedding_size, bias, **options)
+        if alpha is None:
+            self.alpha = nn.Parameter(self.weight.new_tensor(lower_bound(self.num_classes), requires_grad=False))
+        else:
+            self.alpha = alpha
+
+    def features(self, embeddings: Tensor) -> Tensor:
+        norm = torch.linalg.vector_norm(embeddings, dim=1, keepdim=True, dtype=torch.float64)
+        short = norm < 1e-12  # a zero embedding stays zero, and so does its gradient
+        return (embeddings * torch.where(short, 0.0, self.alpha / torch.where(short, 1.0, norm))).to(
+            torch.promote_types(embeddings.dtype, torch.float32)
+        )
+
+    def own_repr(self) -> list[str]:
+        return [f"alpha={self.alpha if isinstance(self.alpha, float | int) else 'learned'}"]
+
+
+class LSoftmaxLoss(AnnealedMargin, SoftmaxLoss):
+    __doc__ = (
+        "L-softmax: a multiplicative angular margin, ``|x_i| |w_y| psi(theta_i)`` (arXiv:1612.02295, eq. 4 and 6)."
+        + ARGUMENTS.format(
+            own="        margin: factor on the angle, any real number >= 1.\n"
+            "        annealing: as in :class:`fused_margin.SphereFaceLoss`.",
+            smoothing=" (no smoothing)",
+        )
+        + "        iteration: int64 buffer (only with annealing), saved in the state dict.\n"
+    )
+
+    def __init__(self, num_classes: int, embedding_size: int, margin: float = 4, annealing: bool = True, **options):
+        checks.number("margin", margin, 1.0)
+        super().__init__(num_classes, embedding_size, bias=False, **options)
+        checks.absent("a margin", label_smoothing=self.label_smoothing)
+        self.margin_function = Margin(m1=margin)
+        self.set_annealing(annealing)
+
+    def margin(self) -> Margin:
+        return self.annealed_margin()
+
+    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        loss = super().forward(embeddings, labels)
+        self.count_iteration()
+        return loss
+
+    def own_repr(self) -> list[str]:
+        return [f"margin={self.margin_function.m1}"]
+
+
+def lower_bound(num_classes: int, probability: float = 0.9) -> float:
+    """Length at which a sample of C classes can reach `probability` (arXiv:1703.09507, eq. 5); at least 1."""
+    return max(1.0, math.log(max(1.0, probability * (num_classes - 2) / (1 - probability))))

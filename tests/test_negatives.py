@@ -1,0 +1,183 @@
+"""What becomes of other classes: sub-centers, and CurricularFace's hard negatives."""
+
+import pytest
+import torch
+from problems import leaf, ours, problem, relative_error, truth
+
+import fused_margin as fm
+from fused_margin import _C, reference
+from fused_margin.functional import margin_cross_entropy
+from fused_margin.margins import HardNegatives
+
+KEEP, RECOMPUTE = 256, 1e-6
+
+
+@pytest.mark.parametrize("workspace_mb", [KEEP, RECOMPUTE], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("scale", [20.0, 300.0, None], ids=str)
+@pytest.mark.parametrize("sub_centers", [1, 2, 3, 7])
+def test_sub_centers(sub_centers, scale, workspace_mb):
+    x, w, y = problem(31, 84 * 5, 12)
+    y = y % (84 * 5 // sub_centers)
+    y[4] = -100
+    options = {"sub_centers": sub_centers}
+    class_weight = torch.rand(84 * 5 // sub_centers, dtype=torch.float64)
+    for dtype, tolerance in ((torch.float64, 1e-11), (torch.float32, 1e-5)):
+        given = x.to(dtype), w.to(dtype), y, {"m2": 0.5}, scale
+        expected = truth(*given, class_weight=class_weight, **options)
+        measured = ours(*given, class_weight=class_weight, workspace_mb=workspace_mb, **options)
+        for m, e in zip(measured, expected, strict=True):
+            assert relative_error(m, e) < tolerance
+
+
+def test_equal_sub_centers_give_the_first_all():
+    x, w, y = problem(8, 20, 6)
+    doubled = w.repeat_interleave(2, dim=0)
+    loss, dx, dw = ours(x, doubled, y, {"m2": 0.5}, sub_centers=2)
+    expected = ours(x, w, y, {"m2": 0.5})
+    for m, e in zip((loss, dx, dw[::2]), expected, strict=True):
+        assert relative_error(m, e) < 1e-12
+    assert not dw[1::2].any()
+
+
+def hard(x, w, y, strength=0.3):
+    """CurricularFace's threshold, which is below some of the cosines."""
+    cosine = reference.normalize(x) @ reference.normalize(w).t()
+    threshold = torch.cos(torch.acos(cosine[torch.arange(len(y)), y]) + 0.5)
+    assert (cosine > threshold.unsqueeze(1)).double().mean() > 0.1
+    return threshold, strength
+
+
+@pytest.mark.parametrize("workspace_mb", [KEEP, RECOMPUTE], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("scale", [4.0, 64.0, 300.0])
+@pytest.mark.parametrize("strength", [0.0, 0.3, 1.0])
+def test_hard_negatives(strength, scale, workspace_mb):
+    x, w, y = problem(29, 307, 6)
+    for dtype, tolerance in ((torch.float64, 1e-11), (torch.float32, 1e-5)):
+        given = x.to(dtype), w.to(dtype), y, {"m2": 0.5}, scale
+        found = hard(x.to(dtype).double(), w.to(dtype).double(), y, strength)
+        found = found[0] + 1e-9, found[1]  # no cosine is as near to it as rounding
+        expected = truth(*given, hard_negatives=found)
+        measured = ours(*given, hard_negatives=HardNegatives(*found), workspace_mb=workspace_mb)
+        for m, e in zip(measured, expected, strict=True):
+            assert relative_error(m, e) < tolerance
+
+
+def test_hard_negatives_and_sub_centers_together():
+    x, w, y = problem(29, 306, 6)
+    y = y % 102
+    threshold = torch.rand(29, dtype=torch.float64) - 0.5
+    strength = torch.tensor(0.2, dtype=torch.float64)
+    expected = truth(x, w, y, {"m2": 0.5}, sub_centers=3, hard_negatives=(threshold, 0.2))
+    measured = ours(x, w, y, {"m2": 0.5}, sub_centers=3, hard_negatives=HardNegatives(threshold, strength))
+    for m, e in zip(measured, expected, strict=True):
+        assert relative_error(m, e) < 1e-11
+
+
+def test_gradcheck():
+    x, w, y = problem(6, 12, 5, seed=3)
+    threshold = torch.linspace(-0.5, 0.5, 6, dtype=torch.float64)
+    inputs = x.requires_grad_(), w.requires_grad_()
+    for options in ({"sub_centers": 3}, {"hard_negatives": HardNegatives(threshold, 0.4)}):
+        for workspace_mb in (KEEP, RECOMPUTE):
+            assert torch.autograd.gradcheck(
+                lambda a, b, w=workspace_mb, o=options: margin_cross_entropy(
+                    a, b, y % 4, fm.Margin(m2=0.5), 8.0, workspace_mb=w, **o
+                ),
+                inputs,
+            )
+
+
+def test_every_instruction_set():
+    x, w, y = problem(29, 306, 6)
+    y = y % 102
+    negatives = HardNegatives(torch.rand(29, dtype=torch.float64) - 0.5, 0.2)
+    before, results = _C.cpu.capability(), []
+    try:
+        for capability in _C.cpu.Capability.__members__.values():
+            if capability <= _C.cpu.best_capability():
+                _C.cpu.use(capability)
+                results.append(ours(x.float(), w.float(), y, {"m2": 0.5}, sub_centers=3, hard_negatives=negatives))
+    finally:
+        _C.cpu.use(before)
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert relative_error(a, b) < 1e-5
+
+
+def test_a_nan_makes_the_loss_nan():
+    x, w, y = problem(8, 20, 6)
+    w[3] = torch.nan
+    for options in ({"sub_centers": 2}, {"hard_negatives": HardNegatives(torch.zeros(8, dtype=torch.float64), 0.1)}):
+        assert margin_cross_entropy(x, w, y % 10, **options).isnan()
+
+
+def test_what_is_refused():
+    x, w, y = problem(8, 20, 6)
+    negatives = HardNegatives(torch.zeros(8, dtype=torch.float64), 0.1)
+    for message, options in (
+        ("weight: expected 3 rows for every class", {"sub_centers": 3}),
+        ("exclusive_weight: expected 0 with sub_centers", {"sub_centers": 2, "exclusive_weight": 1.0}),
+        ("label_smoothing: expected 0 with sub_centers", {"sub_centers": 2, "label_smoothing": 0.1}),
+        ("label_smoothing: expected 0 with hard_negatives", {"hard_negatives": negatives, "label_smoothing": 0.1}),
+        (r"hard_negatives.threshold: expected .*\(8,\)", {"hard_negatives": HardNegatives(torch.zeros(7), 0.1)}),
+        ("labels: expected values", {"sub_centers": 4}),
+        (r"class_weight: expected shape \(10,\)", {"sub_centers": 2, "class_weight": torch.ones(20)}),
+    ):
+        with pytest.raises(ValueError, match=message):
+            margin_cross_entropy(x, w, y % 10, **options)
+    for message, options in (
+        ("scale: expected a number with hard_negatives", {"hard_negatives": negatives, "scale": None}),
+        ("hard_negatives: expected", {"hard_negatives": 0.3}),
+        ("hard_negatives.threshold: expected a tensor", {"hard_negatives": HardNegatives(0.5, 0.1)}),
+    ):
+        with pytest.raises(TypeError, match=message):
+            margin_cross_entropy(x, w, y, **options)
+
+
+def test_curricularface():
+    """Two steps against the formula: t is updated before it is used, evaluation leaves it alone."""
+    x, _, y = problem(40, 30, 6)
+    loss_fn = fm.CurricularFaceLoss(30, 6, dtype=torch.float64)
+    t = torch.tensor(0.0, dtype=torch.float64)
+    for step in range(4):
+        loss_fn.train(step % 2 == 0)
+        a, b, w = leaf(x + step), leaf(x + step), leaf(loss_fn.weight)
+        cosine = (reference.normalize(b) @ reference.normalize(w).t())[torch.arange(40), y].detach()
+        if loss_fn.training:
+            t = 0.01 * cosine.mean() + 0.99 * t
+        # past pi the margin goes on as everywhere in this package
+        threshold = reference.psi(cosine, m2=0.5)
+        loss_fn.weight.grad = None
+        loss = loss_fn(a, y)
+        loss.backward()
+        expected = reference.margin_cross_entropy(b, w, y, {"m2": 0.5}, hard_negatives=(threshold, t))
+        expected.backward()
+        for m, e in ((loss, expected), (a.grad, b.grad), (loss_fn.weight.grad, w.grad), (loss_fn.t, t)):
+            assert relative_error(m, e) < 1e-10
+    before = loss_fn.train().t.clone()
+    with pytest.raises(ValueError):
+        loss_fn(x, y + 30)
+    loss_fn(x[:1], torch.tensor([-100]))
+    assert loss_fn.t == before and loss_fn.state_dict()["t"] == before
+    other = fm.CurricularFaceLoss(30, 6, dtype=torch.float64)
+    other.load_state_dict(loss_fn.state_dict())
+    assert torch.equal(other(x, y), loss_fn(x, y))
+
+
+def test_sub_center_arcface():
+    x, _, y = problem(40, 30, 6)
+    loss_fn = fm.SubCenterArcFaceLoss(30, 6, dtype=torch.float64)
+    assert loss_fn.weight.shape == (90, 6)
+    expected = reference.margin_cross_entropy(x, loss_fn.weight, y, {"m2": 0.5}, sub_centers=3)
+    torch.testing.assert_close(loss_fn(x, y), expected)
+    cosine = reference.normalize(x) @ reference.normalize(loss_fn.weight).t()
+    torch.testing.assert_close(loss_fn.logits(x), 64 * cosine.view(40, 30, 3).amax(dim=2))
+    assert "sub_centers=3" in repr(loss_fn)
+    with pytest.raises(ValueError, match="exclusive_weight"):
+        fm.SubCenterArcFaceLoss(30, 6, exclusive_weight=1.0)
+    # the adaptive losses find the nearest sub-center too
+    adaptive = fm.CurricularFaceLoss(30, 6, sub_centers=3, dtype=torch.float64)
+    adaptive(x, y)
+    own = reference.normalize(x) @ reference.normalize(adaptive.weight).t()
+    nearest = own.view(40, 30, 3)[torch.arange(40), y].amax(dim=1)
+    torch.testing.assert_close(adaptive.t.item(), 0.01 * nearest.mean().item())
