@@ -2,11 +2,12 @@
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fused_margin import checks
 from fused_margin.losses import ARGUMENTS, MarginLoss
 from fused_margin.margins import HardNegatives, Margin
+from fused_margin.ops.normalization import target_cosines
+from fused_margin.ops.sharded import sharded_target_cosine
 from fused_margin.reference import psi
 
 
@@ -48,9 +49,9 @@ class AdaFaceLoss(MarginLoss):
     def statistics(self, norm: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The running statistics after this batch, of which ignored samples and NaN are no part."""
         counts = (labels != self.ignore_index) & norm.isfinite()
-        count = counts.sum()
-        mean = torch.where(counts, norm, 0.0).sum() / count
-        variance = torch.where(counts, (norm - mean) ** 2, 0.0).sum() / (count - 1)
+        count = self.total(counts.sum())
+        mean = self.total(torch.where(counts, norm, 0.0).sum()) / count
+        variance = self.total(torch.where(counts, (norm - mean) ** 2, 0.0).sum()) / (count - 1)
         momentum = torch.where(count > 1, self.momentum, 0.0)  # one sample has no deviation
         new = (mean.nan_to_num(), variance.nan_to_num().sqrt())
         return tuple(old + momentum * (n - old) for old, n in zip((self.norm_mean, self.norm_std), new, strict=True))
@@ -121,9 +122,9 @@ class MagFaceLoss(MarginLoss):
         counts = labels != self.ignore_index
         reward = torch.where(counts, 1 / norm + norm / self.norms[1] ** 2, 0.0)
         if self.reduction == "mean":
-            reward = reward.sum() / counts.sum()
+            reward = self.total(reward.sum()) / self.total(counts.sum())
         elif self.reduction == "sum":
-            reward = reward.sum()
+            reward = self.total(reward.sum())
         return loss + (self.norm_weight * reward).to(loss.dtype)
 
 
@@ -204,9 +205,10 @@ class CurricularFaceLoss(MarginLoss):
     @torch.no_grad()
     def next_t(self, cosine: Tensor, labels: Tensor) -> Tensor:
         counts = (labels != self.ignore_index) & cosine.isfinite()
-        mean = torch.where(counts, cosine, 0.0).sum() / counts.sum()
+        count = self.total(counts.sum())
+        mean = self.total(torch.where(counts, cosine, 0.0).sum()) / count
         momentum = self.momentum if self.training else 0.0
-        return torch.where(counts.any(), torch.lerp(self.t, mean, momentum), self.t)
+        return torch.where(count > 0, torch.lerp(self.t, mean, momentum), self.t)
 
     @torch.no_grad()
     def hard_negatives(self, embeddings: Tensor, labels: Tensor) -> HardNegatives:
@@ -233,6 +235,8 @@ def embedding_norm(embeddings: Tensor, least: float, most: float) -> Tensor:
 
 def target_cosine(loss_fn: MarginLoss, embeddings: Tensor, labels: Tensor) -> Tensor:
     """Cosines (N,) float64 of the samples with their own class; that of an ignored label means nothing."""
-    centers = loss_fn.weight.unflatten(0, (loss_fn.num_classes, loss_fn.sub_centers))
-    own = centers[labels.long().clamp(0, loss_fn.num_classes - 1)]  # (N, sub_centers, D)
-    return F.cosine_similarity(embeddings.double().unsqueeze(1), own.double(), dim=2).amax(dim=1).clamp(-1.0, 1.0)
+    if loss_fn.shard is not None:
+        return sharded_target_cosine(
+            loss_fn.shard, embeddings, loss_fn.weight, labels, loss_fn.sub_centers, loss_fn.ignore_index
+        )
+    return target_cosines(embeddings, loss_fn.weight, labels.long(), loss_fn.sub_centers)

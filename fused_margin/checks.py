@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fused_margin.margins import HardNegatives, Margin, is_number
 from fused_margin.ops.backend import REBUILD, has_cuda_kernels
+from fused_margin.sharding import Shard
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 REDUCTIONS = ("mean", "sum", "none")
@@ -39,13 +40,13 @@ def class_weights(weight: Tensor, *, name: str = "weight", at_least: int = 1) ->
         raise ValueError(f"{name}: expected an embedding_size of at least 1, got 0")
 
 
-def batch(embeddings: Tensor, weight: Tensor, labels: Tensor) -> None:
-    embeddings_for(embeddings, weight)
+def batch(embeddings: Tensor, weight: Tensor, labels: Tensor, *, at_least: int = 1) -> None:
+    embeddings_for(embeddings, weight, at_least=at_least)
     per_sample_index("labels", labels, embeddings)
 
 
-def embeddings_for(embeddings: Tensor, weight: Tensor) -> None:
-    class_weights(weight)
+def embeddings_for(embeddings: Tensor, weight: Tensor, *, at_least: int = 1) -> None:
+    class_weights(weight, at_least=at_least)
     matrix("embeddings", embeddings, "(N, embedding_size)")
     if embeddings.shape[1] != weight.shape[1]:
         raise ValueError(
@@ -115,14 +116,14 @@ def margin(value: Margin) -> None:
         raise TypeError(f"margin: expected a fused_margin.Margin, got {type(value).__name__}")
 
 
-def per_class(name: str, value: Tensor | None, weight: Tensor, sub_centers: int = 1) -> None:
+def per_class(name: str, value: Tensor | None, weight: Tensor, num_classes: int) -> None:
     """One number per class, such as F.cross_entropy's ``weight``."""
     if value is None:
         return
     if not isinstance(value, Tensor) or not value.is_floating_point():
         raise TypeError(f"{name}: expected a floating-point tensor of shape (num_classes,), got {kind(value)}")
-    if tuple(value.shape) != (weight.shape[0] // sub_centers,):
-        raise ValueError(f"{name}: expected shape ({weight.shape[0] // sub_centers},), got {tuple(value.shape)}")
+    if tuple(value.shape) != (num_classes,):
+        raise ValueError(f"{name}: expected shape ({num_classes},), got {tuple(value.shape)}")
     same_device(name, value, weight)
 
 
@@ -132,6 +133,22 @@ def sub_centers(value: int, weight: Tensor, exclusive_weight: float, label_smoot
         raise ValueError(f"weight: expected {value} rows for every class, got {weight.shape[0]} rows")
     if value > 1:
         absent("sub_centers above 1", exclusive_weight=exclusive_weight, label_smoothing=label_smoothing)
+
+
+def shard(value: Shard | None, weight: Tensor, sub_centers: int, label_smoothing: float) -> int:
+    """The number of classes, over all ranks."""
+    if value is None:
+        return weight.shape[0] // sub_centers
+    if not isinstance(value, Shard):
+        raise TypeError(f"shard: expected a fused_margin.sharding.Shard, got {type(value).__name__}")
+    if weight.shape[0] != value.size * sub_centers:
+        raise ValueError(
+            f"weight: expected the {value.size * sub_centers} rows that rank {value.rank} of {value.world} has of "
+            f"{value.num_classes} classes, got {weight.shape[0]}"
+        )
+    if value.sample_rate < 1:
+        absent("a sample_rate below 1", label_smoothing=label_smoothing)
+    return value.num_classes
 
 
 def hard_negatives(

@@ -7,8 +7,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fused_margin import checks
+from fused_margin.ops.normalization import unit_rows
 from fused_margin.ops.problem import compute_dtype
-from fused_margin.pairwise import other_class_sums, unit_rows
+from fused_margin.pairwise import other_class_sums
 
 
 class CompanionLoss(nn.Module):

@@ -13,6 +13,9 @@ from fused_margin.margins import BEYOND_PI, HardNegatives, Margin
 from fused_margin.ops import library
 from fused_margin.ops.dispatch import PORTABLE, products_of
 from fused_margin.ops.problem import Problem, Sweep
+from fused_margin.ops.sharded import run_sharded_sweep
+from fused_margin.ops.sharded_nearest import ShardedNearest
+from fused_margin.sharding import Shard, Total
 
 
 class NearestClass(NamedTuple):
@@ -39,6 +42,7 @@ def margin_cross_entropy(
     label_smoothing: float = 0.0,
     sub_centers: int = 1,
     hard_negatives: HardNegatives | None = None,
+    shard: Shard | None = None,
     workspace_mb: float = 256,
 ) -> Tensor:
     """Cross-entropy over scaled cosines with a margin on the target, plus RegularFace's exclusive term.
@@ -66,6 +70,10 @@ def margin_cross_entropy(
             to the nearest of them (sub-center ArcFace, ECCV 2020, eq. 3). Neither with the exclusive term nor
             with label smoothing.
         hard_negatives: what becomes of near classes (CurricularFace). Not with label smoothing.
+        shard: which of the classes ``weight`` holds, if they are divided among ranks. Embeddings and labels are then
+            each rank's own, and may differ in number; labels count over all classes, and so does ``class_weight``,
+            which every rank has whole. Every rank gets the loss of all samples (its own with ``reduction="none"``),
+            and in the backward the gradients of that for its embeddings and its classes.
         workspace_mb: bound on scratch memory in MiB. Exponentials that fit in it are kept for the
             backward, the others are computed again. At least 64 classes are always taken at a time.
 
@@ -77,32 +85,40 @@ def margin_cross_entropy(
             checked there and reported by the next call (``fused_margin.set_debug(True)``: at once).
         RuntimeError: for CUDA tensors in a build without CUDA kernels, and for second derivatives.
     """
-    checks.batch(embeddings, weight, labels)
+    checks.batch(embeddings, weight, labels, at_least=1 if shard is None else 0)  # there may be more ranks than classes
     checks.margin(margin)
     checks.scale(scale)
     checks.number("exclusive_weight", exclusive_weight, 0.0)
     checks.cross_entropy_options(reduction, exclusive_weight, ignore_index, label_smoothing, workspace_mb)
     checks.sub_centers(sub_centers, weight, exclusive_weight, label_smoothing)
-    checks.per_class("class_weight", class_weight, weight, sub_centers)
+    classes = checks.shard(shard, weight, sub_centers, label_smoothing)
+    checks.per_class("class_weight", class_weight, weight, classes)
     threshold, strength = checks.hard_negatives(hard_negatives, embeddings, scale, label_smoothing)
     exclusive, smooth = exclusive_weight > 0, label_smoothing > 0
-    if exclusive:
+    if exclusive and classes < 2:
         checks.class_weights(weight, at_least=2)
 
     labels, class_weight = labels.to(torch.int64).contiguous(), _double(class_weight)
     scales, scale_value = _scales(scale, embeddings)
     portable = sub_centers > 1 or threshold is not None
+    slice_weight = class_weight if shard is None or class_weight is None else class_weight[shard.begin :][: shard.size]
     problem = Problem(
         embeddings, weight, _bytes(workspace_mb), PORTABLE if portable else products_of(embeddings, weight), labels,
-        scales, scale_value, class_weight if smooth else None, exclusive, sub_centers, threshold, strength,
+        scales, scale_value, slice_weight if smooth else None, exclusive and shard is None, sub_centers, threshold,
+        strength,
     )  # fmt: skip
-    found = _sweep(problem, smooth, ignore_index)
+    if shard is None:
+        found = _sweep(problem, smooth, ignore_index)
+    else:
+        found = run_sharded_sweep(problem, smooth, ignore_index, shard)
     loss = _margin_loss(
         problem, margin, found.negative_logsumexp, found.target_cosine, found.uniform_cosine if smooth else None,
-        class_weight, label_smoothing, ignore_index, reduction,
+        class_weight, label_smoothing, ignore_index, reduction, classes, shard,
     )  # fmt: skip
-    if exclusive:
+    if exclusive and shard is None:
         loss = loss + exclusive_weight * found.nearest_cosine.mean(dtype=torch.float64)
+    elif exclusive:
+        loss = loss + exclusive_weight * exclusive_regularization(weight, shard=shard, workspace_mb=workspace_mb)
     return loss.to(problem.compute)
 
 
@@ -141,8 +157,9 @@ def linear_cross_entropy(
     """
     checks.batch(embeddings, weight, labels)
     checks.cross_entropy_options(reduction, 0.0, ignore_index, label_smoothing, workspace_mb)
-    checks.per_class("class_weight", class_weight, weight)
-    checks.per_class("bias", bias, weight)
+    classes = len(weight)
+    checks.per_class("class_weight", class_weight, weight, classes)
+    checks.per_class("bias", bias, weight, classes)
     if margin is not None:
         checks.margin(margin)
         checks.absent("a margin", label_smoothing=label_smoothing)
@@ -159,7 +176,7 @@ def linear_cross_entropy(
         cosine = torch.where(length > 0, found.target_cosine / torch.where(length > 0, length, 1.0), 0.0)
         problem = replace(problem, scale=length)
         nlse = found.negative_logsumexp - own_bias  # in the place of adding it to the target's logit
-        loss = _margin_loss(problem, margin, nlse, cosine, None, class_weight, 0.0, ignore_index, reduction)
+        loss = _margin_loss(problem, margin, nlse, cosine, None, class_weight, 0.0, ignore_index, reduction, classes)
         return loss.to(problem.compute)
     target = found.target_cosine + own_bias
     nll = F.softplus(found.negative_logsumexp - target, threshold=40.0)  # log(1 + exp(.)), exact in float64
@@ -209,11 +226,13 @@ def cosine_logsumexp(
     return found.negative_logsumexp.to(problem.compute), found.target_cosine.to(problem.compute)
 
 
-def nearest_class(weight: Tensor, *, workspace_mb: float = 256) -> NearestClass:
+def nearest_class(weight: Tensor, *, shard: Shard | None = None, workspace_mb: float = 256) -> NearestClass:
     """For every class, the other class whose weight points most nearly the same way.
 
     Args:
         weight: (C, D), C >= 2; need not be normalised.
+        shard: which of the classes ``weight`` holds, if they are divided among ranks; others are then looked for on
+            all of them, and ``index`` counts over all. Shards go round, two at a time on every rank.
         workspace_mb: bound on scratch memory in MiB; W @ W.T goes through in tiles of its upper triangle.
 
     Returns:
@@ -223,14 +242,18 @@ def nearest_class(weight: Tensor, *, workspace_mb: float = 256) -> NearestClass:
     Raises:
         ValueError, TypeError: for wrong shapes or dtypes, or fewer than two classes.
     """
-    checks.class_weights(weight, at_least=2)
     checks.number("workspace_mb", workspace_mb, 0.0, open_low=True)
+    if shard is not None:
+        if checks.shard(shard, weight, 1, 0.0) < 2:
+            checks.class_weights(weight, at_least=2)
+        return NearestClass(*ShardedNearest.apply(shard, weight, _bytes(workspace_mb)))
+    checks.class_weights(weight, at_least=2)
     problem = Problem(None, weight, _bytes(workspace_mb), products_of(None, weight), nearest=True)
     found = library.run_sweep(problem, uniform=False, ignore_index=0, keep=False)
     return NearestClass(found.nearest_cosine, found.nearest_index)
 
 
-def exclusive_regularization(weight: Tensor, *, workspace_mb: float = 256) -> Tensor:
+def exclusive_regularization(weight: Tensor, *, shard: Shard | None = None, workspace_mb: float = 256) -> Tensor:
     """RegularFace's exclusive term: mean over the classes of the cosine to the nearest other class.
 
     ``1/C * sum_j max_{k != j} w_j . w_k`` with unit-length rows (RegularFace, CVPR 2019, eq. 8). Time is that of half
@@ -238,6 +261,7 @@ def exclusive_regularization(weight: Tensor, *, workspace_mb: float = 256) -> Te
 
     Args:
         weight: (C, D), C >= 2; need not be normalised.
+        shard: as in :func:`nearest_class`; every rank gets the mean over all classes.
         workspace_mb: bound on scratch memory in MiB.
 
     Returns:
@@ -246,7 +270,8 @@ def exclusive_regularization(weight: Tensor, *, workspace_mb: float = 256) -> Te
     Raises:
         ValueError, TypeError: for wrong shapes or dtypes, or fewer than two classes.
     """
-    return nearest_class(weight, workspace_mb=workspace_mb).cosine.mean()
+    cosine = nearest_class(weight, shard=shard, workspace_mb=workspace_mb).cosine
+    return cosine.mean() if shard is None else Total.apply(shard, cosine.sum()) / shard.num_classes
 
 
 @torch.no_grad()
@@ -303,6 +328,8 @@ def _margin_loss(
     label_smoothing: float,
     ignore_index: int,
     reduction: str,
+    classes: int,
+    shard: Shard | None = None,
 ) -> Tensor:
     """The loss, reduced, float64, from what a sweep has found."""
     numbers = {"m1": margin.m1, "m2": margin.m2, "m3": margin.m3, "annealing": margin.annealing}
@@ -313,12 +340,15 @@ def _margin_loss(
         None if class_weight is None or uniform_cosine is None else class_weight.sum(),
         problem.scale, *per_sample, [problem.scale_value, *values], BEYOND_PI.index(margin.beyond_pi), margin.easy,
         margin.gradient == "straight_through", math.sqrt(torch.finfo(problem.compute).eps), float(label_smoothing),
-        problem.classes // problem.sub_centers, ignore_index,
+        classes, ignore_index,
     )  # fmt: skip
-    return _reduce(loss, row_weight, reduction)
+    return _reduce(loss, row_weight, reduction, shard)
 
 
-def _reduce(loss: Tensor, row_weight: Tensor, reduction: str) -> Tensor:
-    if reduction == "mean":
-        return loss.sum() / row_weight.sum()
-    return loss.sum() if reduction == "sum" else loss
+def _reduce(loss: Tensor, row_weight: Tensor, reduction: str, shard: Shard | None = None) -> Tensor:
+    if reduction == "none":
+        return loss
+    total = loss.sum() if shard is None else Total.apply(shard, loss.sum())
+    if reduction == "sum":
+        return total
+    return total / (row_weight.sum() if shard is None else shard.add_up(row_weight.sum()))

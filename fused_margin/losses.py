@@ -5,12 +5,14 @@ import warnings
 from dataclasses import replace
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fused_margin import checks
 from fused_margin.functional import margin_cross_entropy, nearest_class
 from fused_margin.margins import HardNegatives, Margin, minimum_scale
+from fused_margin.sharding import Shard, Total
 
 PROBABILITY = 0.9  # a sample should be able to reach for its class
 
@@ -25,6 +27,14 @@ ARGUMENTS = """
         reduction, ignore_index, label_smoothing: as in ``torch.nn.CrossEntropyLoss``.
         beyond_pi, easy, gradient: see :class:`fused_margin.Margin`.
         sub_centers: rows of ``weight`` for every class, of which the nearest counts (see SubCenterArcFaceLoss).
+        process_group: divides the classes among the ranks of a torch.distributed group; ``weight`` is then this rank's,
+            a contiguous slice (the first C % world ranks have one class more). Every rank calls the loss with its own
+            samples, and gets the loss of all ranks' samples (its own with ``reduction="none"``) and the gradients of
+            that. DistributedDataParallel divides the backbone's gradients by the number of ranks: multiply the
+            embeddings' by it, ``embeddings.register_hook(lambda g: g * world_size)``.
+        sample_rate: share of the classes that take part in a step of training: those of the samples and others drawn by
+            torch's generator (PartialFC, arXiv:2203.15565). The gradient of ``weight`` is then sparse;
+            :class:`fused_margin.optim.ProjectedSGD` leaves rows and momentum of the others alone.
         workspace_mb: bound on scratch memory in MiB, whatever C is.
         device, dtype: of ``weight``.
 
@@ -32,7 +42,7 @@ ARGUMENTS = """
         embeddings (N, D), labels (N,) integers -> scalar, or (N,) with ``reduction="none"``.
 
     Attributes:
-        weight: (C, D) parameter, initialised N(0, 0.01). Need not be normalised.
+        weight: (C, D) parameter, initialised N(0, 0.01); need not be normalised. Of this rank's classes, if divided.
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
@@ -48,6 +58,7 @@ class ClassificationLoss(nn.Module):
         embedding_size: int,
         *,
         sub_centers: int = 1,
+        shard: Shard | None = None,
         exclusive_weight: float = 0.0,
         class_weight: Tensor | None = None,
         reduction: str = "mean",
@@ -58,6 +69,7 @@ class ClassificationLoss(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        self.shard = shard
         self.num_classes = checks.positive_index("num_classes", num_classes)
         self.embedding_size = checks.positive_index("embedding_size", embedding_size)
         self.sub_centers = checks.positive_index("sub_centers", sub_centers)
@@ -65,13 +77,17 @@ class ClassificationLoss(nn.Module):
         checks.cross_entropy_options(reduction, exclusive_weight, ignore_index, label_smoothing, workspace_mb)
         self.exclusive_weight, self.reduction, self.ignore_index = exclusive_weight, reduction, ignore_index
         self.label_smoothing, self.workspace_mb = label_smoothing, workspace_mb
-        weight = torch.empty(self.num_classes * self.sub_centers, self.embedding_size, device=device, dtype=dtype)
-        checks.class_weights(weight, at_least=2 if exclusive_weight > 0 else 1)
+        rows = (self.num_classes if shard is None else shard.size) * self.sub_centers
+        weight = torch.empty(rows, self.embedding_size, device=device, dtype=dtype)
+        least = 2 if exclusive_weight > 0 else 1
+        checks.class_weights(weight, at_least=least if shard is None else 0)
+        if self.num_classes < least:
+            raise ValueError(f"num_classes: expected at least 2 for the exclusive term, got {self.num_classes}")
         checks.sub_centers(self.sub_centers, weight, exclusive_weight, label_smoothing)
         self.weight = nn.Parameter(weight)
         if class_weight is not None:
             class_weight = torch.as_tensor(class_weight, device=self.weight.device)
-            checks.per_class("class_weight", class_weight, self.weight, self.sub_centers)
+            checks.per_class("class_weight", class_weight, self.weight, self.num_classes)
         self.register_buffer("class_weight", class_weight)
 
     def cross_entropy_options(self) -> dict:
@@ -113,10 +129,17 @@ class MarginLoss(ClassificationLoss):
         beyond_pi: str = "monotone",
         easy: bool = False,
         gradient: str = "exact",
+        process_group: dist.ProcessGroup | None = None,
+        sample_rate: float = 1.0,
         **options,
     ):
         checks.scale(scale)
-        super().__init__(num_classes, embedding_size, **options)
+        checks.number("sample_rate", sample_rate, 0.0, 1.0, open_low=True)
+        divided = process_group is not None or sample_rate < 1
+        shard = (
+            Shard(checks.positive_index("num_classes", num_classes), process_group, sample_rate) if divided else None
+        )
+        super().__init__(num_classes, embedding_size, shard=shard, **options)
         self.margin_options = {"beyond_pi": beyond_pi, "easy": easy, "gradient": gradient}  # of whatever margin
         self.margin_function = Margin(**numbers, **self.margin_options)
         if isinstance(scale, Tensor):
@@ -142,7 +165,8 @@ class MarginLoss(ClassificationLoss):
         nn.init.normal_(self.weight, std=0.01)
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        checks.batch(embeddings, self.weight, labels)  # before a margin is made of them
+        # before a margin is made of them; there may be more ranks than classes
+        checks.batch(embeddings, self.weight, labels, at_least=1 if self.shard is None else 0)
         return margin_cross_entropy(
             embeddings,
             self.weight,
@@ -152,24 +176,36 @@ class MarginLoss(ClassificationLoss):
             exclusive_weight=self.exclusive_weight,
             sub_centers=self.sub_centers,
             hard_negatives=self.hard_negatives(embeddings, labels),
+            shard=self.current_shard(),
             **self.cross_entropy_options(),
         )
+
+    def current_shard(self) -> Shard | None:
+        """In evaluation mode every class takes part."""
+        return self.shard if self.training or self.shard is None else replace(self.shard, sample_rate=1.0)
 
     def current_margin(self, embeddings: Tensor, labels: Tensor) -> Margin:
         """The margin of this step."""
         return self.margin_function
+
+    def total(self, value: Tensor) -> Tensor:
+        """The sum over ranks, each of which has its own samples."""
+        return value if self.shard is None else Total.apply(self.shard, value)
 
     def hard_negatives(self, embeddings: Tensor, labels: Tensor) -> HardNegatives | None:
         """What becomes of near classes in this step."""
         return None
 
     def logits(self, embeddings: Tensor) -> Tensor:
-        """Scaled cosines (N, C) of embeddings (N, D), without margin, for inference; of the nearest sub-centers."""
-        checks.embeddings_for(embeddings, self.weight)
+        """Scaled cosines (N, C) of embeddings (N, D), without margin, for inference; of the nearest sub-centers.
+
+        Of this rank's classes, where they are divided.
+        """
+        checks.embeddings_for(embeddings, self.weight, at_least=0)
         embeddings, weight = embeddings.to(torch.promote_types(embeddings.dtype, self.weight.dtype)), self.weight
         cosine = F.linear(F.normalize(embeddings, dim=1), F.normalize(weight, dim=1).to(embeddings.dtype))
         if self.sub_centers > 1:
-            cosine = cosine.unflatten(1, (self.num_classes, self.sub_centers)).amax(dim=2)
+            cosine = cosine.unflatten(1, (-1, self.sub_centers)).amax(dim=2)
         return cosine * (embeddings.norm(dim=1, keepdim=True) if self.scale is None else self.scale)
 
     def margin_repr(self) -> list[str]:

@@ -20,7 +20,8 @@ class ProjectedSGD(torch.optim.SGD):
     """SGD whose every step ends on the unit sphere: ``W <- normalize(W - lr * update)`` (RegularFace, CVPR 2019, sec. 3.4).
 
     For the (C, D) class weights of a margin loss. Parameters of a group with ``project=False`` take a plain
-    SGD step, so that one optimizer can serve backbone and class weights.
+    SGD step, so that one optimizer can serve backbone and class weights. Where a gradient is sparse (a loss with
+    ``sample_rate < 1``) only its rows, and their momentum, take part in the step.
 
     Args:
         params: parameters or groups, as in ``torch.optim.SGD``.
@@ -45,10 +46,40 @@ class ProjectedSGD(torch.optim.SGD):
             group.setdefault("project", True)
 
     def step(self, closure=None):
-        loss = super().step(closure)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        sparse = self._take_sparse_gradients()
+        super().step()
         for group in self.param_groups:
-            if group["project"]:
-                for p in group["params"]:
-                    if p.grad is not None:
-                        project_(p)
+            for p in group["params"]:
+                if p in sparse:
+                    p.grad = sparse[p]
+                    self._step_rows(p, group)
+                elif group["project"] and p.grad is not None:
+                    project_(p)
         return loss
+
+    def _take_sparse_gradients(self) -> dict[Tensor, Tensor]:
+        """Sparse gradients by parameter, which has none afterwards: a dense step would move every row."""
+        sparse = {}
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None and p.grad.is_sparse:
+                    sparse[p], p.grad = p.grad, None
+        return sparse
+
+    @torch.no_grad()
+    def _step_rows(self, p: Tensor, group: dict) -> None:
+        gradient = p.grad.coalesce()
+        rows, values = gradient.indices()[0], gradient.values()
+        values = values + group["weight_decay"] * p[rows]
+        if group["momentum"]:
+            state = self.state[p]
+            if state.get("momentum_buffer") is None:
+                state["momentum_buffer"] = torch.zeros_like(p)
+            values += group["momentum"] * state["momentum_buffer"][rows]
+            state["momentum_buffer"][rows] = values
+        moved = p[rows] - group["lr"] * values
+        p[rows] = project_(moved) if group["project"] else moved

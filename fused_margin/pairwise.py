@@ -9,10 +9,9 @@ from torch import Tensor
 
 from fused_margin import checks
 from fused_margin.ops.library import first_order_only
-from fused_margin.ops.plan import CHUNK_BYTES, SMALLEST_CHUNK, whole_chunk
+from fused_margin.ops.normalization import through_normalization, unit_rows
+from fused_margin.ops.plan import CHUNK_BYTES, whole_chunk
 from fused_margin.ops.problem import compute_dtype
-
-SHORTEST = 1e-12  # a row shorter than this counts as zero
 
 
 class Function(NamedTuple):
@@ -75,14 +74,6 @@ def other_class_sums(
         raise ValueError(f"function: expected one of {', '.join(map(repr, FUNCTIONS))}, got {function!r}")
     checks.number("workspace_mb", workspace_mb, 0.0, open_low=True)
     return pairwise_sums(rows, weight, own, function, math.floor(workspace_mb * 2**20))
-
-
-def unit_rows(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Rows (R, D) of length one in `dtype`, and what they were multiplied by, (R, 1); zero for a row that counts as zero."""
-    norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64)  # squares of 1e-25 count too
-    short = norm < SHORTEST
-    inverse = (1.0 / norm.masked_fill(short, 1.0)).masked_fill(short, 0.0).to(dtype)
-    return rows.to(dtype) * inverse, inverse
 
 
 class Tile(NamedTuple):
@@ -160,14 +151,6 @@ def backward(
         return weight.new_empty(0), d_weight.to(weight.dtype)
     through_normalization(d_rows, rows)
     return d_rows.to(rows.dtype), d_weight.to(weight.dtype)
-
-
-def through_normalization(gradient: Tensor, rows: Tensor) -> None:
-    """The gradient of unit rows to that of the rows, in place: ``(g - (g . r) r) / |rows|``."""
-    for begin in range(0, len(rows), 8 * SMALLEST_CHUNK):
-        part = gradient[begin : begin + 8 * SMALLEST_CHUNK]
-        unit, inverse = unit_rows(rows[begin : begin + 8 * SMALLEST_CHUNK], gradient.dtype)
-        part.sub_((part * unit).sum(1, keepdim=True) * unit).mul_(inverse)
 
 
 @torch.library.custom_op("fused_margin::pairwise_sums", mutates_args=())

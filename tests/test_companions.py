@@ -323,6 +323,19 @@ def test_compiled_and_repeated(name):
         torch.testing.assert_close(compiled, once)
 
 
+@pytest.mark.parametrize("make", [lambda: fm.CenterLoss(5, 3), fm.RingLoss], ids=["center", "ring"])
+def test_state_moves_when_compiled(make):
+    torch._dynamo.reset()
+    eager, compiled = make(), make()
+    step = torch.compile(compiled, fullgraph=True, backend="aot_eager")
+    for seed in range(2):
+        x, _, y = problem(6, 5, 3, seed=seed)
+        eager(x.float(), y)
+        step(x.float(), y)
+    for name, value in eager.state_dict().items():
+        assert value.count_nonzero() > 0 and torch.equal(compiled.state_dict()[name], value)
+
+
 def test_operators():
     x, w, y = problem(5, 9, 4)
     arguments = (leaf(x.float()), leaf(w.float()), y, "angle", 1 << 20)

@@ -1,0 +1,32 @@
+"""Rows of unit length, and gradients through making them so, by torch: where no kernel makes the products."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fused_margin.ops.plan import SMALLEST_CHUNK
+
+SHORTEST = 1e-12  # a row shorter than this counts as zero
+
+
+def unit_rows(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Rows (R, D) of length one in `dtype`, and what they were multiplied by, (R, 1); zero for a row that counts as zero."""
+    norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64)  # squares of 1e-25 count too
+    short = norm < SHORTEST
+    inverse = (1.0 / norm.masked_fill(short, 1.0)).masked_fill(short, 0.0).to(dtype)
+    return rows.to(dtype) * inverse, inverse
+
+
+def through_normalization(gradient: Tensor, rows: Tensor) -> None:
+    """The gradient of unit rows to that of the rows, in place: ``(g - (g . r) r) / |rows|``."""
+    for begin in range(0, len(rows), 8 * SMALLEST_CHUNK):
+        part = gradient[begin : begin + 8 * SMALLEST_CHUNK]
+        unit, inverse = unit_rows(rows[begin : begin + 8 * SMALLEST_CHUNK], gradient.dtype)
+        part.sub_((part * unit).sum(1, keepdim=True) * unit).mul_(inverse)
+
+
+def target_cosines(embeddings: Tensor, weight: Tensor, labels: Tensor, sub_centers: int) -> Tensor:
+    """Cosines (N,) float64 of samples with their own class, the nearest sub-center of it; of no class, anything."""
+    centers = weight.unflatten(0, (-1, sub_centers))
+    own = centers[labels.clamp(0, len(centers) - 1)]  # (N, sub_centers, D)
+    return F.cosine_similarity(embeddings.double().unsqueeze(1), own.double(), dim=2).amax(dim=1).clamp(-1.0, 1.0)

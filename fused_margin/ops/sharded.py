@@ -1,0 +1,187 @@
+"""One sweep over classes that are divided among ranks: samples are gathered, every rank sweeps its classes, sums meet again.
+
+What is sent is O(N * D): the embeddings out, their gradients back; everything else is a few numbers a sample.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_margin.ops import sweep
+from fused_margin.ops.dispatch import PORTABLE
+from fused_margin.ops.normalization import target_cosines
+from fused_margin.ops.problem import Gradients, Problem, Sweep, SweepGradients
+from fused_margin.sharding import Shard
+
+NO_CLASS = torch.iinfo(
+    torch.int64
+).min  # label of a sample whose class is another rank's, and of rows that only fill up
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+class Gathered(NamedTuple):
+    """The samples of all ranks, (world * most) rows of them, as a problem of this rank's classes."""
+
+    problem: Problem  # labels count from the rank's first class
+    most: int  # samples of the rank that has most
+    rows: Tensor | None  # of the rank's weight that take part, or None where all do
+
+
+def tell_samples(shard: Shard, embeddings: Tensor, needs_gradient: bool) -> list[int]:
+    """Samples of every rank.
+
+    Raises:
+        ValueError: on every rank, if one comes with other embeddings than the first: nobody waits for what never comes.
+    """
+    own = [embeddings.shape[0], embeddings.shape[1], DTYPES.index(embeddings.dtype), needs_gradient]
+    told = shard.gather(torch.tensor(own, device=embeddings.device)).tolist()
+    for rank, (_, *theirs) in enumerate(told):
+        if theirs != told[0][1:]:
+            said = [
+                f"embedding_size {size}, {DTYPES[dtype]}, {'' if needs else 'no '}gradient wanted"
+                for _, size, dtype, needs in (told[0], told[rank])
+            ]
+            raise ValueError(f"embeddings: rank 0 has {said[0]}, rank {rank} {said[1]}")
+    return [samples for samples, *_ in told]
+
+
+def padded(rows: Tensor, count: int) -> Tensor:
+    return torch.cat([rows, rows.new_zeros(count - len(rows), *rows.shape[1:])]) if len(rows) < count else rows
+
+
+def gather(problem: Problem, shard: Shard, ignore_index: int, needs_gradient: bool) -> Gathered:
+    """Raises ValueError on every rank if a label of any is no class."""
+    samples = tell_samples(shard, problem.embeddings, needs_gradient)
+    most, device = max(samples), problem.weight.device
+    per_sample = [t for t in (problem.labels, problem.scale, problem.hard_threshold) if t is not None]
+    numbers = torch.stack([t.double() for t in per_sample], dim=1)  # labels below 2^53 are exact
+    labels, *others = shard.gather(padded(numbers, most)).unbind(dim=2)
+    embeddings = shard.gather(padded(problem.embeddings, most)).flatten(0, 1).to(problem.compute)
+    labels = labels.long()
+    counts = torch.arange(most, device=device) < torch.tensor(samples, device=device).unsqueeze(1)
+    counts &= labels != ignore_index
+    wrong = counts & ((labels < 0) | (labels >= shard.num_classes))
+    if device.type == "cpu" and bool(wrong.any()):
+        rank = int(wrong.any(dim=1).nonzero()[0])
+        raise ValueError(
+            f"labels: expected values in [0, num_classes) or ignore_index, got {labels[wrong][0].item()} on rank {rank} "
+            f"for {shard.num_classes} classes"
+        )
+    own = labels - shard.begin
+    own = torch.where(counts & (own >= 0) & (own < shard.size), own, NO_CLASS)
+    own = torch.where(wrong, labels, own).flatten()  # for the kernel to report, on CUDA
+    others = iter(number.flatten().contiguous() for number in others)
+    problem = replace(
+        problem,
+        embeddings=embeddings,
+        labels=own,
+        scale=None if problem.scale is None else next(others),
+        hard_threshold=None if problem.hard_threshold is None else next(others),
+    )
+    rows = None
+    if shard.sample_rate < 1 and shard.size:
+        problem, rows = sampled(problem, shard)
+    return Gathered(problem, most, rows)
+
+
+def sampled(problem: Problem, shard: Shard) -> tuple[Problem, Tensor]:
+    """The problem of the samples' own classes and of as many others as the rate asks for (PartialFC, arXiv:2203.15565)."""
+    labels, centers = problem.labels, problem.sub_centers
+    priority = torch.rand(shard.size, device=labels.device)  # torch.manual_seed's
+    known = (labels >= 0) & (labels < shard.size)
+    is_own = torch.zeros(shard.size, dtype=torch.bool, device=labels.device)
+    is_own[labels[known]] = True
+    number = max(int(shard.sample_rate * shard.size), int(is_own.sum()), 1)
+    classes = priority.masked_fill_(is_own, 2.0).topk(number).indices.sort().values
+    rows = (classes.unsqueeze(1) * centers + torch.arange(centers, device=labels.device)).flatten()
+    place = torch.searchsorted(classes, labels.clamp(0, shard.size - 1))
+    problem = replace(problem, weight=problem.weight[rows], labels=torch.where(known, place, labels))
+    if problem.class_weight is not None:
+        problem = replace(problem, class_weight=problem.class_weight[classes])
+    return problem, rows
+
+
+class ShardedSweep(torch.autograd.Function):
+    """negative_logsumexp, target_cosine and uniform_cosine of the own samples, each (N,) float64, over all ranks' classes."""
+
+    @staticmethod
+    def forward(ctx, shard: Shard, problem: Problem, uniform: bool, ignore_index: int, embeddings, weight, scale):
+        needs = any(ctx.needs_input_grad)
+        everyone = gather(problem, shard, ignore_index, needs)
+        if shard.size:
+            found = sweep.forward(everyone.problem, uniform, NO_CLASS, keep=needs)
+            parts = [found.negative_logsumexp, found.target_cosine, *([found.uniform_cosine] if uniform else [])]
+        else:  # more ranks than classes
+            found = None
+            parts = [weight.new_zeros(len(everyone.problem.labels), dtype=torch.float64)] * (3 if uniform else 2)
+            parts[0] = parts[0] - math.inf
+        largest = shard.largest(parts[0].clone())
+        reach = torch.where(parts[0] == -math.inf, 0.0, (parts[0] - largest).exp_())
+        sums = torch.stack([t.view(shard.world, everyone.most) for t in (reach, *parts[1:])], dim=1)  # (world, 2 or 3, most)
+        total, *others = shard.scatter_sums(sums)
+        nlse = total.log() + largest.view(shard.world, everyone.most)[shard.rank]
+        nlse = torch.where(total == 0, -math.inf, nlse)
+        ctx.shard, ctx.everyone, ctx.found, ctx.nlse, ctx.count = shard, everyone, found, nlse, len(embeddings)
+        ctx.save_for_backward(embeddings, weight, scale)
+        nlse, target, *uniform_cosine = (t[: len(embeddings)].clone() for t in (nlse, *others))
+        return nlse, target, uniform_cosine[0] if uniform else None
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *upstream):
+        shard, (problem, most, rows), found = ctx.shard, ctx.everyone, ctx.found
+        embeddings, weight, _ = ctx.saved_tensors  # an error if somebody has changed them
+        need_embeddings, need_weight, need_scale = ctx.needs_input_grad[4:]
+        upstream = [torch.zeros_like(ctx.nlse) if g is None else padded(g.contiguous(), most) for g in upstream]
+        told = shard.gather(torch.stack([ctx.nlse, *upstream])).unbind(dim=1)
+        nlse, d_nlse, d_target, d_uniform = (t.flatten().contiguous() for t in told)
+        if found is None:
+            gradients = Gradients(
+                torch.zeros_like(problem.embeddings), torch.zeros_like(weight), None, torch.zeros_like(nlse)
+            )
+        else:
+            share = (found.negative_logsumexp - nlse).exp_()  # of this rank's classes in the sum over all
+            d_nlse = torch.where(d_nlse == 0, 0.0, d_nlse * share)
+            asked = SweepGradients(d_nlse, d_target, d_uniform if found.uniform_cosine.numel() else None, None)
+            gradients = sweep.backward(problem, asked, found, need_embeddings, need_weight, need_bias=False)
+        d_embeddings = d_weight = d_scale = None
+        if need_embeddings:
+            d_embeddings = shard.scatter_sums(gradients.embeddings.view(shard.world, most, problem.size))
+            d_embeddings = d_embeddings[: ctx.count].to(embeddings.dtype)
+        if need_weight:
+            d_weight = gradients.weight
+            if rows is not None:
+                d_weight = torch.sparse_coo_tensor(
+                    rows.unsqueeze(0), d_weight, weight.shape, is_coalesced=True, check_invariants=False
+                )
+        if need_scale:
+            d_scale = shard.scatter_sums(gradients.scale.view(shard.world, most))[: ctx.count]
+        return None, None, None, None, d_embeddings, d_weight, d_scale
+
+
+def run_sharded_sweep(problem: Problem, uniform: bool, ignore_index: int, shard: Shard) -> Sweep:
+    """A sweep's results for the samples of this rank; nothing of what only its own backward needs."""
+    nlse, target, uniform_cosine = ShardedSweep.apply(
+        shard, problem, uniform, ignore_index, problem.embeddings, problem.weight, problem.scale
+    )
+    return Sweep(nlse, target, uniform_cosine, *[None] * (len(Sweep._fields) - 3))
+
+
+@torch.no_grad()
+def sharded_target_cosine(
+    shard: Shard, embeddings: Tensor, weight: Tensor, labels: Tensor, sub_centers: int, ignore_index: int
+) -> Tensor:
+    """Cosines (N,) float64 of the own samples with their classes, which may be any rank's; of an ignored label, 0."""
+    problem = Problem(embeddings, weight, 0, PORTABLE, labels.long(), sub_centers=sub_centers)
+    problem, _, _ = gather(problem, replace(shard, sample_rate=1.0), ignore_index, needs_gradient=False)
+    cosine = torch.zeros(len(problem.labels), dtype=torch.float64, device=weight.device)
+    if shard.size:
+        known = (problem.labels >= 0) & (problem.labels < shard.size)
+        found = target_cosines(problem.embeddings, weight, problem.labels, sub_centers)
+        cosine = torch.where(known, found, 0.0)
+    return shard.scatter_sums(cosine.view(shard.world, len(cosine) // shard.world))[: len(embeddings)]

@@ -1,0 +1,107 @@
+"""The nearest other class over classes that are divided among ranks: every shard visits every rank, in memory O(shard)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fused_margin.ops import sweep
+from fused_margin.ops.backend import Kernels, kernels, on_device
+from fused_margin.ops.dispatch import PORTABLE
+from fused_margin.ops.normalization import through_normalization, unit_rows
+from fused_margin.ops.plan import CHUNK_BYTES, whole_chunk
+from fused_margin.ops.problem import Problem, compute_dtype
+from fused_margin.sharding import Shard, slice_of
+
+
+class ShardedNearest(torch.autograd.Function):
+    """Cosine (C_rank,) of the own classes to their nearest others of all ranks, and those classes' numbers over all."""
+
+    @staticmethod
+    def forward(ctx, shard: Shard, weight: Tensor, workspace_bytes: int):
+        compute = compute_dtype(weight)
+        best = weight.new_full((len(weight),), -4.0, dtype=compute)  # below every cosine
+        index = torch.zeros(len(weight), dtype=torch.int64, device=weight.device)
+        with on_device(weight.device), torch.autocast(weight.device.type, enabled=False):
+            run = kernels(weight.device)
+            unit = unit_rows(weight, compute)[0]
+            most = slice_of(shard.num_classes, 0, shard.world)[1]
+            visitors = [unit.new_empty(most, weight.shape[1]) for _ in range(min(2, shard.world))]
+            arrival = start(shard, unit, visitors[0], 0)
+            for owner in range(shard.world):  # ascending: the lowest class keeps a tie
+                if arrival is not None:
+                    arrival.wait()
+                visitor = visitors[owner % 2]
+                if owner + 1 < shard.world:  # arrives while this one is compared
+                    arrival = start(shard, unit, visitors[(owner + 1) % 2], owner + 1)
+                begin, end = slice_of(shard.num_classes, owner, shard.world)
+                if owner == shard.rank and len(weight) > 1:
+                    found = sweep.forward(
+                        Problem(None, weight, workspace_bytes, PORTABLE, nearest=True), False, 0, False
+                    )
+                    offered, at = found.nearest_cosine, found.nearest_index
+                elif owner != shard.rank and len(weight) and end > begin:
+                    offered, at = nearest_between(run, unit, visitor[: end - begin], workspace_bytes)
+                else:
+                    continue
+                nearer = offered > best
+                best, index = torch.where(nearer, offered, best), torch.where(nearer, at + begin, index)
+        best = best.masked_fill(best < -2.0, math.nan).clamp_(-1.0, 1.0)
+        ctx.shard = shard
+        ctx.save_for_backward(weight, index)
+        ctx.mark_non_differentiable(index)
+        return best, index
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, upstream: Tensor, _index: Tensor):
+        """Every class takes its nearest's direction from that one's rank, and sends it its own."""
+        (weight, index), shard = ctx.saved_tensors, ctx.shard
+        compute = compute_dtype(weight)
+        unit = unit_rows(weight, compute)[0]
+        ends = torch.tensor([slice_of(shard.num_classes, r, shard.world)[1] for r in range(shard.world)])
+        order = index.argsort(stable=True)  # by owner, because theirs ascend
+        owner = torch.bucketize(index[order], ends.to(index.device), right=True)
+        asked = torch.bincount(owner, minlength=shard.world)
+        counts = shard.gather(asked).tolist()  # counts[a][b]: what a asks b for
+        sent, received = counts[shard.rank], [row[shard.rank] for row in counts]
+        wanted = shard.exchange(index[order], sent, received) - shard.begin
+        theirs = shard.exchange(unit[wanted], received, sent)
+        scaled = upstream[order].to(compute).unsqueeze(1)
+        gradient = torch.zeros_like(unit)
+        gradient[order] = scaled * theirs
+        offered = shard.exchange(scaled * unit[order], sent, received)
+        gradient.index_put_((wanted,), offered, accumulate=True)  # in the order of ranks: repeats bit for bit
+        through_normalization(gradient, weight)
+        return None, gradient.to(weight.dtype), None
+
+
+def start(shard: Shard, unit: Tensor, visitor: Tensor, owner: int):
+    """Lets a shard set out for all ranks."""
+    if owner == shard.rank:
+        visitor[: len(unit)].copy_(unit)
+    return shard.spread(visitor, owner)
+
+
+def nearest_between(run: Kernels, query: Tensor, reference: Tensor, workspace_bytes: int) -> tuple[Tensor, Tensor]:
+    """Cosine (Q,) of unit rows to the nearest of others (R, D), and its row; ties to the lowest."""
+    # The kernel compares parts of one list with itself: here references come first, and queries after them.
+    rows, columns, item = len(query), len(reference), query.element_size()
+    ones = query.new_ones(columns + rows)
+    cosine, index = torch.full_like(ones, -4.0), torch.zeros(columns + rows, dtype=torch.int64, device=query.device)
+    room = min(CHUNK_BYTES[query.device.type], workspace_bytes)
+    side = whole_chunk(max(rows, columns), math.isqrt(room // item))
+    buffer = query.new_empty(side * side)
+    for top in range(0, rows, side):
+        height = min(side, rows - top)
+        for left in range(0, columns, side):
+            width = min(side, columns - left)
+            products = buffer[: height * width].view(height, width)
+            torch.mm(query[top : top + height], reference[left : left + width].t(), out=products)
+            run.nearest_tile(
+                products=products, inverse_norm=ones, cosine=cosine, index=index, rows=height, columns=width,
+                row_begin=columns + top, column_begin=left,
+            )  # fmt: skip
+    return cosine[columns:], index[columns:]

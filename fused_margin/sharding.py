@@ -1,0 +1,111 @@
+"""Classes divided among the ranks of a process group: which classes are whose, and the messages between them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def slice_of(num_classes: int, rank: int, world: int) -> tuple[int, int]:
+    """First class of a rank and the first that is not its: contiguous, the first C % world ranks have one more."""
+    share, more = divmod(num_classes, world)
+    begin = rank * share + min(rank, more)
+    return begin, begin + share + (rank < more)
+
+
+@dataclass(frozen=True, eq=False)
+class Shard:
+    """A rank's part of C classes, and how it talks to the others.
+
+    Args:
+        num_classes: C, over all ranks.
+        group: of ranks that have other samples each; every one of them must make every call. None: one rank, no messages.
+        sample_rate: share of its classes that a rank takes at a step: those of the samples, and others drawn at random.
+    """
+
+    num_classes: int
+    group: dist.ProcessGroup | None = None
+    sample_rate: float = 1.0
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.group is None else dist.get_rank(self.group)
+
+    @property
+    def world(self) -> int:
+        return 1 if self.group is None else dist.get_world_size(self.group)
+
+    @property
+    def begin(self) -> int:
+        return slice_of(self.num_classes, self.rank, self.world)[0]
+
+    @property
+    def size(self) -> int:
+        begin, end = slice_of(self.num_classes, self.rank, self.world)
+        return end - begin
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Shard:
+        return self  # a group cannot be copied, and its copy would be the same ranks
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """(R, ...) of every rank, R the same on all, as (world, R, ...)."""
+        if self.group is None:
+            return rows.unsqueeze(0)
+        everyone = rows.new_empty(self.world, *rows.shape)
+        _all_gather(everyone.view(-1), rows.contiguous().view(-1), group=self.group)
+        return everyone
+
+    def scatter_sums(self, parts: Tensor) -> Tensor:
+        """(world, ...): the sum over ranks of what is for this one, (...)."""
+        if self.group is None:
+            return parts[0]
+        own = torch.empty_like(parts[0], memory_format=torch.contiguous_format)
+        _reduce_scatter(own.view(-1), parts.contiguous().view(-1), group=self.group)
+        return own
+
+    def add_up(self, value: Tensor) -> Tensor:
+        """The sum over ranks, in place."""
+        if self.group is not None:
+            dist.all_reduce(value, group=self.group)
+        return value
+
+    def largest(self, value: Tensor) -> Tensor:
+        """The largest over ranks, in place."""
+        if self.group is not None:
+            dist.all_reduce(value, dist.ReduceOp.MAX, group=self.group)
+        return value
+
+    def spread(self, rows: Tensor, owner: int) -> dist.Work | None:
+        """Starts to copy `owner`'s rows over everyone else's."""
+        if self.group is None:
+            return None
+        return dist.broadcast(rows, dist.get_global_rank(self.group, owner), group=self.group, async_op=True)
+
+    def exchange(self, rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
+        """Sends `sent[r]` of the rows, in order, to rank r; returns what the others sent, in the order of ranks."""
+        if self.group is None:
+            return rows
+        arrived = rows.new_empty(sum(received), *rows.shape[1:])
+        dist.all_to_all_single(arrived, rows.contiguous(), received, sent, group=self.group)
+        return arrived
+
+
+# their names from torch 2.13 on, and before
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+class Total(torch.autograd.Function):
+    """The sum of a number over all ranks, of which each one's own part is differentiated on its rank."""
+
+    @staticmethod
+    def forward(ctx, shard: Shard, value: Tensor) -> Tensor:
+        return shard.add_up(value.clone())
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[None, Tensor]:
+        return None, gradient
