@@ -351,4 +351,4 @@ def _reduce(loss: Tensor, row_weight: Tensor, reduction: str, shard: Shard | Non
     total = loss.sum() if shard is None else Total.apply(shard, loss.sum())
     if reduction == "sum":
         return total
-    return total / (row_weight.sum() if shard is None else shard.add_up(row_weight.sum()))
+    return total / (row_weight.sum() if shard is None else shard.add_up(row_weight.detach().sum()))

@@ -188,6 +188,24 @@ class MarginLoss(ClassificationLoss):
         """The margin of this step."""
         return self.margin_function
 
+    def sharded_state_dict(self, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Tensor]:
+        """The state of all ranks, for ``torch.distributed.checkpoint``: saved by any number of ranks, loaded by any other.
+
+        ``dcp.save(loss_fn.sharded_state_dict(), checkpoint_id=folder)`` on every rank, and ``dcp.load`` with what the
+        same call gives there, which fills parameters and buffers in place.
+
+        Args:
+            optimizer: what it keeps of ``weight`` and is as large (its momentum) goes with it; before loading it must
+                have been through a step, or :func:`fused_margin.optim.start_momentum`.
+        """
+        state = {name: value for name, value in self.state_dict(keep_vars=True).items() if name != "weight"}
+        state = {name: value.detach() for name, value in state.items()}
+        rows = {"weight": self.weight.detach()}
+        for name, value in (optimizer.state.get(self.weight, {}) if optimizer is not None else {}).items():
+            if isinstance(value, Tensor) and value.shape == self.weight.shape:
+                rows[f"weight.{name}"] = value
+        return state | {name: value if self.shard is None else self.shard.of_all(value) for name, value in rows.items()}
+
     def total(self, value: Tensor) -> Tensor:
         """The sum over ranks, each of which has its own samples."""
         return value if self.shard is None else Total.apply(self.shard, value)

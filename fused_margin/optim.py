@@ -9,11 +9,18 @@ from fused_margin import checks
 @torch.no_grad()
 def project_(weight: Tensor) -> Tensor:
     """Divides every row of weight (C, D) by its L2 norm, in place, and returns it. Zero rows stay zero."""
-    checks.class_weights(weight)
+    checks.class_weights(weight, at_least=0)  # a rank may have no classes
     norm = torch.linalg.vector_norm(weight, dim=1, keepdim=True, dtype=torch.float64)  # squares of 1e-25 count too
     return weight.mul_(
         norm.masked_fill_(norm == 0, 1.0).reciprocal_().to(torch.promote_types(weight.dtype, torch.float32))
     )
+
+
+def start_momentum(optimizer: torch.optim.SGD, parameter: Tensor) -> None:
+    """Gives a parameter the momentum of zero that its first step would, so that a checkpoint can be loaded into it."""
+    state = optimizer.state[parameter]
+    if state.get("momentum_buffer") is None:
+        state["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 class ProjectedSGD(torch.optim.SGD):
@@ -38,7 +45,7 @@ class ProjectedSGD(torch.optim.SGD):
         super().add_param_group(param_group)
         if self.param_groups[-1].setdefault("project", True):
             for p in self.param_groups[-1]["params"]:
-                checks.class_weights(p, name="params")
+                checks.class_weights(p, name="params", at_least=0)
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
@@ -76,10 +83,9 @@ class ProjectedSGD(torch.optim.SGD):
         rows, values = gradient.indices()[0], gradient.values()
         values = values + group["weight_decay"] * p[rows]
         if group["momentum"]:
-            state = self.state[p]
-            if state.get("momentum_buffer") is None:
-                state["momentum_buffer"] = torch.zeros_like(p)
-            values += group["momentum"] * state["momentum_buffer"][rows]
-            state["momentum_buffer"][rows] = values
+            start_momentum(self, p)
+            momentum = self.state[p]["momentum_buffer"]
+            values += group["momentum"] * momentum[rows]
+            momentum[rows] = values
         moved = p[rows] - group["lr"] * values
         p[rows] = project_(moved) if group["project"] else moved

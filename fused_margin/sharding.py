@@ -8,6 +8,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed._shard.metadata import ShardMetadata
+from torch.distributed._shard.sharded_tensor import Shard as LocalShard
+from torch.distributed._shard.sharded_tensor import ShardedTensor
 
 
 def slice_of(num_classes: int, rank: int, world: int) -> tuple[int, int]:
@@ -92,6 +95,21 @@ class Shard:
         arrived = rows.new_empty(sum(received), *rows.shape[1:])
         dist.all_to_all_single(arrived, rows.contiguous(), received, sent, group=self.group)
         return arrived
+
+    def of_all(self, rows: Tensor) -> Tensor:
+        """A rank's rows (a multiple of its classes) as its part of those of all classes, for torch.distributed.checkpoint.
+
+        ``dcp.save`` writes each part from its rank; ``dcp.load`` fills `rows` in place, whatever ranks had written.
+        """
+        if self.group is None:
+            return rows
+        each = rows.shape[0] // self.size if self.size else 1
+        offsets = [self.begin * each, *[0] * (rows.dim() - 1)]
+        placement = f"rank:{dist.get_rank()}/{rows.device}"
+        parts = [LocalShard(rows, ShardMetadata(offsets, list(rows.shape), placement))] if self.size else []
+        most = self.largest(torch.tensor(each, device=rows.device)).item()
+        total = [self.num_classes * most, *rows.shape[1:]]
+        return ShardedTensor._init_from_local_shards(parts, total, process_group=self.group)
 
 
 # their names from torch 2.13 on, and before

@@ -4,12 +4,14 @@ import copy
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import leaf, problem, relative_error
 from ranks import MOST, RankError, Ranks
 
 import fused_margin as fm
+from fused_margin.consolidate import main as consolidate
 from fused_margin.margins import HardNegatives
 from fused_margin.sharding import Shard, slice_of
 
@@ -247,6 +249,49 @@ def test_sampled_classes(ranks):
     x, y = batches[0]
     whole = fm.functional.margin_cross_entropy(x, w, y, fm.Margin(m2=0.5), 8.0)
     assert results[0][1] == pytest.approx(whole.item(), rel=1e-10)  # evaluation takes all
+
+
+def trained(group, folder, num_classes, centers, batches, load):
+    """Steps from a checkpoint, or to one; what the rank then has of weight and momentum, and its bytes per rank."""
+    torch.manual_seed(1)
+    loss_fn = fm.CurricularFaceLoss(num_classes, 5, sub_centers=centers, process_group=group)
+    optimizer = fm.optim.ProjectedSGD([loss_fn.weight], lr=0.1)
+    if load:
+        fm.optim.start_momentum(optimizer, loss_fn.weight)
+        dcp.load(loss_fn.sharded_state_dict(optimizer), checkpoint_id=folder, process_group=group)
+    for x, y in batches:
+        optimizer.zero_grad()
+        loss_fn(x.float(), y).backward()
+        optimizer.step()
+    if not load:
+        dcp.save(loss_fn.sharded_state_dict(optimizer), checkpoint_id=folder, process_group=group)
+    return loss_fn.weight.detach(), optimizer.state[loss_fn.weight]["momentum_buffer"], loss_fn.t
+
+
+@pytest.mark.parametrize(("num_classes", "centers"), [(31, 1), (10, 3), (2, 1)])
+def test_checkpoints_move_to_other_numbers_of_ranks(ranks, tmp_path, num_classes, centers):
+    """What three ranks write, one to four read; with two classes one of them has none."""
+    batches = [problem(9, num_classes, 5, seed=seed)[::2] for seed in range(3)]
+    parts = [[(x[k::3], y[k::3]) for x, y in batches] for k in range(3)]
+    saved = ranks.run(trained, [(tmp_path, num_classes, centers, part, False) for part in parts])
+    for world in range(1, MOST + 1):
+        loaded = ranks.run(trained, [(tmp_path, num_classes, centers, [], True)] * world)
+        for k in (0, 1):
+            assert torch.equal(torch.cat([part[k] for part in loaded]), torch.cat([part[k] for part in saved]))
+        assert all(torch.equal(part[2], saved[0][2]) for part in loaded)
+    one_file = tmp_path / "whole.pt"
+    assert consolidate([str(tmp_path), str(one_file)]) == 0
+    whole = torch.load(one_file, weights_only=True)
+    assert torch.equal(whole["weight"], torch.cat([part[0] for part in saved]))
+    loss_fn = fm.CurricularFaceLoss(num_classes, 5, sub_centers=centers)
+    loss_fn.load_state_dict({name: whole[name] for name in loss_fn.state_dict()})
+
+
+def test_consolidate_says_what_is_wrong(tmp_path, capsys):
+    assert consolidate([str(tmp_path / "none"), str(tmp_path / "one.pt")]) == 1
+    assert "no checkpoint of torch.distributed.checkpoint" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        consolidate([])
 
 
 def test_sampling_without_a_group():
