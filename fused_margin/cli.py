@@ -3,98 +3,83 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
+
+COMMANDS = {
+    "info": ("show the version and what this build can do", "fused_margin.info", "main"),
+    "train": (
+        "train and verify a network; without options, in minutes on two CPU cores",
+        "fused_margin.trainer.cli",
+        "main",
+    ),
+    "evaluate": (
+        "evaluate a trained network, or features from a file, under a named protocol",
+        "fused_margin.trainer.cli",
+        "evaluate_main",
+    ),
+    "export": ("write a trained network as PyTorch weights and as ONNX", "fused_margin.trainer.export", "main"),
+    "compare": (
+        "train several losses alike and write the table of what becomes of them",
+        "fused_margin.trainer.compare",
+        "main",
+    ),
+    "consolidate": (
+        "write a checkpoint that several ranks have written as one file",
+        "fused_margin.consolidate",
+        "main",
+    ),
+    "figure": ("draw what losses make of a few digits in two dimensions", "fused_margin.trainer.toy", "main"),
+    "align": ("bring faces onto a template by their five landmarks", "fused_margin.trainer.align", "main"),
+}  # help, module and function, which takes the arguments and returns the exit code
 
 EXTRAS = {
-    "lightning": "lightning",
-    "matplotlib": "matplotlib",
-    "PIL": "Pillow",
-    "fontTools": "fonttools",
-    "rich": "rich",
-    "scipy": "scipy",
-    "sklearn": "scikit-learn",
-    "tyro": "tyro",
-}  # module: package of the trainer's extra
+    "lightning": ("lightning", "trainer"),
+    "matplotlib": ("matplotlib", "trainer"),
+    "PIL": ("Pillow", "trainer"),
+    "fontTools": ("fonttools", "trainer"),
+    "pytorch_metric_learning": ("pytorch-metric-learning", "trainer"),
+    "rich": ("rich", "trainer"),
+    "scipy": ("scipy", "trainer"),
+    "sklearn": ("scikit-learn", "trainer"),
+    "tensorboard": ("tensorboard", "trainer"),
+    "tyro": ("tyro", "trainer"),
+    "yaml": ("PyYAML", "trainer"),
+    "onnx": ("onnx", "export"),
+    "onnxruntime": ("onnxruntime", "export"),
+    "onnxscript": ("onnxscript", "export"),
+}  # module: its package, and the extra that brings it
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; returns the exit code."""
     parser = argparse.ArgumentParser(prog="fused-margin", description="Fused margin losses for face recognition.")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    info = commands.add_parser("info", help="show the version and what this build can do")
-    info.set_defaults(run=_info)
-    train = commands.add_parser(
-        "train",
-        help="train and verify a ResNet20; without options, in minutes on two CPU cores",
-        add_help=False,  # the trainer's own parser answers --help
-    )
-    train.set_defaults(run=_train)
-    evaluate = commands.add_parser(
-        "evaluate",
-        help="evaluate a trained network, or features from a file, under a named protocol",
-        add_help=False,
-    )
-    evaluate.set_defaults(run=_evaluate)
-    align = commands.add_parser("align", help="bring faces onto a template by their five landmarks", add_help=False)
-    align.set_defaults(run=_align)
+    parser.add_argument("--version", action="version", version=f"fused-margin {version('fused_margin')}")
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
+    for name, (help_text, _, _) in COMMANDS.items():
+        subparsers.add_parser(name, help=help_text, add_help=False)  # each answers --help itself
 
     known, rest = parser.parse_known_args(argv)
-    if not hasattr(known, "run"):
+    if known.command is None:
         parser.print_help()
         return 2 if rest else 0
-    if known.run is _info and rest:
-        info.error(f"unrecognized arguments: {' '.join(rest)}")
-    return known.run(rest)
-
-
-def _info(_rest: list[str]) -> int:
-    import fused_margin
-
-    _print_nested(fused_margin.build_info())
-    return 0
-
-
-def _print_nested(values: dict, indent: str = "") -> None:
-    for name, value in values.items():
-        if isinstance(value, dict):
-            print(f"{indent}{name}:")
-            _print_nested(value, indent + "  ")
-        else:
-            shown = ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
-            print(f"{indent}{name}: {shown}")
-
-
-def _train(rest: list[str]) -> int:
+    _, module, function = COMMANDS[known.command]
     try:
-        from fused_margin.trainer.cli import main as train
+        run = getattr(importlib.import_module(module), function)
     except ModuleNotFoundError as error:
-        return _missing("train", error)
-    return train(rest)
-
-
-def _evaluate(rest: list[str]) -> int:
-    try:
-        from fused_margin.trainer.cli import evaluate_main as evaluate
-    except ModuleNotFoundError as error:
-        return _missing("evaluate", error)
-    return evaluate(rest)
-
-
-def _align(rest: list[str]) -> int:
-    try:
-        from fused_margin.trainer.align import main as align
-    except ModuleNotFoundError as error:
-        return _missing("align", error)
-    return align(rest)
+        return _missing(known.command, error)
+    return run(rest)
 
 
 def _missing(command: str, error: ModuleNotFoundError) -> int:
-    """Say which package of the trainer's extra `command` lacks; any other missing module is raised."""
+    """Say which package of which extra `command` lacks; any other missing module is raised."""
     module = (error.name or "").partition(".")[0]
     if module not in EXTRAS:
         raise error
-    print(f'fused-margin {command} needs {EXTRAS[module]}: pip install "fused_margin[trainer]"', file=sys.stderr)
+    package, extra = EXTRAS[module]
+    print(f'fused-margin {command} needs {package}: pip install "fused_margin[{extra}]"', file=sys.stderr)
     return 1
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-FORMAT = 1  # raised when a checkpoint of an older version can no longer be read
+FORMAT = 2  # raised when a checkpoint of an older version can no longer be read
 FILE_NAME = "checkpoint.pt"
 
 
@@ -30,6 +31,26 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def remove_partial_checkpoints(path: Path) -> None:
+    """Delete what savers of `path` that were killed have left beside it."""
+    for temporary in path.parent.glob(f"{path.name}.*.tmp"):
+        saver = temporary.name.removeprefix(f"{path.name}.").removesuffix(".tmp")
+        if saver.isdecimal() and not _runs(int(saver)):
+            temporary.unlink(missing_ok=True)
+
+
+def _runs(process: int) -> bool:
+    if process == os.getpid():
+        return False  # this one's number was another's before
+    try:
+        os.kill(process, 0)  # asks without sending anything
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint to the CPU.
 
@@ -46,6 +67,22 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a checkpoint of this version of the trainer")
     return state
+
+
+def backbone_state(state: dict[str, Any]) -> dict[str, Tensor]:
+    """State dict of the backbone in a checkpoint: of the weights' moving average where there is one."""
+    if state["average"] is not None:
+        return _under("module.", state["average"])
+    return _under("backbone.", state["model"])
+
+
+def criterion_state(state: dict[str, Any]) -> dict[str, Tensor]:
+    """State dict of the criterion in a checkpoint."""
+    return _under("criterion.", state["model"])
+
+
+def _under(prefix: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
 
 
 def latest_run(runs: Path) -> Path | None:

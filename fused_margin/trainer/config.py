@@ -9,33 +9,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from .config_values import ConfigError, missing_options, overlay, to_plain
 from .data import find_reader
 from .data.augment import AugmentationConfig
-from .model import ResNet20Config
+from .losses import LossConfig
+from .models import ModelConfig, Network
+from .options import NamedOptions
 
 EMBEDDED = ("glyphs", "digits")
 # What a resumed run may do differently without becoming another run.
-RUNTIME_FIELDS = ("output", "resume", "accelerator", "workers", "checkpoint_every")
-
-
-@dataclass(frozen=True)
-class LossConfig:
-    """ArcFace with RegularFace's exclusive term."""
-
-    margin: float = 0.2
-    """Additive angular margin in radians."""
-    scale: float = 16.0
-    """Scale of the cosines."""
-    exclusive_weight: float = 1.0
-    """Weight of the exclusive term, which pushes the nearest class weights apart; 0: none."""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.scale < math.inf:
-            raise ValueError(f"loss.scale must be positive and finite, got {self.scale}")
-        if not 0 <= self.margin < math.inf:
-            raise ValueError(f"loss.margin must be finite and not negative, got {self.margin}")
-        if not 0 <= self.exclusive_weight < math.inf:
-            raise ValueError(f"loss.exclusive_weight must not be negative, got {self.exclusive_weight}")
+RUNTIME_FIELDS = ("output", "config", "resume", "accelerator", "workers", "checkpoint_every", "log_every")
+# What the configuration file of a run leaves out, so that it may start another.
+LAUNCH_FIELDS = ("output", "config", "resume")
 
 
 @dataclass(frozen=True)
@@ -45,17 +30,27 @@ class OptimizerConfig:
     lr: float = 0.05
     """Largest learning rate of the backbone."""
     class_lr: float = 0.5
-    """Largest learning rate of the class weights."""
+    """Largest learning rate of class weights that are kept on the unit sphere."""
     momentum: float = 0.9
     """Momentum of both."""
     weight_decay: float = 5e-4
-    """Weight decay of the backbone; the class weights have unit norm and take none."""
+    """Weight decay of the backbone and of class weights whose norm counts (softmax and its kin)."""
     warmup: float = 0.1
     """Share of the steps in which the learning rate rises linearly from 0."""
+    schedule: Literal["poly", "step"] = "poly"
+    """What follows: a polynomial decay, or constant rates between milestones."""
     decay_power: float = 1.0
-    """After it the learning rate falls as (1 - progress) to this power; 0: constant."""
+    """poly: the learning rate falls as (1 - progress) to this power; 0: constant."""
+    milestones: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8)
+    """step: shares of the run after which the learning rate falls. RegularFace: every 6 of 30 epochs, as
+    here; SphereFace: after 16,000 and 24,000 of 28,000 steps, 0.571 0.857 with a gamma of 0.1."""
+    gamma: float = 0.5
+    """step: factor of the learning rate at each milestone."""
     clip_norm: float = 5.0
     """Largest norm of the backbone's gradient."""
+    ema: float = 0.0
+    """Decay per step of a moving average of the backbone's weights, such as 0.999, which is then what is
+    evaluated and exported; 0: none."""
 
     def __post_init__(self) -> None:
         for name in ("lr", "class_lr", "clip_norm"):
@@ -64,9 +59,13 @@ class OptimizerConfig:
         for name in ("weight_decay", "decay_power"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"optimizer.{name} must not be negative, got {getattr(self, name)}")
-        for name in ("momentum", "warmup"):
+        for name in ("momentum", "warmup", "ema"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"optimizer.{name} must be in [0, 1), got {getattr(self, name)}")
+        if not all(0 < share < 1 for share in self.milestones):
+            raise ValueError(f"optimizer.milestones must be between 0 and 1, got {self.milestones}")
+        if not 0 < self.gamma <= 1:
+            raise ValueError(f"optimizer.gamma must be above 0 and at most 1, got {self.gamma}")
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Train a ResNet20 with a fused margin loss and verify it on identities it has not seen.
+    """Train a network with a fused margin loss and verify it on identities it has not seen.
 
     Without options: characters of the fonts that matplotlib carries, two CPU cores, under three
     minutes.
@@ -105,29 +104,43 @@ class TrainConfig:
     A folder of identities (FOLDER/identity/image.jpg), a folder with train.rec and train.idx, or a list (.txt, .lst).
 
     The defaults of the other options depend on it."""
+    config: Path | None = None
+    """YAML file with values in place of the defaults, such as the config.yaml that a run leaves in its output."""
     output: Path | None = None
-    """Folder for checkpoint, report and figure; runs/<data>-<time> if not given."""
+    """Folder for checkpoint, configuration, logs, report and figure; runs/<data>-<time> if not given."""
     resume: bool = False
     """Continue the run in --output, or the latest in runs/, with the options it was started with."""
     epochs: int = 5
     """Passes over the training images."""
     batch_size: int = 128
     """Images per step."""
+    accumulate: int = 1
+    """Parts that a step's images are worked on in, one after the other: the same step with less memory, but
+    for what looks at the whole batch (batch norm, mined triplets, adaptive margins), which sees one part."""
     seed: int = 0
     """Seed of the identities' split, the initial weights, the order and the augmentation."""
     test_fraction: float = 0.2
     """Share of the identities that are kept for verification."""
-    network: Literal["small", "paper"] = "small"
-    """Where the --model options start from: sizes for two CPU cores, or the published ones (512-d)."""
+    network: Network = "small"
+    """Where the --model options start from. small, paper: SphereFace's and RegularFace's ResNet, in a size
+    for two CPU cores or as published (512-d); lenet: the center-loss paper's LeNet++ (2-d, to be drawn)."""
+    backbone: str | None = None
+    """A network of your own in its place, package.module.factory: called with --backbone-options, it returns
+    a module from images (N, channels, H, W) to embeddings (N, D). To resume, evaluate or export name it
+    again: a checkpoint alone imports and calls nothing."""
+    backbone_options: NamedOptions = field(default_factory=dict)
+    """Keyword arguments of --backbone, such as model_name=resnet18 num_classes=128: Python literals, or text."""
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
     """Device; auto: a GPU where there is one and the kernels are built for it."""
-    precision: Literal["32-true", "bf16-mixed"] = "32-true"
-    """Precision of the backbone."""
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    """Precision of the backbone; 16-mixed needs a GPU."""
     workers: int = 0
     """Processes that read images ahead (for images in files)."""
     checkpoint_every: int = 100
     """Steps between checkpoints; one is left at the end and on Ctrl-C in any case."""
-    model: ResNet20Config = field(default_factory=ResNet20Config)
+    log_every: int = 10
+    """Steps between rows of log.csv and points of TensorBoard's curves."""
+    model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
@@ -136,9 +149,13 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.data not in EMBEDDED:
             find_reader(self.data)
-        for name, least in (("epochs", 1), ("batch_size", 1), ("checkpoint_every", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        for name in ("epochs", "batch_size", "accumulate", "checkpoint_every", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.accumulate > self.batch_size:
+            raise ValueError(f"accumulate must be at most batch_size ({self.batch_size}), got {self.accumulate}")
+        if self.backbone_options and self.backbone is None:
+            raise ValueError("backbone_options are for a --backbone, and there is none")
         for name in ("workers", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
@@ -146,10 +163,11 @@ class TrainConfig:
             raise ValueError(f"test_fraction must be between 0 and 1, got {self.test_fraction}")
 
     @classmethod
-    def defaults(cls, data: str = "glyphs", network: str = "small") -> TrainConfig:
-        """The settings that suit one source of images."""
-        model = ResNet20Config.paper() if network == "paper" else ResNet20Config()
-        config = cls(data=data, network=network, model=model)
+    def defaults(cls, data: str = "glyphs", network: Network = "small", loss: str = "arcface") -> TrainConfig:
+        """The settings that suit one source of images, one size of network and one loss."""
+        model = ModelConfig.of(network)
+        settings = LossConfig.small_data(loss) if data in EMBEDDED else LossConfig(loss)
+        config = cls(data=data, network=network, model=model, loss=settings)
         if data == "glyphs":
             return config
         if data == "digits":
@@ -157,7 +175,7 @@ class TrainConfig:
             return dataclasses.replace(config, epochs=8, batch_size=64, test_fraction=0.3)
         # Aligned faces: half the published side, and as published only mirrored.
         if network == "small":
-            model = ResNet20Config(channels=3, image_size=(56, 48))
+            model = ModelConfig(channels=3, image_size=(56, 48))
         mirror_only = AugmentationConfig(rotation=0, scale=0, shear=0, shift=0, blur=0, noise=0, mirror=True)
         return dataclasses.replace(
             config,
@@ -169,30 +187,26 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values: what a checkpoint and a report hold."""
-        values = dataclasses.asdict(self)
-        values["output"] = None if self.output is None else str(self.output)
-        return values
+        return to_plain(self)
+
+    def to_file_values(self) -> dict[str, Any]:
+        """Plain values that start the same run again, elsewhere."""
+        return {name: value for name, value in self.to_dict().items() if name not in LAUNCH_FIELDS}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
         """The inverse of `to_dict`.
 
         Raises:
-            ValueError: a field is unknown or its value is not valid.
+            ValueError: a field is unknown or missing, or its value is not valid.
         """
-        sections = {
-            "model": ResNet20Config,
-            "loss": LossConfig,
-            "optimizer": OptimizerConfig,
-            "augmentation": AugmentationConfig,
-            "evaluation": EvaluationConfig,
-        }
         try:
-            parts = {name: section(**values[name]) for name, section in sections.items()}
-            output = values["output"] and Path(values["output"])
-            return cls(**{**values, **parts, "output": output})
-        except (TypeError, KeyError) as error:
+            config = overlay(cls(), values)
+            if missing := missing_options(cls().to_dict(), values):
+                raise ConfigError(f"{', '.join(missing)}: not given")
+        except ConfigError as error:
             raise ValueError(f"not a configuration of this version: {error}") from error
+        return config
 
     def differences(self, other: TrainConfig) -> list[str]:
         """Options in which two runs differ, beyond where and on what they run."""
@@ -202,7 +216,7 @@ class TrainConfig:
 def _differences(mine: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str) -> list[str]:
     found = []
     for name, value in mine.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and value.keys() == theirs[name].keys():
             found += _differences(value, theirs[name], f"{prefix}{name}.")
         elif prefix + name not in RUNTIME_FIELDS and value != theirs[name]:
             option = (prefix + name).replace("_", "-")

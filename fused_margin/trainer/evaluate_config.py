@@ -11,7 +11,7 @@ import fused_margin as fm
 
 from .config import EMBEDDED, EvaluationConfig
 from .data import find_benchmark_reader, find_reader
-from .protocols import LFW_FLIP, Flip, LfwVariant
+from .protocols import LFW_FLIP, Flip, LfwVariant, Metric
 
 Protocol = Literal["pairs", "lfw", "ytf", "megaface"]
 
@@ -25,6 +25,8 @@ class EvaluateConfig:
 
     checkpoint: Path | None = None
     """Checkpoint of fused-margin train, or the folder it is in; the latest run in runs/ if not given."""
+    backbone: str | None = None
+    """The checkpoint's own --backbone, if it has one, named again: it is imported and called."""
     features: Path | None = None
     """Instead of a network an .npz of arrays: features (n, D), and as the protocol needs mirrored (n, D),
     labels (n,), pairs (p, 2), same (p,) bool, fold (p,), video (n,), distractors (k, D),
@@ -42,6 +44,9 @@ class EvaluateConfig:
     variant: LfwVariant = "insightface"
     """Of lfw. insightface: mirror features summed, squared distance; regularface (and SphereFace): concatenated,
     less the mean of the other folds, cosine."""
+    metric: Metric = "cosine"
+    """Of pairs and ytf. weighted-l1: DeepFace's, absolute differences of the normalised features, weighted by a
+    logistic regression on the pairs of the other folds."""
     flip: Flip | None = None
     """What becomes of the mirror image's features, but for lfw, which prescribes it; as in the training, or
     none."""
@@ -71,6 +76,13 @@ class EvaluateConfig:
             raise ValueError("distractors: they are for the protocol megaface, beside --features")
         if self.protocol == "lfw" and self.flip not in (None, LFW_FLIP[self.variant]):
             raise ValueError(f"flip: lfw's variant {self.variant} prescribes {LFW_FLIP[self.variant]}")
+        if self.metric != "cosine" and self.protocol == "lfw":
+            raise ValueError(
+                f"metric: lfw's variants prescribe theirs; for {self.metric} on LFW's images and folds use the "
+                "protocol pairs"
+            )
+        if self.metric != "cosine" and self.protocol == "megaface":
+            raise ValueError(f"metric: {self.metric} is learned on pairs in folds, of which megaface has none")
         if self.far is not None and not 0 < self.far < 1:
             raise ValueError(f"far must be between 0 and 1, got {self.far}")
         if self.folds is not None and self.folds < 2:
@@ -87,7 +99,9 @@ class EvaluateConfig:
     @property
     def name(self) -> str:
         """Of the files."""
-        return f"lfw-{self.variant}" if self.protocol == "lfw" else self.protocol
+        if self.protocol == "lfw":
+            return f"lfw-{self.variant}"
+        return self.protocol if self.metric == "cosine" else f"{self.protocol}-{self.metric}"
 
     def filled_in(self, trained: EvaluationConfig) -> EvaluateConfig:
         """These options, and where none are given those of the training.

@@ -26,6 +26,8 @@ from .evaluate_config import EvaluateConfig
 from .feature_set import FeatureSet, TrainedNetwork, read_arrays, read_checkpoint, read_probes
 from .figures import draw_evaluation
 
+SCORE_UNIT: dict[protocols.Metric, str] = {"cosine": "cosine", "weighted-l1": "log odds"}
+
 
 class Measured(NamedTuple):
     """What a protocol gives."""
@@ -50,7 +52,7 @@ def run_evaluation(config: EvaluateConfig, console: Console) -> dict[str, Any]:
     if config.features is None:
         path = config.checkpoint / FILE_NAME if config.checkpoint.is_dir() else config.checkpoint
         data = config.data if config.data is None or config.data in EMBEDDED else str(Path(config.data).resolve())
-        network = read_checkpoint(path, data)
+        network = read_checkpoint(path, data, config.backbone)
     else:
         path = config.features
     try:
@@ -86,6 +88,7 @@ def run_evaluation(config: EvaluateConfig, console: Console) -> dict[str, Any]:
             "unreadable": unreadable,
         },
         "flip": config.flip,
+        "metric": config.metric,
         "result": measured.result,
         "scores": {
             "genuine": len(summary.genuine),
@@ -103,7 +106,8 @@ def run_evaluation(config: EvaluateConfig, console: Console) -> dict[str, Any]:
         "seconds": round(time.monotonic() - started, 2),
     }
     output.mkdir(parents=True, exist_ok=True)
-    draw_evaluation(output / f"{config.name}.png", f"{description}\n{measured.headline}", summary, nearest_cosine)
+    title, unit = f"{description}\n{measured.headline}", SCORE_UNIT[config.metric]
+    draw_evaluation(output / f"{config.name}.png", title, summary, nearest_cosine, unit)
     (output / f"{config.name}.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     _print_report(console, report, measured.headline, output)
     return report
@@ -127,19 +131,25 @@ def _measure(config: EvaluateConfig, given: FeatureSet, seed: int, device: torch
     else:
         features = protocols.join_mirror(given.features, given.mirrored, config.flip)
         if config.protocol == "ytf":
-            result = protocols.ytf(features, *given.need("video"), pairs, same, fold)
+            result = protocols.ytf(features, *given.need("video"), pairs, same, fold, config.metric)
         else:
-            result = protocols.cosine_pairs(features, pairs, same, fold)
+            result = protocols.COMPARE[config.metric](features, pairs, same, fold)
     accuracy, threshold = result.folds
     numbers = {
         "accuracy": float(accuracy.mean()),
         "accuracy_std": float(accuracy.std()),
         "fold_accuracy": accuracy.tolist(),
         "fold_threshold": threshold.tolist(),
-        "threshold_unit": "squared distance" if config.name == "lfw-insightface" else "cosine",
+        "threshold_unit": "squared distance" if config.name == "lfw-insightface" else SCORE_UNIT[config.metric],
         "pairs": len(pairs),
         "folds_share_no_identity": disjoint,
     }
+    if result.heads:
+        numbers["heads"] = {
+            "fitted_pairs": [head.num_pairs for head in result.heads],
+            "regularisation_c": [head.regularisation for head in result.heads],
+            "negative_weights": [float(np.mean(head.alpha < 0)) for head in result.heads],
+        }
     if result.tar is not None:
         numbers["tar_over_folds"] = {
             "far": protocols.INSIGHTFACE_FAR,

@@ -10,14 +10,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .checkpoint import CheckpointError, load_checkpoint
+from .checkpoint import CheckpointError, criterion_state, load_checkpoint
 from .config import TrainConfig
 from .data import DataError, find_benchmark_reader, load_splits
 from .data.base import Splits
 from .data.benchmarks import VerificationSet
 from .data.features import read_megaface
 from .evaluate import Embedded, embed
-from .model import ResNet20
+from .losses import stored_class_weight
+from .models import require_named, restore_backbone
 
 
 @dataclass(frozen=True)
@@ -86,11 +87,13 @@ class TrainedNetwork:
         """Features of the identities not trained on, what they are of, and the images left out.
 
         Raises:
+            BackboneError: the network cannot be built.
             CheckpointError: the weights do not fit the network.
             DataError: the images are not those of the training any more, or cannot be read.
         """
-        config, class_weight = self.config, self.state["model"]["loss_fn.weight"].numpy()
-        backbone = self._backbone().to(device, memory_format=torch.channels_last)
+        config = self.config
+        class_weight = stored_class_weight(config.loss, criterion_state(self.state)).numpy()
+        backbone = restore_backbone(config, self.state, self.path).to(device, memory_format=torch.channels_last)
         if self.benchmark is not None:
             images = self.benchmark.image_set(config.model.image_size, config.model.channels)
             part = embed(backbone, images, device, mirror=mirror, workers=workers)
@@ -125,15 +128,6 @@ class TrainedNetwork:
         )
         return found, _describe(splits, self.seen), sorted(name for part in parts for name in part.unreadable)
 
-    def _backbone(self) -> ResNet20:
-        backbone, prefix = ResNet20(self.config.model), "backbone."
-        weights = self.state["model"]
-        try:
-            backbone.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
-        except RuntimeError as error:
-            raise CheckpointError(f"the weights in {self.path} do not fit the network of this version") from error
-        return backbone
-
 
 def benchmark_features(benchmark: VerificationSet, part: Embedded, class_weight: np.ndarray) -> FeatureSet:
     """Features of a verification set's images; a video may miss frames, an image of a pair may not.
@@ -158,11 +152,12 @@ def benchmark_features(benchmark: VerificationSet, part: Embedded, class_weight:
     )
 
 
-def read_checkpoint(path: Path, data: str | None) -> TrainedNetwork:
+def read_checkpoint(path: Path, data: str | None, backbone: str | None) -> TrainedNetwork:
     """Read a checkpoint to evaluate on `data`, by default the images of its training.
 
     Raises:
-        CheckpointError: it cannot be read, or its options are not of this version.
+        CheckpointError: it cannot be read, its options are not of this version, or its network is another one's than
+            `backbone`.
         DataError: `data` is a verification set that is broken.
     """
     state = load_checkpoint(path)
@@ -173,6 +168,7 @@ def read_checkpoint(path: Path, data: str | None) -> TrainedNetwork:
         config = TrainConfig.from_dict({**values, "data": trained_on if data is None or reader else data})
     except (KeyError, ValueError) as error:
         raise CheckpointError(f"cannot evaluate {path}: {error}") from error
+    require_named(config, backbone, path)
     benchmark = reader(Path(data)) if reader else None
     return TrainedNetwork(state, config, seen=config.data == trained_on, path=path, benchmark=benchmark)
 

@@ -39,12 +39,14 @@ def draw_report(path: Path, title: str, evaluation: Evaluation, losses: list[flo
         _save(figure, path, title)
 
 
-def draw_evaluation(path: Path, title: str, summary: ScoreSummary, nearest_cosine: np.ndarray | None) -> None:
-    """Write the panels of an evaluation to `path`; without class weights there is no separability."""
+def draw_evaluation(
+    path: Path, title: str, summary: ScoreSummary, nearest_cosine: np.ndarray | None, unit: str = "cosine"
+) -> None:
+    """Write the panels of an evaluation, scores in `unit`, to `path`; without class weights there is no separability."""
     with matplotlib.rc_context(STYLE):
         figure, axes = _panels(2 if nearest_cosine is None else 3)
         _draw_roc(axes[0], summary)
-        _draw_scores(axes[1], summary)
+        _draw_scores(axes[1], summary, unit)
         if nearest_cosine is not None:
             _draw_separability(axes[2], nearest_cosine)
         _save(figure, path, title)
@@ -81,7 +83,7 @@ def _draw_roc(axes: Axes, summary: ScoreSummary) -> None:
     axes.legend(loc="center right")
 
 
-def _draw_scores(axes: Axes, summary: ScoreSummary) -> None:
+def _draw_scores(axes: Axes, summary: ScoreSummary, unit: str) -> None:
     genuine, impostor, count = summary.genuine, summary.impostor, summary.impostor_count
     count = np.ones(len(impostor)) if count is None else count
     shown = impostor[count > 0]
@@ -95,7 +97,7 @@ def _draw_scores(axes: Axes, summary: ScoreSummary) -> None:
         axes.axvline(summary.tar.threshold, color=ACCENT, linewidth=2, label=label)
     axes.set(
         title=f"Scores, equal error rate {summary.equal_error_rate:.2%}",
-        xlabel="cosine",
+        xlabel=unit,
         ylabel="share of the pairs",
     )
     axes.margins(y=0.3)

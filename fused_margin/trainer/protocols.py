@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
@@ -14,9 +14,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .array_checks import check_features, check_folds, check_integers
-from .verification import FoldAccuracy, TarAtFar, false_accepts, kfold_accuracy, tar_at_far, unshuffled_folds
+from .verification import (
+    FoldAccuracy,
+    TarAtFar,
+    best_threshold,
+    false_accepts,
+    kfold_accuracy,
+    tar_at_far,
+    unshuffled_folds,
+)
+from .weighted_l1 import WeightedL1Head, fit_head
 
 Flip = Literal["none", "sum", "concat"]
+Metric = Literal["cosine", "weighted-l1"]
 LfwVariant = Literal["insightface", "regularface"]
 LFW_FLIP: dict[LfwVariant, Flip] = {"insightface": "sum", "regularface": "concat"}
 INSIGHTFACE_FAR = 1e-3
@@ -36,9 +46,10 @@ class FoldTar(NamedTuple):
 class PairResult(NamedTuple):
     """A protocol of pairs and folds."""
 
-    scores: np.ndarray  # (num_pairs,) cosine
+    scores: np.ndarray  # (num_pairs,) cosine, or what the metric gives
     folds: FoldAccuracy
     tar: FoldTar | None = None  # where it is part of the protocol
+    heads: tuple[WeightedL1Head, ...] = ()  # of each fold, where the metric is learned
 
 
 class MegafaceResult(NamedTuple):
@@ -88,6 +99,42 @@ def cosine_pairs(
     unit = normalize(np.asarray(features, np.float64))
     scores = np.einsum("ij,ij->i", unit[pairs[:, 0]], unit[pairs[:, 1]])
     return PairResult(scores, kfold_accuracy(scores, same, fold))
+
+
+def weighted_l1_pairs(
+    features: np.ndarray, pairs: np.ndarray, same: np.ndarray, fold: np.ndarray | None = None
+) -> PairResult:
+    """Accuracy over folds under DeepFace's weighted L1 distance, learned without the fold it scores.
+
+    For each fold a head (see `weighted_l1.fit_head`) is fitted on the pairs of the other folds, the
+    features normalised before; it scores the fold, and gives those others the scores among which the
+    threshold is chosen. So no label of a fold touches its scores or its threshold.
+
+    Args:
+        features, pairs, same, fold: as for `cosine_pairs`.
+
+    Returns:
+        Scores are log odds, those of every fold under its own head.
+
+    Raises:
+        ValueError: as `cosine_pairs`; also when there are fewer than three pairs of a kind beside a fold.
+    """
+    fold = _check_pairs(features, pairs, same, fold)
+    unit = normalize(np.asarray(features, np.float64))
+    scores, accuracies, thresholds, heads = np.empty(len(pairs)), [], [], []
+    for number in np.unique(fold):
+        rest, part = fold != number, fold == number
+        head = fit_head(unit, pairs[rest], same[rest], fold[rest])
+        threshold = best_threshold(head.scores(unit, pairs[rest]), same[rest])
+        scores[part] = head.scores(unit, pairs[part])
+        accuracies.append(np.mean((scores[part] >= threshold) == same[part]))
+        thresholds.append(threshold)
+        heads.append(head)
+    return PairResult(scores, FoldAccuracy(np.array(accuracies), np.array(thresholds)), heads=tuple(heads))
+
+
+# How pairs of features are compared, under folds of them.
+COMPARE: dict[Metric, Callable[..., PairResult]] = {"cosine": cosine_pairs, "weighted-l1": weighted_l1_pairs}
 
 
 def lfw(
@@ -171,21 +218,27 @@ def _lfw_regularface(features: np.ndarray, pairs: np.ndarray, same: np.ndarray, 
 
 
 def ytf(
-    features: np.ndarray, video: np.ndarray, pairs: np.ndarray, same: np.ndarray, fold: np.ndarray | None = None
+    features: np.ndarray,
+    video: np.ndarray,
+    pairs: np.ndarray,
+    same: np.ndarray,
+    fold: np.ndarray | None = None,
+    metric: Metric = "cosine",
 ) -> PairResult:
     """YouTube Faces (Wolf et al. 2011): 5,000 pairs of videos, ten splits.
 
     A video's feature is the mean of its frames' features, normalised after; videos are compared by
-    cosine, the threshold tried between all scores of the other splits.
+    cosine, the threshold tried between all scores of the other splits, or by a metric learned on them.
 
     Args:
         features: (num_frames, D) as the network gives them, mirror features joined or not.
         video: (num_frames,) number of each frame's video.
         pairs: (num_pairs, 2) numbers of videos.
         same, fold: as for `cosine_pairs`.
+        metric: cosine, or weighted-l1 as in `weighted_l1_pairs`.
 
     Raises:
-        ValueError: as `cosine_pairs`; also when a video in `pairs` has no frame.
+        ValueError: as the metric's function; also when a video in `pairs` has no frame.
     """
     check_features("features", features)
     check_integers("video", video, (len(features),))
@@ -197,7 +250,7 @@ def ytf(
     order = np.argsort(video, kind="stable")
     clips = (features[order[s : s + n]] for s, n in zip(start, frames, strict=True))
     means = np.stack([clip.mean(axis=0, dtype=np.float64) for clip in clips])
-    return cosine_pairs(means, place, same, fold)
+    return COMPARE[metric](means, place, same, fold)
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +15,25 @@ from rich.table import Table
 
 import fused_margin as fm
 
-from .checkpoint import FILE_NAME, CheckpointError, load_checkpoint, save_checkpoint
+from .checkpoint import FILE_NAME, CheckpointError, load_checkpoint, remove_partial_checkpoints, save_checkpoint
 from .config import TrainConfig
+from .config_values import write_file
 from .data import Splits, load_splits
 from .evaluate import Evaluation, evaluate
 from .figures import draw_report
+from .logs import CURVES_NAME, LOG_NAME, RunLog
 from .loop import Trainer
+from .models import build_backbone, describe_backbone, embedding_size
 
+CONFIG_NAME = "config.yaml"
 NAMED_FILES = 5  # unreadable images that are listed; the report has all
 
 
 def run(config: TrainConfig, console: Console) -> dict[str, Any]:
-    """Train or continue, verify, and write checkpoint, report.json and report.png to the output.
+    """Train or continue, verify, and write checkpoint, configuration, logs, report.json and report.png to the output.
 
     Raises:
+        BackboneError: the network cannot be made, or does not fit the images.
         CheckpointError: the output holds a run already, or the one to resume cannot be.
         DataError: the images do not allow training or verification.
         Interrupted: stopped by a signal; a checkpoint is left.
@@ -37,7 +43,9 @@ def run(config: TrainConfig, console: Console) -> dict[str, Any]:
     checkpoint = output / FILE_NAME
     if not config.resume and checkpoint.exists():
         raise CheckpointError(f"{output} holds a run: continue it with --resume or name another --output")
+    remove_partial_checkpoints(checkpoint)
     state = load_checkpoint(checkpoint) if config.resume else None
+    embedding_size(build_backbone(config), config.model)  # what is wrong is told before images are read
 
     started = time.monotonic()
     with console.status("reading the images"):
@@ -53,14 +61,29 @@ def run(config: TrainConfig, console: Console) -> dict[str, Any]:
     if state is not None:
         trainer.load_state_dict(state)
     output.mkdir(parents=True, exist_ok=True)
-    _print_start(console, trainer, splits)
-    trainer.fit(console, lambda: save_checkpoint(checkpoint, trainer.state_dict()))
+    write_file(output / CONFIG_NAME, config.to_file_values())
+    _print_start(console, config, trainer, splits)
+    with closing(RunLog(output, trainer.step)) as log:
 
+        def save() -> None:
+            log.flush()  # the checkpoint's steps are not taken again
+            save_checkpoint(checkpoint, trainer.state_dict())
+
+        trainer.fit(console, save, log.write)
+        return _verify(config, console, trainer, splits, log, data_seconds)
+
+
+def _verify(
+    config: TrainConfig, console: Console, trainer: Trainer, splits: Splits, log: RunLog, data_seconds: float
+) -> dict[str, Any]:
+    """Evaluate what was trained; log, draw, write and print it."""
+    output = config.output
     started = time.monotonic()
     with console.status("verifying"):
-        evaluation = evaluate(trainer.backbone, trainer.class_weight, splits, config, trainer.fabric.device)
+        evaluation = evaluate(trainer.evaluated_backbone, trainer.class_weight, splits, config, trainer.fabric.device)
     unreadable = sorted(trainer.unreadable.union(evaluation.unreadable))
     report = _report(config, trainer, splits, evaluation, unreadable)
+    log.write(trainer.step, _logged(report))
     draw_report(
         output / "report.png",
         f"{config.data}: {len(splits.test.identities)} unseen identities, "
@@ -124,16 +147,21 @@ def _report(
     }
 
 
+def _logged(report: dict[str, Any]) -> dict[str, float]:
+    numbers = {f"verification/{name}": report["verification"][name] for name in ("accuracy", "auc", "tar_at_far")}
+    return numbers | {f"separability/{name}": value for name, value in report["separability"].items()}
+
+
 def _mean(values: list[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def _print_start(console: Console, trainer: Trainer, splits: Splits) -> None:
+def _print_start(console: Console, config: TrainConfig, trainer: Trainer, splits: Splits) -> None:
     console.print(
         f"[bold]{splits.description}[/bold]\n"
         f"train: {splits.train.num_classes:,} identities, {len(splits.train):,} images; "
         f"verify: {splits.test.num_classes:,} others, {len(splits.test):,} images\n"
-        f"ResNet20 with {trainer.num_parameters:,} parameters, "
+        f"{describe_backbone(config)} with {trainer.num_parameters:,} parameters, "
         f"{trainer.total_steps:,} steps on {trainer.fabric.device}",
         highlight=False,
     )
@@ -164,4 +192,5 @@ def _print_report(console: Console, report: dict[str, Any], output: Path) -> Non
         named = ", ".join(unreadable[:NAMED_FILES])
         more = f" and {len(unreadable) - NAMED_FILES} more" if len(unreadable) > NAMED_FILES else ""
         console.print(f"left out {len(unreadable)} unreadable images: {named}{more}")
-    console.print(f"files in {output}: {FILE_NAME}, report.json, report.png", highlight=False, soft_wrap=True)
+    names = ", ".join((FILE_NAME, CONFIG_NAME, LOG_NAME, f"{CURVES_NAME}/", "report.json", "report.png"))
+    console.print(f"files in {output}: {names}", highlight=False, soft_wrap=True)

@@ -127,19 +127,23 @@ def kfold_accuracy(scores: np.ndarray, same: np.ndarray, fold: np.ndarray) -> Fo
     accuracies, thresholds = [], []
     for held_out in np.unique(fold):
         rest, part = fold != held_out, fold == held_out
-        far, tar, candidates = roc_curve(same[rest], scores[rest], drop_intermediate=False)
-        candidates[0] = np.nextafter(candidates[1], np.inf)  # accepts none, as the infinity there
-        num_same = np.count_nonzero(same[rest])
-        num_different = np.count_nonzero(~same[rest])
-        best = int(np.argmax(tar * num_same + (1 - far) * num_different))
-        threshold = candidates[best]
-        if 0 < best < len(candidates) - 1:
-            # Halfway to the next score below, or a held-out pair hardly less alike would be refused.
-            between = (threshold + candidates[best + 1]) / 2
-            threshold = between if between > candidates[best + 1] else threshold
+        threshold = best_threshold(scores[rest], same[rest])
         accuracies.append(np.mean((scores[part] >= threshold) == same[part]))
         thresholds.append(threshold)
     return FoldAccuracy(np.array(accuracies), np.array(thresholds))
+
+
+def best_threshold(scores: np.ndarray, same: np.ndarray) -> float:
+    """The threshold that decides most pairs rightly, as `kfold_accuracy` tries them; there are pairs of both kinds."""
+    far, tar, candidates = roc_curve(same, scores, drop_intermediate=False)
+    candidates[0] = np.nextafter(candidates[1], np.inf)  # accepts none, as the infinity there
+    best = int(np.argmax(tar * np.count_nonzero(same) + (1 - far) * np.count_nonzero(~same)))
+    threshold = candidates[best]
+    if 0 < best < len(candidates) - 1:
+        # Halfway to the next score below, or a held-out pair hardly less alike would be refused.
+        between = (threshold + candidates[best + 1]) / 2
+        threshold = between if between > candidates[best + 1] else threshold
+    return float(threshold)
 
 
 def summarize(

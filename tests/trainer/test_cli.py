@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import fused_margin as fm
 from fused_margin import cli
 from fused_margin.trainer.checkpoint import FILE_NAME
 
@@ -43,6 +44,7 @@ def test_usage(capsys):
     assert "usage: fused-margin" in capsys.readouterr().out
     assert "invalid choice: 'trian'" in fails(capsys, 2, "trian")
     assert "unrecognized arguments: --verbose" in fails(capsys, 2, "info", "--verbose")
+    assert fails(capsys, 0, "--version") == f"fused-margin {fm.__version__}"
 
 
 def test_info_needs_no_extra():
@@ -53,15 +55,24 @@ def test_info_needs_no_extra():
     assert "version: " in done.stdout and "kernels:" in done.stdout
 
 
-@pytest.mark.parametrize(("command", "module"), [("train", "lightning"), ("train", "sklearn"), ("evaluate", "sklearn")])
+@pytest.mark.parametrize(
+    ("command", "module"),
+    [
+        ("train", "lightning"),
+        ("train", "yaml"),
+        ("train", "tensorboard"),
+        ("evaluate", "sklearn"),
+        ("export", "onnxscript"),
+    ],
+)
 def test_missing_extra(command, module):
     code = (
         f"import sys; sys.modules[{module!r}] = None; from fused_margin.cli import main; sys.exit(main([{command!r}]))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    package = cli.EXTRAS[module]
+    package, extra = cli.EXTRAS[module]
     assert done.returncode == 1
-    assert done.stderr.strip() == f'fused-margin {command} needs {package}: pip install "fused_margin[trainer]"'
+    assert done.stderr.strip() == f'fused-margin {command} needs {package}: pip install "fused_margin[{extra}]"'
 
 
 def test_every_option_is_explained(capsys):
@@ -84,6 +95,13 @@ def test_every_option_is_explained(capsys):
         ("--optimizer.lr 0", "optimizer.lr must be positive"),
         ("--augmentation.noise -1", "noise must not be negative"),
         ("--model.channels 2", "channels must be 1 or 3"),
+        ("--model.depth 11", "invalid choice"),
+        ("--accumulate 0", "accumulate must be at least 1"),
+        ("--backbone-options size=3", "backbone_options are for a --backbone"),
+        ("--backbone a.b --backbone-options size", "expected NAME=VALUE, got 'size'"),
+        ("--optimizer.milestones 0.5 1.5", "optimizer.milestones must be between 0 and 1"),
+        ("--config", "expected one argument"),
+        ("--config nothing.yaml", "cannot read the configuration nothing.yaml"),
         ("--evaluation.folds 1", "evaluation.folds must be at least 2"),
         ("--epochs ten", "invalid literal"),
         ("--no-such-option", "no-such-option"),
@@ -94,10 +112,24 @@ def test_invalid_options(capsys, options, message):
     assert not Path("runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--backbone nowhere.Net", "no module 'nowhere'"),
+        ("--network lenet --model.widths 4 4 4 4", "model.widths must be 3 numbers"),
+        ("--precision 16-mixed --accelerator cpu --data digits", "needs a GPU"),
+    ],
+)
+def test_what_cannot_be_trained(capsys, options, message):
+    assert message in fails(capsys, 1, "train", *options.split())
+    assert not Path("runs").exists()
+
+
 def test_run_and_what_may_follow_it(capsys, tiny_options):
     assert cli.main(["train", *tiny_options, "--output", "here"]) == 0
     said = capsys.readouterr().out
     assert "accuracy, 10 folds, 200 pairs" in said and "step 40/40" in said
+    assert "config.yaml, log.csv, tensorboard/" in said
     report = Path("here/report.json").read_text()
 
     assert "--resume" in fails(capsys, 1, "train", *tiny_options, "--output", "here")

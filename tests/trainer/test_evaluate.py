@@ -13,7 +13,7 @@ from PIL import Image
 
 import fused_margin as fm
 from fused_margin import cli
-from fused_margin.trainer import protocols
+from fused_margin.trainer import protocols, verification
 from fused_margin.trainer.checkpoint import FILE_NAME, load_checkpoint, save_checkpoint
 
 TRAIN = """train --data digits --epochs 2 --batch-size 64 --model.image-size 8 8 --model.widths 4 4 8 8
@@ -43,6 +43,8 @@ def evaluate(*arguments):
     name = options[options.index("--protocol") + 1] if "--protocol" in options else "pairs"
     if name == "lfw":
         name += "-" + (options[options.index("--variant") + 1] if "--variant" in options else "insightface")
+    if "--metric" in options:
+        name += "-" + options[options.index("--metric") + 1]
     with Image.open(f"out/{name}.png") as picture:
         assert picture.width >= 1000 and np.asarray(picture.convert("L")).std() > 10
     with open(f"out/{name}.json") as file:
@@ -180,6 +182,38 @@ def test_a_file_s_arrays_reach_the_protocols():
     assert report["result"]["fold_accuracy"] == expected.folds.accuracy.tolist()
 
 
+def test_the_learned_metric_beside_the_cosine(capsys):
+    features, _, labels = clusters(identities=30, noise=0.2).values()
+    features[:, 3:] = np.random.default_rng(5).normal(size=features[:, 3:].shape)  # tells nothing
+    file = write(features=features, labels=labels)
+    options = *file, "--num-pairs", 400, "--folds", 5
+    cosine, learned = evaluate(*options), evaluate(*options, "--metric", "weighted-l1")
+    assert "pairs-weighted-l1: accuracy" in capsys.readouterr().out
+    assert (cosine["metric"], learned["metric"]) == ("cosine", "weighted-l1")
+    assert learned["result"]["threshold_unit"] == "log odds" and "heads" not in cosine["result"]
+    assert learned["result"]["accuracy"] > cosine["result"]["accuracy"] + 0.1
+    assert learned["scores"]["equal_error_rate"] < cosine["scores"]["equal_error_rate"]
+    for name in ("auc", "tar_at_far", "threshold_at_far", "genuine", "impostors"):
+        assert np.isfinite(learned["scores"][name])
+
+    drawn = verification.make_pairs(labels, 400, 5, 0)
+    expected = protocols.weighted_l1_pairs(features, drawn.indices, drawn.same, drawn.fold)
+    result = learned["result"]
+    assert result["fold_accuracy"] == expected.folds.accuracy.tolist()
+    assert result["fold_threshold"] == expected.folds.threshold.tolist()
+    assert result["heads"]["fitted_pairs"] == [np.count_nonzero(drawn.fold != number) for number in range(5)]
+    assert result["heads"]["regularisation_c"] == [head.regularisation for head in expected.heads]
+    assert learned["scores"]["auc"] == pytest.approx(
+        verification.summarize_pairs(expected.scores, drawn.same, 1e-3).auc
+    )
+
+    pairs, same = drawn.indices[:200], drawn.same[:200]
+    file = write(features=features, video=np.arange(len(features)), pairs=pairs, same=same)
+    report = evaluate(*file, "--protocol", "ytf", "--metric", "weighted-l1")
+    expected = protocols.weighted_l1_pairs(features, pairs, same)
+    assert report["result"]["fold_accuracy"] == expected.folds.accuracy.tolist()
+
+
 def test_megaface_with_distractors_of_its_own():
     given, others = clusters(), clusters(20)
     arrays = {"distractors": others["features"] + 1, "mirrored_distractors": others["mirrored"] + 1}
@@ -202,6 +236,9 @@ def test_megaface_with_distractors_of_its_own():
     [
         ("--protocol ijbc", "ijbc"),
         ("--protocol lfw --flip none", "flip: lfw's variant insightface prescribes sum"),
+        ("--protocol lfw --metric weighted-l1", "metric: lfw's variants prescribe theirs; for weighted-l1"),
+        ("--protocol megaface --metric weighted-l1", "metric: weighted-l1 is learned on pairs in folds"),
+        ("--metric l2", "l2"),
         ("--features x.npz --checkpoint runs", "features: a file of features needs no checkpoint"),
         ("--data no/such/folder", "no folder 'no/such/folder'"),
         ("--far 0", "far must be between 0 and 1"),
@@ -244,6 +281,7 @@ def test_files_without_an_answer(capsys, tmp_path):
         ({**given, "labels": given["labels"] * 0}, "--protocol megaface", "megaface needs distractors"),
         ({**given, "features": given["features"].astype(str)}, "--num-pairs 60", "features: expected"),
         ({**given, "class_weight": nan}, "--num-pairs 60", "class_weight: expected finite values"),
+        (given, "--num-pairs 4 --folds 2 --metric weighted-l1", "same: expected 3 pairs of each kind or more"),
         (given, "--num-pairs 10", "num-pairs must be at least two per fold"),
         ({**given, "features": np.array([{}])}, "", "is not an .npz file of arrays"),
     ):

@@ -1,14 +1,22 @@
-"""The network has the published shape at any size."""
+"""The networks have the published shapes at any size; a backbone of one's own is found or its fault is named."""
+
+import dataclasses
+import itertools
 
 import pytest
 import torch
 from torch import nn
 
+from fused_margin.trainer.config import TrainConfig
 from fused_margin.trainer.data.base import on_gray, to_input
-from fused_margin.trainer.model import ResNet20, ResNet20Config
+from fused_margin.trainer.models import BackboneError, LeNet, ModelConfig, ResNet, build_backbone, embedding_size
 
 
-def published_parameters() -> int:
+def convolutions(network: nn.Module) -> int:
+    return sum(isinstance(m, nn.Conv2d) for m in network.modules())
+
+
+def published_resnet20_parameters() -> int:
     """Counted by hand from the paper's table: weights of the convolutions, PReLU slopes, the layer on top."""
     count, channels = 0, 3
     for width, units in zip((64, 128, 256, 512), (1, 2, 4, 1), strict=True):
@@ -18,28 +26,55 @@ def published_parameters() -> int:
     return count + 512 * 7 * 6 * 512 + 512
 
 
-def test_published_network():
+def test_published_resnet20():
     with torch.device("meta"):
-        network = ResNet20(ResNet20Config.paper())
+        network = ResNet(ModelConfig.of("paper"))
         embeddings = network(torch.empty(2, 3, 112, 96))
-    layers = [m for m in network.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     assert embeddings.shape == (2, 512)
-    assert len(layers) == 20 + 1  # "20" counts the convolutions here: 4 + 2 * (1 + 2 + 4 + 1)
+    assert convolutions(network) == 20  # "20" counts the convolutions here: 4 + 2 * (1 + 2 + 4 + 1)
     assert network.embedding.in_features == 512 * 7 * 6
-    assert sum(p.numel() for p in network.parameters()) == published_parameters()
+    assert sum(p.numel() for p in network.parameters()) == published_resnet20_parameters()
     assert not any(isinstance(m, nn.BatchNorm2d) for m in network.modules())
+
+
+@pytest.mark.parametrize("depth", [4, 10, 20, 36, 64])
+def test_depth_is_the_number_of_convolutions(depth):
+    with torch.device("meta"):
+        assert convolutions(ResNet(ModelConfig(depth=depth, width=0.1))) == depth
+
+
+def test_published_lenet():
+    """LeNet++'s table: (5, 32) x 2, (5, 64) x 2, (5, 128) x 2, each halved, and 2 numbers: 128 * 3 * 3 into them."""
+    network = LeNet(ModelConfig.of("lenet"))
+    assert network(torch.zeros(5, 1, 28, 28)).shape == (5, 2)
+    channels = (1, 32, 32, 64, 64, 128, 128)
+    kernels = sum(25 * a * b + b for a, b in itertools.pairwise(channels))
+    slopes = sum(channels[1:])
+    assert sum(p.numel() for p in network.parameters()) == kernels + slopes + 128 * 3 * 3 * 2 + 2
+    colour = LeNet(ModelConfig(channels=3, image_size=(17, 40), width=0.25, embedding_size=5))
+    assert colour(torch.zeros(2, 3, 17, 40)).shape == (2, 5)
+    assert colour.features[0].out_channels == 8
 
 
 @pytest.mark.parametrize("image_size", [(32, 32), (33, 17), (112, 96)])
 def test_any_input_size(image_size):
-    config = ResNet20Config(image_size=image_size, widths=(2, 3, 4, 5), embedding_size=7)
-    assert ResNet20(config)(torch.randn(3, 1, *image_size)).shape == (3, 7)
+    config = ModelConfig(image_size=image_size, widths=(2, 3, 4, 5), embedding_size=7)
+    assert ResNet(config)(torch.randn(3, 1, *image_size)).shape == (3, 7)
+
+
+def test_width_multiplies_and_widths_replace():
+    published = (64, 128, 256, 512)
+    assert ModelConfig(width=0.25).stage_widths(published) == (16, 32, 64, 128)  # the small network
+    assert ModelConfig(width=1e-3).stage_widths(published) == (1, 1, 1, 1)
+    assert ModelConfig(width=0.5, widths=(1, 2, 3, 4)).stage_widths(published) == (1, 2, 3, 4)
+    with pytest.raises(BackboneError, match="model.widths must be 3 numbers"):
+        LeNet(ModelConfig(widths=(1, 2, 3, 4)))
 
 
 def test_gray_background_starts_embeddings_apart(glyph_identities):
     """Without batch norm a black background makes all embeddings one direction before training."""
     torch.manual_seed(0)
-    network = ResNet20(ResNet20Config(image_size=(16, 16)))
+    network = ResNet(ModelConfig(image_size=(16, 16)))
     glyphs = glyph_identities[0][::100, None]
 
     @torch.no_grad()
@@ -50,8 +85,56 @@ def test_gray_background_starts_embeddings_apart(glyph_identities):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"channels": 2}, {"image_size": (4, 32)}, {"widths": (0, 1, 1, 1)}, {"embedding_size": 1}]
+    "wrong",
+    [{"channels": 2}, {"image_size": (4, 32)}, {"widths": (0, 1, 1, 1)}, {"embedding_size": 1}, {"width": 0.0}],
 )
 def test_invalid_config(wrong):
-    with pytest.raises(ValueError, match=next(iter(wrong))):
-        ResNet20Config(**wrong)
+    with pytest.raises(ValueError, match=f"model.{next(iter(wrong))}"):
+        ModelConfig(**wrong)
+
+
+def with_backbone(name, **options):
+    model = ModelConfig(image_size=(8, 8))
+    return dataclasses.replace(TrainConfig(), backbone=name, backbone_options=options, model=model)
+
+
+def test_own_backbone():
+    config = with_backbone("own_networks.BatchNormNet", size=6)
+    backbone = build_backbone(config)
+    before = {name: value.clone() for name, value in backbone.state_dict().items()}
+    assert embedding_size(backbone, config.model) == 6
+    assert backbone.training
+    assert all(torch.equal(before[name], value) for name, value in backbone.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("nowhere.Net", {}, "no module 'nowhere'"),
+        ("torch.nowhere.Net", {}, "no module 'torch.nowhere'"),
+        ("Net", {}, "expected package.module.factory, got 'Net'"),
+        ("own_networks.Net", {}, "own_networks has no 'Net'"),
+        ("own_networks.not_callable", {}, "to be a class or function, got int"),
+        ("own_networks.BatchNormNet", {"sise": 3}, r"BatchNormNet\(sise=3\) failed: .*unexpected keyword"),
+        ("own_networks.pair", {"images": 1}, "expected own_networks.pair to return an nn.Module, got tuple"),
+        ("own_networks.Pair", {}, "expected embeddings .* got tuple"),
+        ("own_networks.integer_features", {}, "floating-point embeddings, got torch.int64"),
+        ("torch.nn.Identity", {}, r"expected embeddings \(2, D\).* got \(2, 1, 8, 8\)"),
+        (
+            "torch.nn.Conv2d",
+            {"in_channels": 3, "out_channels": 1, "kernel_size": 1},
+            "does not take images of 1 x 8 x 8",
+        ),
+    ],
+)
+def test_faults_of_an_own_backbone(name, options, message):
+    config = with_backbone(name, **options)
+    with pytest.raises(BackboneError, match=message):
+        embedding_size(build_backbone(config), config.model)
+
+
+def test_what_an_own_module_lacks_is_not_hidden(tmp_path, monkeypatch):
+    (tmp_path / "imports_more.py").write_text("import not_installed_anywhere\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="not_installed_anywhere"):
+        build_backbone(with_backbone("imports_more.Net"))

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import signal
+import subprocess
 
 import numpy as np
 import pytest
@@ -14,13 +15,25 @@ from rich.console import Console
 
 import fused_margin as fm
 from fused_margin.trainer import progress
-from fused_margin.trainer.checkpoint import FILE_NAME, CheckpointError, load_checkpoint, save_checkpoint
+from fused_margin.trainer.checkpoint import (
+    FILE_NAME,
+    CheckpointError,
+    backbone_state,
+    criterion_state,
+    load_checkpoint,
+    save_checkpoint,
+)
+from fused_margin.trainer.cli import parse
 from fused_margin.trainer.config import OptimizerConfig, TrainConfig
-from fused_margin.trainer.data import load_splits
+from fused_margin.trainer.data import DataError, load_splits
 from fused_margin.trainer.data.augment import AugmentationConfig
+from fused_margin.trainer.evaluate_config import EvaluateConfig
+from fused_margin.trainer.evaluate_run import run_evaluation
 from fused_margin.trainer.interrupts import Interrupted
-from fused_margin.trainer.loop import Trainer, learning_rate_factor
-from fused_margin.trainer.model import ResNet20Config
+from fused_margin.trainer.loop import Trainer
+from fused_margin.trainer.losses import LossConfig, stored_class_weight
+from fused_margin.trainer.models import ModelConfig
+from fused_margin.trainer.optimisation import learning_rate_factor
 from fused_margin.trainer.run import run
 
 
@@ -74,7 +87,7 @@ def test_loss_falls_and_unseen_identities_are_verified(tiny_config, console):
     config = dataclasses.replace(
         tiny_config,
         epochs=8,
-        model=ResNet20Config(image_size=(16, 16), widths=(8, 8, 16, 16), embedding_size=16),
+        model=ModelConfig(image_size=(16, 16), widths=(8, 8, 16, 16), embedding_size=16),
         augmentation=AugmentationConfig(**nothing),
     )
     report = run(config, console)
@@ -87,7 +100,8 @@ def test_loss_falls_and_unseen_identities_are_verified(tiny_config, console):
     with Image.open(config.output / "report.png") as picture:
         assert picture.width > 1000 and np.asarray(picture.convert("L")).std() > 10
 
-    weight = load_checkpoint(config.output / FILE_NAME)["model"]["loss_fn.weight"]
+    state = load_checkpoint(config.output / FILE_NAME)
+    weight = stored_class_weight(config.loss, criterion_state(state))
     assert report["separability"]["mean"] == pytest.approx(fm.functional.separability(weight).mean)
     torch.testing.assert_close(weight.norm(dim=1), torch.ones(7))  # projected after the last step
 
@@ -121,6 +135,129 @@ def test_killed_run_goes_on_from_its_last_checkpoint(tiny_config, splits, consol
     state = load_checkpoint(config.output / FILE_NAME)
     assert state["step"] == 20
     assert_same_state(fit(config, splits, console, state=state).state_dict(), unbroken.state_dict())
+
+
+def test_every_option_is_resumed_exactly(tiny_config, splits, console, tmp_path):
+    """What draws random numbers or keeps state: dropout, drawn margins, batch norm, the average of the weights."""
+    config = dataclasses.replace(
+        tiny_config,
+        checkpoint_every=10,
+        accumulate=3,
+        backbone="own_networks.BatchNormNet",
+        backbone_options={"dropout": 0.3},
+        loss=LossConfig("elasticface"),
+        optimizer=OptimizerConfig(ema=0.9, schedule="step"),
+    )
+    unbroken = fit(dataclasses.replace(config, output=tmp_path / "unbroken"), splits, console)
+
+    def die():
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        fit(config, splits, console, trainer=StoppedTrainer(config, splits, 27, die))
+    torch.manual_seed(99)
+    state = load_checkpoint(config.output / FILE_NAME)
+    assert state["step"] == 20
+    resumed = fit(config, splits, console, state=state)
+    assert_same_state(resumed.state_dict(), unbroken.state_dict())
+
+
+def test_parts_of_a_step_make_the_whole_step(tiny_config, splits):
+    """Gradients of unequal parts, weighed by their images, add up to that of the batch."""
+    batch = splits.train.__getitems__(list(range(64)))
+    results, weights = [], []
+    for accumulate in (1, 5):  # 13 + 13 + 13 + 13 + 12 images
+        trainer = Trainer(dataclasses.replace(tiny_config, accumulate=accumulate), splits)
+        results.append(trainer._train_step(batch.images, batch.labels))
+        weights.append(trainer.model.state_dict())
+    assert results[1].loss == pytest.approx(results[0].loss.item(), rel=1e-5)
+    assert results[1].gradient_norm == pytest.approx(results[0].gradient_norm.item(), rel=1e-4)
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_parts_that_have_no_images_are_left_out(tiny_config, splits):
+    batch = splits.train.__getitems__([0, 1])  # the others of the batch were unreadable
+    trainer = Trainer(dataclasses.replace(tiny_config, accumulate=5), splits)
+    assert torch.isfinite(trainer._train_step(batch.images, batch.labels).loss)
+
+
+def test_average_of_the_weights(tiny_config, splits, console):
+    optimizer = dataclasses.replace(tiny_config.optimizer, ema=0.75)
+    trainer = Trainer(dataclasses.replace(tiny_config, optimizer=optimizer), splits)
+    expected = None
+    for step in range(4):
+        batch = splits.train.__getitems__(list(range(64 * step, 64 * step + 64)))
+        trainer._train_step(batch.images, batch.labels)
+        weight = trainer.backbone.embedding.weight.detach().clone()
+        expected = weight if expected is None else 0.75 * expected + 0.25 * weight
+    found = trainer.evaluated_backbone
+    torch.testing.assert_close(found.embedding.weight, expected)
+    assert not torch.equal(found.embedding.weight, weight)
+    assert torch.equal(backbone_state(trainer.state_dict())["embedding.weight"], found.embedding.weight)
+    assert Trainer(tiny_config, splits).evaluated_backbone is not None
+
+
+def test_average_is_what_is_evaluated(tiny_config, console):
+    config = dataclasses.replace(tiny_config, optimizer=dataclasses.replace(tiny_config.optimizer, ema=0.9))
+    with_average, without = (
+        run(config, console),
+        run(dataclasses.replace(tiny_config, output=config.output / "b"), console),
+    )
+    assert with_average["training"] == without["training"]  # it changes nothing in the training
+    assert with_average["verification"] != without["verification"]
+
+
+def test_batch_norm_from_training_to_evaluation_of_the_checkpoint(tiny_config, console):
+    """Evaluation uses the running statistics, reads them from the checkpoint, and leaves training on."""
+    config = dataclasses.replace(tiny_config, backbone="own_networks.BatchNormNet", backbone_options={"size": 5})
+    report = run(config, console)
+    state = load_checkpoint(config.output / FILE_NAME)
+    assert backbone_state(state)["layers.1.num_batches_tracked"] == 40
+    options = EvaluateConfig(checkpoint=config.output, accelerator="cpu")
+    with pytest.raises(CheckpointError, match="name it with --backbone own_networks.BatchNormNet"):
+        run_evaluation(options, console)
+    with pytest.raises(CheckpointError, match="name it with --backbone own_networks.BatchNormNet"):
+        parse(["--resume", "--output", str(config.output)])
+    evaluated = run_evaluation(dataclasses.replace(options, backbone=config.backbone), console)
+    assert evaluated["input"]["dimensions"] == 5
+    assert evaluated["scores"]["auc"] == report["verification"]["auc"]
+
+    modes = []
+
+    class Watching(Trainer):
+        def _train_step(self, images, labels):
+            modes.append(self.backbone.training)
+            return super()._train_step(images, labels)
+
+    splits = load_splits("digits", (8, 8), 1, 0.3, seed=0)
+    trainer = Watching(config, splits)
+    trainer.backbone.eval()  # as an evaluation leaves it
+    trainer.fit(console, lambda: None)
+    assert len(modes) == 40 and all(modes)
+
+
+def test_half_precision(tiny_config, splits, console):
+    with pytest.raises(DataError, match="--precision 16-mixed needs a GPU"):
+        Trainer(dataclasses.replace(tiny_config, precision="16-mixed"), splits)
+    model = ModelConfig(image_size=(16, 16), widths=(4, 4, 8, 8), embedding_size=8)  # 2 x 2 before the last stage
+    splits = load_splits("digits", (16, 16), 1, 0.3, seed=0)
+    config = dataclasses.replace(tiny_config, model=model, precision="bf16-mixed", accumulate=2)
+    trainer = fit(config, splits, console)
+    assert trainer.losses[-1] < trainer.losses[0]
+    assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
+
+
+def test_what_killed_savers_leave_is_removed(tiny_config, console):
+    folder = tiny_config.output
+    folder.mkdir()
+    with subprocess.Popen(["true"]) as dead:
+        dead.wait()
+    for name in (f"{FILE_NAME}.{dead.pid}.tmp", f"{FILE_NAME}.{os.getppid()}.tmp", f"{FILE_NAME}.mine.tmp"):
+        (folder / name).write_bytes(b"half")
+    run(tiny_config, console)
+    left = sorted(path.name for path in folder.glob("*.tmp"))
+    assert left == sorted([f"{FILE_NAME}.{os.getppid()}.tmp", f"{FILE_NAME}.mine.tmp"])  # one that runs, and no saver's
 
 
 def test_folder_of_faces_from_end_to_end(face_folder, tmp_path, console):
@@ -210,6 +347,17 @@ def test_learning_rate():
     assert {learning_rate_factor(step, 100, flat) for step in range(100)} == {1}
 
 
+def test_published_step_schedules():
+    regularface = OptimizerConfig(schedule="step", warmup=0)  # 30 epochs, halved every 6
+    factors = [learning_rate_factor(step, 30 * 7, regularface) for step in range(30 * 7)]
+    assert factors == [0.5 ** (step // (6 * 7)) for step in range(30 * 7)]
+    sphereface = OptimizerConfig(schedule="step", warmup=0, milestones=(16 / 28, 24 / 28), gamma=0.1)
+    factors = [learning_rate_factor(step, 28_000, sphereface) for step in (0, 15_999, 16_000, 23_999, 24_000)]
+    assert factors == pytest.approx([1, 1, 0.1, 0.1, 0.01])
+    warm = OptimizerConfig(schedule="step", warmup=0.1)
+    assert learning_rate_factor(0, 100, warm) == pytest.approx(1 / 11)
+
+
 def test_config_survives_a_checkpoint(tmp_path):
     config = TrainConfig.defaults("digits")
     assert TrainConfig.from_dict(config.to_dict()) == config
@@ -217,5 +365,3 @@ def test_config_survives_a_checkpoint(tmp_path):
     assert TrainConfig.from_dict(load_checkpoint(tmp_path / FILE_NAME)["config"]) == config
     other = dataclasses.replace(config, epochs=7, workers=3)
     assert config.differences(other) == [f"--epochs {config.epochs} (the run has 7)"]
-    with pytest.raises(ValueError, match="not a configuration"):
-        TrainConfig.from_dict({"data": "digits"})

@@ -168,6 +168,27 @@ def split_by_images(source: str, counts: np.ndarray, test_fraction: float, seed:
     return train, test
 
 
+class Part(NamedTuple):
+    """The images of some identities among all that are listed."""
+
+    rows: np.ndarray  # (num_images,) places in the listing
+    labels: Tensor  # (num_images,) numbered anew
+    identities: list[str]  # name of each label
+
+
+def split_listed(
+    source: str, labels: np.ndarray, names: Sequence[str], test_fraction: float, seed: int
+) -> tuple[Part, Part]:
+    """Training and test part of images with labels (num_images,) and a name for each label; as `split_by_images`."""
+    kept = split_by_images(source, np.bincount(labels, minlength=len(names)), test_fraction, seed)
+
+    def part(identities: list[int]) -> Part:
+        rows, new_labels = rows_of(torch.from_numpy(labels), len(names), identities)
+        return Part(rows.numpy(), new_labels, [names[i] for i in identities])
+
+    return part(kept[0]), part(kept[1])
+
+
 def rows_of(labels: Tensor, num_identities: int, kept: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Rows of the images (num_images,) of some identities, and their labels, numbered anew."""
     new_label = torch.full((num_identities,), -1)

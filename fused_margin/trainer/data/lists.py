@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from .base import DataError, Splits, rows_of, split_by_images
+from .base import DataError, Splits, split_listed
 from .decode import DecodedImages
 
 LOOKED_FOR = 100  # files of a list whose existence is checked before the training
@@ -24,13 +23,11 @@ def list_splits(path: str, image_size: tuple[int, int], channels: int, test_frac
     """
     files, labels, names = read_list(Path(path))
     root = Path(path).parent
-    train, test = split_by_images(path, np.bincount(labels, minlength=len(names)), test_fraction, seed)
-
-    def part(kept: list[int]) -> ListImages:
-        rows, new_labels = rows_of(torch.from_numpy(labels), len(names), kept)
-        return ListImages(root, files[rows.numpy()], new_labels, [names[i] for i in kept], image_size, channels)
-
-    return Splits(part(train), part(test), description=f"images listed in {path}", test_distortion=None)
+    train, test = (
+        ListImages(root, files[part.rows], part.labels, part.identities, image_size, channels)
+        for part in split_listed(path, labels, names, test_fraction, seed)
+    )
+    return Splits(train, test, description=f"images listed in {path}", test_distortion=None)
 
 
 def read_list(path: Path) -> tuple[np.ndarray, np.ndarray, list[str]]:

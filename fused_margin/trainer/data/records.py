@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from .base import DataError, Splits, rows_of, split_by_images
+from .base import DataError, Splits, split_listed
 from .decode import DecodedImages
 
 RECORDS, INDEX = "train.rec", "train.idx"
@@ -46,13 +45,11 @@ def record_splits(folder: str, image_size: tuple[int, int], channels: int, test_
     """
     records = RecordFile(Path(folder, RECORDS))
     offsets, labels, names = list_images(records, Path(folder, INDEX))
-    train, test = split_by_images(folder, np.bincount(labels, minlength=len(names)), test_fraction, seed)
-
-    def part(kept: list[int]) -> RecordImages:
-        rows, new_labels = rows_of(torch.from_numpy(labels), len(names), kept)
-        return RecordImages(records, offsets[rows.numpy()], new_labels, [names[i] for i in kept], image_size, channels)
-
-    return Splits(part(train), part(test), description=f"images of {records.path}", test_distortion=None)
+    train, test = (
+        RecordImages(records, offsets[part.rows], part.labels, part.identities, image_size, channels)
+        for part in split_listed(folder, labels, names, test_fraction, seed)
+    )
+    return Splits(train, test, description=f"images of {records.path}", test_distortion=None)
 
 
 class RecordImages(DecodedImages):

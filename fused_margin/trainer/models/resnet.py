@@ -1,43 +1,17 @@
-"""ResNet20 of the RegularFace and SphereFace papers: PReLU, no batch norm, any width and input size."""
+"""The residual networks of the SphereFace and RegularFace papers: PReLU, no batch norm, any width and input size."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-UNITS = (1, 2, 4, 1)  # residual units of the four stages: 4 + 2 * 8 convolutions
+from .config import ModelConfig
 
-
-@dataclass(frozen=True)
-class ResNet20Config:
-    """Size of the network; the shape (stages, units, activations) is the paper's."""
-
-    channels: int = 1
-    """Image channels: 1 (grayscale) or 3 (RGB)."""
-    image_size: tuple[int, int] = (24, 24)
-    """Height and width of the input in pixels; images are rendered at or resized to it."""
-    widths: tuple[int, int, int, int] = (16, 32, 64, 128)
-    """Channels of the four stages."""
-    embedding_size: int = 128
-    """Dimensions of the embedding."""
-
-    def __post_init__(self) -> None:
-        if self.channels not in (1, 3):
-            raise ValueError(f"channels must be 1 or 3, got {self.channels}")
-        if min(self.image_size) < 8:
-            raise ValueError(f"image_size must be at least 8 x 8, got {self.image_size}")
-        if min(self.widths) < 1:
-            raise ValueError(f"widths must be positive, got {self.widths}")
-        if self.embedding_size < 2:
-            raise ValueError(f"embedding_size must be at least 2, got {self.embedding_size}")
-
-    @classmethod
-    def paper(cls) -> ResNet20Config:
-        """The published network: 3 x 112 x 96 in, 512-d out."""
-        return cls(channels=3, image_size=(112, 96), widths=(64, 128, 256, 512), embedding_size=512)
+WIDTHS = (64, 128, 256, 512)
+# Residual units of the four stages (SphereFace, arXiv:1704.08063, table 2): 4 + 2 * their sum convolutions.
+UNITS = {4: (0, 0, 0, 0), 10: (0, 1, 2, 0), 20: (1, 2, 4, 1), 36: (2, 4, 8, 2), 64: (3, 8, 16, 3)}
 
 
 class ResidualUnit(nn.Module):
@@ -56,15 +30,15 @@ class ResidualUnit(nn.Module):
         return x + self.body(x)
 
 
-class ResNet20(nn.Module):
+class ResNet(nn.Module):
     """Images (N, channels, H, W) to embeddings (N, embedding_size)."""
 
-    def __init__(self, config: ResNet20Config) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         height, width = config.image_size
         channels = config.channels
         layers: list[nn.Module] = []
-        for stage_width, units in zip(config.widths, UNITS, strict=True):
+        for stage_width, units in zip(config.stage_widths(WIDTHS), UNITS[config.depth], strict=True):
             layers += [nn.Conv2d(channels, stage_width, 3, stride=2, padding=1)]
             layers += [nn.PReLU(stage_width)]
             layers += [ResidualUnit(stage_width) for _ in range(units)]

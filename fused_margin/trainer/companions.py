@@ -1,0 +1,116 @@
+"""Losses that the criterion adds to the main one, each by its weight."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from pytorch_metric_learning.distances import LpDistance
+from pytorch_metric_learning.losses import ContrastiveLoss, TripletMarginLoss
+from pytorch_metric_learning.miners import TripletMarginMiner
+from torch import Tensor, nn
+
+import fused_margin as fm
+
+# What each is called with; its fields in CompanionConfig have the same names.
+TAKES = {
+    "center": ("embeddings", "labels"),
+    "ring": ("embeddings", "labels"),
+    "intra": ("embeddings", "class_weight", "labels"),
+    "inter": ("class_weight", "labels"),
+    "uniform": ("class_weight",),
+    "triplet": ("embeddings", "labels"),
+    "contrastive": ("embeddings", "labels"),
+}
+
+
+@dataclass(frozen=True)
+class CompanionConfig:
+    """Weights of losses added to the main one; 0: none."""
+
+    center: float = 0.0
+    """Center loss: embeddings to the moving centre of their class (its paper, with softmax: 0.003)."""
+    ring: float = 0.0
+    """Ring loss: the embeddings' norms to a learned radius (its paper: 0.01)."""
+    intra: float = 0.0
+    """Intra-loss: embeddings to their class weight, by angle (ArcFace's paper: 1)."""
+    inter: float = 0.0
+    """Inter-loss: the batch's class weights away from all others, by angle (ArcFace's paper: 1)."""
+    uniform: float = 0.0
+    """Uniform loss: all class weights away from each other."""
+    triplet: float = 0.0
+    """Triplet loss on the squared distances of unit-length embeddings (FaceNet); scratch is the cube of the batch."""
+    contrastive: float = 0.0
+    """Contrastive loss on the distances of unit-length embeddings (DeepID2, with softmax: 0.05)."""
+    triplet_margin: float = 0.2
+    """By how much an anchor's squared distance to another identity should be larger."""
+    triplet_mining: Literal["all", "hard", "semihard"] = "semihard"
+    """Which triplets within the margin: all, or those whose negative is nearer than the positive, or farther."""
+    contrastive_margins: tuple[float, float] = (0.0, 1.0)
+    """Distance up to which a pair of one identity costs nothing, and from which one of two does. Plain: 0 and a margin."""
+
+    def __post_init__(self) -> None:
+        for name in (*TAKES, "triplet_margin"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"loss.companions.{name} must be finite and not negative, got {getattr(self, name)}")
+        positive, negative = self.contrastive_margins
+        if not 0 <= positive <= negative < math.inf:
+            raise ValueError(
+                f"loss.companions.contrastive_margins must be two ascending numbers, got {positive} {negative}"
+            )
+
+
+class Companions(nn.Module):
+    """Embeddings (N, D), class weights (C, D) and labels (N,) to what each companion adds to the loss, by name."""
+
+    def __init__(self, config: CompanionConfig, num_classes: int, embedding_size: int, workspace_mb: float) -> None:
+        super().__init__()
+        make = {
+            "center": lambda: fm.CenterLoss(num_classes, embedding_size),
+            "ring": fm.RingLoss,
+            "intra": fm.IntraLoss,
+            "inter": lambda: fm.InterLoss(workspace_mb=workspace_mb),
+            "uniform": lambda: fm.UniformLoss(workspace_mb=workspace_mb),
+            "triplet": lambda: TripletLoss(config.triplet_margin, config.triplet_mining),
+            "contrastive": lambda: PairLoss(*config.contrastive_margins),
+        }
+        self.weights = {name: getattr(config, name) for name in TAKES if getattr(config, name) > 0}
+        self.losses = nn.ModuleDict({name: make[name]() for name in self.weights})
+
+    def forward(self, embeddings: Tensor, class_weight: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        given = {"embeddings": embeddings.float(), "class_weight": class_weight, "labels": labels}
+        return {
+            name: weight * self.losses[name](*(given[argument] for argument in TAKES[name]))
+            for name, weight in self.weights.items()
+        }
+
+
+class TripletLoss(nn.Module):
+    """``max(0, |a - p|^2 - |a - n|^2 + margin)`` of unit-length embeddings (FaceNet, arXiv:1503.03832, eq. 2).
+
+    The mean over the mined triplets of the batch that are not 0; scratch is O(N^3) for N embeddings.
+    """
+
+    def __init__(self, margin: float, mining: str) -> None:
+        super().__init__()
+        distance = LpDistance(normalize_embeddings=True, p=2, power=2)
+        self.miner = TripletMarginMiner(margin, type_of_triplets=mining, distance=distance)
+        self.loss_fn = TripletMarginLoss(margin, distance=distance)
+
+    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        return self.loss_fn(embeddings, labels, self.miner(embeddings, labels))
+
+
+class PairLoss(ContrastiveLoss):
+    """DeepID2's verification loss (arXiv:1406.4773, eq. 2) on the distances d of unit-length embeddings.
+
+    ``max(0, d - positive)^2 / 2`` for two of one identity, ``max(0, negative - d)^2 / 2`` for two of different ones: the
+    means of either over the pairs where it is not 0, added.
+    """
+
+    def __init__(self, positive: float, negative: float) -> None:
+        super().__init__(positive, negative, distance=LpDistance(normalize_embeddings=True, p=2, power=1))
+
+    def get_per_pair_loss(self, pair_dists: Tensor, pos_or_neg: str) -> Tensor:
+        return super().get_per_pair_loss(pair_dists, pos_or_neg).square() / 2

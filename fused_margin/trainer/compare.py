@@ -1,0 +1,236 @@
+"""The command `fused-margin compare`: losses under one budget and several seeds, in the table that papers print."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+import fused_margin as fm
+
+from .checkpoint import FILE_NAME, CheckpointError, load_checkpoint, save_checkpoint
+from .cli import INTERRUPTED, failed, termination_as_interrupt
+from .companions import TAKES
+from .config import TrainConfig
+from .data import DataError, load_splits
+from .evaluate_config import EvaluateConfig
+from .evaluate_run import run_evaluation
+from .interrupts import Interrupted
+from .loop import Trainer
+from .losses import LOSSES, LossConfig
+from .run import run
+
+PROG = "fused-margin compare"
+RANDOM = "random-weights"  # a network that has not been trained
+EXCLUSIVE = "exclusive"
+# Weights of what is added to a loss; where a paper names one, that.
+ADDED = {EXCLUSIVE: 1.0, "center": 0.003, "ring": 0.01, "intra": 1.0, "inter": 1.0, "uniform": 1.0, "triplet": 1.0}
+MEASURES = {
+    "accuracy": "verification accuracy, %",
+    "tar": "TAR at FAR = 1e-3, %",
+    "rank1": "rank-1, %",
+    "sep_mean": "Sep mean",
+    "sep_std": "Sep std",
+    "step_ms": "ms per step",
+}
+PERCENT = ("accuracy", "tar", "rank1")
+FAR = 1e-3
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Train several losses alike, from several seeds, and write a table of what becomes of them.
+
+    What is finished is not done again: the same command goes on where it was stopped.
+    """
+
+    losses: tuple[str, ...] = (
+        RANDOM, "softmax", "normface", "sphereface", "sphereface+exclusive", "cosface", "cosface+exclusive", "arcface",
+        "arcface+exclusive",
+    )  # fmt: skip
+    """Names of --loss.name of the training, each with what is added to it: arcface+exclusive, softmax+center=0.003.
+    random-weights: a network as it is before training."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Each draws its own identities for the test, initial weights, order and augmentation, the same for all losses."""
+    epochs: int = 5
+    """Passes over the training images."""
+    data: Literal["glyphs", "digits"] = "glyphs"
+    """Images that need no download; the losses' margins and scales are set for them."""
+    output: Path = Path("runs/compare")
+    """Folder for the runs, compare.json and compare.md."""
+    accelerator: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device; auto: a GPU where there is one and the kernels are built for it."""
+
+    def __post_init__(self) -> None:
+        for name, given in (("losses", self.losses), ("seeds", self.seeds)):
+            if not given:
+                raise ValueError(f"{name}: expected one at least")
+            if len(set(given)) < len(given):
+                raise ValueError(f"{name}: expected each once, got {' '.join(map(str, given))}")
+        if min(self.seeds) < 0:
+            raise ValueError(f"seeds must not be negative, got {min(self.seeds)}")
+        for loss in self.losses:
+            if loss != RANDOM:
+                loss_config(loss)
+
+    def training(self, loss: str, seed: int) -> TrainConfig:
+        name = LossConfig().name if loss == RANDOM else loss.partition("+")[0]
+        return dataclasses.replace(
+            TrainConfig.defaults(self.data, "small", name),
+            loss=LossConfig() if loss == RANDOM else loss_config(loss),
+            epochs=self.epochs,
+            seed=seed,
+            output=self.output / f"{loss}-{seed}",
+            accelerator=self.accelerator,
+        )
+
+
+def loss_config(text: str) -> LossConfig:
+    """ "arcface+exclusive=0.5" as a configuration.
+
+    Raises:
+        ValueError: no such loss, or nothing that can be added.
+    """
+    name, *added = text.split("+")
+    if name not in LOSSES:
+        raise ValueError(f"losses: expected {RANDOM} or one of {', '.join(LOSSES)}, got {name!r}")
+    weights = {}
+    for part in added:
+        what, _, weight = part.partition("=")
+        if what != EXCLUSIVE and what not in TAKES:
+            raise ValueError(f"losses: expected {EXCLUSIVE}, {', '.join(TAKES)} after the +, got {what!r}")
+        try:
+            weights[what] = float(weight) if weight else ADDED.get(what, 1.0)
+        except ValueError:
+            raise ValueError(f"losses: expected a number after {what}=, got {weight!r}") from None
+    config = dataclasses.replace(LossConfig.small_data(name), exclusive_weight=weights.pop(EXCLUSIVE, 0.0))
+    return dataclasses.replace(config, companions=dataclasses.replace(config.companions, **weights))
+
+
+def main(args: Sequence[str]) -> int:
+    """Run the command; returns the exit code."""
+    console, errors = Console(), Console(stderr=True)
+    config = tyro.cli(CompareConfig, prog=PROG, args=args)
+    try:
+        with termination_as_interrupt():
+            compare(config, console)
+    except (Interrupted, KeyboardInterrupt):
+        console.print("interrupted; the same command goes on from here")
+        return INTERRUPTED
+    except (CheckpointError, DataError, FloatingPointError, OSError) as error:
+        return failed(errors, error)
+    return 0
+
+
+def compare(config: CompareConfig, console: Console) -> dict[str, Any]:
+    """Train and measure what is not yet, write compare.json and compare.md.
+
+    Raises:
+        CheckpointError: the output holds runs with other options.
+        Interrupted: stopped by a signal; what is there is kept.
+    """
+    total, rows = len(config.losses) * len(config.seeds), {}
+    config.output.mkdir(parents=True, exist_ok=True)
+    for number, (seed, loss) in enumerate((s, loss) for s in config.seeds for loss in config.losses):
+        with console.status(f"{number + 1} of {total}: {loss}, seed {seed}"):
+            measured = measure(config.training(loss, seed), trained=loss != RANDOM)
+        rows.setdefault(loss, []).append(measured)
+        console.print(
+            f"{number + 1} of {total}: {loss}, seed {seed}: accuracy {measured['accuracy']:.2%}", highlight=False
+        )
+    report = {
+        "data": config.data,
+        "epochs": config.epochs,
+        "seeds": list(config.seeds),
+        "distractors": {seed: rows[config.losses[0]][k]["distractors"] for k, seed in enumerate(config.seeds)},
+        "losses": {
+            loss: {"config": config.training(loss, 0).to_dict()["loss"], "seeds": rows[loss]} for loss in config.losses
+        },
+        "versions": {
+            "fused_margin": fm.build_info()["version"], "torch": torch.__version__, "python": platform.python_version()
+        },
+        "machine": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+    }  # fmt: skip
+    (config.output / "compare.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    header, lines = table(rows)
+    (config.output / "compare.md").write_text(markdown(header, lines), encoding="utf-8")
+    shown = Table(*header, title=f"{config.data}, {config.epochs} epochs, mean and std over {len(config.seeds)} seeds")
+    for line in lines:
+        shown.add_row(*line)
+    console.print(shown)
+    console.print(
+        f"files in {config.output}: compare.json, compare.md, a folder a run", highlight=False, soft_wrap=True
+    )
+    return report
+
+
+def measure(config: TrainConfig, *, trained: bool) -> dict[str, float]:
+    """Train, unless that is done; verify, and search among distractors."""
+    quiet, done = Console(quiet=True), config.output / "measured.json"
+    checkpoint = config.output / FILE_NAME
+    if checkpoint.exists():
+        started_with = TrainConfig.from_dict(load_checkpoint(checkpoint)["config"])
+        if differences := config.differences(started_with):
+            raise CheckpointError(f"{config.output} holds a run with other options: {'; '.join(differences)}")
+    if done.exists():
+        return json.loads(done.read_text(encoding="utf-8"))
+    step_ms = float("nan")
+    if trained:
+        report = run(dataclasses.replace(config, resume=checkpoint.exists()), quiet)
+        step_ms = 1000 * report["seconds"]["training"] / report["training"]["steps"]
+    else:
+        model = config.model
+        splits = load_splits(config.data, model.image_size, model.channels, config.test_fraction, config.seed)
+        config.output.mkdir(parents=True, exist_ok=True)
+        save_checkpoint(checkpoint, Trainer(config, splits).state_dict())
+    pairs, search = (
+        run_evaluation(
+            EvaluateConfig(checkpoint=config.output, protocol=protocol, far=FAR, accelerator=config.accelerator), quiet
+        )
+        for protocol in ("pairs", "megaface")
+    )
+    last = search["result"]["rank1"][-1]
+    measured = {
+        "accuracy": pairs["result"]["accuracy"],
+        "tar": pairs["scores"]["tar_at_far"],
+        "rank1": last["rate"],
+        "distractors": last["distractors"],
+        "sep_mean": pairs["separability"]["mean"],
+        "sep_std": pairs["separability"]["std"],
+        "step_ms": step_ms,
+    }
+    done.write_text(json.dumps(measured) + "\n", encoding="utf-8")
+    return measured
+
+
+def table(rows: dict[str, list[dict[str, float]]]) -> tuple[list[str], list[list[str]]]:
+    """Header and lines; each number is the mean over the seeds, with the standard deviation where there are several."""
+    lines = []
+    for loss, seeds in rows.items():
+        line = [loss]
+        for name in MEASURES:
+            values = np.array([measured[name] for measured in seeds])
+            values = 100 * values if name in PERCENT else values
+            digits = 2 if name in PERCENT else 0 if name == "step_ms" else 3
+            shown = f"{values.mean():.{digits}f}"
+            if len(values) > 1:
+                shown += f" ± {values.std(ddof=1):.{digits}f}"
+            line.append("" if np.isnan(values).any() else shown)
+        lines.append(line)
+    return ["loss", *MEASURES.values()], lines
+
+
+def markdown(header: list[str], lines: list[list[str]]) -> str:
+    rule = ["---"] + ["---:"] * (len(header) - 1)
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (header, rule, *lines))

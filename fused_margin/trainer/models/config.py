@@ -1,0 +1,65 @@
+"""Input and size of the networks."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+Network = Literal["small", "paper", "lenet"]
+Depth = Literal[4, 10, 20, 36, 64]
+
+
+class BackboneError(ValueError):
+    """A backbone cannot be made, or does not turn images into embeddings."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Input and size of the network; stages and activations are the papers'."""
+
+    channels: int = 1
+    """Image channels: 1 (grayscale) or 3 (RGB)."""
+    image_size: tuple[int, int] = (24, 24)
+    """Height and width of the input in pixels; images are rendered at or resized to it."""
+    depth: Depth = 20
+    """Convolutions of the ResNet, as SphereFace's paper has them; RegularFace's has 20."""
+    width: float = 0.25
+    """Channels of the stages over the published ones: 64, 128, 256, 512 in the ResNet, 32, 64, 128 in LeNet."""
+    widths: tuple[int, ...] | None = None
+    """Channels of the stages, one number each, in place of width."""
+    embedding_size: int = 128
+    """Dimensions of the embedding; a backbone of your own has its own."""
+
+    def __post_init__(self) -> None:
+        if self.channels not in (1, 3):
+            raise ValueError(f"model.channels must be 1 or 3, got {self.channels}")
+        if min(self.image_size) < 8:
+            raise ValueError(f"model.image_size must be at least 8 x 8, got {self.image_size}")
+        if not 0 < self.width < math.inf:
+            raise ValueError(f"model.width must be positive and finite, got {self.width}")
+        if self.widths is not None and min(self.widths, default=0) < 1:
+            raise ValueError(f"model.widths must be positive, got {self.widths}")
+        if self.embedding_size < 2:
+            raise ValueError(f"model.embedding_size must be at least 2, got {self.embedding_size}")
+
+    @classmethod
+    def of(cls, network: Network) -> ModelConfig:
+        """Where the options start from: a size for two CPU cores, or a published one."""
+        if network == "paper":
+            return cls(channels=3, image_size=(112, 96), width=1.0, embedding_size=512)
+        if network == "lenet":
+            return cls(image_size=(28, 28), width=1.0, embedding_size=2)
+        return cls()
+
+    def stage_widths(self, published: tuple[int, ...]) -> tuple[int, ...]:
+        """Channels of each stage of a network with as many stages as `published`.
+
+        Raises:
+            BackboneError: `widths` are given for another number of stages.
+        """
+        if self.widths is None:
+            return tuple(max(1, round(self.width * channels)) for channels in published)
+        if len(self.widths) != len(published):
+            raise BackboneError(f"model.widths must be {len(published)} numbers for this network, got {self.widths}")
+        return self.widths

@@ -1,0 +1,42 @@
+"""LeNet++ of the center-loss paper (Wen et al., ECCV 2016, table 1), whose 2-d embeddings can be drawn."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .config import ModelConfig
+
+WIDTHS = (32, 64, 128)
+
+
+class LeNet(nn.Module):
+    """Images (N, channels, H, W) to embeddings (N, embedding_size).
+
+    Three stages of two 5x5 convolutions with PReLU, each halved by max pooling, then one full layer.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        height, width = config.image_size
+        channels = config.channels
+        layers: list[nn.Module] = []
+        for stage_width in config.stage_widths(WIDTHS):
+            for inputs in (channels, stage_width):
+                layers += [nn.Conv2d(inputs, stage_width, 5, padding=2), nn.PReLU(stage_width)]
+            layers += [nn.MaxPool2d(2)]
+            channels, height, width = stage_width, height // 2, width // 2
+        self.features = nn.Sequential(*layers)
+        self.embedding = nn.Linear(channels * height * width, config.embedding_size)
+        self.apply(_initialise)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.embedding(self.features(images).flatten(1))
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, a=0.25)  # the initial slope of a PReLU
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Linear):
+        nn.init.xavier_normal_(module.weight)
+        nn.init.zeros_(module.bias)

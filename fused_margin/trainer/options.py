@@ -1,0 +1,64 @@
+"""Options whose names only a user's own code knows: NAME=VALUE on the command line, a mapping in a file."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+from tyro.constructors import PrimitiveConstructorSpec
+
+
+def parse_options(words: Sequence[str]) -> dict[str, Any]:
+    """NAME=VALUE words to a dictionary; values are Python literals, and text where they are not."""
+    options = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not (name and equals):
+            raise ValueError(f"expected NAME=VALUE, got {word!r}")
+        options[name] = _parse_value(value)
+    return options
+
+
+def plain(value: Any) -> Any:
+    """A value that a checkpoint and a YAML file can hold; lists become tuples, so that both give the same.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if isinstance(value, list | tuple):
+        return tuple(map(plain, value))
+    if isinstance(value, Mapping) and all(isinstance(name, str) for name in value):
+        return {name: plain(item) for name, item in value.items()}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError
+
+
+def _parse_value(text: str) -> Any:
+    try:
+        return plain(ast.literal_eval(text))
+    except (ValueError, SyntaxError):
+        return text
+    except TypeError:
+        raise ValueError(f"expected numbers, text, None, or lists and dictionaries of them, got {text}") from None
+
+
+def _words(options: Mapping[str, Any]) -> list[str]:
+    return [f"{name}={_word(value)}" for name, value in options.items()]
+
+
+def _word(value: Any) -> str:
+    return value if isinstance(value, str) and _parse_value(value) == value else repr(value)
+
+
+NamedOptions = Annotated[
+    dict[str, Any],
+    PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="[NAME=VALUE ...]",
+        instance_from_str=parse_options,
+        is_instance=lambda value: isinstance(value, dict),
+        str_from_instance=_words,
+    ),
+]

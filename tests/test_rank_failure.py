@@ -1,0 +1,100 @@
+"""One rank dies in the middle of a step: the others end with an error, and fewer ranks go on from the checkpoint."""
+
+import os
+import time
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.multiprocessing as mp
+from problems import problem
+
+import fused_margin as fm
+
+NUM_CLASSES, TIMEOUT = 23, 30
+
+
+class Dies(torch.autograd.Function):
+    """Ends the process in the backward, where the others wait for its gradients."""
+
+    @staticmethod
+    def forward(ctx, loss):
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        os._exit(1)
+
+
+def steps(rank, world, folder, first, last, dies_at=None):
+    """Steps of rank `rank`'s samples, with a checkpoint after each; returns what the whole loss was."""
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store-{first}-{world}", rank=rank, world_size=world,
+        timeout=timedelta(seconds=TIMEOUT),
+    )  # fmt: skip
+    torch.manual_seed(rank)
+    loss_fn = fm.ArcFaceLoss(NUM_CLASSES, 5, scale=8.0, process_group=dist.group.WORLD)
+    optimizer = fm.optim.ProjectedSGD([loss_fn.weight], lr=0.1)
+    fm.optim.start_momentum(optimizer, loss_fn.weight)
+    if first:
+        dcp.load(loss_fn.sharded_state_dict(optimizer), checkpoint_id=f"{folder}/{first}")
+    losses = []
+    for step in range(first, last):
+        x, _, y = problem(12, NUM_CLASSES, 5, seed=step)
+        optimizer.zero_grad()
+        loss = loss_fn(x[rank::world].float(), y[rank::world])
+        losses.append(loss.item())
+        (Dies.apply(loss) if step == dies_at and rank == 1 else loss).backward()
+        optimizer.step()
+        dcp.save(loss_fn.sharded_state_dict(optimizer), checkpoint_id=f"{folder}/{step + 1}")
+    dist.destroy_process_group()
+    return losses
+
+
+def one_of_three(rank, folder, ended):
+    try:
+        steps(rank, 3, folder, 0, 4, dies_at=2)
+    except Exception as error:  # noqa: BLE001 - which one is the group's to say
+        ended.put((rank, str(error)))
+
+
+def in_peace(rank, world, folder, first, last, results):
+    results.put((rank, steps(rank, world, folder, first, last)))
+
+
+def spawn(target, world, *arguments):
+    context = mp.get_context("spawn")
+    queue = context.SimpleQueue()
+    processes = [context.Process(target=target, args=(rank, *arguments, queue)) for rank in range(world)]
+    for process in processes:
+        process.start()
+    return processes, queue
+
+
+def finish(processes, seconds):
+    for process in processes:
+        process.join(seconds)
+        assert not process.is_alive(), "still waiting for the dead"
+
+
+def test_a_dead_rank_ends_the_others_and_fewer_go_on(tmp_path):
+    started = time.monotonic()
+    processes, queue = spawn(one_of_three, 3, str(tmp_path))
+    finish(processes, 3 * TIMEOUT)
+    assert time.monotonic() - started < 3 * TIMEOUT
+    told = dict(queue.get() for _ in range(2))
+    assert told.keys() == {0, 2} and all(told.values())
+    assert (tmp_path / "2" / ".metadata").exists() and not (tmp_path / "3").exists()
+
+    processes, queue = spawn(in_peace, 2, 2, str(tmp_path), 2, 4)
+    finish(processes, 3 * TIMEOUT)
+    resumed = dict(queue.get() for _ in range(2))
+    unbroken = tmp_path / "unbroken"
+    unbroken.mkdir()
+    processes, queue = spawn(in_peace, 3, 3, str(unbroken), 0, 4)
+    finish(processes, 3 * TIMEOUT)
+    expected = dict(queue.get() for _ in range(3))[0][2:]
+    for losses in resumed.values():
+        assert losses == pytest.approx(expected, rel=1e-5)

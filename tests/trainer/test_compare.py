@@ -1,0 +1,106 @@
+"""The comparison of losses: its table, what it does not do twice, and what it refuses."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+from rich.console import Console
+
+from fused_margin.trainer import compare as module
+from fused_margin.trainer.checkpoint import CheckpointError
+from fused_margin.trainer.compare import RANDOM, CompareConfig, compare, loss_config, main, markdown, table
+from fused_margin.trainer.config import TrainConfig
+from fused_margin.trainer.losses import SMALL_DATA
+from fused_margin.trainer.models import ModelConfig
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    """Two losses and two seeds, with networks that train in a second."""
+    whole = TrainConfig.defaults
+
+    def tiny(*arguments):
+        model = ModelConfig(image_size=(8, 8), widths=(4, 4, 8, 8), embedding_size=8)
+        evaluation = dataclasses.replace(whole(*arguments).evaluation, pairs=200)
+        return dataclasses.replace(whole(*arguments), model=model, evaluation=evaluation)
+
+    monkeypatch.setattr(TrainConfig, "defaults", tiny)
+    return CompareConfig((RANDOM, "normface+exclusive"), (3, 4), 1, "digits", tmp_path / "out", "cpu")
+
+
+def test_comparison_goes_on_where_it_was_stopped(config, monkeypatch):
+    console, real, calls = Console(quiet=True), module.run, []
+
+    def interrupted(training, inner):
+        calls.append(training)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(training, inner)
+
+    monkeypatch.setattr(module, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        compare(config, console)
+    report = compare(config, console)
+    assert [(c.seed, c.loss.name, c.loss.exclusive_weight) for c in calls] == [
+        (3, "normface", 1.0), (4, "normface", 1.0), (4, "normface", 1.0)
+    ]  # fmt: skip
+    assert compare(config, console) == report and len(calls) == 3
+    assert json.loads((config.output / "compare.json").read_text())["losses"].keys() == set(config.losses)
+
+    lines = (config.output / "compare.md").read_text().splitlines()
+    assert len(lines) == 4 and lines[2].startswith(f"| {RANDOM} |") and lines[2].endswith("|  |")  # no step, no time
+    for name in config.losses:
+        for seed, measured in zip(config.seeds, report["losses"][name]["seeds"], strict=True):
+            folder = config.output / f"{name}-{seed}"
+            pairs = json.loads((folder / "pairs.json").read_text())
+            search = json.loads((folder / "megaface.json").read_text())
+            assert measured["accuracy"] == pairs["result"]["accuracy"]
+            assert measured["sep_mean"] == pairs["separability"]["mean"]
+            assert measured["rank1"] == search["result"]["rank1"][-1]["rate"]
+            assert measured["distractors"] == search["result"]["distractors"]
+
+    with pytest.raises(CheckpointError, match="other options: --epochs 2"):
+        compare(dataclasses.replace(config, epochs=2), console)
+
+
+def test_table():
+    row = {"accuracy": 0.9, "tar": 0.5, "rank1": 1.0, "sep_mean": 0.25, "sep_std": 0.125, "step_ms": 20.0}
+    other = {"accuracy": 0.92, "tar": 0.5, "rank1": 1.0, "sep_mean": 0.35, "sep_std": 0.125, "step_ms": 22.0}
+    _, lines = table({"a": [row, other], "b": [row], RANDOM: [row | {"step_ms": math.nan}]})
+    assert lines[0] == [
+        "a",
+        "91.00 ± 1.41",
+        "50.00 ± 0.00",
+        "100.00 ± 0.00",
+        "0.300 ± 0.071",
+        "0.125 ± 0.000",
+        "21 ± 1",
+    ]
+    assert lines[1] == ["b", "90.00", "50.00", "100.00", "0.250", "0.125", "20"] and lines[2][-1] == ""
+    assert markdown(["x", "y"], [["1", "2"]]) == "| x | y |\n| --- | ---: |\n| 1 | 2 |\n"
+
+
+def test_names():
+    arcface = loss_config("arcface")
+    assert arcface.exclusive_weight == 0 and arcface.margin == SMALL_DATA["arcface"]["margin"]
+    assert loss_config("arcface+exclusive=0.5").exclusive_weight == 0.5
+    both = loss_config("cosface+exclusive+center=0.01")
+    assert both.exclusive_weight == 1.0 and both.companions.center == 0.01
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--losses", "arkface"], "expected random-weights or one of"),
+        (["--losses", "arcface+centre"], "after the +, got 'centre'"),
+        (["--losses", "arcface+center=much"], "expected a number after center="),
+        (["--losses", "arcface", "arcface"], "expected each once"),
+        (["--seeds", "-1"], "seeds must not be negative"),
+    ],
+)
+def test_wrong_arguments(arguments, said, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    text = capsys.readouterr()
+    assert caught.value.code == 2 and said in " ".join((text.err + text.out).replace("│", " ").split())

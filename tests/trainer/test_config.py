@@ -1,0 +1,146 @@
+"""Configurations: plain values and YAML files give what the command line gives, or say which option is wrong."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fused_margin.trainer.checkpoint import CheckpointError
+from fused_margin.trainer.cli import parse
+from fused_margin.trainer.config import TrainConfig
+from fused_margin.trainer.config_values import ConfigError, overlay, read_file, write_file
+from fused_margin.trainer.options import parse_options
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def config_file(text):
+    Path("run.yaml").write_text(text)
+    return ["--config", "run.yaml"]
+
+
+def test_file_gives_defaults_and_the_command_line_wins():
+    file = config_file(
+        "data: digits\nepochs: 7\nseed: 5\noptimizer: {lr: 1e-3, momentum: 0.5, milestones: [0.5, 0.9]}\n"
+    )
+    config = parse([*file, "--epochs", "3", "--optimizer.momentum", "0.25"])
+    assert config.data == "digits" and config.epochs == 3 and config.seed == 5
+    assert config.batch_size == 64  # what suits digits is the default still
+    assert config.optimizer.lr == 0.001 and config.optimizer.momentum == 0.25
+    assert config.optimizer.milestones == (0.5, 0.9)
+    assert config.output.parent == Path("runs") and config.output.name.startswith("digits-")
+
+
+def test_defaults_follow_what_the_file_names():
+    config = parse(config_file("network: lenet\nloss: {name: cosface}\nmodel: {widths: [3, 4, 5]}\n"))
+    expected = TrainConfig.defaults("glyphs", "lenet", "cosface")
+    assert config.loss == expected.loss
+    assert config.model == dataclasses.replace(expected.model, widths=(3, 4, 5))
+    assert parse([*config_file("network: lenet\n"), "--network", "paper"]).model.image_size == (112, 96)
+
+
+def test_a_runs_file_starts_the_same_run(tmp_path):
+    options = "--data digits --loss.name cosface --loss.options workspace_mb=32 --model.widths 4 4 8 8 --backbone a.b"
+    more = "--backbone-options size=(3,4) rate=0.5 name=resnet18 --optimizer.schedule step --output one"
+    config = parse(f"{options} {more}".split())
+    write_file(tmp_path / "config.yaml", config.to_file_values())
+    again = parse(["--config", "config.yaml", "--output", "two"])
+    assert config.differences(again) == []
+    assert again == dataclasses.replace(config, output=Path("two"), config=Path("config.yaml"))
+    assert again.backbone_options == {"size": (3, 4), "rate": 0.5, "name": "resnet18"}
+    assert "output" not in yaml.safe_load((tmp_path / "config.yaml").read_text())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("epoch: 3", "run.yaml: epoch: no such option; there are data, "),
+        ("optimizer: {rate: 3}", "run.yaml: optimizer.rate: no such option; there are lr, "),
+        ("optimizer: 3", "optimizer: expected options with values, got 3"),
+        ("epochs: many", "epochs: expected a whole number, got 'many'"),
+        ("epochs: 1.5", "epochs: expected a whole number, got 1.5"),
+        ("epochs: true", "epochs: expected a whole number, got True"),
+        ("optimizer: {lr: fast}", "optimizer.lr: expected a number, got 'fast'"),
+        ("optimizer: {milestones: [a]}", "optimizer.milestones: expected a list of a number each"),
+        ("optimizer: {schedule: cosine}", "optimizer.schedule: expected 'poly' or 'step', got 'cosine'"),
+        ("optimizer: {lr: -1}", "run.yaml: optimizer.lr must be positive"),
+        ("model: {image_size: [8]}", "model.image_size: expected a list of 2: a whole number each, got [8]"),
+        ("model: {depth: 11}", "model.depth: expected 4 or 10 or 20 or 36 or 64, got 11"),
+        ("model: {widths: 3}", "model.widths: expected a list of a whole number each or null, got 3"),
+        ("augmentation: {mirror: 1}", "augmentation.mirror: expected true or false, got 1"),
+        ("data: 3", "data: expected text, got 3"),
+        ("data: no/such/folder", "run.yaml: data: no folder 'no/such/folder'"),
+        ("backbone: a.b\nbackbone_options: [1]", "backbone_options: expected names with values, got [1]"),
+        ("backbone: a.b\nbackbone_options: {x: 2020-01-01}", "backbone_options: expected names with values"),
+        ("resume: true", "run.yaml: resume: only on the command line"),
+        ("- 3", "run.yaml: expected options with values, got [3]"),
+        ("", "run.yaml: expected options with values, got None"),
+        ("a: [", "cannot read the configuration run.yaml"),
+        ("a: !!python/object/apply:os.getcwd []", "cannot read the configuration run.yaml"),
+    ],
+)
+def test_faults_of_a_file(text, message):
+    with pytest.raises(ConfigError) as error:
+        parse(config_file(text))
+    assert message in str(error.value)
+
+
+def test_missing_file():
+    with pytest.raises(ConfigError, match="nothing.yaml"):
+        read_file(Path("nothing.yaml"))
+
+
+def test_a_file_may_name_the_output_and_data_that_the_command_line_replaces():
+    file = config_file("output: here\ndata: no/such/folder\n")
+    assert parse([*file, "--data", "digits"]).output == Path("here")
+    assert parse([*file, "--data", "digits", "--output", "there"]).output == Path("there")
+    with pytest.raises(CheckpointError, match="no checkpoint at here"):
+        parse([*file, "--data", "digits", "--resume"])
+
+
+def test_plain_values_round_trip():
+    config = TrainConfig.defaults("digits")
+    assert TrainConfig.from_dict(config.to_dict()) == config
+    values = config.to_dict()
+    del values["optimizer"]["lr"]
+    with pytest.raises(ValueError, match="not a configuration of this version: optimizer.lr: not given"):
+        TrainConfig.from_dict(values)
+    with pytest.raises(ValueError, match="not a configuration .*: sise: no such option"):
+        TrainConfig.from_dict({**config.to_dict(), "sise": 3})
+    with pytest.raises(ValueError, match="epochs: expected a whole number, got 'two'"):
+        TrainConfig.from_dict({**config.to_dict(), "epochs": "two"})
+    assert overlay(config, {"model": {"embedding_size": 3}}).model.embedding_size == 3
+
+
+def test_options_of_code_of_ones_own():
+    words = [
+        "a=1",
+        "b=1e-3",
+        "c=(1, 2)",
+        "d=0.3,0.6",
+        "e=None",
+        "f=True",
+        "g=resnet18",
+        "h='7'",
+        "i={'x': [1]}",
+        "j=a=b",
+    ]
+    assert parse_options(words) == {
+        "a": 1, "b": 0.001, "c": (1, 2), "d": (0.3, 0.6), "e": None, "f": True, "g": "resnet18", "h": "7",
+        "i": {"x": (1,)}, "j": "a=b",
+    }  # fmt: skip
+    for wrong in ("a", "=3", "a=1j", "a={1: 2}"):
+        with pytest.raises(ValueError, match="expected"):
+            parse_options([wrong])
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"accumulate": 0}, {"accumulate": 200}, {"log_every": 0}, {"backbone_options": {"a": 1}}]
+)
+def test_invalid_values(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        dataclasses.replace(TrainConfig(), **wrong)

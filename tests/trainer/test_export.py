@@ -1,0 +1,107 @@
+"""What is exported computes what was trained, and says so when it does not."""
+
+import dataclasses
+
+import pytest
+import torch
+from rich.console import Console
+
+pytest.importorskip("onnxscript", reason="the export extra is not installed")
+
+import onnx
+import onnxruntime
+
+from fused_margin import cli
+from fused_margin.trainer import export as export_module
+from fused_margin.trainer.checkpoint import FILE_NAME, CheckpointError, backbone_state, load_checkpoint, save_checkpoint
+from fused_margin.trainer.data import load_splits
+from fused_margin.trainer.export import ExportError, export
+from fused_margin.trainer.loop import Trainer
+from fused_margin.trainer.models import build_backbone
+
+CONSOLE = Console(quiet=True)
+
+
+def trained(config, steps=3):
+    """Path of a checkpoint after a few steps, in which no weight is what it was at first."""
+    splits = load_splits("digits", (8, 8), 1, 0.3, seed=0)
+    trainer = Trainer(config, splits)
+    for number in range(steps):
+        batch = splits.train.__getitems__(list(range(64 * number, 64 * number + 64)))
+        trainer._train_step(batch.images, batch.labels)
+    config.output.mkdir()
+    save_checkpoint(config.output / FILE_NAME, trainer.state_dict())
+    return config.output / FILE_NAME
+
+
+def test_average_of_a_network_with_batch_norm(tiny_config):
+    config = dataclasses.replace(
+        tiny_config,
+        backbone="own_networks.BatchNormNet",
+        backbone_options={"dropout": 0.5},
+        optimizer=dataclasses.replace(tiny_config.optimizer, ema=0.9),
+    )
+    path = trained(config)
+    for named in (None, "own_networks.Forgetful"):  # a checkpoint alone imports nothing
+        with pytest.raises(
+            CheckpointError, match="if you trust that, name it with --backbone own_networks.BatchNormNet"
+        ):
+            export(path, None, CONSOLE, named)
+    assert export(path, None, CONSOLE, config.backbone) < 1e-5
+
+    backbone = build_backbone(config).eval()
+    backbone.load_state_dict(torch.load(config.output / "backbone.pt", weights_only=True))
+    state = load_checkpoint(path)
+    average = backbone_state(state)
+    assert all(torch.equal(average[name], value) for name, value in backbone.state_dict().items())
+    assert not torch.equal(average["head.1.weight"], state["model"]["backbone.head.1.weight"])
+
+    images = torch.rand(5, 1, 8, 8) * 2 - 1
+    with torch.no_grad():
+        expected = backbone(images)
+    session = onnxruntime.InferenceSession(config.output / "backbone.onnx", providers=["CPUExecutionProvider"])
+    for rows in (slice(0, 5), slice(0, 1)):  # any batch size
+        (found,) = session.run(None, {"images": images[rows].numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), expected[rows], rtol=1e-4, atol=1e-5)
+    metadata = {entry.key: entry.value for entry in onnx.load(config.output / "backbone.onnx").metadata_props}
+    assert "-1 to 1" in metadata["input"] and "not normalised" in metadata["output"]
+
+
+def test_command(tiny_config, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["export"]) == 1
+    assert "no run to export in runs/" in capsys.readouterr().err
+    trained(tiny_config)
+    assert cli.main(["export", str(tiny_config.output), "--output", "files"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "pixels from -1 to 1, (batch, 1, 8, 8), to embeddings (batch, 8)" in said
+    assert "features differ by" in said and "allowed: 0.0001" in said
+    assert sorted(path.name for path in (tmp_path / "files").iterdir()) == ["backbone.onnx", "backbone.pt"]
+    assert cli.main(["export", "nowhere"]) == 1
+    assert "no checkpoint at nowhere" in capsys.readouterr().err
+
+
+def test_a_file_that_computes_something_else_is_an_error(tiny_config, monkeypatch):
+    path = trained(tiny_config)
+    write = export_module._write_onnx
+
+    def write_another(path, backbone, example, name):
+        other = build_backbone(tiny_config).eval()
+        write(path, other, example, name)
+
+    monkeypatch.setattr(export_module, "_write_onnx", write_another)
+    with pytest.raises(ExportError, match=r"features differ by .* of the largest, more than 0.0001"):
+        export(path, None, CONSOLE)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("Forgetful", "gives other features: the network has state elsewhere"),
+        ("Undecided", "cannot be written as ONNX"),
+    ],
+)
+def test_networks_that_cannot_be_exported(tiny_config, name, message):
+    path = trained(dataclasses.replace(tiny_config, backbone=f"own_networks.{name}"), steps=0)
+    with pytest.raises(ExportError, match=message):
+        export(path, None, CONSOLE, f"own_networks.{name}")

@@ -1,0 +1,122 @@
+"""The course of a run is written once: no step is missing or there twice, however often the run was resumed."""
+
+import csv
+import dataclasses
+import itertools
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from fused_margin.trainer.logs import CURVES_NAME, LOG_NAME, RunLog
+from fused_margin.trainer.loop import Trainer
+from fused_margin.trainer.run import run
+
+
+@pytest.fixture(autouse=True)
+def one_second_at_a_time(monkeypatch):
+    """TensorBoard orders the files of a folder by the second they were begun in."""
+    seconds = itertools.count(1_700_000_000)
+    monkeypatch.setattr(
+        "tensorboard.summary.writer.event_file_writer.time", SimpleNamespace(time=lambda: next(seconds))
+    )
+
+
+def rows_of(folder):
+    with open(folder / LOG_NAME, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def curve(folder, name):
+    events = EventAccumulator(str(folder / CURVES_NAME))
+    events.Reload()
+    return [(point.step, point.value) for point in events.Scalars(name)]
+
+
+def test_rows_after_the_checkpoint_are_dropped(tmp_path):
+    log = RunLog(tmp_path, 0)
+    for step in (2, 4, 6, 8):
+        log.write(step, {"loss": step / 2})
+    log.close()
+    assert [row["loss"] for row in rows_of(tmp_path)] == ["1", "2", "3", "4"]
+    with open(tmp_path / LOG_NAME, "a") as file:
+        file.write("1")  # half a row: 10 or more
+
+    log = RunLog(tmp_path, 5)  # the checkpoint's step
+    for step in (6, 8):
+        log.write(step, {"loss": step / 4})
+    log.write(8, {"accuracy": 0.5})  # more of the same step
+    log.close()
+    assert rows_of(tmp_path) == [
+        {"step": "2", "loss": "1", "accuracy": ""},
+        {"step": "4", "loss": "2", "accuracy": ""},
+        {"step": "6", "loss": "1.5", "accuracy": ""},
+        {"step": "8", "loss": "2", "accuracy": "0.5"},
+    ]
+    assert curve(tmp_path, "loss") == [(2, 1), (4, 2), (6, 1.5), (8, 2)]
+    assert curve(tmp_path, "accuracy") == [(8, 0.5)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [LOG_NAME, CURVES_NAME]
+
+
+def test_a_run_that_never_reached_a_checkpoint_leaves_nothing(tmp_path):
+    log = RunLog(tmp_path, 0)
+    log.write(3, {"loss/arcface": 1.0})
+    log.close()
+    RunLog(tmp_path, 0).close()
+    assert (tmp_path / LOG_NAME).read_text().split() == ["step"]
+
+
+def test_flushed_rows_survive_a_kill(tmp_path):
+    log = RunLog(tmp_path, 0)
+    log.write(1, {"loss": 1.0})
+    log.flush()
+    assert [row["step"] for row in rows_of(tmp_path)] == ["1"]
+    assert curve(tmp_path, "loss") == [(1, 1)]
+    log.close()
+
+
+def test_killed_and_resumed_run_logs_what_an_unbroken_one_does(tiny_config, tmp_path, monkeypatch):
+    console = Console(quiet=True)
+    config = dataclasses.replace(
+        tiny_config,
+        log_every=3,
+        checkpoint_every=10,
+        loss=dataclasses.replace(
+            tiny_config.loss, companions=dataclasses.replace(tiny_config.loss.companions, center=0.1)
+        ),
+    )
+    unbroken = dataclasses.replace(config, output=tmp_path / "unbroken")
+    report = run(unbroken, console)
+
+    take_step = Trainer._train_step
+
+    def die_at_27(trainer, images, labels):
+        if trainer.step == 27:
+            raise MemoryError
+        return take_step(trainer, images, labels)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_train_step", die_at_27)
+        patch.setattr(
+            "fused_margin.trainer.progress.LINE_SECONDS", 0.0
+        )  # so that steps after the checkpoint are logged
+        with pytest.raises(MemoryError):
+            run(config, console)
+    assert [int(row["step"]) for row in rows_of(config.output)] == list(range(3, 28, 3))
+    run(dataclasses.replace(config, resume=True), console)
+    run(dataclasses.replace(config, resume=True), console)  # verifies again
+
+    expected, found = rows_of(unbroken.output), rows_of(config.output)
+    assert [int(row["step"]) for row in found] == [*range(3, 40, 3), 40]
+    for row in (*expected, *found):
+        assert float(row.pop("images_per_second")) > 0
+    assert found == expected
+    assert curve(config.output, "loss") == curve(unbroken.output, "loss")
+
+    last = found[-1]
+    assert float(last["loss/arcface"]) + float(last["loss/center"]) == pytest.approx(float(last["loss"]), rel=1e-5)
+    assert float(found[0]["lr"]) == pytest.approx(config.optimizer.lr * 3 / 5)  # third step of four of warm-up
+    assert float(last["verification/accuracy"]) == pytest.approx(report["verification"]["accuracy"], rel=1e-6)
+    assert float(last["separability/mean"]) == pytest.approx(report["separability"]["mean"], rel=1e-6)
+    assert all(float(row["gradient_norm"]) > 0 for row in found)
