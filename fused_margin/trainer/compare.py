@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import platform
+import statistics
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +25,7 @@ from .checkpoint import FILE_NAME, CheckpointError, load_checkpoint, save_checkp
 from .cli import INTERRUPTED, failed, termination_as_interrupt
 from .companions import TAKES
 from .config import TrainConfig
-from .data import DataError, load_splits
+from .data import DataError, Splits, load_splits
 from .evaluate_config import EvaluateConfig
 from .evaluate_run import run_evaluation
 from .interrupts import Interrupted
@@ -41,9 +44,10 @@ MEASURES = {
     "rank1": "rank-1, %",
     "sep_mean": "Sep mean",
     "sep_std": "Sep std",
-    "step_ms": "ms per step",
 }
 PERCENT = ("accuracy", "tar", "rank1")
+STEP_TIME = "ms per step"
+TIMED_STEPS = 20  # a loss, one after the other in turns, so that the machine's moods are everyone's
 FAR = 1e-3
 
 
@@ -148,13 +152,20 @@ def compare(config: CompareConfig, console: Console) -> dict[str, Any]:
         console.print(
             f"{number + 1} of {total}: {loss}, seed {seed}: accuracy {measured['accuracy']:.2%}", highlight=False
         )
+    with console.status("timing steps"):
+        step_ms = time_steps([config.training(loss, config.seeds[0]) for loss in config.losses if loss != RANDOM])
     report = {
         "data": config.data,
         "epochs": config.epochs,
         "seeds": list(config.seeds),
         "distractors": {seed: rows[config.losses[0]][k]["distractors"] for k, seed in enumerate(config.seeds)},
         "losses": {
-            loss: {"config": config.training(loss, 0).to_dict()["loss"], "seeds": rows[loss]} for loss in config.losses
+            loss: {
+                "config": config.training(loss, 0).to_dict()["loss"],
+                "seeds": rows[loss],
+                "step_ms": step_ms.get(f"{loss}-{config.seeds[0]}"),
+            }
+            for loss in config.losses
         },
         "versions": {
             "fused_margin": fm.build_info()["version"], "torch": torch.__version__, "python": platform.python_version()
@@ -163,9 +174,12 @@ def compare(config: CompareConfig, console: Console) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
     }  # fmt: skip
     (config.output / "compare.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    header, lines = table(rows)
+    header, lines = table(rows, {loss: report["losses"][loss]["step_ms"] for loss in rows})
     (config.output / "compare.md").write_text(markdown(header, lines), encoding="utf-8")
-    shown = Table(*header, title=f"{config.data}, {config.epochs} epochs, mean and std over {len(config.seeds)} seeds")
+    shown = Table(
+        *header,
+        title=f"{config.data}, {config.epochs} {'epoch' if config.epochs == 1 else 'epochs'}, mean and std over {len(config.seeds)} seeds",
+    )
     for line in lines:
         shown.add_row(*line)
     console.print(shown)
@@ -185,15 +199,11 @@ def measure(config: TrainConfig, *, trained: bool) -> dict[str, float]:
             raise CheckpointError(f"{config.output} holds a run with other options: {'; '.join(differences)}")
     if done.exists():
         return json.loads(done.read_text(encoding="utf-8"))
-    step_ms = float("nan")
     if trained:
-        report = run(dataclasses.replace(config, resume=checkpoint.exists()), quiet)
-        step_ms = 1000 * report["seconds"]["training"] / report["training"]["steps"]
+        run(dataclasses.replace(config, resume=checkpoint.exists()), quiet)
     else:
-        model = config.model
-        splits = load_splits(config.data, model.image_size, model.channels, config.test_fraction, config.seed)
         config.output.mkdir(parents=True, exist_ok=True)
-        save_checkpoint(checkpoint, Trainer(config, splits).state_dict())
+        save_checkpoint(checkpoint, Trainer(config, read_splits(config)).state_dict())
     pairs, search = (
         run_evaluation(
             EvaluateConfig(checkpoint=config.output, protocol=protocol, far=FAR, accelerator=config.accelerator), quiet
@@ -208,27 +218,48 @@ def measure(config: TrainConfig, *, trained: bool) -> dict[str, float]:
         "distractors": last["distractors"],
         "sep_mean": pairs["separability"]["mean"],
         "sep_std": pairs["separability"]["std"],
-        "step_ms": step_ms,
     }
     done.write_text(json.dumps(measured) + "\n", encoding="utf-8")
     return measured
 
 
-def table(rows: dict[str, list[dict[str, float]]]) -> tuple[list[str], list[list[str]]]:
+def read_splits(config: TrainConfig) -> Splits:
+    model = config.model
+    return load_splits(config.data, model.image_size, model.channels, config.test_fraction, config.seed)
+
+
+def time_steps(trainings: list[TrainConfig]) -> dict[str, float]:
+    """Median milliseconds of a training step, by the names of the runs' folders."""
+    if not trainings:
+        return {}
+    splits = read_splits(trainings[0])
+    trainers = {config.output.name: Trainer(config, splits) for config in trainings}
+    seconds: dict[str, list[float]] = {name: [] for name in trainers}
+    batches = itertools.islice(iter(next(iter(trainers.values())).batches), 1 + TIMED_STEPS)
+    for number, indices in enumerate(batches):
+        batch = splits.train.__getitems__(indices)
+        for name, trainer in trainers.items():
+            started = time.monotonic()
+            trainer.train_step(batch.images, batch.labels).loss.item()
+            if number:  # the first pays for what later ones reuse
+                seconds[name].append(time.monotonic() - started)
+    return {name: 1000 * statistics.median(taken) for name, taken in seconds.items()}
+
+
+def table(
+    rows: dict[str, list[dict[str, float]]], step_ms: dict[str, float | None]
+) -> tuple[list[str], list[list[str]]]:
     """Header and lines; each number is the mean over the seeds, with the standard deviation where there are several."""
     lines = []
     for loss, seeds in rows.items():
         line = [loss]
         for name in MEASURES:
             values = np.array([measured[name] for measured in seeds])
-            values = 100 * values if name in PERCENT else values
-            digits = 2 if name in PERCENT else 0 if name == "step_ms" else 3
-            shown = f"{values.mean():.{digits}f}"
-            if len(values) > 1:
-                shown += f" ± {values.std(ddof=1):.{digits}f}"
-            line.append("" if np.isnan(values).any() else shown)
-        lines.append(line)
-    return ["loss", *MEASURES.values()], lines
+            values, digits = (100 * values, 2) if name in PERCENT else (values, 3)
+            spread = f" ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else ""
+            line.append(f"{values.mean():.{digits}f}{spread}")
+        lines.append([*line, "" if step_ms[loss] is None else f"{step_ms[loss]:.1f}"])
+    return ["loss", *MEASURES.values(), STEP_TIME], lines
 
 
 def markdown(header: list[str], lines: list[list[str]]) -> str:

@@ -141,7 +141,7 @@ class Trainer:
             for batch in loader:
                 self.unreadable.update(batch.unreadable)
                 lr = self.learning_rate
-                result = self._train_step(batch.images, batch.labels) if len(batch.labels) else None
+                result = self.train_step(batch.images, batch.labels) if len(batch.labels) else None
                 self.step += 1
                 self.seconds = time.monotonic() - started
                 speed.count(len(batch.labels))
@@ -165,7 +165,7 @@ class Trainer:
     def _learning_rate_factor(self) -> float:
         return learning_rate_factor(self.step, self.total_steps, self.config.optimizer)
 
-    def _train_step(self, images: Tensor, labels: Tensor) -> StepResult:
+    def train_step(self, images: Tensor, labels: Tensor) -> StepResult:
         device = self.fabric.device
         # Functions of seed and step: a resumed run draws what an unbroken one would have drawn.
         torch.manual_seed(seeded_generator(self.config.seed, MODEL_STREAM, self.step).initial_seed())

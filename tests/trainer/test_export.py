@@ -28,7 +28,7 @@ def trained(config, steps=3):
     trainer = Trainer(config, splits)
     for number in range(steps):
         batch = splits.train.__getitems__(list(range(64 * number, 64 * number + 64)))
-        trainer._train_step(batch.images, batch.labels)
+        trainer.train_step(batch.images, batch.labels)
     config.output.mkdir()
     save_checkpoint(config.output / FILE_NAME, trainer.state_dict())
     return config.output / FILE_NAME

@@ -89,7 +89,7 @@ def test_killed_and_resumed_run_logs_what_an_unbroken_one_does(tiny_config, tmp_
     unbroken = dataclasses.replace(config, output=tmp_path / "unbroken")
     report = run(unbroken, console)
 
-    take_step = Trainer._train_step
+    take_step = Trainer.train_step
 
     def die_at_27(trainer, images, labels):
         if trainer.step == 27:
@@ -97,7 +97,7 @@ def test_killed_and_resumed_run_logs_what_an_unbroken_one_does(tiny_config, tmp_
         return take_step(trainer, images, labels)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_train_step", die_at_27)
+        patch.setattr(Trainer, "train_step", die_at_27)
         patch.setattr(
             "fused_margin.trainer.progress.LINE_SECONDS", 0.0
         )  # so that steps after the checkpoint are logged

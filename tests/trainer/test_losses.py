@@ -82,7 +82,7 @@ def test_a_step_moves_network_and_class_weights(tiny_config, splits, name):
     trainer = Trainer(dataclasses.replace(tiny_config, loss=loss), splits)
     images, labels = splits.train.images[:64], splits.train.labels[:64]
     before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
-    trainer._train_step(images, labels)
+    trainer.train_step(images, labels)
     moved = {key for key, value in trainer.model.state_dict().items() if not torch.equal(value, before[key])}
     assert {key for key, _ in trainer.model.module.named_parameters()} <= moved
     loss = trainer.model.criterion.last_parts[name]

@@ -54,10 +54,10 @@ class StoppedTrainer(Trainer):
         super().__init__(config, splits)
         self.at, self.stop = at, stop
 
-    def _train_step(self, images, labels):
+    def train_step(self, images, labels):
         if self.step + 1 == self.at:
             self.stop()
-        return super()._train_step(images, labels)
+        return super().train_step(images, labels)
 
 
 def fit(config, splits, console, state=None, trainer=None):
@@ -168,7 +168,7 @@ def test_parts_of_a_step_make_the_whole_step(tiny_config, splits):
     results, weights = [], []
     for accumulate in (1, 5):  # 13 + 13 + 13 + 13 + 12 images
         trainer = Trainer(dataclasses.replace(tiny_config, accumulate=accumulate), splits)
-        results.append(trainer._train_step(batch.images, batch.labels))
+        results.append(trainer.train_step(batch.images, batch.labels))
         weights.append(trainer.model.state_dict())
     assert results[1].loss == pytest.approx(results[0].loss.item(), rel=1e-5)
     assert results[1].gradient_norm == pytest.approx(results[0].gradient_norm.item(), rel=1e-4)
@@ -179,7 +179,7 @@ def test_parts_of_a_step_make_the_whole_step(tiny_config, splits):
 def test_parts_that_have_no_images_are_left_out(tiny_config, splits):
     batch = splits.train.__getitems__([0, 1])  # the others of the batch were unreadable
     trainer = Trainer(dataclasses.replace(tiny_config, accumulate=5), splits)
-    assert torch.isfinite(trainer._train_step(batch.images, batch.labels).loss)
+    assert torch.isfinite(trainer.train_step(batch.images, batch.labels).loss)
 
 
 def test_average_of_the_weights(tiny_config, splits, console):
@@ -188,7 +188,7 @@ def test_average_of_the_weights(tiny_config, splits, console):
     expected = None
     for step in range(4):
         batch = splits.train.__getitems__(list(range(64 * step, 64 * step + 64)))
-        trainer._train_step(batch.images, batch.labels)
+        trainer.train_step(batch.images, batch.labels)
         weight = trainer.backbone.embedding.weight.detach().clone()
         expected = weight if expected is None else 0.75 * expected + 0.25 * weight
     found = trainer.evaluated_backbone
@@ -226,9 +226,9 @@ def test_batch_norm_from_training_to_evaluation_of_the_checkpoint(tiny_config, c
     modes = []
 
     class Watching(Trainer):
-        def _train_step(self, images, labels):
+        def train_step(self, images, labels):
             modes.append(self.backbone.training)
-            return super()._train_step(images, labels)
+            return super().train_step(images, labels)
 
     splits = load_splits("digits", (8, 8), 1, 0.3, seed=0)
     trainer = Watching(config, splits)
