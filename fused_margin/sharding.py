@@ -8,9 +8,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed._shard.metadata import ShardMetadata
-from torch.distributed._shard.sharded_tensor import Shard as LocalShard
-from torch.distributed._shard.sharded_tensor import ShardedTensor
 
 
 def slice_of(num_classes: int, rank: int, world: int) -> tuple[int, int]:
@@ -96,6 +93,29 @@ class Shard:
         dist.all_to_all_single(arrived, rows.contiguous(), received, sent, group=self.group)
         return arrived
 
+    def collect(self, rows: Tensor) -> Tensor | None:
+        """The rows of all classes on the first rank's CPU, None on the others; a shard at a time goes there."""
+        if self.group is None:
+            return rows.cpu()
+        each = self.largest(torch.tensor(rows.shape[0] // self.size if self.size else 0, device=rows.device)).item()
+        if self.rank:
+            if self.size:
+                dist.send(rows.contiguous(), dist.get_global_rank(self.group, 0), group=self.group)
+            return None
+        parts = [rows.cpu()]
+        for owner in range(1, self.world):
+            begin, end = slice_of(self.num_classes, owner, self.world)
+            if end > begin:
+                arrived = rows.new_empty((end - begin) * each, *rows.shape[1:])
+                dist.recv(arrived, dist.get_global_rank(self.group, owner), group=self.group)
+                parts.append(arrived.cpu())
+        return torch.cat(parts)
+
+    def part_of(self, rows: Tensor) -> Tensor:
+        """What `collect` had from this rank, or would have from this number of ranks."""
+        each = rows.shape[0] // self.num_classes
+        return rows[self.begin * each : (self.begin + self.size) * each]
+
     def of_all(self, rows: Tensor) -> Tensor:
         """A rank's rows (a multiple of its classes) as its part of those of all classes, for torch.distributed.checkpoint.
 
@@ -103,6 +123,11 @@ class Shard:
         """
         if self.group is None:
             return rows
+        # here, because not every build of torch has them; DTensor, their successor, divides rows in another way
+        from torch.distributed._shard.metadata import ShardMetadata
+        from torch.distributed._shard.sharded_tensor import Shard as LocalShard
+        from torch.distributed._shard.sharded_tensor import ShardedTensor
+
         each = rows.shape[0] // self.size if self.size else 1
         offsets = [self.begin * each, *[0] * (rows.dim() - 1)]
         placement = f"rank:{dist.get_rank()}/{rows.device}"

@@ -19,6 +19,7 @@ from .checkpoint import FILE_NAME, CheckpointError, latest_run, load_checkpoint
 from .config import EMBEDDED, TrainConfig
 from .config_values import ConfigError, overlay, read_file
 from .data import DataError
+from .devices import is_first_process
 from .evaluate_config import EvaluateConfig
 from .evaluate_run import run_evaluation
 from .interrupts import Interrupted
@@ -33,7 +34,7 @@ FAILED, INVALID, INTERRUPTED = 1, 2, 130  # tyro too exits with 2 on options tha
 
 def main(args: Sequence[str]) -> int:
     """Run the command; returns the exit code."""
-    console, errors = Console(), Console(stderr=True)
+    console, errors = Console(quiet=not is_first_process()), Console(stderr=True)
     config = None
     try:
         config = parse(args)

@@ -18,7 +18,7 @@ from .options import NamedOptions
 
 EMBEDDED = ("glyphs", "digits")
 # What a resumed run may do differently without becoming another run.
-RUNTIME_FIELDS = ("output", "config", "resume", "accelerator", "workers", "checkpoint_every", "log_every")
+RUNTIME_FIELDS = ("output", "config", "resume", "accelerator", "devices", "workers", "checkpoint_every", "log_every")
 # What the configuration file of a run leaves out, so that it may start another.
 LAUNCH_FIELDS = ("output", "config", "resume")
 
@@ -132,6 +132,9 @@ class TrainConfig:
     """Keyword arguments of --backbone, such as model_name=resnet18 num_classes=128: Python literals, or text."""
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
     """Device; auto: a GPU where there is one and the kernels are built for it."""
+    devices: int = 1
+    """Processes, with a GPU or a part of the CPU each: a step's images are divided among them, and so are the
+    classes. A run may go on with another number."""
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     """Precision of the backbone; 16-mixed needs a GPU."""
     workers: int = 0
@@ -149,11 +152,12 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.data not in EMBEDDED:
             find_reader(self.data)
-        for name in ("epochs", "batch_size", "accumulate", "checkpoint_every", "log_every"):
+        for name in ("epochs", "batch_size", "accumulate", "devices", "checkpoint_every", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.accumulate > self.batch_size:
-            raise ValueError(f"accumulate must be at most batch_size ({self.batch_size}), got {self.accumulate}")
+        for name in ("accumulate", "devices"):
+            if getattr(self, name) > self.batch_size:
+                raise ValueError(f"{name} must be at most batch_size ({self.batch_size}), got {getattr(self, name)}")
         if self.backbone_options and self.backbone is None:
             raise ValueError("backbone_options are for a --backbone, and there is none")
         for name in ("workers", "seed"):

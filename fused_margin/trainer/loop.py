@@ -14,12 +14,13 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-import fused_margin as fm
+from fused_margin.sharding import Shard
 
 from .checkpoint import CheckpointError
 from .config import TrainConfig
 from .data.augment import augment
-from .data.base import DataError, Splits, TrainingBatches, data_loader, seeded_generator, to_input
+from .data.base import Splits, TrainingBatches, data_loader, seeded_generator, to_input
+from .devices import Devices
 from .interrupts import Interrupted, watch_for_stop
 from .losses import Criterion
 from .models import build_backbone, embedding_size
@@ -29,18 +30,16 @@ from .progress import TrainingProgress
 AUGMENT_STREAM = 1  # keeps the augmentation's random numbers apart from the order's
 MODEL_STREAM = 3  # and those that the network and the loss draw; 2 is the evaluation's
 RECENT_STEPS = 20  # the shown loss is their mean
+STOP_EVERY = 5  # steps after which several processes ask each other whether to stop
+CLASS_WEIGHT = "criterion.loss_fn.weight"  # in the model's state dict
 
 
 class Recognizer(nn.Module):
-    """Backbone and criterion as one module: images (N, C, H, W) and labels (N,) to the loss."""
+    """What is trained: images (N, C, H, W) to embeddings (N, D), and these with labels (N,) to the loss."""
 
-    def __init__(self, config: TrainConfig, num_classes: int) -> None:
+    def __init__(self, backbone: nn.Module, criterion: Criterion) -> None:
         super().__init__()
-        self.backbone = build_backbone(config)
-        self.criterion = Criterion(config.loss, num_classes, embedding_size(self.backbone, config.model))
-
-    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
-        return self.criterion(self.backbone(images), labels)
+        self.backbone, self.criterion = backbone, criterion
 
 
 class StepResult(NamedTuple):
@@ -62,19 +61,26 @@ class LoggedStep(NamedTuple):
 class Trainer:
     """Owns everything that changes from step to step."""
 
-    def __init__(self, config: TrainConfig, splits: Splits) -> None:
+    def __init__(self, config: TrainConfig, splits: Splits, devices: Devices | None = None) -> None:
         self.config, self.splits = config, splits
-        self.fabric = _make_fabric(config)
+        self.devices = devices or Devices(config)
+        num_classes, world = splits.train.num_classes, self.devices.world
         torch.manual_seed(config.seed)
-        model = Recognizer(config, splits.train.num_classes)
+        backbone = build_backbone(config)
+        if self.devices.rank:  # the same backbone everywhere, but other classes
+            torch.manual_seed(self._seed(MODEL_STREAM))
+        criterion = Criterion(config.loss, num_classes, embedding_size(backbone, config.model), self.devices.group)
         # Channels last is the layout that CPU and GPU convolutions are fastest in.
-        model.backbone.to(memory_format=torch.channels_last)
-        self.num_parameters = sum(p.numel() for p in model.backbone.parameters())
-
-        optimizer = make_optimizer(model.backbone, model.criterion, config.optimizer)
-        self.batches = TrainingBatches(len(splits.train), config.batch_size, config.epochs, config.seed)
+        backbone.to(memory_format=torch.channels_last)
+        self.model = Recognizer(backbone, criterion).to(self.devices.device)
+        self.num_parameters = sum(p.numel() for p in backbone.parameters())
+        self.batches = TrainingBatches(
+            len(splits.train), config.batch_size, config.epochs, config.seed, part=(self.devices.rank, world)
+        )
         self.total_steps = len(self.batches)
-        self.model, self.optimizer = self.fabric.setup(model, optimizer)
+        self._wrapped_backbone = self.fabric.setup_module(backbone)
+        self.optimizer = self.fabric.setup_optimizers(make_optimizer(backbone, criterion, config.optimizer))
+        self.shard = Shard(num_classes, self.devices.group)
         self.average: AveragedModel | None = None
         if decay := config.optimizer.ema:
             self.average = AveragedModel(self.backbone, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
@@ -88,13 +94,17 @@ class Trainer:
         return self.model.backbone
 
     @property
+    def criterion(self) -> Criterion:
+        return self.model.criterion
+
+    @property
+    def fabric(self) -> Fabric:
+        return self.devices.fabric
+
+    @property
     def evaluated_backbone(self) -> nn.Module:
         """With the moving average of the weights, where there is one."""
         return self.backbone if self.average is None else self.average.module
-
-    @property
-    def class_weight(self) -> Tensor:
-        return self.model.criterion.class_weight
 
     @property
     def learning_rate(self) -> float:
@@ -141,7 +151,9 @@ class Trainer:
             for batch in loader:
                 self.unreadable.update(batch.unreadable)
                 lr = self.learning_rate
-                result = self.train_step(batch.images, batch.labels) if len(batch.labels) else None
+                # Several processes wait for each other: one without a readable image takes part with none.
+                alone = self.devices.world == 1
+                result = self.train_step(batch.images, batch.labels) if len(batch.labels) or not alone else None
                 self.step += 1
                 self.seconds = time.monotonic() - started
                 speed.count(len(batch.labels))
@@ -157,7 +169,8 @@ class Trainer:
                 if self.step == self.total_steps or self.step % config.checkpoint_every == 0:
                     flush()
                     save()
-                if stop.made:
+                # All processes stop after one step. Asking them waits for the device.
+                if stop.made if alone else self.step % STOP_EVERY == 0 and self.devices.any(stop.made):
                     flush()
                     save()
                     raise Interrupted
@@ -166,10 +179,10 @@ class Trainer:
         return learning_rate_factor(self.step, self.total_steps, self.config.optimizer)
 
     def train_step(self, images: Tensor, labels: Tensor) -> StepResult:
-        device = self.fabric.device
+        device = self.devices.device
         # Functions of seed and step: a resumed run draws what an unbroken one would have drawn.
-        torch.manual_seed(seeded_generator(self.config.seed, MODEL_STREAM, self.step).initial_seed())
-        generator = seeded_generator(self.config.seed, AUGMENT_STREAM, self.step, device=device)
+        torch.manual_seed(self._seed(MODEL_STREAM, self.step))
+        generator = torch.Generator(device).manual_seed(self._seed(AUGMENT_STREAM, self.step))
         inputs = augment(to_input(images.to(device)), self.config.augmentation, generator)
         inputs, labels = inputs.contiguous(memory_format=torch.channels_last), labels.to(device)
         for group in self.optimizer.param_groups:
@@ -177,13 +190,17 @@ class Trainer:
 
         self.optimizer.zero_grad()
         total, parts = 0.0, {}
-        pieces = min(self.config.accumulate, len(labels))
-        for some_inputs, some_labels in zip(inputs.tensor_split(pieces), labels.tensor_split(pieces), strict=True):
-            share = len(some_labels) / len(labels)
-            loss = self.model(some_inputs, some_labels) * share
+        pieces = self.config.accumulate
+        pieces = list(zip(inputs.tensor_split(pieces), labels.tensor_split(pieces), strict=True))
+        counts = self.devices.sums(torch.tensor([len(some_labels) for _, some_labels in pieces])).tolist()
+        for (some_inputs, some_labels), count in zip(pieces, counts, strict=True):
+            if not count:
+                continue
+            share = count / sum(counts)
+            loss = self._loss(some_inputs, some_labels) * share
             self.fabric.backward(loss)
             total = total + loss.detach()
-            for name, part in self.model.criterion.last_parts.items():
+            for name, part in self.criterion.last_parts.items():
                 parts[name] = parts.get(name, 0.0) + part * share
         # Fabric's own clipping takes all of an optimizer's parameters; projected class weights need none.
         self.fabric.strategy.precision.unscale_gradients(self.optimizer.optimizer)
@@ -193,20 +210,54 @@ class Trainer:
             self.average.update_parameters(self.backbone)
         return StepResult(total, norm, parts if len(parts) > 1 else {})
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything a later step depends on."""
+    def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Of all processes' images."""
+        embeddings = self._wrapped_backbone(images)
+        if self.devices.world > 1:  # DDP divides by it
+            embeddings.register_hook(lambda gradient: gradient * self.devices.world)
+        return self.criterion(embeddings, labels)
+
+    def _seed(self, *stream: int) -> int:
+        """Of a stream of random numbers that is this process's own."""
+        own = (self.devices.rank,) if self.devices.rank else ()
+        return seeded_generator(self.config.seed, *stream, *own).initial_seed()
+
+    @property
+    def class_weight(self) -> Tensor | None:
+        """(C, D) of all processes' classes, on the first one's CPU; None on the others. All must ask."""
+        return self.shard.collect(self.criterion.class_weight)
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """Everything a later step depends on, in the first process; None in the others, which take part.
+
+        It does not depend on how many processes there are.
+        """
+        model, optimizer = self.model.state_dict(), self.optimizer.state_dict()
+        unreadable = self.devices.union(self.unreadable)
+        model[CLASS_WEIGHT] = self.shard.collect(model[CLASS_WEIGHT])
+        number = self._class_weight_number()
+        if momentum := optimizer["state"].get(number):
+            whole = {name: self.shard.collect(value) for name, value in momentum.items() if value is not None}
+            optimizer["state"] = {**optimizer["state"], number: {**momentum, **whole}}
+        if self.devices.rank:
+            return None
         return {
             "config": self.config.to_dict(),
             "data": self.splits.fingerprint(),
             "step": self.step,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "model": model,
+            "optimizer": optimizer,
             "average": None if self.average is None else self.average.state_dict(),
             "precision": self.fabric.strategy.precision.state_dict(),  # the loss's scale, where there is one
             "seconds": self.seconds,
             "losses": torch.tensor(self.losses, dtype=torch.float64),
-            "unreadable": sorted(self.unreadable),
+            "unreadable": sorted(unreadable),
         }
+
+    def _class_weight_number(self) -> int:
+        """The class weights' place among the parameters, as an optimizer's state dict counts them."""
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        return next(n for n, p in enumerate(parameters) if p is self.criterion.loss_fn.weight)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state` was taken.
@@ -219,8 +270,14 @@ class Trainer:
                 f"the identities or images of {self.config.data!r} have changed since this run "
                 "was started; start a new one"
             )
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        model, optimizer = dict(state["model"]), state["optimizer"]
+        model[CLASS_WEIGHT] = self.shard.part_of(model[CLASS_WEIGHT])
+        number = self._class_weight_number()
+        if momentum := optimizer["state"].get(number):
+            own = {name: self.shard.part_of(value) for name, value in momentum.items() if value is not None}
+            optimizer = {**optimizer, "state": {**optimizer["state"], number: {**momentum, **own}}}
+        self.model.load_state_dict(model)
+        self.optimizer.load_state_dict(optimizer)
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         self.fabric.strategy.precision.load_state_dict(state["precision"])
@@ -228,17 +285,6 @@ class Trainer:
         self.seconds = state["seconds"]
         self.losses = state["losses"].tolist()
         self.unreadable = set(state["unreadable"])
-
-
-def _make_fabric(config: TrainConfig) -> Fabric:
-    accelerator, has_gpu = config.accelerator, fm.build_info()["cuda"]["available"]
-    if accelerator == "auto":
-        accelerator = "cuda" if has_gpu else "cpu"
-    elif accelerator == "cuda" and not has_gpu:
-        raise DataError("--accelerator cuda: there is no GPU, or the kernels are not built for it")
-    if config.precision == "16-mixed" and accelerator == "cpu":
-        raise DataError("--precision 16-mixed needs a GPU; on the CPU use bf16-mixed or 32-true")
-    return Fabric(accelerator=accelerator, devices=1, precision=config.precision)
 
 
 class Speed:

@@ -159,10 +159,13 @@ class Criterion(nn.Module):
         last_parts: what the loss and each companion contributed to the last result, detached.
     """
 
-    def __init__(self, config: LossConfig, num_classes: int, embedding_size: int) -> None:
+    def __init__(
+        self, config: LossConfig, num_classes: int, embedding_size: int, process_group: Any | None = None
+    ) -> None:
         super().__init__()
         self.name, self.projected = config.name, LOSSES[config.name].projected
-        self.loss_fn = make_loss(config, num_classes, embedding_size)
+        divided = {} if process_group is None else {"process_group": process_group}
+        self.loss_fn = make_loss(config, num_classes, embedding_size, **divided)
         workspace_mb = config.options.get("workspace_mb", 256)
         self.companions = Companions(config.companions, num_classes, embedding_size, workspace_mb)
         self.last_parts: dict[str, Tensor] = {}

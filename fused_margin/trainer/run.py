@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import platform
 import time
@@ -19,6 +20,7 @@ from .checkpoint import FILE_NAME, CheckpointError, load_checkpoint, remove_part
 from .config import TrainConfig
 from .config_values import write_file
 from .data import Splits, load_splits
+from .devices import Devices
 from .evaluate import Evaluation, evaluate
 from .figures import draw_report
 from .logs import CURVES_NAME, LOG_NAME, RunLog
@@ -39,13 +41,16 @@ def run(config: TrainConfig, console: Console) -> dict[str, Any]:
         Interrupted: stopped by a signal; a checkpoint is left.
         FloatingPointError: the training diverged.
     """
-    output = config.output
-    checkpoint = output / FILE_NAME
+    checkpoint = config.output / FILE_NAME
     if not config.resume and checkpoint.exists():
-        raise CheckpointError(f"{output} holds a run: continue it with --resume or name another --output")
+        raise CheckpointError(f"{config.output} holds a run: continue it with --resume or name another --output")
     remove_partial_checkpoints(checkpoint)
-    state = load_checkpoint(checkpoint) if config.resume else None
     embedding_size(build_backbone(config), config.model)  # what is wrong is told before images are read
+    devices = Devices(config)
+    console, speaks = devices.own_console(console), devices.rank == 0
+    config = dataclasses.replace(config, output=Path(devices.same(str(config.output))))  # its name may be the time's
+    output, checkpoint = config.output, config.output / FILE_NAME
+    state = load_checkpoint(checkpoint) if config.resume else None
 
     started = time.monotonic()
     with console.status("reading the images"):
@@ -57,12 +62,15 @@ def run(config: TrainConfig, console: Console) -> dict[str, Any]:
             config.seed,
         )
     data_seconds = time.monotonic() - started
-    trainer = Trainer(config, splits)
+    trainer = Trainer(config, splits, devices)
     if state is not None:
         trainer.load_state_dict(state)
+    _print_start(console, config, trainer, splits)
+    if not speaks:
+        trainer.fit(console, trainer.state_dict)
+        return _verify_with_first(trainer)
     output.mkdir(parents=True, exist_ok=True)
     write_file(output / CONFIG_NAME, config.to_file_values())
-    _print_start(console, config, trainer, splits)
     with closing(RunLog(output, trainer.step)) as log:
 
         def save() -> None:
@@ -73,15 +81,24 @@ def run(config: TrainConfig, console: Console) -> dict[str, Any]:
         return _verify(config, console, trainer, splits, log, data_seconds)
 
 
+def _verify_with_first(trainer: Trainer) -> dict[str, Any]:
+    """What another process than the first does when that verifies; there is no report of it."""
+    devices, _ = trainer.devices, trainer.class_weight
+    devices.union(trainer.unreadable)
+    devices.fabric.barrier()
+    return {}
+
+
 def _verify(
     config: TrainConfig, console: Console, trainer: Trainer, splits: Splits, log: RunLog, data_seconds: float
 ) -> dict[str, Any]:
     """Evaluate what was trained; log, draw, write and print it."""
-    output = config.output
+    output, devices = config.output, trainer.devices
     started = time.monotonic()
     with console.status("verifying"):
-        evaluation = evaluate(trainer.evaluated_backbone, trainer.class_weight, splits, config, trainer.fabric.device)
-    unreadable = sorted(trainer.unreadable.union(evaluation.unreadable))
+        evaluation = evaluate(trainer.evaluated_backbone, trainer.class_weight, splits, config, devices.device)
+    unreadable = sorted(devices.union(trainer.unreadable).union(evaluation.unreadable))
+    devices.fabric.barrier()
     report = _report(config, trainer, splits, evaluation, unreadable)
     log.write(trainer.step, _logged(report))
     draw_report(

@@ -84,7 +84,7 @@ def test_a_step_moves_network_and_class_weights(tiny_config, splits, name):
     before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
     trainer.train_step(images, labels)
     moved = {key for key, value in trainer.model.state_dict().items() if not torch.equal(value, before[key])}
-    assert {key for key, _ in trainer.model.module.named_parameters()} <= moved
+    assert {key for key, _ in trainer.model.named_parameters()} <= moved
     loss = trainer.model.criterion.last_parts[name]
     assert loss.isfinite() and loss > 0
     assert trainer.class_weight.shape == (7, 8)

@@ -90,9 +90,18 @@ class TrainingBatches(Sampler[list[int]]):
     there is no small last one.
     """
 
-    def __init__(self, num_images: int, batch_size: int, epochs: int, seed: int, start_step: int = 0) -> None:
+    def __init__(
+        self,
+        num_images: int,
+        batch_size: int,
+        epochs: int,
+        seed: int,
+        start_step: int = 0,
+        part: tuple[int, int] = (0, 1),
+    ) -> None:
         self.num_images, self.epochs, self.seed = num_images, epochs, seed
         self.start_step = start_step
+        self.number, self.parts = part  # of every batch, the part with this number of so many
         self.steps_per_epoch = -(-num_images // batch_size)
 
     def __len__(self) -> int:
@@ -103,7 +112,7 @@ class TrainingBatches(Sampler[list[int]]):
         for epoch in range(first_epoch, self.epochs):
             order = torch.randperm(self.num_images, generator=seeded_generator(self.seed, epoch))
             for indices in order.tensor_split(self.steps_per_epoch)[skip:]:
-                yield indices.tolist()
+                yield indices.tensor_split(self.parts)[self.number].tolist()
             skip = 0
 
 

@@ -1,0 +1,1 @@
+"""Drop-in replacements for other libraries' losses, under their names, arguments and conventions."""

@@ -1,0 +1,262 @@
+"""The margins, PartialFC_V2 and checkpoints of InsightFace's recognition/arcface_torch, computed by the fused kernels.
+
+Constructors, attributes, gradients and files are theirs; the (N, C) logits are never whole. Different on purpose:
+
+- without torch.distributed it is one rank; ranks may have batches of different sizes, and different ones at every step;
+- the reported loss is not capped (theirs ends at -log(1e-30) = 69.0776);
+- ``CombinedMarginLoss`` applies m1, m2 and m3 together, where theirs forgets m1 and m2 if m3 > 0;
+- ``PartialFC_V2`` knows no interclass filtering, and no margins but those of this module;
+- a label that is no class is an error, and -100 leaves a sample out;
+- checkpoints can be read by another number of ranks.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fused_margin import checks
+from fused_margin.compat.insightface_checkpoints import Progress, load_checkpoint, save_checkpoint
+from fused_margin.functional import margin_cross_entropy
+from fused_margin.margins import Margin
+from fused_margin.reference import psi
+from fused_margin.sharding import Shard
+
+__all__ = ["ArcFace", "CombinedMarginLoss", "CosFace", "PartialFC_V2", "Progress", "load_checkpoint", "save_checkpoint"]
+
+MODE = {"beyond_pi": "none", "gradient": "straight_through"}  # theirs: no guard beyond pi, no gradient of the margin
+ELSEWHERE = -1  # label of a sample whose class is another rank's
+
+
+class LogitMargin(nn.Module):
+    """A margin on cosines: what PartialFC_V2 takes as ``margin_loss``. Its numbers may change between steps."""
+
+    s: float
+    interclass_filtering_threshold: float = 0
+
+    def numbers(self) -> dict[str, float]:
+        """m1, m2 and m3 of :class:`fused_margin.Margin`, where they are not its defaults."""
+        raise NotImplementedError
+
+    def fused(self) -> Margin:
+        """The margin as the fused loss takes it."""
+        return Margin(**self.numbers(), **MODE)
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Scaled logits with the margin on each sample's own class, out of place.
+
+        Args:
+            logits: (N, C) cosines.
+            labels: (N,) or (N, 1) integers in [0, C), or -1 for a sample whose class is not among these.
+
+        Returns:
+            (N, C); its gradient is that of ``s * logits``, but 0 for filtered logits.
+
+        Raises:
+            ValueError, TypeError: for labels of the wrong shape, dtype or, on the CPU, value.
+        """
+        labels = column(labels)
+        checks.per_sample_index("labels", labels, logits)
+        checks.label_values(labels, logits.shape[1], ELSEWHERE)
+        rows = (labels != ELSEWHERE).nonzero().squeeze(1)
+        own = rows, labels[rows].long()
+        target = psi(logits[own], **self.numbers(), **MODE)
+        if self.interclass_filtering_threshold > 0:
+            logits = torch.where(logits > self.interclass_filtering_threshold, 0.0, logits)
+        return logits.index_put(own, target) * self.s
+
+
+class CombinedMarginLoss(LogitMargin):
+    """All three margins, ``psi = cos(m1 * theta + m2) - m3`` (arXiv:1801.07698, eq. 4).
+
+    Args:
+        s: scale of the logits.
+        m1: factor on the angle.
+        m2: angle in radians.
+        m3: cosine.
+        interclass_filtering_threshold: other classes whose cosine is above it count as if it were 0. 0: none;
+            PartialFC_V2 takes nothing else.
+
+    Raises:
+        ValueError, TypeError: for numbers out of range.
+    """
+
+    def __init__(self, s: float, m1: float, m2: float, m3: float, interclass_filtering_threshold: float = 0):
+        super().__init__()
+        checks.number("s", s, 0.0, open_low=True)
+        checks.number("interclass_filtering_threshold", interclass_filtering_threshold, 0.0)
+        self.s, self.m1, self.m2, self.m3 = s, m1, m2, m3
+        self.interclass_filtering_threshold = interclass_filtering_threshold
+        self.fused()  # raises
+        if m3 > 0 and (m1 != 1 or m2 != 0):
+            warnings.warn(
+                f"m1={m1}, m2={m2} and m3={m3} are applied together; insightface applies m3 alone, "
+                "which is m1=1, m2=0 here",
+                stacklevel=2,
+            )
+
+    def numbers(self) -> dict[str, float]:
+        return {"m1": self.m1, "m2": self.m2, "m3": self.m3}
+
+
+class ArcFace(LogitMargin):
+    """ArcFace, ``psi = cos(theta + margin)`` (arXiv:1801.07698, eq. 3).
+
+    Args:
+        s: scale of the logits.
+        margin: angle in radians.
+
+    Raises:
+        ValueError, TypeError: for numbers out of range.
+    """
+
+    def __init__(self, s: float = 64.0, margin: float = 0.5):
+        super().__init__()
+        checks.number("s", s, 0.0, open_low=True)
+        checks.number("margin", margin, -math.inf)
+        self.s, self.margin = s, margin
+
+    def numbers(self) -> dict[str, float]:
+        return {"m2": self.margin}
+
+
+class CosFace(LogitMargin):
+    """CosFace, ``psi = cos(theta) - m`` (arXiv:1801.09414, eq. 4).
+
+    Args:
+        s: scale of the logits.
+        m: cosine.
+
+    Raises:
+        ValueError, TypeError: for numbers out of range.
+    """
+
+    def __init__(self, s: float = 64.0, m: float = 0.40):
+        super().__init__()
+        checks.number("s", s, 0.0, open_low=True)
+        checks.number("m", m, -math.inf)
+        self.s, self.m = s, m
+
+    def numbers(self) -> dict[str, float]:
+        return {"m3": self.m}
+
+
+class DenseGradient(torch.autograd.Function):
+    """Its input; what comes back as some rows goes on as all of them."""
+
+    @staticmethod
+    def forward(ctx, weight: Tensor) -> Tensor:
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return gradient.to_dense() if gradient.is_sparse else gradient
+
+
+class PartialFC_V2(nn.Module):
+    """Margin softmax over classes that are divided among ranks, of which a share may be drawn at every step.
+
+    (Partial FC, arXiv:2203.15565.) Every rank calls it with its own samples, however many; without torch.distributed
+    there is one rank. The loss is the mean over the samples of all ranks. The embeddings' gradient is multiplied by
+    the number of ranks, because DistributedDataParallel divides the backbone's by it.
+
+    Args:
+        margin_loss: CombinedMarginLoss, ArcFace or CosFace of this module.
+        embedding_size: D.
+        num_classes: C, over all ranks.
+        sample_rate: share of its classes that a rank takes at a step: those of the samples, and others drawn by
+            torch's generator; in evaluation mode too, as theirs.
+        fp16: half precision is enough for the products; kernels that cannot use it keep float32. Without it,
+            autocast changes nothing here.
+        process_group: the ranks; the default group, if there is one.
+        sparse: with a sample_rate below 1, the gradient of ``weight`` is sparse, as ``torch.nn.Embedding``'s. False: it
+            is dense, as theirs, and any optimizer takes it; weight decay and momentum move all classes.
+            :class:`fused_margin.optim.ProjectedSGD` (with ``project=False``, to step as torch.optim.SGD does) takes
+            sparse ones, and moves the classes drawn and their momentum only.
+        workspace_mb: bound on scratch memory in MiB, whatever C is.
+
+    Shape:
+        local_embeddings (N, D), local_labels (N,) or (N, 1) integers over all classes -> scalar.
+
+    Attributes:
+        weight: (num_local, D) parameter, initialised N(0, 0.01): this rank's classes, class_start and those after it.
+        rank, world_size, class_start, num_local, num_sample, margin_softmax, and the arguments.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came.
+    """
+
+    def __init__(
+        self,
+        margin_loss: LogitMargin,
+        embedding_size: int,
+        num_classes: int,
+        sample_rate: float = 1.0,
+        fp16: bool = False,
+        *,
+        process_group: dist.ProcessGroup | None = None,
+        sparse: bool = False,
+        workspace_mb: float = 256,
+    ):
+        super().__init__()
+        if not isinstance(margin_loss, LogitMargin) or type(margin_loss).forward is not LogitMargin.forward:
+            raise TypeError(
+                "margin_loss: expected CombinedMarginLoss, ArcFace or CosFace of fused_margin.compat.insightface, got "
+                f"{type(margin_loss).__module__}.{type(margin_loss).__qualname__}"
+            )
+        checks.number("sample_rate", sample_rate, 0.0, 1.0, open_low=True)
+        checks.number("workspace_mb", workspace_mb, 0.0, open_low=True)
+        self.num_classes = checks.positive_index("num_classes", num_classes)
+        self.embedding_size = checks.positive_index("embedding_size", embedding_size)
+        if process_group is None and dist.is_available() and dist.is_initialized():
+            process_group = dist.group.WORLD
+        shard = Shard(self.num_classes, process_group, sample_rate)
+        self.rank, self.world_size = shard.rank, shard.world
+        self.class_start, self.num_local, self.num_sample = shard.begin, shard.size, int(sample_rate * shard.size)
+        self.shard = None if shard.world == 1 and sample_rate == 1 else shard
+        self.sample_rate, self.fp16, self.sparse, self.workspace_mb = sample_rate, fp16, sparse, workspace_mb
+        self.margin_softmax = margin_loss
+        self.refuse_filtering()
+        self.weight = nn.Parameter(torch.normal(0, 0.01, (self.num_local, self.embedding_size)))
+
+    def refuse_filtering(self) -> None:
+        threshold = self.margin_softmax.interclass_filtering_threshold
+        if threshold != 0:
+            raise ValueError(
+                f"interclass_filtering_threshold: expected 0, because PartialFC_V2 has no filtering, got {threshold}"
+            )
+
+    def forward(self, local_embeddings: Tensor, local_labels: Tensor) -> Tensor:
+        self.refuse_filtering()
+        embeddings, weight = local_embeddings, self.weight
+        if self.world_size > 1 and embeddings.requires_grad:
+            embeddings = embeddings.view_as(embeddings)  # so that the caller's has no hook
+            embeddings.register_hook(lambda gradient: gradient * self.world_size)
+        if self.sample_rate < 1 and not self.sparse:
+            weight = DenseGradient.apply(weight)
+        with torch.autocast(weight.device.type, torch.float16, enabled=bool(self.fp16)):
+            return margin_cross_entropy(
+                embeddings,
+                weight,
+                column(local_labels),
+                self.margin_softmax.fused(),
+                self.margin_softmax.s,
+                shard=self.shard,
+                workspace_mb=self.workspace_mb,
+            )
+
+    def extra_repr(self) -> str:
+        return (
+            f"embedding_size={self.embedding_size}, num_classes={self.num_classes}, sample_rate={self.sample_rate}, "
+            f"fp16={self.fp16}, rank={self.rank}, world_size={self.world_size}"
+        )
+
+
+def column(labels: Tensor) -> Tensor:
+    """Labels (N,) of (N,) or (N, 1)."""
+    is_column = isinstance(labels, Tensor) and labels.dim() == 2 and labels.shape[1] == 1
+    return labels.squeeze(1) if is_column else labels

@@ -1,0 +1,207 @@
+"""arcface_torch's checkpoints: the same files, resumed on any number of ranks."""
+
+import re
+
+import pytest
+import torch
+from problems import relative_error
+from torch import nn
+
+import fused_margin as fm
+from fused_margin.compat.insightface import ArcFace, PartialFC_V2, load_checkpoint, save_checkpoint
+
+CLASSES, SIZE = 31, 6
+
+
+def sgd(groups):
+    return torch.optim.SGD(groups, lr=0.1, momentum=0.9, weight_decay=5e-4)
+
+
+def adamw(groups):
+    return torch.optim.AdamW(groups, lr=0.01)
+
+
+class Training:
+    """Their script's loop in small: a backbone under DistributedDataParallel, one optimizer, a schedule."""
+
+    def __init__(self, group, make_optimizer):
+        torch.manual_seed(0)  # the same backbone on all ranks
+        self.backbone = nn.Sequential(nn.Linear(5, SIZE), nn.BatchNorm1d(SIZE)).double()
+        with torch.no_grad():
+            w = torch.randn(CLASSES, SIZE, dtype=torch.float64)
+        if group is not None and group.size() > 1:
+            self.backbone = nn.parallel.DistributedDataParallel(self.backbone, process_group=group)
+        self.backbone.eval()  # statistics of a batch depend on its division
+        self.fc = PartialFC_V2(ArcFace(8.0), SIZE, CLASSES, process_group=group).double()
+        with torch.no_grad():
+            self.fc.weight.copy_(w[self.fc.class_start :][: self.fc.num_local])
+        groups = [{"params": self.backbone.parameters()}, {"params": self.fc.parameters()}]
+        self.optimizer = make_optimizer(groups)
+        self.schedule = torch.optim.lr_scheduler.StepLR(self.optimizer, 2, 0.5)
+        self.step = 0
+
+    def run(self, steps):
+        """Losses. Rank r has every world-th sample of a batch that depends on the step alone."""
+        losses = []
+        for _ in range(steps):
+            generator = torch.Generator().manual_seed(self.step)
+            x = torch.randn(7, 5, generator=generator, dtype=torch.float64)[self.fc.rank :: self.fc.world_size]
+            y = torch.randint(0, CLASSES, (7,), generator=generator)[self.fc.rank :: self.fc.world_size]
+            self.optimizer.zero_grad()
+            loss = self.fc(self.backbone(x), y)
+            loss.backward()
+            self.optimizer.step()
+            self.schedule.step()
+            self.step += 1
+            losses.append(loss.item())
+        return losses
+
+    def state(self):
+        return self.backbone, self.fc, self.optimizer, self.schedule
+
+
+def train_and_save(group, folder, steps, optimizer):
+    training = Training(group, optimizer)
+    losses = training.run(steps)
+    save_checkpoint(folder, 1, training.step, *training.state())
+    return losses
+
+
+def resume_and_train(group, folder, steps, optimizer):
+    training = Training(group, optimizer)
+    with torch.no_grad():  # nothing of it may survive
+        for parameter in [*training.backbone.parameters(), training.fc.weight]:
+            parameter.zero_()
+    epoch, training.step = load_checkpoint(folder, *training.state())
+    return epoch, training.step, training.schedule.get_last_lr()[0], training.run(steps), training.fc.weight.detach()
+
+
+@pytest.mark.parametrize("optimizer", [sgd, adamw])
+@pytest.mark.parametrize("before, after", [(1, 1), (2, 2), (2, 3), (3, 2), (3, 1), (1, 2)])
+def test_resuming_on_another_number_of_ranks(ranks, tmp_path, before, after, optimizer):
+    """Goes on as a training that was never divided nor interrupted."""
+    whole = Training(None, optimizer)
+    expected = whole.run(7)
+    first = ranks.run(train_and_save, [(tmp_path, 3, optimizer)] * before)
+    results = ranks.run(resume_and_train, [(tmp_path, 4, optimizer)] * after)
+    for losses in first:
+        torch.testing.assert_close(losses, expected[:3], rtol=1e-9, atol=0)
+    for epoch, step, rate, losses, _ in results:
+        assert (epoch, step) == (1, 3) and rate == pytest.approx((0.1 if optimizer is sgd else 0.01) / 2)
+        torch.testing.assert_close(losses, expected[3:], rtol=1e-9, atol=0)
+    assert relative_error(torch.cat([weight for *_, weight in results]), whole.fc.weight.detach()) < 1e-9
+
+
+def test_files_are_those_of_their_script(ranks, tmp_path):
+    ranks.run(train_and_save, [(tmp_path, 2, sgd)] * 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "checkpoint_gpu_0.pt",
+        "checkpoint_gpu_1.pt",
+        "model.pt",
+    ]
+    file = torch.load(tmp_path / "checkpoint_gpu_1.pt", weights_only=True)
+    assert list(file) == [
+        "epoch",
+        "global_step",
+        "state_dict_backbone",
+        "state_dict_softmax_fc",
+        "state_optimizer",
+        "state_lr_scheduler",
+    ]
+    assert list(file["state_dict_softmax_fc"]) == ["weight"]
+    assert file["state_dict_softmax_fc"]["weight"].shape == (15, SIZE)
+    model = torch.load(tmp_path / "model.pt", weights_only=True)
+    assert list(model) == list(Training(None, sgd).backbone.state_dict())  # no DistributedDataParallel in the names
+    # their way to resume
+    training = Training(None, sgd)
+    training.backbone.load_state_dict(file["state_dict_backbone"])
+    training.optimizer.load_state_dict(file["state_optimizer"])
+    training.schedule.load_state_dict(file["state_lr_scheduler"])
+
+
+def write_files(folder, rows, step=5):
+    """What ranks with so many rows each have saved; row i of all holds i."""
+    numbers = torch.arange(float(sum(rows))).unsqueeze(1).expand(-1, SIZE)
+    for rank, part in enumerate(numbers.split(rows)):
+        content = {
+            "epoch": 2,
+            "global_step": step,
+            "state_dict_backbone": {"weight": torch.ones(SIZE, 3)},
+            "state_dict_softmax_fc": {"weight": part.clone()},
+            "state_optimizer": {
+                "state": {
+                    0: {"momentum_buffer": torch.ones(SIZE, 3)},
+                    1: {"momentum_buffer": part + 100},
+                },
+                "param_groups": [
+                    {"lr": 0.25, "momentum": 0.9, "weight_decay": 0.0, "params": [0]},
+                    {"lr": 0.25, "momentum": 0.9, "weight_decay": 0.0, "params": [1]},
+                ],
+            },
+            "state_lr_scheduler": {"last_epoch": 5},
+        }
+        torch.save(content, folder / f"checkpoint_gpu_{rank}.pt")
+
+
+def small(optimizer=sgd):
+    backbone, fc = nn.Linear(3, SIZE, bias=False), PartialFC_V2(ArcFace(), SIZE, 10)
+    return backbone, fc, optimizer([{"params": backbone.parameters()}, {"params": fc.parameters()}])
+
+
+def test_shards_are_merged(tmp_path):
+    write_files(tmp_path, [4, 3, 3])
+    backbone, fc, optimizer = small()
+    assert load_checkpoint(tmp_path, backbone, fc, optimizer) == (2, 5)
+    assert fc.weight[:, 0].tolist() == list(range(10)) and backbone.weight.eq(1).all()
+    assert optimizer.state[fc.weight]["momentum_buffer"][:, 0].tolist() == list(range(100, 110))
+    assert optimizer.param_groups[1]["lr"] == 0.25
+    for path in tmp_path.iterdir():
+        path.write_bytes(bytes(path.stat().st_size))  # nothing is read any more
+    assert fc.weight[9, 0] == 9 and optimizer.state[backbone.weight]["momentum_buffer"].eq(1).all()
+
+
+def test_projected_optimizer_takes_a_plain_ones_state(tmp_path):
+    write_files(tmp_path, [5, 5])
+    backbone, fc, optimizer = small(
+        lambda groups: fm.optim.ProjectedSGD([g | {"project": False} for g in groups], lr=1)
+    )
+    load_checkpoint(tmp_path, backbone, fc, optimizer)
+    assert [group["project"] for group in optimizer.param_groups] == [False, False]
+    assert optimizer.state[fc.weight]["momentum_buffer"][:, 0].tolist() == list(range(100, 110))
+
+
+def test_files_of_an_earlier_run_on_more_ranks_are_passed_over(tmp_path):
+    write_files(tmp_path, [3, 3, 2, 2], step=5)
+    write_files(tmp_path, [5, 5], step=9)
+    backbone, fc, optimizer = small()
+    assert load_checkpoint(tmp_path, backbone, fc, optimizer).global_step == 9
+    assert fc.weight[:, 0].tolist() == list(range(10))
+
+
+def test_checkpoints_that_cannot_be_read(tmp_path):
+    backbone, fc, optimizer = small()
+    before = fc.weight.detach().clone()
+
+    def refused(message, *optimizers):
+        with pytest.raises(ValueError, match=message):
+            load_checkpoint(tmp_path, backbone, fc, *optimizers)
+        assert torch.equal(fc.weight, before)
+
+    refused("folder: expected checkpoints of 10 classes, got 0 and no file .*checkpoint_gpu_0.pt")
+    write_files(tmp_path, [4, 3, 3])
+    (tmp_path / "checkpoint_gpu_2.pt").unlink()
+    refused("folder: expected checkpoints of 10 classes, got 7 and no file .*checkpoint_gpu_2.pt")
+    write_files(tmp_path, [6, 6])
+    refused("folder: expected checkpoints of 10 classes, got 12 in")
+    write_files(tmp_path, [5, 5], step=5)
+    file = torch.load(tmp_path / "checkpoint_gpu_1.pt", weights_only=True)
+    torch.save(file | {"global_step": 4}, tmp_path / "checkpoint_gpu_1.pt")
+    refused(re.escape("folder: expected checkpoints of one step, got steps [5, 4]"))
+    torch.save({"weight": torch.ones(5, SIZE)}, tmp_path / "checkpoint_gpu_1.pt")
+    refused("folder: expected a checkpoint of arcface_torch, got .*checkpoint_gpu_1.pt")
+    write_files(tmp_path, [5, 5])
+    refused("optimizer: expected 2 parameter groups as in the checkpoint, got 1", sgd(fc.parameters()))
+    file["state_optimizer"]["state"][1]["momentum_buffer"] = torch.ones(2, SIZE)  # of the classes drawn only
+    torch.save(file, tmp_path / "checkpoint_gpu_1.pt")
+    refused("optimizer: expected momentum_buffer of all 10 classes in the checkpoint, got 7 rows", optimizer)
+    load_checkpoint(tmp_path, backbone, fc)
