@@ -122,7 +122,9 @@ class ShardedSweep(torch.autograd.Function):
             parts[0] = parts[0] - math.inf
         largest = shard.largest(parts[0].clone())
         reach = torch.where(parts[0] == -math.inf, 0.0, (parts[0] - largest).exp_())
-        sums = torch.stack([t.view(shard.world, everyone.most) for t in (reach, *parts[1:])], dim=1)  # (world, 2 or 3, most)
+        sums = torch.stack(
+            [t.view(shard.world, everyone.most) for t in (reach, *parts[1:])], dim=1
+        )  # (world, 2 or 3, most)
         total, *others = shard.scatter_sums(sums)
         nlse = total.log() + largest.view(shard.world, everyone.most)[shard.rank]
         nlse = torch.where(total == 0, -math.inf, nlse)

@@ -60,6 +60,10 @@ class CompanionConfig:
                 f"loss.companions.contrastive_margins must be two ascending numbers, got {positive} {negative}"
             )
 
+    def weights(self) -> dict[str, float]:
+        """Of those that are added."""
+        return {name: getattr(self, name) for name in TAKES if getattr(self, name) > 0}
+
 
 class Companions(nn.Module):
     """Embeddings (N, D), class weights (C, D) and labels (N,) to what each companion adds to the loss, by name."""
@@ -75,7 +79,7 @@ class Companions(nn.Module):
             "triplet": lambda: TripletLoss(config.triplet_margin, config.triplet_mining),
             "contrastive": lambda: PairLoss(*config.contrastive_margins),
         }
-        self.weights = {name: getattr(config, name) for name in TAKES if getattr(config, name) > 0}
+        self.weights = config.weights()
         self.losses = nn.ModuleDict({name: make[name]() for name in self.weights})
 
     def forward(self, embeddings: Tensor, class_weight: Tensor, labels: Tensor) -> dict[str, Tensor]:

@@ -25,6 +25,7 @@ from .evaluate import separation
 from .evaluate_config import EvaluateConfig
 from .feature_set import FeatureSet, TrainedNetwork, read_arrays, read_checkpoint, read_probes
 from .figures import draw_evaluation
+from .folds import unshuffled_folds
 
 SCORE_UNIT: dict[protocols.Metric, str] = {"cosine": "cosine", "weighted-l1": "log odds"}
 
@@ -125,7 +126,7 @@ def _measure(config: EvaluateConfig, given: FeatureSet, seed: int, device: torch
         pairs, same, fold, disjoint = drawn
     else:
         pairs, same = given.need("pairs", "same")
-        fold = verification.unshuffled_folds(len(pairs), config.folds) if given.fold is None else given.fold
+        fold = unshuffled_folds(len(pairs), config.folds) if given.fold is None else given.fold
     if config.protocol == "lfw":
         result = protocols.lfw(given.features, *given.need("mirrored"), pairs, same, fold, config.variant)
     else:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .array_checks import check_features, check_folds, check_integers
+from .folds import unshuffled_folds
 from .verification import (
     FoldAccuracy,
     TarAtFar,
@@ -21,7 +22,6 @@ from .verification import (
     false_accepts,
     kfold_accuracy,
     tar_at_far,
-    unshuffled_folds,
 )
 from .weighted_l1 import WeightedL1Head, fit_head
 

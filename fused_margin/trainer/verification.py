@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import numpy as np
 from sklearn.metrics import auc, roc_curve
-from sklearn.model_selection import KFold
 
 from .array_checks import check_folds, check_scores
 from .data.base import DataError
@@ -92,20 +91,6 @@ def make_pairs(labels: np.ndarray, num_pairs: int, folds: int, seed: int) -> Pai
     same = [np.full(len(half), i == 0) for pool in pools for i, half in enumerate(pool)]
     fold = [np.full(len(half), f) for f, pool in enumerate(pools) for half in pool]
     return Pairs(np.concatenate(indices), np.concatenate(same), np.concatenate(fold), disjoint)
-
-
-def unshuffled_folds(num_pairs: int, folds: int = 10) -> np.ndarray:
-    """Fold (num_pairs,) of each pair: consecutive pairs, sizes that differ by one at most.
-
-    Raises:
-        ValueError: there are fewer pairs than folds.
-    """
-    if num_pairs < folds:
-        raise ValueError(f"pairs: expected at least one for each of the {folds} folds, got {num_pairs}")
-    fold = np.empty(num_pairs, np.int64)
-    for number, (_, part) in enumerate(KFold(folds).split(fold)):
-        fold[part] = number
-    return fold
 
 
 def kfold_accuracy(scores: np.ndarray, same: np.ndarray, fold: np.ndarray) -> FoldAccuracy:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from fused_margin.trainer.data import DataError
+from fused_margin.trainer.folds import unshuffled_folds
 from fused_margin.trainer.verification import (
     equal_error_rate,
     kfold_accuracy,
@@ -11,7 +12,6 @@ from fused_margin.trainer.verification import (
     roc,
     summarize_pairs,
     tar_at_far,
-    unshuffled_folds,
 )
 
 

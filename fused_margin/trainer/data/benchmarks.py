@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..verification import unshuffled_folds
+from ..folds import unshuffled_folds
 from .base import DataError
 from .decode import SUFFIXES, DecodedImages
 from .safe_pickle import load_plain

@@ -1,0 +1,106 @@
+"""Several processes train as one: images and classes divided, the same weights, stops and resumptions together."""
+
+import dataclasses
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from rich.console import Console
+
+from fused_margin.trainer.checkpoint import FILE_NAME, load_checkpoint, save_checkpoint
+from fused_margin.trainer.config import TrainConfig
+from fused_margin.trainer.data import load_splits
+from fused_margin.trainer.data.augment import AugmentationConfig
+from fused_margin.trainer.data.base import DataError
+from fused_margin.trainer.loop import Trainer
+from fused_margin.trainer.losses import LossConfig
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals as POSIX has them")
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def command(*options):
+    return [sys.executable, "-m", "fused_margin.cli", "train", *map(str, options)]
+
+
+def train(*options):
+    return subprocess.run(command(*options), check=False, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.fixture
+def begun(tiny_config, tmp_path):
+    """A run that one process has begun, without augmentation, which each process would draw for itself."""
+    nothing = dict.fromkeys(("rotation", "scale", "shear", "shift", "blur", "noise"), 0)
+    config = dataclasses.replace(
+        tiny_config,
+        augmentation=AugmentationConfig(**nothing),
+        checkpoint_every=25,
+        output=tmp_path / "begun",
+        loss=LossConfig("arcface", margin=0.2, scale=16.0, exclusive_weight=1.0),
+    )
+    trainer = Trainer(config, load_splits("digits", (8, 8), 1, 0.3, seed=0))
+    config.output.mkdir()
+
+    def save():
+        save_checkpoint(config.output / FILE_NAME, trainer.state_dict())
+        raise Stop
+
+    with pytest.raises(Stop):
+        trainer.fit(Console(quiet=True), save)
+    return config.output
+
+
+def test_two_processes_end_as_one_does(begun, tmp_path):
+    states = []
+    for devices in (1, 2):
+        output = tmp_path / str(devices)
+        shutil.copytree(begun, output)
+        done = train("--resume", "--output", output, "--devices", devices)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("Verification on identities") == 1  # one of them speaks
+        assert (output / "report.json").exists()
+        states.append(load_checkpoint(output / FILE_NAME))
+    one, two = states
+    assert one["step"] == two["step"] == 40
+    torch.testing.assert_close(two["losses"], one["losses"], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(two["model"], one["model"], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(two["optimizer"]["state"], one["optimizer"]["state"], rtol=1e-2, atol=1e-3)
+
+
+def test_a_signal_to_one_stops_all_and_one_goes_on(tiny_options, tmp_path):
+    output = tmp_path / "run"
+    options = [*tiny_options, "--epochs", "500", "--devices", "2", "--output", output, "--accumulate", "2"]
+    process = subprocess.Popen(command(*options), env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    log, waited = output / "log.csv", time.monotonic()
+    while not (log.exists() and len(log.read_text().splitlines()) > 1):
+        assert process.poll() is None and time.monotonic() - waited < 120
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=60)[0].decode()
+    assert process.returncode == 130 and said.count("continue with") == 1, said
+    step = load_checkpoint(output / FILE_NAME)["step"]
+    assert step > 0
+    trainer_options = TrainConfig.from_dict(load_checkpoint(output / FILE_NAME)["config"])
+    config = dataclasses.replace(trainer_options, devices=1)
+    trainer = Trainer(config, load_splits("digits", (8, 8), 1, config.test_fraction, seed=0))
+    trainer.load_state_dict(load_checkpoint(output / FILE_NAME))
+    assert trainer.step == step and trainer.class_weight.shape == (7, 8)
+
+
+def test_what_is_not_divided(tiny_config):
+    for loss in (
+        LossConfig("softmax"),
+        dataclasses.replace(LossConfig(), companions=dataclasses.replace(LossConfig().companions, center=0.1)),
+    ):
+        config = dataclasses.replace(tiny_config, devices=2, loss=loss)
+        with pytest.raises(DataError, match="--devices 2: "):
+            Trainer(config, load_splits("digits", (8, 8), 1, 0.3, seed=0))
