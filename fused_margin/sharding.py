@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,11 +54,17 @@ class Shard:
 
     def gather(self, rows: Tensor) -> Tensor:
         """(R, ...) of every rank, R the same on all, as (world, R, ...)."""
-        if self.group is None:
-            return rows.unsqueeze(0)
-        everyone = rows.new_empty(self.world, *rows.shape)
-        _all_gather(everyone.view(-1), rows.contiguous().view(-1), group=self.group)
+        everyone, wait = self.start_gather(rows)
+        wait()
         return everyone
+
+    def start_gather(self, rows: Tensor) -> tuple[Tensor, Callable[[], None]]:
+        """As `gather`, but the rows are only there when what comes with them has been called."""
+        if self.group is None:
+            return rows.unsqueeze(0), lambda: None
+        everyone = rows.new_empty(self.world, *rows.shape)
+        arrival = _all_gather(everyone.view(-1), rows.contiguous().view(-1), group=self.group, async_op=True)
+        return everyone, lambda: arrival.wait()
 
     def scatter_sums(self, parts: Tensor) -> Tensor:
         """(world, ...): the sum over ranks of what is for this one, (...)."""

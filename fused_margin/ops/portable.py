@@ -37,10 +37,19 @@ def fixed_exponent(problem: Problem) -> float | None:
     return math.ceil(shift / LN2) if problem.scale is None and scale + shift <= 82.0 else None
 
 
+def find_norms(run: Kernels, problem: Problem, sweep: Sweep) -> None:
+    """Of all class weights; what a sweep otherwise finds chunk by chunk."""
+    run.row_normalize(
+        rows=problem.weight, normalized=None, inverse_norm=sweep.weight_inverse_norm, count=problem.classes,
+        size=problem.size,
+    )  # fmt: skip
+
+
 class Products:
     """Exponentials overwrite the products: kept, or in a buffer that the next chunk overwrites."""
 
     dense_scale = None  # exponentials are divided by |w_j|, and nothing else is left to apply
+    norms_known = False  # by `find_norms`
 
     def __init__(self, run: Kernels, problem: Problem, plan: Plan, sweep: Sweep):
         self.run, self.problem, self.plan, self.sweep = run, problem, plan, sweep
@@ -86,7 +95,7 @@ class Products:
         inverse_norm = self.sweep.weight_inverse_norm[begin:end]
         if self.problem.inner_product:
             inverse_norm.fill_(1.0)
-        else:
+        elif not self.norms_known:
             self.run.row_normalize(
                 rows=operand, normalized=None, inverse_norm=inverse_norm, count=end - begin, size=self.problem.size
             )

@@ -1,11 +1,13 @@
 """One sweep over classes that are divided among ranks: samples are gathered, every rank sweeps its classes, sums meet again.
 
-What is sent is O(N * D): the embeddings out, their gradients back; everything else is a few numbers a sample.
+What is sent is O(N * D): the embeddings out, their gradients back; everything else is a few numbers a sample. While the
+embeddings are on their way, every rank goes over its own class weights for their norms.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -27,7 +29,8 @@ DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 class Gathered(NamedTuple):
     """The samples of all ranks, (world * most) rows of them, as a problem of this rank's classes."""
 
-    problem: Problem  # labels count from the rank's first class
+    problem: Problem  # labels count from the rank's first class; embeddings may still be on their way
+    arrive: Callable[[], None]  # waits for them
     most: int  # samples of the rank that has most
     rows: Tensor | None  # of the rank's weight that take part, or None where all do
 
@@ -60,8 +63,14 @@ def gather(problem: Problem, shard: Shard, ignore_index: int, needs_gradient: bo
     most, device = max(samples), problem.weight.device
     per_sample = [t for t in (problem.labels, problem.scale, problem.hard_threshold) if t is not None]
     numbers = torch.stack([t.double() for t in per_sample], dim=1)  # labels below 2^53 are exact
+    sent, wait = shard.start_gather(padded(problem.embeddings, most))
+    embeddings = torch.empty_like(sent, dtype=problem.compute).flatten(0, 1)
+
+    def arrive() -> None:
+        wait()
+        embeddings.copy_(sent.flatten(0, 1))
+
     labels, *others = shard.gather(padded(numbers, most)).unbind(dim=2)
-    embeddings = shard.gather(padded(problem.embeddings, most)).flatten(0, 1).to(problem.compute)
     labels = labels.long()
     counts = torch.arange(most, device=device) < torch.tensor(samples, device=device).unsqueeze(1)
     counts &= labels != ignore_index
@@ -86,7 +95,7 @@ def gather(problem: Problem, shard: Shard, ignore_index: int, needs_gradient: bo
     rows = None
     if shard.sample_rate < 1 and shard.size:
         problem, rows = sampled(problem, shard)
-    return Gathered(problem, most, rows)
+    return Gathered(problem, arrive, most, rows)
 
 
 def sampled(problem: Problem, shard: Shard) -> tuple[Problem, Tensor]:
@@ -114,9 +123,10 @@ class ShardedSweep(torch.autograd.Function):
         needs = any(ctx.needs_input_grad)
         everyone = gather(problem, shard, ignore_index, needs)
         if shard.size:
-            found = sweep.forward(everyone.problem, uniform, NO_CLASS, keep=needs)
+            found = sweep.forward(everyone.problem, uniform, NO_CLASS, needs, everyone.arrive)
             parts = [found.negative_logsumexp, found.target_cosine, *([found.uniform_cosine] if uniform else [])]
         else:  # more ranks than classes
+            everyone.arrive()
             found = None
             parts = [weight.new_zeros(len(everyone.problem.labels), dtype=torch.float64)] * (3 if uniform else 2)
             parts[0] = parts[0] - math.inf
@@ -136,7 +146,7 @@ class ShardedSweep(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *upstream):
-        shard, (problem, most, rows), found = ctx.shard, ctx.everyone, ctx.found
+        shard, (problem, _, most, rows), found = ctx.shard, ctx.everyone, ctx.found
         embeddings, weight, _ = ctx.saved_tensors  # an error if somebody has changed them
         need_embeddings, need_weight, need_scale = ctx.needs_input_grad[4:]
         upstream = [torch.zeros_like(ctx.nlse) if g is None else padded(g.contiguous(), most) for g in upstream]
@@ -180,7 +190,8 @@ def sharded_target_cosine(
 ) -> Tensor:
     """Cosines (N,) float64 of the own samples with their classes, which may be any rank's; of an ignored label, 0."""
     problem = Problem(embeddings, weight, 0, PORTABLE, labels.long(), sub_centers=sub_centers)
-    problem, _, _ = gather(problem, replace(shard, sample_rate=1.0), ignore_index, needs_gradient=False)
+    problem, arrive, *_ = gather(problem, replace(shard, sample_rate=1.0), ignore_index, needs_gradient=False)
+    arrive()
     cosine = torch.zeros(len(problem.labels), dtype=torch.float64, device=weight.device)
     if shard.size:
         known = (problem.labels >= 0) & (problem.labels < shard.size)

@@ -5,6 +5,7 @@ tensor_cores.py's. Nothing of size N x C or C x C is ever whole, but for what wo
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -50,13 +51,21 @@ def empty_sweep(problem: Problem, uniform: bool, keep: bool) -> tuple[Plan, Swee
     )
 
 
-def forward(problem: Problem, uniform: bool, ignore_index: int, keep: bool) -> Sweep:
+def forward(
+    problem: Problem, uniform: bool, ignore_index: int, keep: bool, arrive: Callable[[], None] | None = None
+) -> Sweep:
+    """`arrive` waits for embeddings that are still being sent; what needs only the weights is done before."""
     weight, device = problem.weight, problem.weight.device
     samples, classes, size = problem.samples, problem.classes, problem.size
     plan, result = empty_sweep(problem, uniform, keep)
     check_scale(problem.scale)
     with on_device(device), torch.autocast(device.type, enabled=False):
         run = kernels(device)
+        norms_known = arrive is not None and problem.products == dispatch.PORTABLE
+        if norms_known:
+            portable.find_norms(run, problem, result)
+        if arrive is not None:
+            arrive()
         if problem.embeddings is not None:
             reported = bad_labels.flag(device)
             run.target_cosine(
@@ -76,6 +85,7 @@ def forward(problem: Problem, uniform: bool, ignore_index: int, keep: bool) -> S
                     inverse_norm=result.embedding_inverse_norm, count=samples, size=size,
                 )  # fmt: skip
         products = products_module(problem).Products(run, problem, plan, result)
+        products.norms_known = norms_known
         if uniform:
             result.uniform_weight.zero_()
         for k in range(plan.chunks):
