@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from fused_margin.margins import HardNegatives, Margin, is_number
+from fused_margin.ops import bad_labels
 from fused_margin.ops.backend import REBUILD, has_cuda_kernels
+from fused_margin.ops.problem import DTYPES
 from fused_margin.sharding import Shard
 
-DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 REDUCTIONS = ("mean", "sum", "none")
 
 
@@ -83,10 +84,7 @@ def label_values(value: Tensor, num_classes: int, ignore_index: int) -> None:
     if value.device.type == "cpu" and not torch.compiler.is_compiling():
         wrong = (value != ignore_index) & ((value < 0) | (value >= num_classes))
         if bool(wrong.any()):
-            raise ValueError(
-                f"labels: expected values in [0, num_classes) or ignore_index, got {value[wrong][0].item()} "
-                f"for {num_classes} classes"
-            )
+            raise bad_labels.error(value[wrong][0].item(), f"for {num_classes} classes")
 
 
 def per_sample(name: str, value: float | Tensor, embeddings: Tensor) -> Tensor | None:

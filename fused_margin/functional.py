@@ -1,4 +1,4 @@
-"""Functional interface: margin softmax losses and the exclusive term over (C, D) class weights."""
+"""Functional interface: softmax losses with and without margins, and the exclusive term, over (C, D) class weights."""
 
 import math
 from dataclasses import replace
@@ -101,10 +101,10 @@ def margin_cross_entropy(
     labels, class_weight = labels.to(torch.int64).contiguous(), _double(class_weight)
     scales, scale_value = _scales(scale, embeddings)
     portable = sub_centers > 1 or threshold is not None
-    slice_weight = class_weight if shard is None or class_weight is None else class_weight[shard.begin :][: shard.size]
+    own_class_weight = class_weight if shard is None or class_weight is None else shard.part_of(class_weight)
     problem = Problem(
         embeddings, weight, _bytes(workspace_mb), PORTABLE if portable else products_of(embeddings, weight), labels,
-        scales, scale_value, slice_weight if smooth else None, exclusive and shard is None, sub_centers, threshold,
+        scales, scale_value, own_class_weight if smooth else None, exclusive and shard is None, sub_centers, threshold,
         strength,
     )  # fmt: skip
     if shard is None:

@@ -198,9 +198,8 @@ class MarginLoss(ClassificationLoss):
             optimizer: what it keeps of ``weight`` and is as large (its momentum) goes with it; before loading it must
                 have been through a step, or :func:`fused_margin.optim.start_momentum`.
         """
-        state = {name: value for name, value in self.state_dict(keep_vars=True).items() if name != "weight"}
-        state = {name: value.detach() for name, value in state.items()}
-        rows = {"weight": self.weight.detach()}
+        state = self.state_dict()
+        rows = {"weight": state.pop("weight")}
         for name, value in (optimizer.state.get(self.weight, {}) if optimizer is not None else {}).items():
             if isinstance(value, Tensor) and value.shape == self.weight.shape:
                 rows[f"weight.{name}"] = value

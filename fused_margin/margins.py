@@ -1,4 +1,4 @@
-"""The margin psi(theta) = cos(m1 * theta + m2) - m3 as a value."""
+"""What a loss does to cosines, as values: the margin psi(theta) = cos(m1 * theta + m2) - m3, and hard negatives."""
 
 import math
 from dataclasses import dataclass

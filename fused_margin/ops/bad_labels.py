@@ -39,5 +39,8 @@ def raise_if_set(reported: torch.Tensor, where: str) -> None:
     value = int(reported)
     if value:
         reported.zero_()
-        label = value if value < 0 else value - 1
-        raise ValueError(f"labels: expected values in [0, num_classes) or ignore_index, got {label} {where}")
+        raise error(value if value < 0 else value - 1, where)
+
+
+def error(label: int, where: str) -> ValueError:
+    return ValueError(f"labels: expected values in [0, num_classes) or ignore_index, got {label} {where}")

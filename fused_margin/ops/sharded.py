@@ -14,16 +14,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_margin.ops import sweep
+from fused_margin.ops import bad_labels, sweep
 from fused_margin.ops.dispatch import PORTABLE
 from fused_margin.ops.normalization import target_cosines
-from fused_margin.ops.problem import Gradients, Problem, Sweep, SweepGradients
+from fused_margin.ops.problem import DTYPES, Gradients, Problem, Sweep, SweepGradients
 from fused_margin.sharding import Shard
 
-NO_CLASS = torch.iinfo(
-    torch.int64
-).min  # label of a sample whose class is another rank's, and of rows that only fill up
-DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+# label of a sample whose class is another rank's, and of rows that only fill up
+NO_CLASS = torch.iinfo(torch.int64).min
 
 
 class Gathered(NamedTuple):
@@ -77,10 +75,7 @@ def gather(problem: Problem, shard: Shard, ignore_index: int, needs_gradient: bo
     wrong = counts & ((labels < 0) | (labels >= shard.num_classes))
     if device.type == "cpu" and bool(wrong.any()):
         rank = int(wrong.any(dim=1).nonzero()[0])
-        raise ValueError(
-            f"labels: expected values in [0, num_classes) or ignore_index, got {labels[wrong][0].item()} on rank {rank} "
-            f"for {shard.num_classes} classes"
-        )
+        raise bad_labels.error(labels[wrong][0].item(), f"on rank {rank} for {shard.num_classes} classes")
     own = labels - shard.begin
     own = torch.where(counts & (own >= 0) & (own < shard.size), own, NO_CLASS)
     own = torch.where(wrong, labels, own).flatten()  # for the kernel to report, on CUDA
@@ -132,10 +127,8 @@ class ShardedSweep(torch.autograd.Function):
             parts[0] = parts[0] - math.inf
         largest = shard.largest(parts[0].clone())
         reach = torch.where(parts[0] == -math.inf, 0.0, (parts[0] - largest).exp_())
-        sums = torch.stack(
-            [t.view(shard.world, everyone.most) for t in (reach, *parts[1:])], dim=1
-        )  # (world, 2 or 3, most)
-        total, *others = shard.scatter_sums(sums)
+        by_rank = [t.view(shard.world, everyone.most) for t in (reach, *parts[1:])]
+        total, *others = shard.scatter_sums(torch.stack(by_rank, dim=1))
         nlse = total.log() + largest.view(shard.world, everyone.most)[shard.rank]
         nlse = torch.where(total == 0, -math.inf, nlse)
         ctx.shard, ctx.everyone, ctx.found, ctx.nlse, ctx.count = shard, everyone, found, nlse, len(embeddings)

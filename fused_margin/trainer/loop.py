@@ -151,9 +151,7 @@ class Trainer:
             for batch in loader:
                 self.unreadable.update(batch.unreadable)
                 lr = self.learning_rate
-                # Several processes wait for each other: one without a readable image takes part with none.
-                alone = self.devices.world == 1
-                result = self.train_step(batch.images, batch.labels) if len(batch.labels) or not alone else None
+                result = self.train_step(batch.images, batch.labels)
                 self.step += 1
                 self.seconds = time.monotonic() - started
                 speed.count(len(batch.labels))
@@ -169,8 +167,9 @@ class Trainer:
                 if self.step == self.total_steps or self.step % config.checkpoint_every == 0:
                     flush()
                     save()
-                # All processes stop after one step. Asking them waits for the device.
-                if stop.made if alone else self.step % STOP_EVERY == 0 and self.devices.any(stop.made):
+                # All processes stop after the same step. Asking the others waits for the device.
+                asks = self.devices.world == 1 or self.step % STOP_EVERY == 0
+                if asks and self.devices.any(stop.made):
                     flush()
                     save()
                     raise Interrupted
@@ -178,8 +177,13 @@ class Trainer:
     def _learning_rate_factor(self) -> float:
         return learning_rate_factor(self.step, self.total_steps, self.config.optimizer)
 
-    def train_step(self, images: Tensor, labels: Tensor) -> StepResult:
+    def train_step(self, images: Tensor, labels: Tensor) -> StepResult | None:
+        """One step on this process's part of the images, which may be none of them; None where nobody has any."""
         device = self.devices.device
+        sizes = [len(piece) for piece in labels.tensor_split(self.config.accumulate)]
+        counts = self.devices.sums(torch.tensor(sizes)).tolist()  # of each part, over all processes
+        if not sum(counts):
+            return None
         # Functions of seed and step: a resumed run draws what an unbroken one would have drawn.
         torch.manual_seed(self._seed(MODEL_STREAM, self.step))
         generator = torch.Generator(device).manual_seed(self._seed(AUGMENT_STREAM, self.step))
@@ -190,10 +194,8 @@ class Trainer:
 
         self.optimizer.zero_grad()
         total, parts = 0.0, {}
-        pieces = self.config.accumulate
-        pieces = list(zip(inputs.tensor_split(pieces), labels.tensor_split(pieces), strict=True))
-        counts = self.devices.sums(torch.tensor([len(some_labels) for _, some_labels in pieces])).tolist()
-        for (some_inputs, some_labels), count in zip(pieces, counts, strict=True):
+        pieces = inputs.tensor_split(self.config.accumulate), labels.tensor_split(self.config.accumulate)
+        for some_inputs, some_labels, count in zip(*pieces, counts, strict=True):
             if not count:
                 continue
             share = count / sum(counts)

@@ -1,6 +1,7 @@
 """Several processes train as one: images and classes divided, the same weights, stops and resumptions together."""
 
 import dataclasses
+import json
 import os
 import shutil
 import signal
@@ -94,6 +95,34 @@ def test_a_signal_to_one_stops_all_and_one_goes_on(tiny_options, tmp_path):
     trainer = Trainer(config, load_splits("digits", (8, 8), 1, config.test_fraction, seed=0))
     trainer.load_state_dict(load_checkpoint(output / FILE_NAME))
     assert trainer.step == step and trainer.class_weight.shape == (7, 8)
+
+
+def test_processes_without_a_readable_image(face_folder, tmp_path):
+    """Steps of two images, half of which are broken: often one process has none, now and then neither has one."""
+    folder = tmp_path / "faces"
+    shutil.copytree(face_folder, folder)
+    broken = sorted(folder.glob("*/[01].png"))
+    for path in broken:
+        path.write_bytes(b"")
+    options = ["--model.image-size", "8", "8", "--model.channels", "3", "--model.widths", "4", "4", "8", "8"]
+    options += [
+        "--model.embedding-size",
+        "8",
+        "--evaluation.pairs",
+        "20",
+        "--evaluation.folds",
+        "2",
+        "--accelerator",
+        "cpu",
+    ]
+    done = train(
+        "--data", folder, "--output", tmp_path / "run", "--epochs", 2, "--batch-size", 2, "--devices", 2, *options
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    state = load_checkpoint(tmp_path / "run" / FILE_NAME)
+    assert report["data"]["unreadable"] == [str(path) for path in broken]
+    assert 0 < len(state["losses"]) < state["step"]
 
 
 def test_what_is_not_divided(tiny_config):

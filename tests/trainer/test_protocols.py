@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from labelled_pairs import pairs_of
 
 from fused_margin.trainer.protocols import cosine_pairs, join_mirror, lfw, megaface, ytf
 
@@ -17,16 +18,6 @@ def people(identities, images, size, noise, seed=0):
     centre = np.repeat(rng.normal(size=(identities, size)) + 0.5, images, axis=0)
     features, mirrored = (centre + noise * rng.normal(size=centre.shape) for _ in range(2))
     return features, mirrored, np.repeat(np.arange(identities), images)
-
-
-def pairs_of(labels, num_pairs, seed=1):
-    """Pairs, half of them of one identity in random order, and whether they are."""
-    rng = np.random.default_rng(seed)
-    pairs = np.array([(i, j) for i in range(len(labels)) for j in range(i)])
-    same = labels[pairs[:, 0]] == labels[pairs[:, 1]]
-    kinds = [rng.choice(np.flatnonzero(kind), num_pairs // 2, replace=False) for kind in (same, ~same)]
-    chosen = rng.permutation(np.concatenate(kinds))
-    return pairs[chosen], same[chosen]
 
 
 def turned(features, seed=5):

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from labelled_pairs import pairs_of
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import normalize
 
@@ -23,15 +24,6 @@ def people(identities=120, images=4, size=8, seed=0):
     for part, length in ((TELLING, 1.0), (noise, 2.0)):
         features[:, part] *= length / np.linalg.norm(features[:, part], axis=1, keepdims=True)
     return features, labels
-
-
-def pairs_of(labels, num_pairs, seed=1):
-    rng = np.random.default_rng(seed)
-    pairs = np.array([(i, j) for i in range(len(labels)) for j in range(i)])
-    same = labels[pairs[:, 0]] == labels[pairs[:, 1]]
-    kinds = [rng.choice(np.flatnonzero(kind), num_pairs // 2, replace=False) for kind in (same, ~same)]
-    chosen = rng.permutation(np.concatenate(kinds))
-    return pairs[chosen], same[chosen]
 
 
 def test_scores_by_hand():

@@ -38,6 +38,8 @@ class AugmentationConfig:
 
 def augment(images: Tensor, config: AugmentationConfig, generator: torch.Generator) -> Tensor:
     """Distort a batch of inputs (N, C, H, W), every image in its own way."""
+    if not len(images):
+        return images  # which torch's sampling would refuse
 
     def uniform(*shape: int) -> Tensor:  # in [-1, 1)
         draw = torch.rand(len(images), *shape, generator=generator, device=images.device)
