@@ -97,6 +97,7 @@ CASES = {
     "own scales": {"scale": torch.rand(17, dtype=torch.float64) * 30 + 1},
     "own margins": {"margin": fm.Margin(m2=torch.rand(17, dtype=torch.float64))},
     "sub-centers": {"sub_centers": 3},
+    "two sub-centers": {"sub_centers": 2},
     "hard negatives": {"threshold": torch.linspace(-0.5, 0.5, 17, dtype=torch.float64)},
     "exclusive": {"exclusive_weight": 2.0},
     "small workspace": {"workspace_mb": 1e-6, "exclusive_weight": 2.0},

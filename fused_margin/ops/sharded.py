@@ -20,8 +20,9 @@ from fused_margin.ops.normalization import target_cosines
 from fused_margin.ops.problem import DTYPES, Gradients, Problem, Sweep, SweepGradients
 from fused_margin.sharding import Shard
 
-# label of a sample whose class is another rank's, and of rows that only fill up
-NO_CLASS = torch.iinfo(torch.int64).min
+# Label of a sample whose class is another rank's, and of rows that only fill up: below every label that can be sent,
+# and small enough for kernels to multiply by a number of sub-centers.
+NO_CLASS = -(2**53)
 
 
 class Gathered(NamedTuple):
