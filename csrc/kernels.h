@@ -48,15 +48,15 @@ template <class T> struct TargetCosine {
 // Dividing by |w_j| here lets both products of the backward run on the raw weights.
 //
 // With a bias cos is product / |w_j| + bias_j. With sub-centers only the best of a class's S rows counts,
-// the first of equals, and the target's entries are all S. With hard negatives a cosine c above the row's
-// threshold becomes h(c) = c (strength + c), and what is stored is multiplied by h'(c).
+// the first of equals, and the target's entries are all S. With a hard threshold a cosine c above the row's
+// becomes h(c) = c (strength + c), or 0 where there is no strength, and what is stored is multiplied by h'(c).
 template <class T> struct ExponentSum {
     T* products; // in and out; [N, chunk] on CUDA, [chunk, N] on the CPU: what each one's products are fastest in
     const T* inverse_norm;        // [chunk], of the classes
     const T* bias;                // [chunk] or null
     const int64_t* labels;        // [N]
     const double* hard_threshold; // [N] or null
-    const double* hard_strength;  // one element, or null without threshold
+    const double* hard_strength;  // one element or null
     const double* scale;          // [N] or null
     double scale_value;           // used where scale is null
     bool fixed;

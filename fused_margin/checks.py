@@ -6,7 +6,7 @@ import operator
 import torch
 from torch import Tensor
 
-from fused_margin.margins import HardNegatives, Margin, is_number
+from fused_margin.margins import FilteredNegatives, HardNegatives, Margin, is_number
 from fused_margin.ops import bad_labels
 from fused_margin.ops.backend import REBUILD, has_cuda_kernels
 from fused_margin.ops.problem import DTYPES
@@ -150,16 +150,27 @@ def shard(value: Shard | None, weight: Tensor, sub_centers: int, label_smoothing
 
 
 def hard_negatives(
-    value: HardNegatives | None, embeddings: Tensor, scale: float | Tensor | None, label_smoothing: float
+    value: HardNegatives | FilteredNegatives | None,
+    embeddings: Tensor,
+    scale: float | Tensor | None,
+    label_smoothing: float,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Threshold (N,) and strength (1,), float64, or None for both."""
+    """Threshold (N,) and strength (1,), float64; no strength for a filter, and neither where nothing changes."""
     if value is None:
         return None, None
-    if not isinstance(value, HardNegatives):
-        raise TypeError(f"hard_negatives: expected a fused_margin.margins.HardNegatives, got {type(value).__name__}")
-    if not is_number(scale):
-        raise TypeError(f"scale: expected a number with hard_negatives, got {kind(scale)}")
+    if not isinstance(value, (HardNegatives, FilteredNegatives)):
+        raise TypeError(
+            "hard_negatives: expected a fused_margin.margins.HardNegatives or FilteredNegatives, got "
+            f"{type(value).__name__}"
+        )
     absent("hard_negatives", label_smoothing=label_smoothing)
+    if isinstance(value, FilteredNegatives):
+        number("hard_negatives.threshold", value.threshold, 0.0, 1.0, open_low=True)
+        if value.threshold == 1:
+            return None, None  # only rounding is above it
+        return embeddings.new_full(embeddings.shape[:1], value.threshold, dtype=torch.float64), None
+    if not is_number(scale):
+        raise TypeError(f"scale: expected a number with HardNegatives, got {kind(scale)}")
     if not isinstance(value.threshold, Tensor) or value.threshold.dim() != 1:
         raise TypeError(f"hard_negatives.threshold: expected a tensor of shape (N,), got {kind(value.threshold)}")
     threshold = per_sample("hard_negatives.threshold", value.threshold.detach(), embeddings)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fused_margin import checks
-from fused_margin.margins import BEYOND_PI, HardNegatives, Margin
+from fused_margin.margins import BEYOND_PI, FilteredNegatives, HardNegatives, Margin
 from fused_margin.ops import library
 from fused_margin.ops.dispatch import PORTABLE, products_of
 from fused_margin.ops.problem import Problem, Sweep
@@ -41,7 +41,7 @@ def margin_cross_entropy(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     sub_centers: int = 1,
-    hard_negatives: HardNegatives | None = None,
+    hard_negatives: HardNegatives | FilteredNegatives | None = None,
     shard: Shard | None = None,
     workspace_mb: float = 256,
 ) -> Tensor:
@@ -69,7 +69,8 @@ def margin_cross_entropy(
         sub_centers: S rows of weight for every class, (C * S, D), class by class; the cosine to a class is that
             to the nearest of them (sub-center ArcFace, ECCV 2020, eq. 3). Neither with the exclusive term nor
             with label smoothing.
-        hard_negatives: what becomes of near classes (CurricularFace). Not with label smoothing.
+        hard_negatives: what becomes of near classes: they weigh more (CurricularFace), or count as
+            orthogonal (InsightFace's filtering). Not with label smoothing.
         shard: which of the classes ``weight`` holds, if they are divided among ranks. Embeddings and labels are then
             each rank's own, and may differ in number; labels count over all classes, and so does ``class_weight``,
             which every rank has whole. Every rank gets the loss of all samples (its own with ``reduction="none"``),

@@ -56,6 +56,19 @@ class HardNegatives:
 
 
 @dataclass(frozen=True)
+class FilteredNegatives:
+    """Other classes whose cosine is above ``threshold`` count as if it were 0, and have no gradient.
+
+    (InsightFace's ``interclass_filtering_threshold``, for noisy labels: a class so near may be the same person.)
+
+    Args:
+        threshold: a number in (0, 1]; no cosine is above 1.
+    """
+
+    threshold: float
+
+
+@dataclass(frozen=True)
 class Margin:
     """The margin applied to the target's angle: ``psi(theta) = cos(m1 * theta + m2) - m3``.
 

@@ -61,9 +61,12 @@ def margin_cross_entropy(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     sub_centers: int = 1,
-    hard_negatives: tuple[Tensor, float] | None = None,
+    hard_negatives: tuple[Tensor, float | None] | None = None,
 ) -> Tensor:
-    """As fused_margin.functional.margin_cross_entropy, with psi's arguments as a dict for the margin."""
+    """As fused_margin.functional.margin_cross_entropy, with psi's arguments as a dict for the margin.
+
+    hard_negatives is (threshold, strength), or (threshold, None) for FilteredNegatives.
+    """
     cosine = normalize(embeddings) @ normalize(weight).t()
     cosine = cosine.unflatten(1, (-1, sub_centers)).max(dim=2).values
     labels = labels.long()
@@ -72,7 +75,8 @@ def margin_cross_entropy(
     target = psi(cosine[rows, columns], **(margin or {}))
     if hard_negatives is not None:
         threshold, strength = hard_negatives
-        cosine = torch.where(cosine > threshold.unsqueeze(1), cosine * (strength + cosine), cosine)
+        above = 0.0 if strength is None else cosine * (strength + cosine)
+        cosine = torch.where(cosine > threshold.unsqueeze(1), above, cosine)
     if scale is None:
         scale = embeddings.norm(dim=1)
     scale = torch.as_tensor(scale, dtype=cosine.dtype, device=cosine.device).reshape(-1, 1)

@@ -8,7 +8,7 @@ from problems import leaf, loss_and_gradients, ours, problem, relative_error, tr
 
 import fused_margin as fm
 from fused_margin import reference
-from fused_margin.margins import HardNegatives
+from fused_margin.margins import FilteredNegatives, HardNegatives
 from fused_margin.ops import dispatch
 from fused_margin.ops.backend import kernels
 
@@ -189,7 +189,7 @@ OPTIONS = [
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("shape", [(252, 507, 123), pytest.param((33, 258, 8), marks=sanitizer)], ids=str)
 def test_what_only_portable_products_do(shape, dtype, workspace_mb):
-    """Sub-centers, hard negatives, inner products with a bias: on the device as on the CPU."""
+    """Sub-centers, hard and filtered negatives, inner products with a bias: on the device as on the CPU."""
     x, w, y = (t.to(dtype) if t.is_floating_point() else t for t in problem(*shape, spread=1.0))
     y = torch.where(torch.arange(len(y)) == 2, -100, y % (len(w) // 3))
     threshold, bias = torch.linspace(-0.3, 0.3, len(x), dtype=torch.float64), torch.randn(len(w), dtype=dtype)
@@ -210,6 +210,8 @@ def test_what_only_portable_products_do(shape, dtype, workspace_mb):
     for function, options in (
         (margin, {"sub_centers": lambda device: 3}),
         (margin, {"hard_negatives": hard}),
+        (margin, {"hard_negatives": lambda device: FilteredNegatives(0.18)}),
+        (margin, {"hard_negatives": lambda device: FilteredNegatives(0.18), "sub_centers": lambda device: 3}),
         (linear, {"label_smoothing": 0.1, "workspace_mb": workspace_mb}),
         (linear, {"margin": fm.Margin(m1=4.0), "workspace_mb": workspace_mb}),
     ):

@@ -1,13 +1,17 @@
-"""What becomes of other classes: sub-centers, and CurricularFace's hard negatives."""
+"""What becomes of other classes: sub-centers, CurricularFace's hard negatives, InsightFace's filtering."""
+
+import math
+from dataclasses import replace
 
 import pytest
 import torch
-from problems import leaf, ours, problem, relative_error, truth
+from problems import leaf, ours, problem, relative_error, sweep_problem, truth
 
 import fused_margin as fm
 from fused_margin import _C, reference
 from fused_margin.functional import margin_cross_entropy
-from fused_margin.margins import HardNegatives
+from fused_margin.margins import FilteredNegatives, HardNegatives
+from fused_margin.ops import portable
 
 KEEP, RECOMPUTE = 256, 1e-6
 
@@ -73,11 +77,75 @@ def test_hard_negatives_and_sub_centers_together():
         assert relative_error(m, e) < 1e-11
 
 
+THRESHOLD = 0.4
+FILTER = FilteredNegatives(THRESHOLD)
+
+
+def filtering(x, w, y, sub_centers=1):
+    """FILTER as the oracle takes it. Some classes are above it, own ones too; none so near that rounding decides."""
+    cosine = (reference.normalize(x) @ reference.normalize(w).t()).unflatten(1, (-1, sub_centers)).amax(dim=2)
+    assert 0.1 < (cosine > THRESHOLD).double().mean() < 0.9 and ((cosine - THRESHOLD).abs() > 1e-6).all()
+    assert (cosine[torch.arange(len(y)), y] > THRESHOLD).any()
+    return torch.full((len(y),), THRESHOLD, dtype=torch.float64), None
+
+
+@pytest.mark.parametrize("workspace_mb", [KEEP, RECOMPUTE], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("scale", [4.0, 64.0, 300.0, None], ids=str)
+@pytest.mark.parametrize("sub_centers", [1, 3])
+def test_filtered_negatives(sub_centers, scale, workspace_mb):
+    x, w, y = problem(29, 306, 6)
+    y = y % (306 // sub_centers)
+    for dtype, tolerance in ((torch.float64, 1e-11), (torch.float32, 1e-5)):
+        given = x.to(dtype), w.to(dtype), y, {"m2": 0.5}, scale
+        found = filtering(given[0].double(), given[1].double(), y, sub_centers)
+        expected = truth(*given, sub_centers=sub_centers, hard_negatives=found)
+        measured = ours(*given, sub_centers=sub_centers, hard_negatives=FILTER, workspace_mb=workspace_mb)
+        for m, e in zip(measured, expected, strict=True):
+            assert relative_error(m, e) < tolerance
+
+
+def test_own_scales_and_filtered_negatives():
+    """A filtered class adds nothing to the scale's gradient either."""
+    x, w, y = problem(29, 307, 6)
+    a, b = (leaf(torch.linspace(1, 30, 29, dtype=torch.float64)) for _ in range(2))
+    margin_cross_entropy(x, w, y, scale=a, hard_negatives=FILTER).backward()
+    reference.margin_cross_entropy(x, w, y, scale=b, hard_negatives=filtering(x, w, y)).backward()
+    assert relative_error(a.grad, b.grad) < 1e-11
+
+
+def test_all_other_classes_filtered():
+    x = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
+    w = torch.tensor([[1.0, 0.5], [1.0, 0.2], [1.0, -0.3]], dtype=torch.float64)
+    loss, _, dw = ours(x, w, torch.tensor([0]), scale=2.0, hard_negatives=FilteredNegatives(0.9))
+    logit = 2.0 / math.sqrt(1.25)  # two others with logit 0
+    assert loss.item() == pytest.approx(math.log(math.exp(logit) + 2) - logit, rel=1e-12)
+    assert dw[0].any() and not dw[1:].any()
+
+
+def test_a_threshold_of_one_filters_nothing():
+    """Not the cosines either that rounding puts above 1."""
+    x, w, y = (t.float() if t.is_floating_point() else t for t in problem(29, 307, 6))
+    w[:29] = x
+    for m, e in zip(ours(x, w, y, hard_negatives=FilteredNegatives(1)), ours(x, w, y), strict=True):
+        assert torch.equal(m, e)
+
+
+def test_filtered_negatives_share_one_exponent():
+    question = replace(sweep_problem(3, torch.randn(50, 6)), hard_threshold=torch.zeros(3, dtype=torch.float64))
+    assert portable.has_shared_exponent(question)
+    hard_question = replace(question, hard_strength=torch.ones(1, dtype=torch.float64))
+    assert not portable.has_shared_exponent(hard_question)  # these cosines may become 2
+
+
 def test_gradcheck():
     x, w, y = problem(6, 12, 5, seed=3)
     threshold = torch.linspace(-0.5, 0.5, 6, dtype=torch.float64)
     inputs = x.requires_grad_(), w.requires_grad_()
-    for options in ({"sub_centers": 3}, {"hard_negatives": HardNegatives(threshold, 0.4)}):
+    for options in (
+        {"sub_centers": 3},
+        {"hard_negatives": HardNegatives(threshold, 0.4)},
+        {"hard_negatives": FilteredNegatives(0.3)},
+    ):
         for workspace_mb in (KEEP, RECOMPUTE):
             assert torch.autograd.gradcheck(
                 lambda a, b, w=workspace_mb, o=options: margin_cross_entropy(
@@ -87,10 +155,14 @@ def test_gradcheck():
             )
 
 
-def test_every_instruction_set():
+@pytest.mark.parametrize(
+    "negatives",
+    [HardNegatives(torch.linspace(-0.5, 0.5, 29, dtype=torch.float64), 0.2), FILTER],
+    ids=["hard", "filtered"],
+)
+def test_every_instruction_set(negatives):
     x, w, y = problem(29, 306, 6)
     y = y % 102
-    negatives = HardNegatives(torch.rand(29, dtype=torch.float64) - 0.5, 0.2)
     before, results = _C.cpu.capability(), []
     try:
         for capability in _C.cpu.Capability.__members__.values():
@@ -107,7 +179,11 @@ def test_every_instruction_set():
 def test_a_nan_makes_the_loss_nan():
     x, w, y = problem(8, 20, 6)
     w[3] = torch.nan
-    for options in ({"sub_centers": 2}, {"hard_negatives": HardNegatives(torch.zeros(8, dtype=torch.float64), 0.1)}):
+    for options in (
+        {"sub_centers": 2},
+        {"hard_negatives": HardNegatives(torch.zeros(8, dtype=torch.float64), 0.1)},
+        {"hard_negatives": FILTER},
+    ):
         assert margin_cross_entropy(x, w, y % 10, **options).isnan()
 
 
@@ -119,6 +195,7 @@ def test_what_is_refused():
         ("exclusive_weight: expected 0 with sub_centers", {"sub_centers": 2, "exclusive_weight": 1.0}),
         ("label_smoothing: expected 0 with sub_centers", {"sub_centers": 2, "label_smoothing": 0.1}),
         ("label_smoothing: expected 0 with hard_negatives", {"hard_negatives": negatives, "label_smoothing": 0.1}),
+        ("label_smoothing: expected 0 with hard_negatives", {"hard_negatives": FILTER, "label_smoothing": 0.1}),
         (r"hard_negatives.threshold: expected .*\(8,\)", {"hard_negatives": HardNegatives(torch.zeros(7), 0.1)}),
         ("labels: expected values", {"sub_centers": 4}),
         (r"class_weight: expected shape \(10,\)", {"sub_centers": 2, "class_weight": torch.ones(20)}),
@@ -126,12 +203,30 @@ def test_what_is_refused():
         with pytest.raises(ValueError, match=message):
             margin_cross_entropy(x, w, y % 10, **options)
     for message, options in (
-        ("scale: expected a number with hard_negatives", {"hard_negatives": negatives, "scale": None}),
-        ("hard_negatives: expected", {"hard_negatives": 0.3}),
+        ("scale: expected a number with HardNegatives", {"hard_negatives": negatives, "scale": None}),
+        ("hard_negatives: expected .*HardNegatives or FilteredNegatives, got float", {"hard_negatives": 0.3}),
         ("hard_negatives.threshold: expected a tensor", {"hard_negatives": HardNegatives(0.5, 0.1)}),
     ):
         with pytest.raises(TypeError, match=message):
             margin_cross_entropy(x, w, y, **options)
+
+
+@pytest.mark.parametrize(
+    "threshold, error, got",
+    [
+        (0.0, ValueError, "in .0.0, 1.0., got 0.0"),
+        (-0.4, ValueError, "in .0.0, 1.0., got -0.4"),
+        (1.5, ValueError, "in .0.0, 1.0., got 1.5"),
+        (math.nan, ValueError, "in .0.0, 1.0., got nan"),
+        (torch.full((8,), 0.4), TypeError, ", got Tensor"),
+        (None, TypeError, ", got NoneType"),
+    ],
+    ids=str,
+)
+def test_thresholds_that_filter_nothing_or_are_no_cosine(threshold, error, got):
+    x, w, y = problem(8, 20, 6)
+    with pytest.raises(error, match=f"hard_negatives.threshold: expected a number.*{got}"):
+        margin_cross_entropy(x, w, y, hard_negatives=FilteredNegatives(threshold))
 
 
 def test_curricularface():

@@ -12,7 +12,7 @@ from ranks import MOST, RankError, Ranks
 
 import fused_margin as fm
 from fused_margin.consolidate import main as consolidate
-from fused_margin.margins import HardNegatives
+from fused_margin.margins import FilteredNegatives, HardNegatives
 from fused_margin.sharding import Shard, slice_of
 
 
@@ -59,7 +59,7 @@ def compare(ranks, world, counts, num_classes, size, *, scale=20.0, margin=None,
     for rank, (begin, end) in enumerate(bounds):
         own = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
         given = dict(options)
-        if "hard_negatives" in given:
+        if isinstance(given.get("hard_negatives"), HardNegatives):
             given["hard_negatives"] = HardNegatives(threshold[own], 0.3)
         own_margin = fm.Margin(m2=margin.m2[own]) if isinstance(margin.m2, torch.Tensor) else margin
         arguments.append(
@@ -99,6 +99,12 @@ CASES = {
     "sub-centers": {"sub_centers": 3},
     "two sub-centers": {"sub_centers": 2},
     "hard negatives": {"threshold": torch.linspace(-0.5, 0.5, 17, dtype=torch.float64)},
+    "filtered": {"hard_negatives": FilteredNegatives(0.4)},
+    "filtered sub-centers, own scales": {
+        "hard_negatives": FilteredNegatives(0.4),
+        "sub_centers": 3,
+        "scale": torch.rand(17, dtype=torch.float64) * 30 + 1,
+    },
     "exclusive": {"exclusive_weight": 2.0},
     "small workspace": {"workspace_mb": 1e-6, "exclusive_weight": 2.0},
 }

@@ -137,7 +137,8 @@ template <class T> inline void leave_best(const ExponentSum<T>& p, int64_t begin
     }
 }
 
-// A negative's cosine as the exponential sees it, and its derivative: as it is, or as CurricularFace's.
+// A negative's cosine as the exponential sees it, and its derivative: as it is, or by a transform of
+// math/exponential.h.
 template <class T> struct AsItIs {
     T operator()(int64_t, T cosine, T& slope) const {
         slope = 1;
@@ -148,6 +149,10 @@ template <class T> struct HardNegatives {
     const T* threshold; // [N]
     T strength;
     T operator()(int64_t i, T cosine, T& slope) const { return hard_negative(cosine, threshold[i], strength, slope); }
+};
+template <class T> struct FilteredNegatives {
+    const T* threshold; // [N]
+    T operator()(int64_t i, T cosine, T& slope) const { return filtered_negative(cosine, threshold[i], slope); }
 };
 
 // The largest cosine of every sample with the classes [begin, end), as the exponential will see it.
@@ -242,6 +247,7 @@ template <class T> void exponent_sum(const ExponentSum<T>& p) {
     if (!p.hard_threshold) return exponent_sum(p, AsItIs<T>{});
     Scratch<T> threshold(p.samples);
     for (int64_t i = 0; i < p.samples; ++i) threshold[i] = static_cast<T>(p.hard_threshold[i]);
+    if (!p.hard_strength) return exponent_sum(p, FilteredNegatives<T>{threshold});
     exponent_sum(p, HardNegatives<T>{threshold, static_cast<T>(*p.hard_strength)});
 }
 

@@ -96,13 +96,14 @@ template <class T> __global__ void exponent_sum(ExponentSum<T> p) {
     double scale = p.scale ? p.scale[i] : p.scale_value;
     int64_t target = p.labels[i] * p.sub_centers - p.class_begin;
     T threshold = p.hard_threshold ? static_cast<T>(p.hard_threshold[i]) : static_cast<T>(0);
-    T strength = p.hard_threshold ? static_cast<T>(*p.hard_strength) : static_cast<T>(0);
+    T strength = p.hard_strength ? static_cast<T>(*p.hard_strength) : static_cast<T>(0);
     if (p.sub_centers > 1) leave_best(p, row);
     auto left_out = [&](int64_t j) { return (j >= target && j < target + p.sub_centers) || row[j] == kLeftOut<T>; };
     auto cosine = [&](int64_t j, T& slope) {
         T c = row[j] * p.inverse_norm[j] + (p.bias ? p.bias[j] : static_cast<T>(0));
         slope = static_cast<T>(1);
-        return p.hard_threshold ? hard_negative(c, threshold, strength, slope) : c;
+        if (!p.hard_threshold) return c;
+        return p.hard_strength ? hard_negative(c, threshold, strength, slope) : filtered_negative(c, threshold, slope);
     };
     double k = p.fixed_exponent;
     T slope;

@@ -55,4 +55,11 @@ template <class T> FM_HD T hard_negative(T cosine, T threshold, T strength, T& s
     return hard ? cosine * (strength + cosine) : cosine;
 }
 
+// The same for InsightFace's interclass filtering: what is above the threshold counts as 0. NaN stays.
+template <class T> FM_HD T filtered_negative(T cosine, T threshold, T& slope) {
+    bool filtered = cosine > threshold;
+    slope = static_cast<T>(filtered ? 0 : 1);
+    return filtered ? static_cast<T>(0) : cosine;
+}
+
 } // namespace fm

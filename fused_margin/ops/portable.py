@@ -30,7 +30,7 @@ def fixed_exponent(problem: Problem) -> float | None:
     With |cos| <= 1, exp(scale * cos - shift) stays within [1e-36, e^58] and its sum over the classes
     below float32's largest; e^58 leaves room for the division by the norm of a very short class weight.
     """
-    if problem.inner_product or problem.hard_threshold is not None:
+    if problem.inner_product or problem.hard_strength is not None:
         return None  # not within [-1, 1]
     scale = problem.scale_value
     shift = max(math.log(max(problem.classes, 1)) / 2, scale - 58.0)

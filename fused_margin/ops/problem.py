@@ -28,8 +28,8 @@ class Problem:
     nearest: bool = False
     # by portable products only
     sub_centers: int = 1  # rows of weight a class
-    hard_threshold: Tensor | None = None  # (N,) float64, see margins.HardNegatives
-    hard_strength: Tensor | None = None  # (1,) float64
+    hard_threshold: Tensor | None = None  # (N,) float64, see margins.HardNegatives and FilteredNegatives
+    hard_strength: Tensor | None = None  # (1,) float64; None: what is above the threshold is filtered
     inner_product: bool = False  # nothing is normalised
     bias: Tensor | None = None  # (C,), of inner products
 

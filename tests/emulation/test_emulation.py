@@ -5,7 +5,7 @@ import torch
 from problems import leaf, ours, problem, relative_error
 
 import fused_margin as fm
-from fused_margin.margins import HardNegatives
+from fused_margin.margins import FilteredNegatives, HardNegatives
 from fused_margin.ops import library, sweep
 from fused_margin.ops.backend import Kernels
 
@@ -48,9 +48,10 @@ def test_losses(compare, case, dtype):
 def test_sub_centers_and_hard_negatives(compare, dtype, workspace_mb):
     x, w, y = (t.to(dtype) if t.is_floating_point() else t for t in problem(7, 777, 45))
     y = torch.where(torch.arange(7) == 2, -100, y % 259)
-    negatives = HardNegatives(torch.linspace(-0.3, 0.3, 7, dtype=torch.float64), 0.3)
+    hard = {"hard_negatives": HardNegatives(torch.linspace(-0.3, 0.3, 7, dtype=torch.float64), 0.3)}
+    filtered, centers = {"hard_negatives": FilteredNegatives(0.2)}, {"sub_centers": 3}
     tolerance = 1e-6 if dtype == torch.float32 else 1e-12
-    for options in ({"sub_centers": 3}, {"hard_negatives": negatives}, {"sub_centers": 3, "hard_negatives": negatives}):
+    for options in (centers, hard, filtered, centers | hard, centers | filtered):
         compare(
             lambda o=options: ours(x, w, y, {"m2": 0.5}, 20.0, workspace_mb=workspace_mb, **o),
             tolerance,
