@@ -5,6 +5,7 @@ import torch
 from problems import leaf, ours, problem
 
 import fused_margin as fm
+from fused_margin.compat.insightface import CombinedMarginLoss, PartialFC_V2
 from fused_margin.ops import library
 from fused_margin.ops.dispatch import PORTABLE
 from fused_margin.ops.problem import Problem
@@ -37,6 +38,7 @@ def test_opcheck_nearest_only():
     [
         {"sub_centers": 5},
         {"hard_threshold": torch.randn(9, dtype=torch.float64), "hard_strength": torch.ones(1, dtype=torch.float64)},
+        {"hard_threshold": torch.randn(9, dtype=torch.float64)},
         {"inner_product": True},
         {"inner_product": True, "bias": torch.randn(50, requires_grad=True)},
     ],
@@ -88,6 +90,7 @@ LOSSES = {
     "softmax": lambda: fm.SoftmaxLoss(90, 16, label_smoothing=0.1, exclusive_weight=0.5),
     "l2softmax": lambda: fm.L2SoftmaxLoss(90, 16),
     "lsoftmax": lambda: fm.LSoftmaxLoss(90, 16),
+    "filtered": lambda: PartialFC_V2(CombinedMarginLoss(64, 1.0, 0.5, 0.0, 0.4), 16, 90),
 }
 
 

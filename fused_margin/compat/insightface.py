@@ -5,7 +5,7 @@ Constructors, attributes, gradients and files are theirs; the (N, C) logits are 
 - without torch.distributed it is one rank; ranks may have batches of different sizes, and different ones at every step;
 - the reported loss is not capped (theirs ends at -log(1e-30) = 69.0776);
 - ``CombinedMarginLoss`` applies m1, m2 and m3 together, where theirs forgets m1 and m2 if m3 > 0;
-- ``PartialFC_V2`` knows no interclass filtering, and no margins but those of this module;
+- ``PartialFC_V2`` takes no margins but those of this module;
 - a label that is no class is an error, and -100 leaves a sample out;
 - checkpoints can be read by another number of ranks.
 """
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from fused_margin import checks
 from fused_margin.compat.insightface_checkpoints import Progress, load_checkpoint, save_checkpoint
 from fused_margin.functional import margin_cross_entropy
-from fused_margin.margins import Margin
+from fused_margin.margins import FilteredNegatives, Margin
 from fused_margin.reference import psi
 from fused_margin.sharding import Shard
 
@@ -45,6 +45,11 @@ class LogitMargin(nn.Module):
     def fused(self) -> Margin:
         """The margin as the fused loss takes it."""
         return Margin(**self.numbers(), **MODE)
+
+    def filtered(self) -> FilteredNegatives | None:
+        """What becomes of near classes, as the fused loss takes it."""
+        threshold = self.interclass_filtering_threshold
+        return FilteredNegatives(min(threshold, 1.0)) if threshold > 0 else None
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Scaled logits with the margin on each sample's own class, out of place.
@@ -78,8 +83,7 @@ class CombinedMarginLoss(LogitMargin):
         m1: factor on the angle.
         m2: angle in radians.
         m3: cosine.
-        interclass_filtering_threshold: other classes whose cosine is above it count as if it were 0. 0: none;
-            PartialFC_V2 takes nothing else.
+        interclass_filtering_threshold: other classes whose cosine is above it count as if it were 0. 0: none.
 
     Raises:
         ValueError, TypeError: for numbers out of range.
@@ -220,18 +224,9 @@ class PartialFC_V2(nn.Module):
         self.shard = None if shard.world == 1 and sample_rate == 1 else shard
         self.sample_rate, self.fp16, self.sparse, self.workspace_mb = sample_rate, fp16, sparse, workspace_mb
         self.margin_softmax = margin_loss
-        self.refuse_filtering()
         self.weight = nn.Parameter(torch.normal(0, 0.01, (self.num_local, self.embedding_size)))
 
-    def refuse_filtering(self) -> None:
-        threshold = self.margin_softmax.interclass_filtering_threshold
-        if threshold != 0:
-            raise ValueError(
-                f"interclass_filtering_threshold: expected 0, because PartialFC_V2 has no filtering, got {threshold}"
-            )
-
     def forward(self, local_embeddings: Tensor, local_labels: Tensor) -> Tensor:
-        self.refuse_filtering()
         embeddings, weight = local_embeddings, self.weight
         if self.world_size > 1 and embeddings.requires_grad:
             embeddings = embeddings.view_as(embeddings)  # so that the caller's has no hook
@@ -245,6 +240,7 @@ class PartialFC_V2(nn.Module):
                 column(local_labels),
                 self.margin_softmax.fused(),
                 self.margin_softmax.s,
+                hard_negatives=self.margin_softmax.filtered(),
                 shard=self.shard,
                 workspace_mb=self.workspace_mb,
             )

@@ -24,17 +24,19 @@ def combined(s, m1, m2, m3):
         return CombinedMarginLoss(s, m1, m2, m3)
 
 
-def oracle_logits(cosine, labels, s, m1, m2, m3):
-    """InsightFace's logits, with whole matrices: the margin has no gradient."""
+def oracle_logits(cosine, labels, s, m1, m2, m3, threshold=math.inf):
+    """InsightFace's logits, with whole matrices: the margin has no gradient, nor have filtered classes."""
     rows = torch.arange(len(labels))
     own = cosine[rows, labels].detach()
     moved = (m1 * own.arccos() + m2).cos() - m3
+    dirty = (cosine > threshold).index_put((rows, labels), torch.tensor(False))
+    cosine = torch.where(dirty, 0.0, cosine)
     return s * cosine.index_put((rows, labels), moved - own, accumulate=True)
 
 
-def oracle(x, w, y, s, m1, m2, m3):
+def oracle(x, w, y, *numbers):
     cosine = (F.normalize(x) @ F.normalize(w).t()).clamp(-1, 1)
-    return F.cross_entropy(oracle_logits(cosine, y, s, m1, m2, m3), y)
+    return F.cross_entropy(oracle_logits(cosine, y, *numbers), y)
 
 
 def truth(x, w, y, *numbers):
@@ -74,14 +76,18 @@ MARGINS = {
     "combined, CosFace": (CombinedMarginLoss(32, 1.0, 0.0, 0.4), (32.0, 1.0, 0.0, 0.4)),
     "combined, all": (combined(64, 0.9, 0.4, 0.15), (64.0, 0.9, 0.4, 0.15)),
 }
+FILTERED = {
+    "filtered": (CombinedMarginLoss(64, 1.0, 0.5, 0.0, 0.4), (64.0, 1.0, 0.5, 0.0, 0.4)),
+    "filtered, small scale": (CombinedMarginLoss(8, 1.0, 0.0, 0.3, 0.1), (8.0, 1.0, 0.0, 0.3, 0.1)),
+}
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
-@pytest.mark.parametrize("name", MARGINS)
+@pytest.mark.parametrize("name", MARGINS | FILTERED)
 @pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-9), (torch.float32, 1e-5)])
 def test_loss_and_gradients(ranks, world, name, dtype, bound):
     """Batches differ between ranks; one may have none."""
-    margin_loss, numbers = MARGINS[name]
+    margin_loss, numbers = (MARGINS | FILTERED)[name]
     counts = [[11], [7, 4], [6, 0, 5]][world - 1]
     x, w, y = problem(sum(counts), CLASSES, SIZE)
     x, w = x.to(dtype), w.to(dtype)
@@ -173,16 +179,19 @@ def test_slices(ranks):
     ]
 
 
+@pytest.mark.parametrize("threshold", [0, 0.4])
 @pytest.mark.parametrize("sparse", [False, True])
-def test_sampling(ranks, sparse):
+def test_sampling(ranks, sparse, threshold):
     """The loss of a step is that over the classes drawn, the samples' own among them."""
     x, w, y = problem(9, 40, SIZE)
-    losses, dx, dw = on_ranks(ranks, ArcFace(8.0), [5, 4], x, w, y, sample_rate=0.5, sparse=sparse)
+    margin_loss = CombinedMarginLoss(8.0, 1.0, 0.5, 0.0, threshold)
+    losses, dx, dw = on_ranks(ranks, margin_loss, [5, 4], x, w, y, sample_rate=0.5, sparse=sparse)
     assert dw.is_sparse == sparse
     dw = dw.to_dense()
     drawn = dw.abs().sum(dim=1).nonzero().squeeze(1)
     assert len(drawn) == 20 and (drawn < 20).sum() == 10 and torch.isin(y, drawn).all()
-    loss, x_grad, w_grad = truth(x, w[drawn], torch.searchsorted(drawn, y), 8.0, 1.0, 0.5, 0.0)
+    numbers = (8.0, 1.0, 0.5, 0.0, threshold or math.inf)
+    loss, x_grad, w_grad = truth(x, w[drawn], torch.searchsorted(drawn, y), *numbers)
     assert all(relative_error(found, loss) < 1e-9 for found in losses)
     assert relative_error(dx, 2 * x_grad) < 1e-9
     assert relative_error(dw[drawn], w_grad) < 1e-9
@@ -258,9 +267,11 @@ def test_margins_may_change_between_steps():
     fc = PartialFC_V2(CombinedMarginLoss(64, 1.0, 0.0, 0.0), SIZE, CLASSES).double()
     with torch.no_grad():
         fc.weight.copy_(w)
-    for s, m2 in ((64.0, 0.2), (32.0, 0.4)):
+    for s, m2, threshold in ((64.0, 0.2, 0), (32.0, 0.4, 0.3), (32.0, 0.4, 2.0)):  # no cosine is above 2
         fc.margin_softmax.s, fc.margin_softmax.m2 = s, m2
-        torch.testing.assert_close(fc(x, y), oracle(x, w, y, s, 1.0, m2, 0.0), rtol=1e-9, atol=0)
+        fc.margin_softmax.interclass_filtering_threshold = threshold
+        expected = oracle(x, w, y, s, 1.0, m2, 0.0, threshold or math.inf)
+        torch.testing.assert_close(fc(x, y), expected, rtol=1e-9, atol=0)
 
 
 def test_labels_as_a_column_are_not_changed():
@@ -282,9 +293,9 @@ class OwnForward(ArcFace):
         (lambda: PartialFC_V2(OwnForward(), 4, 10), TypeError, "margin_loss: expected .* got .*OwnForward"),
         (lambda: PartialFC_V2(fm.ArcFaceLoss(10, 4), 4, 10), TypeError, "got fused_margin.losses.ArcFaceLoss"),
         (
-            lambda: PartialFC_V2(CombinedMarginLoss(64, 1, 0.5, 0, 0.4), 4, 10),
+            lambda: CombinedMarginLoss(64, 1, 0.5, 0, -0.4),
             ValueError,
-            "interclass_filtering_threshold: expected 0, because PartialFC_V2 has no filtering, got 0.4",
+            "interclass_filtering_threshold: expected a number in",
         ),
         (lambda: PartialFC_V2(ArcFace(), 4, 10, 0.0), ValueError, "sample_rate: expected a number in"),
         (lambda: PartialFC_V2(ArcFace(), 4, 0), ValueError, "num_classes: expected a positive integer"),
@@ -312,13 +323,6 @@ class OwnForward(ArcFace):
 def test_errors(make, error, message):
     with pytest.raises(error, match=message):
         make()
-
-
-def test_filtering_switched_on_later():
-    fc = PartialFC_V2(CombinedMarginLoss(64, 1.0, 0.5, 0.0), 4, 10)
-    fc.margin_softmax.interclass_filtering_threshold = 0.4
-    with pytest.raises(ValueError, match="interclass_filtering_threshold: expected 0"):
-        fc(torch.randn(2, 4), torch.tensor([3, 1]))
 
 
 def test_margins_that_theirs_forgets_are_said():
