@@ -1,0 +1,58 @@
+"""A checkout of another library: which of its files were used, at which commit, and the file a comparison is written to."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+from collections.abc import Iterable, Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from .results import hardware, versions
+
+
+def provenance(checkout: Path, files: Iterable[Path], commits: Mapping[str, str]) -> dict[str, Any]:
+    """Commit of a checkout and git's blob ids of its files, which `git hash-object FILE` finds again.
+
+    Args:
+        commits: of single files, where the checkout is not a git repository.
+    """
+    names = [file.relative_to(checkout).as_posix() for file in files]
+    report: dict[str, Any] = {"commit": None}
+    if git(checkout, "rev-parse", "--show-toplevel") == str(checkout.resolve()):  # and not a repository around it
+        report["commit"] = git(checkout, "rev-parse", "HEAD")
+        report["modified"] = (git(checkout, "status", "--porcelain", "--", *names) or "").splitlines()
+    report["files"] = {name: {"blob": blob((checkout / name).read_bytes())} for name in names}
+    for name, commit in commits.items():
+        if name not in report["files"]:
+            raise ValueError(f"commits: {name} is none of the files used: {', '.join(names)}")
+        report["files"][name]["commit"] = commit
+    return report
+
+
+def git(folder: Path, *arguments: str) -> str | None:
+    """What git prints; None where it fails or there is none."""
+    try:
+        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def blob(content: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def write(output: Path, command: str, content: Mapping[str, Any]) -> None:
+    report = {
+        "format": 1,
+        "command": command,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "hardware": hardware("cpu"),
+        "versions": versions(),
+        **content,
+    }
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
