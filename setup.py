@@ -76,7 +76,8 @@ class NinjaBuild(build_ext):
 
         x86 = platform.machine().lower() in ("x86_64", "amd64")
         for name, flags in {"plain": "", **(X86_INSTRUCTION_SETS if x86 else {})}.items():
-            objects[f"kernels_{name}.o"] = ("cxx", "cpu/kernels.cpp", f"{flags} -DFM_ISA={name}")
+            for file in ("kernels", "search"):
+                objects[f"{file}_{name}.o"] = ("cxx", f"cpu/{file}.cpp", f"{flags} -DFM_ISA={name}")
         objects["dispatch.o"] = ("cxx", "cpu/dispatch.cpp", "-DFM_X86" if x86 else "")
 
         nvcc = find_nvcc()
@@ -89,7 +90,8 @@ class NinjaBuild(build_ext):
             defines += (
                 f' -DFM_CUDA -DFM_CUDA_ARCHITECTURES=\\"{",".join(architectures)}\\" -DFM_CUDA_TOOLKIT=\\"{toolkit}\\"'
             )
-            objects["cuda_kernels.o"] = ("nvcc", "cuda/kernels.cu", nvcc_flags(architectures))
+            for file in ("kernels", "search"):
+                objects[f"cuda_{file}.o"] = ("nvcc", f"cuda/{file}.cu", nvcc_flags(architectures))
             tensor_cores = [entry for entry in architectures if float(entry[: entry.index(".") + 2]) >= 8.0]
             if tensor_cores:
                 defines += " -DFM_SM80"

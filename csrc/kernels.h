@@ -10,7 +10,7 @@
 
 namespace fm {
 
-enum class Dtype : int { float32, float64, float16, bfloat16 };
+enum class Dtype : int { float32, float64, float16, bfloat16, int8 };
 
 // A matrix as its owner stores it: any dtype, strides in elements.
 struct MatrixView {

@@ -2,6 +2,7 @@
 //
 // Arguments are trusted: fused_margin.ops is the only caller and has checked them.
 #include "python.h"
+#include "search_bindings.h"
 
 #include "cpu/cpu.h"
 #ifdef FM_CUDA
@@ -236,6 +237,7 @@ PYBIND11_MODULE(FM_MODULE_NAME, m) {
     m.doc() = "The compiled kernels of fused_margin; not a public interface.";
     py::module_ host = m.def_submodule("cpu");
     define_kernels<Cpu>(host);
+    define_search_kernels<Cpu>(host);
     host.attr("class_major") = true; // layout of ExponentSum::products
     py::enum_<cpu::Capability>(host, "Capability", py::arithmetic(), py::module_local())
         .value("plain", cpu::Capability::plain)
@@ -253,6 +255,7 @@ PYBIND11_MODULE(FM_MODULE_NAME, m) {
 #ifdef FM_CUDA
     py::module_ device = m.def_submodule("cuda");
     define_kernels<Cuda>(device);
+    define_search_kernels<Cuda>(device);
     device.attr("class_major") = false;
 #ifdef FM_SM80
     define_tensor_kernels(device);

@@ -6,7 +6,7 @@
 
 #include <pybind11/pybind11.h>
 
-#include "kernels.h"
+#include "search.h"
 
 #include <string>
 
@@ -27,9 +27,10 @@ struct Address {
 inline Dtype dtype_of(const py::object& tensor) {
     static const py::module_ torch = py::module_::import("torch"); // NOLINT: lives as long as the interpreter
     static const PyObject* types[] = {torch.attr("float32").ptr(), torch.attr("float64").ptr(),
-                                      torch.attr("float16").ptr(), torch.attr("bfloat16").ptr()};
+                                      torch.attr("float16").ptr(), torch.attr("bfloat16").ptr(),
+                                      torch.attr("int8").ptr()};
     py::object dtype = tensor.attr("dtype");
-    for (int k = 0; k < 4; ++k)
+    for (int k = 0; k < 5; ++k)
         if (dtype.ptr() == types[k]) return static_cast<Dtype>(k);
     throw py::type_error("fused_margin: unsupported dtype " + py::str(dtype).cast<std::string>());
 }

@@ -1,7 +1,7 @@
 // The CPU backend: the same kernels for every instruction set, one of them chosen when it is first used.
 #pragma once
 
-#include "../kernels.h"
+#include "../search.h"
 
 // X(params) for every kernel's params struct
 // clang-format off
@@ -12,7 +12,10 @@
     X(MarginRows)                                                          \
     X(ProjectWeightGradient<float>)    X(ProjectWeightGradient<double>)    \
     X(ProjectEmbeddingGradient<float>) X(ProjectEmbeddingGradient<double>) \
-    X(NearestTile<float>)              X(NearestTile<double>)
+    X(NearestTile<float>)              X(NearestTile<double>)              \
+    X(EncodeRows)                      X(MeasureCodes)                     \
+    X(OfferTile)                       X(ForgetRenewed)                    \
+    X(SettleCandidates)                X(ResolveTile)
 // clang-format on
 
 namespace fm::cpu {

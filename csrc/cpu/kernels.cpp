@@ -2,76 +2,15 @@
 //
 // Nothing here may leave a shared out-of-line function behind (no standard containers, no external
 // templates): the linker would keep one copy for all instruction sets.
-#include "cpu.h"
+#include "rows.h"
 
-#include <cstdlib>
 #include <limits>
 
 #include "../math/cross_entropy.h"
-#include "../math/element.h"
 #include "../math/exponential.h"
 
 namespace fm::cpu::FM_ISA {
 namespace {
-
-// Uninitialised scratch of one thread.
-template <class T> class Scratch {
-public:
-    explicit Scratch(int64_t count)
-        : data_(static_cast<T*>(malloc(static_cast<size_t>(count > 0 ? count : 1) * sizeof(T)))) {
-        if (!data_) abort();
-    }
-    ~Scratch() { free(data_); }
-    Scratch(const Scratch&) = delete;
-    Scratch& operator=(const Scratch&) = delete;
-    operator T*() const { return data_; }
-
-private:
-    T* data_;
-};
-
-template <class T> constexpr Dtype dtype_of = Dtype::float32;
-template <> constexpr Dtype dtype_of<double> = Dtype::float64;
-
-template <class From, class T> inline void copy_row(const From* from, int64_t stride, int64_t size, T* to) {
-    for (int64_t d = 0; d < size; ++d) to[d] = static_cast<T>(from[d * stride]);
-}
-
-// A row of the matrix as contiguous T: in place where it already is, else converted into the buffer.
-template <class T> inline const T* load_row(const MatrixView& m, int64_t row, int64_t size, T* buffer) {
-    int64_t begin = row * m.row_stride, stride = m.column_stride;
-    if (m.dtype == dtype_of<T> && stride == 1) return static_cast<const T*>(m.data) + begin;
-    switch (m.dtype) {
-    case Dtype::float32: copy_row(static_cast<const float*>(m.data) + begin, stride, size, buffer); break;
-    case Dtype::float64: copy_row(static_cast<const double*>(m.data) + begin, stride, size, buffer); break;
-    default:
-        for (int64_t d = 0; d < size; ++d) buffer[d] = element<T>(m, row, d);
-    }
-    return buffer;
-}
-
-template <class A, class B> inline double dot(const A* a, const B* b, int64_t size) {
-    double sum = 0.0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t d = 0; d < size; ++d) sum += static_cast<double>(a[d]) * static_cast<double>(b[d]);
-    return sum;
-}
-
-template <class T> inline void add_scaled(T* to, T scale, const T* from, int64_t size) {
-#pragma omp simd
-    for (int64_t d = 0; d < size; ++d) to[d] += scale * from[d];
-}
-
-inline double inverse_norm_of(double squares) {
-    double norm = sqrt(squares);
-    return norm < kSmallestNorm ? 0.0 : 1.0 / norm; // NaN stays NaN
-}
-
-// Threads worth waking for work on so many numbers: a team costs microseconds, and far more on a busy machine.
-inline int threads_for(int64_t numbers) {
-    int64_t useful = 1 + numbers / 32768;
-    return useful < available_threads() ? static_cast<int>(useful) : available_threads();
-}
 
 template <class T> void row_normalize(const RowNormalize<T>& p) {
 #pragma omp parallel num_threads(threads_for(p.count* p.size))

@@ -20,6 +20,7 @@ template <class T> FM_HD T element(const MatrixView& m, int64_t row, int64_t col
     switch (m.dtype) {
     case Dtype::float32: return static_cast<T>(static_cast<const float*>(m.data)[at]);
     case Dtype::float64: return static_cast<T>(static_cast<const double*>(m.data)[at]);
+    case Dtype::int8: return static_cast<T>(static_cast<const int8_t*>(m.data)[at]);
     case Dtype::float16: return static_cast<T>(from_float16(static_cast<const uint16_t*>(m.data)[at]));
     default: return static_cast<T>(from_bfloat16(static_cast<const uint16_t*>(m.data)[at]));
     }
