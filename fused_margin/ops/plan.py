@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fused_margin.ops.dispatch import PORTABLE
 from fused_margin.ops.problem import Problem
 
 # Chunks as large as stay in cache between the product that writes them and the kernel that reads them;
@@ -44,6 +45,15 @@ def device_type(problem: Problem) -> str:
     return problem.weight.device.type if problem.weight.device.type in CHUNK_BYTES else "cpu"
 
 
+def nearest_in_chunks(problem: Problem) -> bool:
+    """Whether the nearest classes are looked for chunk by chunk, without a search: on a GPU that would wait for answers."""
+    return problem.nearest and problem.known_index is None and not is_searched(problem)
+
+
+def is_searched(problem: Problem) -> bool:
+    return problem.weight.device.type == "cpu" and problem.products == PORTABLE
+
+
 def gradient_in_place(problem: Problem) -> bool:
     """Whether the caller's own weight gradient can hold a chunk's while it is computed."""
     return problem.weight.dtype == problem.compute and problem.weight.is_contiguous()
@@ -54,19 +64,19 @@ def portable_plan(problem: Problem, keep: bool) -> Plan:
     samples, classes, size, workspace = problem.samples, problem.classes, problem.size, problem.workspace_bytes
     item = 8 if problem.compute == torch.float64 else 4
     device = device_type(problem)
-    room = workspace // 2 if problem.nearest else workspace  # the other half is the tile's
+    room = workspace // 2 if nearest_in_chunks(problem) else workspace  # the other half is the tile's
     target = min(CHUNK_BYTES[device], room)
     # what a class of a chunk takes: its products, and a copy of its weights and of their gradient where
     # the caller's own memory cannot hold them in the compute type
     per_class = item * (max(samples, 1) + (0 if gradient_in_place(problem) else 2 * size))
     chunk = target // max(per_class, item * size)
-    if problem.nearest:  # chunks are then the sides of tiles
+    if nearest_in_chunks(problem):  # chunks are then the sides of tiles
         chunk = min(chunk, math.isqrt(min(TILE_BYTES[device], room) // item))
     chunk = whole_chunk(classes, chunk, problem.sub_centers)
     chunks = -(-classes // chunk)
     kept = 0
     if keep and samples:
-        copies = chunk * (per_class - item * samples) + (chunk * chunk * item if problem.nearest else 0)
+        copies = chunk * (per_class - item * samples) + (chunk * chunk * item if nearest_in_chunks(problem) else 0)
         if samples * classes * item <= workspace - copies:  # then no chunk needs a buffer of its own
             kept = chunks
         else:
@@ -79,7 +89,7 @@ def tensor_plan(problem: Problem, keep: bool, width: int, parts: int) -> Plan:
     samples, classes, workspace = problem.samples, problem.classes, problem.workspace_bytes
     operand_bytes = 2 * parts * width
     # the chunk's operand, another one to compare it with, exponentials, and a copy of the gradient
-    per_class = operand_bytes * (2 if problem.nearest else 1) + 2 * parts * samples
+    per_class = operand_bytes * (2 if nearest_in_chunks(problem) else 1) + 2 * parts * samples
     per_class += 0 if gradient_in_place(problem) else 4 * problem.size
     chunk = whole_chunk(classes, min(CHUNK_BYTES[device_type(problem)], workspace) // per_class)
     chunks = -(-classes // chunk)

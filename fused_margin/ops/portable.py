@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fused_margin.ops.backend import Kernels, advise_huge_pages
-from fused_margin.ops.plan import Plan, portable_plan
+from fused_margin.ops.plan import Plan, nearest_in_chunks, portable_plan
 from fused_margin.ops.problem import Problem, Sweep
 
 LN2 = math.log(2.0)
@@ -101,7 +101,7 @@ class Products:
             )
         if self.problem.samples:
             self.exponentiate(k, operand)
-        if self.problem.nearest:
+        if nearest_in_chunks(self.problem):
             self.offer(k, operand)
 
     def offer(self, column: int, columns: Tensor) -> None:
@@ -128,7 +128,7 @@ class Products:
         if self.problem.samples:
             torch.logsumexp(self.sums.log_().add_(self.exponents, alpha=LN2), dim=0, out=sweep.negative_logsumexp)
             sweep.exponent.copy_(self.exponents[: len(sweep.exponent)])
-        if self.problem.nearest:
+        if nearest_in_chunks(self.problem):
             sweep.nearest_cosine.masked_fill_(sweep.nearest_cosine < -2.0, math.nan).clamp_(-1.0, 1.0)
 
     def prepare(self, row_scale: Tensor, need_embeddings: bool, need_weight: bool) -> None:

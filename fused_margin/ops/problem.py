@@ -26,6 +26,8 @@ class Problem:
     scale_value: float = 1.0
     class_weight: Tensor | None = None  # (C,) float64, of label smoothing
     nearest: bool = False
+    known_cosine: Tensor | None = None  # (C,) float64, and known_index (C,) int64: the nearest, found before
+    known_index: Tensor | None = None
     # by portable products only
     sub_centers: int = 1  # rows of weight a class
     hard_threshold: Tensor | None = None  # (N,) float64, see margins.HardNegatives and FilteredNegatives

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from fused_margin.ops import bad_labels, dispatch, portable, tensor_cores
 from fused_margin.ops.backend import advise_huge_pages, kernels, on_device
-from fused_margin.ops.plan import Plan, gradient_in_place
+from fused_margin.ops.plan import Plan, gradient_in_place, is_searched
 from fused_margin.ops.problem import Gradients, Problem, Sweep, SweepGradients
+from fused_margin.ops.search import find_nearest
 
 LN2 = portable.LN2
 
@@ -61,6 +62,8 @@ def forward(
     check_scale(problem.scale)
     with on_device(device), torch.autocast(device.type, enabled=False):
         run = kernels(device)
+        if problem.nearest:
+            fill_nearest(run, problem, result)
         norms_known = arrive is not None and problem.products == dispatch.PORTABLE
         if norms_known:
             portable.find_norms(run, problem, result)
@@ -100,6 +103,21 @@ def forward(
         if uniform and samples:
             torch.mv(result.normalized_embeddings.double(), result.uniform_weight.double(), out=result.uniform_cosine)
     return result
+
+
+def fill_nearest(run, problem: Problem, result: Sweep) -> None:
+    """The nearest classes, where they are known or searched for before the sweep."""
+    if problem.known_index is not None:
+        cosine, index = problem.known_cosine, problem.known_index
+    elif is_searched(problem):
+        cosine, index = find_nearest(run, problem.weight, None, 1, False, problem.workspace_bytes).answers(
+            problem.compute
+        )
+        cosine, index = cosine.squeeze(1), index.squeeze(1)
+    else:
+        return
+    result.nearest_cosine.copy_(cosine)
+    result.nearest_index.copy_(index)
 
 
 def backward(

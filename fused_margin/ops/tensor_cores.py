@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fused_margin.ops import dispatch
 from fused_margin.ops.backend import Kernels
-from fused_margin.ops.plan import Plan, tensor_plan
+from fused_margin.ops.plan import Plan, nearest_in_chunks, tensor_plan
 from fused_margin.ops.portable import fixed_exponent
 from fused_margin.ops.problem import Problem, Sweep
 
@@ -48,7 +48,7 @@ class Products:
         self.parts, self.width = parts_of(problem), width_of(problem)
         self.fixed = fixed_exponent(problem)
         self.buffer = self.operands(plan.chunk if plan.kept < plan.chunks else 0)
-        self.other = self.operands(plan.chunk if problem.nearest and plan.kept < plan.chunks - 1 else 0)
+        self.other = self.operands(plan.chunk if nearest_in_chunks(problem) and plan.kept < plan.chunks - 1 else 0)
         if problem.samples:
             self.left = self.operands(problem.samples)
             self.pack(problem.embeddings, self.left, None)
@@ -58,7 +58,7 @@ class Products:
             run.prepare_rows(
                 labels=problem.labels, scale=problem.scales, exponent=None, prepared=self.rows, samples=problem.samples
             )
-        if problem.nearest:
+        if nearest_in_chunks(problem):
             self.best = torch.zeros(problem.classes, dtype=torch.int64, device=problem.weight.device)
 
     def operands(self, rows: int) -> Tensor:
@@ -97,7 +97,7 @@ class Products:
                 **self.product(self.left, operand), prepared=self.rows, scale_value=self.problem.scale_value,
                 fixed_exponent=self.fixed, class_begin=begin, partial=self.partial,
             )  # fmt: skip
-        if self.problem.nearest:
+        if nearest_in_chunks(self.problem):
             for j in range(k + 1):
                 rows = operand if j == k else self.operand(j, self.other, fresh=False)
                 self.family.nearest(
@@ -112,7 +112,7 @@ class Products:
                 partial=self.partial, negative_logsumexp=sweep.negative_logsumexp, exponent=sweep.exponent,
                 slots=self.slots, samples=self.problem.samples,
             )  # fmt: skip
-        if self.problem.nearest:
+        if nearest_in_chunks(self.problem):
             self.run.unpack_nearest(best=self.best, index=sweep.nearest_index, count=self.problem.classes)
             cosine = torch.empty_like(sweep.nearest_cosine, dtype=torch.float64)
             self.run.target_cosine(  # what fp16 has found, computed anew from the unrounded weights
