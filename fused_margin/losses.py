@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from fused_margin import checks
 from fused_margin.functional import margin_cross_entropy, nearest_class
 from fused_margin.margins import HardNegatives, Margin, minimum_scale
-from fused_margin.sharding import Shard, Total
+from fused_margin.sharding import Shard, Shared, Total
 
 PROBABILITY = 0.9  # a sample should be able to reach for its class
 
@@ -135,6 +135,11 @@ class ClassificationLoss(nn.Module):
         """The sum over ranks, each of which has its own samples."""
         return value if self.shard is None else Total.apply(self.shard, value)
 
+    def shared(self, value: float | Tensor | None) -> float | Tensor | None:
+        """A number that every rank has; one that is learned gets the gradient of all ranks' samples on each of them."""
+        learned = self.shard is not None and isinstance(value, Tensor) and value.requires_grad
+        return Shared.apply(self.shard, value) if learned else value
+
     def own_repr(self) -> list[str]:
         """What tells one loss from another, as name=value."""
         return []
@@ -200,7 +205,7 @@ class MarginLoss(ClassificationLoss):
             self.weight,
             labels,
             self.current_margin(embeddings, labels),
-            self.scale,
+            self.shared(self.scale),
             exclusive_weight=self.exclusive_weight,
             sub_centers=self.sub_centers,
             hard_negatives=self.hard_negatives(embeddings, labels),
