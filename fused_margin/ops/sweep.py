@@ -61,7 +61,7 @@ def forward(
     check_scale(problem.scale)
     with on_device(device), torch.autocast(device.type, enabled=False):
         run = kernels(device)
-        norms_known = arrive is not None and problem.products == dispatch.PORTABLE
+        norms_known = arrive is not None and problem.products == dispatch.PORTABLE and not problem.inner_product
         if norms_known:
             portable.find_norms(run, problem, result)
         if arrive is not None:
