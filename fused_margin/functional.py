@@ -15,7 +15,7 @@ from fused_margin.ops.dispatch import PORTABLE, products_of
 from fused_margin.ops.problem import Problem, Sweep
 from fused_margin.ops.sharded import run_sharded_sweep
 from fused_margin.ops.sharded_nearest import ShardedNearest
-from fused_margin.sharding import Shard, Total
+from fused_margin.sharding import Shard, Shared, Total
 
 
 class NearestClass(NamedTuple):
@@ -134,6 +134,7 @@ def linear_cross_entropy(
     reduction: str = "mean",
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
+    shard: Shard | None = None,
     workspace_mb: float = 256,
 ) -> Tensor:
     """Cross-entropy over inner products, ``z_ij = x_i . w_j + b_j``: plain softmax, and L-softmax with a margin.
@@ -148,6 +149,8 @@ def linear_cross_entropy(
         bias: (C,) or None.
         margin: of the target, or None. Not with label smoothing.
         class_weight, reduction, ignore_index, label_smoothing: as in ``torch.nn.functional.cross_entropy``.
+        shard: as in :func:`margin_cross_entropy`; ``bias`` is then of the same classes as ``weight``. Where a share of
+            the classes is drawn, the gradient of ``weight`` is sparse, that of ``bias`` dense, 0 for the others.
         workspace_mb: as in :func:`margin_cross_entropy`.
 
     Returns:
@@ -156,41 +159,51 @@ def linear_cross_entropy(
     Raises:
         ValueError, TypeError, RuntimeError: as :func:`margin_cross_entropy`.
     """
-    checks.batch(embeddings, weight, labels)
+    checks.batch(embeddings, weight, labels, at_least=1 if shard is None else 0)
     checks.cross_entropy_options(reduction, 0.0, ignore_index, label_smoothing, workspace_mb)
-    classes = len(weight)
+    classes = checks.shard(shard, weight, 1, label_smoothing)
     checks.per_class("class_weight", class_weight, weight, classes)
-    checks.per_class("bias", bias, weight, classes)
+    checks.per_class("bias", bias, weight, len(weight))
     if margin is not None:
         checks.margin(margin)
         checks.absent("a margin", label_smoothing=label_smoothing)
     labels, class_weight, smooth = labels.to(torch.int64).contiguous(), _double(class_weight), label_smoothing > 0
+    own_class_weight = class_weight if shard is None or class_weight is None else shard.part_of(class_weight)
     problem = Problem(
         embeddings, weight, _bytes(workspace_mb), PORTABLE, labels, inner_product=True, bias=bias,
-        class_weight=class_weight if smooth else None,
+        class_weight=own_class_weight if smooth else None,
     )  # fmt: skip
-    found = _sweep(problem, smooth, ignore_index)
-    own = labels.clamp(0, weight.shape[0] - 1)  # an ignored sample's is not used
-    own_bias = 0.0 if bias is None else bias[own].double()
+    own = labels.clamp(0, classes - 1)  # an ignored sample's is not used
+    if shard is None:
+        found = _sweep(problem, smooth, ignore_index)
+        own_bias = 0.0 if bias is None else bias[own].double()
+        own_length = None if margin is None else _norm(weight[own])
+    else:
+        found = run_sharded_sweep(problem, smooth, ignore_index, shard, length=margin is not None)
+        own_bias, own_length = 0.0 if bias is None else found.target_bias, found.target_length
     if margin is not None:
-        length = (_norm(embeddings) * _norm(weight[own])).contiguous()
+        length = (_norm(embeddings) * own_length).contiguous()
         cosine = torch.where(length > 0, found.target_cosine / torch.where(length > 0, length, 1.0), 0.0)
         problem = replace(problem, scale=length)
         nlse = found.negative_logsumexp - own_bias  # in the place of adding it to the target's logit
-        loss = _margin_loss(problem, margin, nlse, cosine, None, class_weight, 0.0, ignore_index, reduction, classes)
+        loss = _margin_loss(
+            problem, margin, nlse, cosine, None, class_weight, 0.0, ignore_index, reduction, classes, shard
+        )
         return loss.to(problem.compute)
     target = found.target_cosine + own_bias
     nll = F.softplus(found.negative_logsumexp - target, threshold=40.0)  # log(1 + exp(.)), exact in float64
     row_weight = torch.ones_like(nll) if class_weight is None else class_weight[own]
     loss = row_weight * nll
     if smooth:
-        every = torch.ones_like(weight[:, 0], dtype=torch.float64) if class_weight is None else class_weight
-        uniform = found.uniform_cosine if bias is None else found.uniform_cosine + every.dot(bias.double())
-        smoothed = ((target + nll) * every.sum() - uniform) / weight.shape[0]
+        uniform, weights = found.uniform_cosine, classes if class_weight is None else class_weight.sum()
+        if bias is not None:
+            biases = bias.double().sum() if class_weight is None else own_class_weight.dot(bias.double())
+            uniform = uniform + (biases if shard is None else Shared.apply(shard, Total.apply(shard, biases)))
+        smoothed = ((target + nll) * weights - uniform) / classes
         loss = torch.lerp(loss, smoothed, float(label_smoothing))
     counts = labels != ignore_index
     loss, row_weight = torch.where(counts, loss, 0.0), torch.where(counts, row_weight, 0.0)
-    return _reduce(loss, row_weight, reduction).to(problem.compute)
+    return _reduce(loss, row_weight, reduction, shard).to(problem.compute)
 
 
 def cosine_logsumexp(

@@ -20,6 +20,8 @@ ARGUMENTS = """
         exclusive_weight: lambda of RegularFace's exclusive term, added to the loss in a sweep of its own.
         class_weight: (C,) factors, as ``weight`` in ``torch.nn.CrossEntropyLoss``. A buffer.
         reduction, ignore_index, label_smoothing: as in ``torch.nn.CrossEntropyLoss``{smoothing}.
+        process_group, sample_rate: as in :class:`fused_margin.ArcFaceLoss`; a bias is divided as ``weight`` is, and its
+            gradient is dense.
         workspace_mb: bound on scratch memory in MiB, whatever C is.
         device, dtype: of the parameters.
 
@@ -27,7 +29,7 @@ ARGUMENTS = """
         embeddings (N, D), labels (N,) integers -> scalar, or (N,) with ``reduction="none"``.
 
     Attributes:
-        weight: (C, D) parameter, initialised as that of ``torch.nn.Linear``.
+        weight: (C, D) parameter, initialised as that of ``torch.nn.Linear``. Of this rank's classes, if divided.
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
@@ -48,18 +50,30 @@ class SoftmaxLoss(ClassificationLoss):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        if len(self.weight):  # there may be more ranks than classes
+            nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        checks.batch(embeddings, self.weight, labels)
+        checks.batch(embeddings, self.weight, labels, at_least=1 if self.shard is None else 0)
         loss = linear_cross_entropy(
-            self.features(embeddings), self.weight, labels, self.bias, self.margin(), **self.cross_entropy_options()
+            self.features(embeddings),
+            self.weight,
+            labels,
+            self.bias,
+            self.margin(),
+            shard=self.current_shard(),
+            **self.cross_entropy_options(),
         )
         if self.exclusive_weight > 0:
-            loss = loss + self.exclusive_weight * exclusive_regularization(self.weight, workspace_mb=self.workspace_mb)
+            loss = loss + self.exclusive_weight * exclusive_regularization(
+                self.weight, shard=self.shard, workspace_mb=self.workspace_mb
+            )
         return loss
+
+    def class_parameters(self) -> dict[str, nn.Parameter]:
+        return super().class_parameters() | ({} if self.bias is None else {"bias": self.bias})
 
     def features(self, embeddings: Tensor) -> Tensor:
         """What the class weights are multiplied with."""
@@ -70,8 +84,8 @@ class SoftmaxLoss(ClassificationLoss):
         return None
 
     def logits(self, embeddings: Tensor) -> Tensor:
-        """Logits (N, C) of embeddings (N, D), without margin, for inference."""
-        checks.embeddings_for(embeddings, self.weight)
+        """Logits (N, C) of embeddings (N, D), without margin, for inference. Of this rank's classes, if divided."""
+        checks.embeddings_for(embeddings, self.weight, at_least=0)
         dtype = torch.promote_types(embeddings.dtype, self.weight.dtype)
         bias = None if self.bias is None else self.bias.to(dtype)
         return F.linear(self.features(embeddings).to(dtype), self.weight.to(dtype), bias)
@@ -99,7 +113,7 @@ class L2SoftmaxLoss(SoftmaxLoss):
     def features(self, embeddings: Tensor) -> Tensor:
         norm = torch.linalg.vector_norm(embeddings, dim=1, keepdim=True, dtype=torch.float64)
         short = norm < 1e-12  # a zero embedding stays zero, and so does its gradient
-        return (embeddings * torch.where(short, 0.0, self.alpha / torch.where(short, 1.0, norm))).to(
+        return (embeddings * torch.where(short, 0.0, self.shared(self.alpha) / torch.where(short, 1.0, norm))).to(
             torch.promote_types(embeddings.dtype, torch.float32)
         )
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from fused_margin import checks
 from fused_margin.functional import margin_cross_entropy, nearest_class
 from fused_margin.margins import HardNegatives, Margin, minimum_scale
-from fused_margin.sharding import Shard, Total
+from fused_margin.sharding import Shard, Shared, Total
 
 PROBABILITY = 0.9  # a sample should be able to reach for its class
 
@@ -58,7 +58,8 @@ class ClassificationLoss(nn.Module):
         embedding_size: int,
         *,
         sub_centers: int = 1,
-        shard: Shard | None = None,
+        process_group: dist.ProcessGroup | None = None,
+        sample_rate: float = 1.0,
         exclusive_weight: float = 0.0,
         class_weight: Tensor | None = None,
         reduction: str = "mean",
@@ -69,8 +70,10 @@ class ClassificationLoss(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        self.shard = shard
         self.num_classes = checks.positive_index("num_classes", num_classes)
+        checks.number("sample_rate", sample_rate, 0.0, 1.0, open_low=True)
+        divided = process_group is not None or sample_rate < 1
+        self.shard = shard = Shard(self.num_classes, process_group, sample_rate) if divided else None
         self.embedding_size = checks.positive_index("embedding_size", embedding_size)
         self.sub_centers = checks.positive_index("sub_centers", sub_centers)
         checks.number("exclusive_weight", exclusive_weight, 0.0)
@@ -99,6 +102,43 @@ class ClassificationLoss(nn.Module):
             "label_smoothing": self.label_smoothing,
             "workspace_mb": self.workspace_mb,
         }
+
+    def current_shard(self) -> Shard | None:
+        """In evaluation mode every class takes part."""
+        return self.shard if self.training or self.shard is None else replace(self.shard, sample_rate=1.0)
+
+    def sharded_state_dict(self, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Tensor]:
+        """The state of all ranks, for ``torch.distributed.checkpoint``: saved by any number of ranks, loaded by any other.
+
+        ``dcp.save(loss_fn.sharded_state_dict(), checkpoint_id=folder)`` on every rank, and ``dcp.load`` with what the
+        same call gives there, which fills parameters and buffers in place.
+
+        Args:
+            optimizer: what it keeps of the parameters and is as large (their momentum) goes with it; before loading it
+                must have been through a step, or :func:`fused_margin.optim.start_momentum` of each.
+        """
+        state, divided = self.state_dict(), self.class_parameters()
+        for name, parameter in self.named_parameters():
+            kept = {} if optimizer is None else optimizer.state.get(parameter, {})
+            found = {
+                f"{name}.{key}": v for key, v in kept.items() if isinstance(v, Tensor) and v.shape == parameter.shape
+            }
+            found[name], of_all = state[name], self.shard is not None and name in divided
+            state |= {key: self.shard.of_all(value) if of_all else value for key, value in found.items()}
+        return state
+
+    def class_parameters(self) -> dict[str, nn.Parameter]:
+        """Those that have a row for every class, or several: this rank's, where classes are divided."""
+        return {"weight": self.weight}
+
+    def total(self, value: Tensor) -> Tensor:
+        """The sum over ranks, each of which has its own samples."""
+        return value if self.shard is None else Total.apply(self.shard, value)
+
+    def shared(self, value: float | Tensor | None) -> float | Tensor | None:
+        """A number that every rank has; one that is learned gets the gradient of all ranks' samples on each of them."""
+        learned = self.shard is not None and isinstance(value, Tensor) and value.requires_grad
+        return Shared.apply(self.shard, value) if learned else value
 
     def own_repr(self) -> list[str]:
         """What tells one loss from another, as name=value."""
@@ -129,17 +169,10 @@ class MarginLoss(ClassificationLoss):
         beyond_pi: str = "monotone",
         easy: bool = False,
         gradient: str = "exact",
-        process_group: dist.ProcessGroup | None = None,
-        sample_rate: float = 1.0,
         **options,
     ):
         checks.scale(scale)
-        checks.number("sample_rate", sample_rate, 0.0, 1.0, open_low=True)
-        divided = process_group is not None or sample_rate < 1
-        shard = (
-            Shard(checks.positive_index("num_classes", num_classes), process_group, sample_rate) if divided else None
-        )
-        super().__init__(num_classes, embedding_size, shard=shard, **options)
+        super().__init__(num_classes, embedding_size, **options)
         self.margin_options = {"beyond_pi": beyond_pi, "easy": easy, "gradient": gradient}  # of whatever margin
         self.margin_function = Margin(**numbers, **self.margin_options)
         if isinstance(scale, Tensor):
@@ -172,7 +205,7 @@ class MarginLoss(ClassificationLoss):
             self.weight,
             labels,
             self.current_margin(embeddings, labels),
-            self.scale,
+            self.shared(self.scale),
             exclusive_weight=self.exclusive_weight,
             sub_centers=self.sub_centers,
             hard_negatives=self.hard_negatives(embeddings, labels),
@@ -180,34 +213,9 @@ class MarginLoss(ClassificationLoss):
             **self.cross_entropy_options(),
         )
 
-    def current_shard(self) -> Shard | None:
-        """In evaluation mode every class takes part."""
-        return self.shard if self.training or self.shard is None else replace(self.shard, sample_rate=1.0)
-
     def current_margin(self, embeddings: Tensor, labels: Tensor) -> Margin:
         """The margin of this step."""
         return self.margin_function
-
-    def sharded_state_dict(self, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Tensor]:
-        """The state of all ranks, for ``torch.distributed.checkpoint``: saved by any number of ranks, loaded by any other.
-
-        ``dcp.save(loss_fn.sharded_state_dict(), checkpoint_id=folder)`` on every rank, and ``dcp.load`` with what the
-        same call gives there, which fills parameters and buffers in place.
-
-        Args:
-            optimizer: what it keeps of ``weight`` and is as large (its momentum) goes with it; before loading it must
-                have been through a step, or :func:`fused_margin.optim.start_momentum`.
-        """
-        state = self.state_dict()
-        rows = {"weight": state.pop("weight")}
-        for name, value in (optimizer.state.get(self.weight, {}) if optimizer is not None else {}).items():
-            if isinstance(value, Tensor) and value.shape == self.weight.shape:
-                rows[f"weight.{name}"] = value
-        return state | {name: value if self.shard is None else self.shard.of_all(value) for name, value in rows.items()}
-
-    def total(self, value: Tensor) -> Tensor:
-        """The sum over ranks, each of which has its own samples."""
-        return value if self.shard is None else Total.apply(self.shard, value)
 
     def hard_negatives(self, embeddings: Tensor, labels: Tensor) -> HardNegatives | None:
         """What becomes of near classes in this step."""

@@ -159,3 +159,16 @@ class Total(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[None, Tensor]:
         return None, gradient
+
+
+class Shared(torch.autograd.Function):
+    """A number that is the same on every rank and that each uses for its own samples: its gradient is that of all."""
+
+    @staticmethod
+    def forward(ctx, shard: Shard, value: Tensor) -> Tensor:
+        ctx.shard = shard
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[None, Tensor]:
+        return None, ctx.shard.add_up(gradient.to(torch.float64, copy=True)).to(gradient.dtype)

@@ -185,6 +185,27 @@ def test_modules_train_alike(ranks, name):
     assert relative_error(torch.cat([weight for _, weight, _ in results]), expected[1]) < 1e-9
 
 
+def learned_scale(group, weight, x, y, reduction):
+    scale = torch.nn.Parameter(torch.tensor(20.0, dtype=torch.float64))
+    loss_fn = fm.ArcFaceLoss(
+        23, weight.shape[1], scale=scale, process_group=group, reduction=reduction, dtype=torch.float64
+    )
+    with torch.no_grad():
+        loss_fn.weight.copy_(weight)
+    loss_fn(x, y).sum().backward()
+    return loss_fn.scale.grad
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_learned_scale_has_the_gradient_of_all_samples_everywhere(ranks, reduction):
+    x, w, y = problem(9, 23, 6)
+    expected = learned_scale(None, w, x, y, reduction)
+    parts = [(slice(0, 12), slice(0, 7)), (slice(12, 23), slice(7, 9))]
+    found = ranks.run(learned_scale, [(w[own], x[part], y[part], reduction) for own, part in parts])
+    for gradient in found:
+        torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=0)
+
+
 def bad_label(group, labels):
     x = torch.randn(len(labels), 4)
     fm.ArcFaceLoss(10, 4, process_group=group)(x, torch.tensor(labels))

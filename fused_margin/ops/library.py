@@ -5,9 +5,10 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
+from fused_margin.ops import certified, search
 from fused_margin.ops import sweep as _sweep
 from fused_margin.ops.backend import kernels, on_device
-from fused_margin.ops.problem import Gradients, Problem, Sweep, SweepGradients
+from fused_margin.ops.problem import Gradients, Problem, Sweep, SweepGradients, compute_dtype
 
 # A problem's fields are the first arguments of the ops on it, in their order.
 FIELDS = fields(Problem)
@@ -114,6 +115,59 @@ def _sweep_gradient(ctx, d_nlse, d_target, d_uniform, d_nearest, *_):
 
 
 sweep.register_autograd(_sweep_gradient, setup_context=_sweep_context)
+
+
+@torch.library.custom_op("fused_margin::nearest_rows", mutates_args=())
+def nearest_rows(
+    query: Tensor, reference: Tensor | None, number: int, inner_product: bool, workspace_bytes: int
+) -> tuple[Tensor, Tensor]:
+    """Cosines, or inner products, (Q, number) of queries to their nearest references, or others, and which these are."""
+    device, dtype = query.device, compute_dtype(query, reference)
+    with on_device(device), torch.autocast(device.type, enabled=False):
+        found = search.find_nearest(kernels(device), query, reference, number, inner_product, workspace_bytes)
+    return found.answers(dtype)
+
+
+@nearest_rows.register_fake
+def _(query, reference, number, *_):
+    shape = (query.shape[0], number)
+    return query.new_empty(shape, dtype=compute_dtype(query, reference)), query.new_empty(shape, dtype=torch.int64)
+
+
+@torch.library.custom_op(
+    "fused_margin::refresh_nearest", mutates_args=certified.NearestState._fields
+)
+def refresh_nearest(
+    weight: Tensor,
+    code: Tensor,
+    scale: Tensor,
+    candidate: Tensor,
+    value: Tensor,
+    ceiling: Tensor,
+    swept: Tensor,
+    workspace_bytes: int,
+) -> tuple[Tensor, Tensor]:
+    """Cosine (C,) float64 of every class to its nearest other, and that class, by what is kept between steps."""
+    state = certified.NearestState(code, scale, candidate, value, ceiling, swept)
+    with on_device(weight.device), torch.autocast(weight.device.type, enabled=False):
+        return certified.refresh(kernels(weight.device), weight, state, workspace_bytes)
+
+
+@refresh_nearest.register_fake
+def _(weight, *_):
+    return weight.new_empty(weight.shape[0], dtype=torch.float64), weight.new_empty(weight.shape[0], dtype=torch.int64)
+
+
+@torch.library.custom_op("fused_margin::cosines_with", mutates_args=())
+def cosines_with(weight: Tensor, index: Tensor) -> Tensor:
+    """Cosine (C,) float64 of every class with the one that `index` (C,) names."""
+    with on_device(weight.device), torch.autocast(weight.device.type, enabled=False):
+        return certified.cosines_with(kernels(weight.device), weight, index)
+
+
+@cosines_with.register_fake
+def _(weight, index):
+    return weight.new_empty(weight.shape[0], dtype=torch.float64)
 
 
 @torch.library.custom_op("fused_margin::margin_rows", mutates_args=())

@@ -17,7 +17,8 @@ from torch import Tensor
 from fused_margin.ops import bad_labels, sweep
 from fused_margin.ops.dispatch import PORTABLE
 from fused_margin.ops.normalization import target_cosines
-from fused_margin.ops.problem import DTYPES, Gradients, Problem, Sweep, SweepGradients
+from fused_margin.ops.problem import DTYPES, Gradients, Problem, SweepGradients
+from fused_margin.ops.sharded_targets import add_target_gradients, target_values
 from fused_margin.sharding import Shard
 
 # Label of a sample whose class is another rank's, and of rows that only fill up: below every label that can be sent,
@@ -108,23 +109,48 @@ def sampled(problem: Problem, shard: Shard) -> tuple[Problem, Tensor]:
     problem = replace(problem, weight=problem.weight[rows], labels=torch.where(known, place, labels))
     if problem.class_weight is not None:
         problem = replace(problem, class_weight=problem.class_weight[classes])
+    if problem.bias is not None:
+        problem = replace(problem, bias=problem.bias[classes])
     return problem, rows
 
 
+class Found(NamedTuple):
+    """A sweep's results for the samples of this rank, over all ranks' classes; each (N,) float64, None where not asked for."""
+
+    negative_logsumexp: Tensor
+    target_cosine: Tensor
+    uniform_cosine: Tensor | None
+    target_bias: Tensor | None  # of the sample's class
+    target_length: Tensor | None  # of its weight
+
+
 class ShardedSweep(torch.autograd.Function):
-    """negative_logsumexp, target_cosine and uniform_cosine of the own samples, each (N,) float64, over all ranks' classes."""
+    """The fields of `Found`."""
 
     @staticmethod
-    def forward(ctx, shard: Shard, problem: Problem, uniform: bool, ignore_index: int, embeddings, weight, scale):
+    def forward(
+        ctx,
+        shard: Shard,
+        problem: Problem,
+        uniform: bool,
+        length: bool,
+        ignore_index: int,
+        embeddings,
+        weight,
+        scale,
+        bias,
+    ):
         needs = any(ctx.needs_input_grad)
+        asked = (True, True, uniform, bias is not None, length)
         everyone = gather(problem, shard, ignore_index, needs)
         if shard.size:
             found = sweep.forward(everyone.problem, uniform, NO_CLASS, needs, everyone.arrive)
             parts = [found.negative_logsumexp, found.target_cosine, *([found.uniform_cosine] if uniform else [])]
+            parts += target_values(everyone.problem, length)
         else:  # more ranks than classes
             everyone.arrive()
             found = None
-            parts = [weight.new_zeros(len(everyone.problem.labels), dtype=torch.float64)] * (3 if uniform else 2)
+            parts = [weight.new_zeros(len(everyone.problem.labels), dtype=torch.float64)] * sum(asked)
             parts[0] = parts[0] - math.inf
         largest = shard.largest(parts[0].clone())
         reach = torch.where(parts[0] == -math.inf, 0.0, (parts[0] - largest).exp_())
@@ -133,29 +159,36 @@ class ShardedSweep(torch.autograd.Function):
         nlse = total.log() + largest.view(shard.world, everyone.most)[shard.rank]
         nlse = torch.where(total == 0, -math.inf, nlse)
         ctx.shard, ctx.everyone, ctx.found, ctx.nlse, ctx.count = shard, everyone, found, nlse, len(embeddings)
-        ctx.save_for_backward(embeddings, weight, scale)
-        nlse, target, *uniform_cosine = (t[: len(embeddings)].clone() for t in (nlse, *others))
-        return nlse, target, uniform_cosine[0] if uniform else None
+        ctx.asked = asked
+        ctx.save_for_backward(embeddings, weight, scale, bias)
+        results = (t[: len(embeddings)].clone() for t in (nlse, *others))
+        return tuple(next(results) if wanted else None for wanted in asked)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *upstream):
         shard, (problem, _, most, rows), found = ctx.shard, ctx.everyone, ctx.found
-        embeddings, weight, _ = ctx.saved_tensors  # an error if somebody has changed them
-        need_embeddings, need_weight, need_scale = ctx.needs_input_grad[4:]
-        upstream = [torch.zeros_like(ctx.nlse) if g is None else padded(g.contiguous(), most) for g in upstream]
-        told = shard.gather(torch.stack([ctx.nlse, *upstream])).unbind(dim=1)
-        nlse, d_nlse, d_target, d_uniform = (t.flatten().contiguous() for t in told)
+        embeddings, weight, _, bias = ctx.saved_tensors  # an error if somebody has changed them
+        need_embeddings, need_weight, need_scale, need_bias = ctx.needs_input_grad[5:]
+        upstream = [g for g, wanted in zip(upstream, ctx.asked, strict=True) if wanted]
+        told = shard.gather(torch.stack([ctx.nlse, *(padded(g.contiguous(), most) for g in upstream)]))
+        nlse, *told = (t.flatten().contiguous() for t in told.unbind(dim=1))
+        told = iter(told)
+        d_nlse, d_target, d_uniform, d_target_bias, d_length = (next(told) if wanted else None for wanted in ctx.asked)
         if found is None:
+            no_bias = None if bias is None else torch.zeros_like(bias)
             gradients = Gradients(
-                torch.zeros_like(problem.embeddings), torch.zeros_like(weight), None, torch.zeros_like(nlse)
+                torch.zeros_like(problem.embeddings), torch.zeros_like(weight), no_bias, torch.zeros_like(nlse)
             )
         else:
             share = (found.negative_logsumexp - nlse).exp_()  # of this rank's classes in the sum over all
             d_nlse = torch.where(d_nlse == 0, 0.0, d_nlse * share)
-            asked = SweepGradients(d_nlse, d_target, d_uniform if found.uniform_cosine.numel() else None, None)
-            gradients = sweep.backward(problem, asked, found, need_embeddings, need_weight, need_bias=False)
-        d_embeddings = d_weight = d_scale = None
+            asked = SweepGradients(d_nlse, d_target, d_uniform, None)
+            gradients = sweep.backward(problem, asked, found, need_embeddings, need_weight, need_bias)
+            gradients = add_target_gradients(
+                problem, gradients, d_target_bias if need_bias else None, d_length if need_weight else None
+            )
+        d_embeddings = d_weight = d_scale = d_bias = None
         if need_embeddings:
             d_embeddings = shard.scatter_sums(gradients.embeddings.view(shard.world, most, problem.size))
             d_embeddings = d_embeddings[: ctx.count].to(embeddings.dtype)
@@ -167,15 +200,26 @@ class ShardedSweep(torch.autograd.Function):
                 )
         if need_scale:
             d_scale = shard.scatter_sums(gradients.scale.view(shard.world, most))[: ctx.count]
-        return None, None, None, None, d_embeddings, d_weight, d_scale
+        if need_bias:  # dense: it is small
+            d_bias = gradients.bias if rows is None else torch.zeros_like(bias).index_copy_(0, rows, gradients.bias)
+        return None, None, None, None, None, d_embeddings, d_weight, d_scale, d_bias
 
 
-def run_sharded_sweep(problem: Problem, uniform: bool, ignore_index: int, shard: Shard) -> Sweep:
-    """A sweep's results for the samples of this rank; nothing of what only its own backward needs."""
-    nlse, target, uniform_cosine = ShardedSweep.apply(
-        shard, problem, uniform, ignore_index, problem.embeddings, problem.weight, problem.scale
+def run_sharded_sweep(problem: Problem, uniform: bool, ignore_index: int, shard: Shard, length: bool = False) -> Found:
+    """Differentiable in the problem's embeddings, weight, scale and bias."""
+    return Found(
+        *ShardedSweep.apply(
+            shard,
+            problem,
+            uniform,
+            length,
+            ignore_index,
+            problem.embeddings,
+            problem.weight,
+            problem.scale,
+            problem.bias,
+        )
     )
-    return Sweep(nlse, target, uniform_cosine, *[None] * (len(Sweep._fields) - 3))
 
 
 @torch.no_grad()

@@ -64,7 +64,7 @@ def forward(
         run = kernels(device)
         if problem.nearest:
             fill_nearest(run, problem, result)
-        norms_known = arrive is not None and problem.products == dispatch.PORTABLE
+        norms_known = arrive is not None and problem.products == dispatch.PORTABLE and not problem.inner_product
         if norms_known:
             portable.find_norms(run, problem, result)
         if arrive is not None:
