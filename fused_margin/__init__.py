@@ -12,13 +12,13 @@ except ImportError as error:
 from fused_margin import functional, optim, reference
 from fused_margin.adaptive import AdaFaceLoss, CurricularFaceLoss, ElasticFaceLoss, MagFaceLoss
 from fused_margin.companions import CenterLoss, InterLoss, IntraLoss, RingLoss, UniformLoss
+from fused_margin.exclusive import ExclusiveRegularizer
 from fused_margin.info import __version__, build_info
 from fused_margin.linear import L2SoftmaxLoss, LSoftmaxLoss, SoftmaxLoss
 from fused_margin.losses import (
     ArcFaceLoss,
     CombinedMarginLoss,
     CosFaceLoss,
-    ExclusiveRegularizer,
     MarginLoss,
     ModifiedSoftmaxLoss,
     NormFaceLoss,

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,22 +9,23 @@ from torch.nn import functional as F
 
 from fused_margin import checks
 from fused_margin.margins import BEYOND_PI, FilteredNegatives, HardNegatives, Margin
+from fused_margin.nearest import NearestClass, Separability, exclusive_regularization, nearest_class, separability
 from fused_margin.ops import library
 from fused_margin.ops.dispatch import PORTABLE, products_of
-from fused_margin.ops.problem import Problem, Sweep
+from fused_margin.ops.problem import Problem, Sweep, workspace_bytes
 from fused_margin.ops.sharded import run_sharded_sweep
-from fused_margin.ops.sharded_nearest import ShardedNearest
 from fused_margin.sharding import Shard, Shared, Total
 
-
-class NearestClass(NamedTuple):
-    cosine: Tensor
-    index: Tensor
-
-
-class Separability(NamedTuple):
-    mean: float
-    std: float
+__all__ = [
+    "NearestClass",
+    "Separability",
+    "cosine_logsumexp",
+    "exclusive_regularization",
+    "linear_cross_entropy",
+    "margin_cross_entropy",
+    "nearest_class",
+    "separability",
+]
 
 
 def margin_cross_entropy(
@@ -42,6 +42,7 @@ def margin_cross_entropy(
     label_smoothing: float = 0.0,
     sub_centers: int = 1,
     hard_negatives: HardNegatives | FilteredNegatives | None = None,
+    nearest: NearestClass | None = None,
     shard: Shard | None = None,
     workspace_mb: float = 256,
 ) -> Tensor:
@@ -71,6 +72,8 @@ def margin_cross_entropy(
             with label smoothing.
         hard_negatives: what becomes of near classes: they weigh more (CurricularFace), or count as
             orthogonal (InsightFace's filtering). Not with label smoothing.
+        nearest: every class's nearest other, for the exclusive term, where they are known already (as
+            :class:`fused_margin.ExclusiveRegularizer` knows them); None finds them. Not across ranks.
         shard: which of the classes ``weight`` holds, if they are divided among ranks. Embeddings and labels are then
             each rank's own, and may differ in number; labels count over all classes, and so does ``class_weight``,
             which every rank has whole. Every rank gets the loss of all samples (its own with ``reduction="none"``),
@@ -102,11 +105,12 @@ def margin_cross_entropy(
     labels, class_weight = labels.to(torch.int64).contiguous(), _double(class_weight)
     scales, scale_value = _scales(scale, embeddings)
     portable = sub_centers > 1 or threshold is not None
+    known = checks.nearest(nearest, weight, shard) if exclusive else (None, None)
     own_class_weight = class_weight if shard is None or class_weight is None else shard.part_of(class_weight)
     problem = Problem(
-        embeddings, weight, _bytes(workspace_mb), PORTABLE if portable else products_of(embeddings, weight), labels,
-        scales, scale_value, own_class_weight if smooth else None, exclusive and shard is None, sub_centers, threshold,
-        strength,
+        embeddings, weight, workspace_bytes(workspace_mb), PORTABLE if portable else products_of(embeddings, weight), labels,
+        scales, scale_value, own_class_weight if smooth else None, exclusive and shard is None, *known,
+        sub_centers, threshold, strength,
     )  # fmt: skip
     if shard is None:
         found = _sweep(problem, smooth, ignore_index)
@@ -119,7 +123,9 @@ def margin_cross_entropy(
     if exclusive and shard is None:
         loss = loss + exclusive_weight * found.nearest_cosine.mean(dtype=torch.float64)
     elif exclusive:
-        loss = loss + exclusive_weight * exclusive_regularization(weight, shard=shard, workspace_mb=workspace_mb)
+        loss = loss + exclusive_weight * exclusive_regularization(
+            weight, nearest=nearest, shard=shard, workspace_mb=workspace_mb
+        )
     return loss.to(problem.compute)
 
 
@@ -170,7 +176,7 @@ def linear_cross_entropy(
     labels, class_weight, smooth = labels.to(torch.int64).contiguous(), _double(class_weight), label_smoothing > 0
     own_class_weight = class_weight if shard is None or class_weight is None else shard.part_of(class_weight)
     problem = Problem(
-        embeddings, weight, _bytes(workspace_mb), PORTABLE, labels, inner_product=True, bias=bias,
+        embeddings, weight, workspace_bytes(workspace_mb), PORTABLE, labels, inner_product=True, bias=bias,
         class_weight=own_class_weight if smooth else None,
     )  # fmt: skip
     own = labels.clamp(0, classes - 1)  # an ignored sample's is not used
@@ -232,78 +238,12 @@ def cosine_logsumexp(
     checks.number("workspace_mb", workspace_mb, 0.0, open_low=True)
     scales, scale_value = _scales(scale, embeddings)
     problem = Problem(
-        embeddings, weight, _bytes(workspace_mb), products_of(embeddings, weight), labels.to(torch.int64).contiguous(),
+        embeddings, weight, workspace_bytes(workspace_mb), products_of(embeddings, weight), labels.to(torch.int64).contiguous(),
         scales, scale_value,
     )  # fmt: skip
     nothing_ignored = torch.iinfo(torch.int64).min
     found = _sweep(problem, False, nothing_ignored)
     return found.negative_logsumexp.to(problem.compute), found.target_cosine.to(problem.compute)
-
-
-def nearest_class(weight: Tensor, *, shard: Shard | None = None, workspace_mb: float = 256) -> NearestClass:
-    """For every class, the other class whose weight points most nearly the same way.
-
-    Args:
-        weight: (C, D), C >= 2; need not be normalised.
-        shard: which of the classes ``weight`` holds, if they are divided among ranks; others are then looked for on
-            all of them, and ``index`` counts over all. Shards go round, two at a time on every rank.
-        workspace_mb: bound on scratch memory in MiB; W @ W.T goes through in tiles of its upper triangle.
-
-    Returns:
-        ``NearestClass(cosine, index)``, both (C,). ``cosine`` is differentiable; ties go to the lowest index. A row
-        with NaN has cosine NaN.
-
-    Raises:
-        ValueError, TypeError: for wrong shapes or dtypes, or fewer than two classes.
-    """
-    checks.number("workspace_mb", workspace_mb, 0.0, open_low=True)
-    if shard is not None:
-        if checks.shard(shard, weight, 1, 0.0) < 2:
-            checks.class_weights(weight, at_least=2)
-        return NearestClass(*ShardedNearest.apply(shard, weight, _bytes(workspace_mb)))
-    checks.class_weights(weight, at_least=2)
-    problem = Problem(None, weight, _bytes(workspace_mb), products_of(None, weight), nearest=True)
-    found = library.run_sweep(problem, uniform=False, ignore_index=0, keep=False)
-    return NearestClass(found.nearest_cosine, found.nearest_index)
-
-
-def exclusive_regularization(weight: Tensor, *, shard: Shard | None = None, workspace_mb: float = 256) -> Tensor:
-    """RegularFace's exclusive term: mean over the classes of the cosine to the nearest other class.
-
-    ``1/C * sum_j max_{k != j} w_j . w_k`` with unit-length rows (RegularFace, CVPR 2019, eq. 8). Time is that of half
-    of W @ W.T; memory O(C * D), never O(C^2).
-
-    Args:
-        weight: (C, D), C >= 2; need not be normalised.
-        shard: as in :func:`nearest_class`; every rank gets the mean over all classes.
-        workspace_mb: bound on scratch memory in MiB.
-
-    Returns:
-        Scalar, differentiable; float64 if ``weight`` is, else float32.
-
-    Raises:
-        ValueError, TypeError: for wrong shapes or dtypes, or fewer than two classes.
-    """
-    cosine = nearest_class(weight, shard=shard, workspace_mb=workspace_mb).cosine
-    return cosine.mean() if shard is None else Total.apply(shard, cosine.sum()) / shard.num_classes
-
-
-@torch.no_grad()
-def separability(weight: Tensor, *, workspace_mb: float = 256) -> Separability:
-    """Mean and standard deviation of Sep_j, the cosine of class j to its nearest other class (RegularFace, eq. 5).
-
-    Args:
-        weight: (C, D), C >= 2; need not be normalised.
-
-    Returns:
-        ``Separability(mean, std)``, Python floats; std is that of the C values (divided by C). Lower is better
-        separated. Uniform random directions, C = 10,575 and D = 512, give 0.170 and 0.0134.
-
-    Raises:
-        ValueError, TypeError: for wrong shapes or dtypes, or fewer than two classes.
-    """
-    cosine = nearest_class(weight, workspace_mb=workspace_mb).cosine.double()
-    return Separability(cosine.mean().item(), cosine.std(correction=0).item())
 
 
 def _norm(rows: Tensor) -> Tensor:
@@ -312,10 +252,6 @@ def _norm(rows: Tensor) -> Tensor:
 
 def _double(class_weight: Tensor | None) -> Tensor | None:
     return None if class_weight is None else class_weight.detach().to(torch.float64).contiguous()
-
-
-def _bytes(workspace_mb: float) -> int:
-    return math.floor(workspace_mb * 2**20)
 
 
 def _scales(scale: float | Tensor | None, embeddings: Tensor) -> tuple[Tensor | None, float]:

@@ -68,7 +68,7 @@ class SoftmaxLoss(ClassificationLoss):
         )
         if self.exclusive_weight > 0:
             loss = loss + self.exclusive_weight * exclusive_regularization(
-                self.weight, shard=self.shard, workspace_mb=self.workspace_mb
+                self.weight, nearest=self.nearest(), shard=self.shard, workspace_mb=self.workspace_mb
             )
         return loss
 

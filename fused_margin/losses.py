@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fused_margin import checks
-from fused_margin.functional import margin_cross_entropy, nearest_class
+from fused_margin.exclusive import ExclusiveRegularizer, checked_refresh
+from fused_margin.functional import NearestClass, margin_cross_entropy
 from fused_margin.margins import HardNegatives, Margin, minimum_scale
 from fused_margin.sharding import Shard, Shared, Total
 
@@ -23,6 +24,8 @@ ARGUMENTS = """
 {own}
         exclusive_weight: lambda of RegularFace's exclusive term, added to the loss and found in the same
             sweep over the weights; 0 switches it off.
+        exclusive_refresh: when the nearest classes of that term are looked for, see
+            :class:`fused_margin.ExclusiveRegularizer`. Not with ``process_group``.
         class_weight: (C,) factors, as ``weight`` in ``torch.nn.CrossEntropyLoss``. A buffer.
         reduction, ignore_index, label_smoothing: as in ``torch.nn.CrossEntropyLoss``.
         beyond_pi, easy, gradient: see :class:`fused_margin.Margin`.
@@ -61,6 +64,7 @@ class ClassificationLoss(nn.Module):
         process_group: dist.ProcessGroup | None = None,
         sample_rate: float = 1.0,
         exclusive_weight: float = 0.0,
+        exclusive_refresh: str | int = "every_step",
         class_weight: Tensor | None = None,
         reduction: str = "mean",
         ignore_index: int = -100,
@@ -92,6 +96,14 @@ class ClassificationLoss(nn.Module):
             class_weight = torch.as_tensor(class_weight, device=self.weight.device)
             checks.per_class("class_weight", class_weight, self.weight, self.num_classes)
         self.register_buffer("class_weight", class_weight)
+        self.exclusive = None
+        if checked_refresh("exclusive_refresh", exclusive_refresh) != "every_step" and exclusive_weight > 0:
+            if process_group is not None:
+                raise ValueError(
+                    f"exclusive_refresh: expected 'every_step' with a process_group, got {exclusive_refresh!r}"
+                )
+            self.exclusive = ExclusiveRegularizer(refresh=exclusive_refresh, workspace_mb=workspace_mb)
+            self.exclusive.start(self.weight)
 
     def cross_entropy_options(self) -> dict:
         """What the functional forms of all losses take."""
@@ -139,6 +151,10 @@ class ClassificationLoss(nn.Module):
         """A number that every rank has; one that is learned gets the gradient of all ranks' samples on each of them."""
         learned = self.shard is not None and isinstance(value, Tensor) and value.requires_grad
         return Shared.apply(self.shard, value) if learned else value
+
+    def nearest(self) -> NearestClass | None:
+        """Every class's nearest other, if `exclusive_refresh` keeps them; None: to be found."""
+        return None if self.exclusive is None else self.exclusive.find(self.weight)
 
     def own_repr(self) -> list[str]:
         """What tells one loss from another, as name=value."""
@@ -209,6 +225,7 @@ class MarginLoss(ClassificationLoss):
             exclusive_weight=self.exclusive_weight,
             sub_centers=self.sub_centers,
             hard_negatives=self.hard_negatives(embeddings, labels),
+            nearest=self.nearest(),
             shard=self.current_shard(),
             **self.cross_entropy_options(),
         )
@@ -374,22 +391,3 @@ class SphereFaceLoss(AnnealedMargin, MarginLoss):
         loss = super().forward(embeddings, labels)
         self.count_iteration()
         return loss
-
-
-class ExclusiveRegularizer(nn.Module):
-    """RegularFace's exclusive term as a module: the mean cosine of the classes to their nearest other class.
-
-    Use it beside a loss of your own; the losses of this package take ``exclusive_weight`` instead and find
-    the term in the sweep they make anyway. See :func:`fused_margin.functional.exclusive_regularization`.
-
-    Shape:
-        weight (C, D), C >= 2 -> scalar.
-    """
-
-    def __init__(self, *, workspace_mb: float = 256):
-        super().__init__()
-        checks.number("workspace_mb", workspace_mb, 0.0, open_low=True)
-        self.workspace_mb = workspace_mb
-
-    def forward(self, weight: Tensor) -> Tensor:
-        return nearest_class(weight, workspace_mb=self.workspace_mb).cosine.mean()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fused_margin.ops.backend import Kernels
 from fused_margin.ops.problem import compute_dtype
-from fused_margin.ops.search import Coded, Lists, Search, capacity_of, int8_wins
+from fused_margin.ops.search import Coded, Lists, Search, capacity_of, find_nearest, int8_wins
 
 CANDIDATES = 32  # of a class, beside its nearest
 THRESHOLDS = 64  # of errors that are tried at a step
@@ -75,9 +75,7 @@ def refresh(run: Kernels, weight: Tensor, state: NearestState, workspace_bytes: 
         renewed[rows] = True
         coded.encode(run, rows)
         coded.measure_rows(run, rows)
-        run.forget_renewed(
-            lists=lists.arguments(), renewed_rows=renewed, renewed_candidates=renewed, count=classes
-        )
+        run.forget_renewed(lists=lists.arguments(), renewed_rows=renewed, renewed_candidates=renewed, count=classes)
         search.resolve(rows, renewed)
         search.settle()  # the others, whose lists may have new candidates
         uncertain = search.uncertain()
@@ -106,6 +104,17 @@ def worth_sweeping(coded: Coded, tolerance: Tensor) -> Tensor:
     doubtful = torch.searchsorted(tolerance.sort().values, thresholds, right=True)
     threshold = thresholds[(further + doubtful).argmin()]
     return ((error > threshold) | ~(tolerance > threshold)).nonzero().squeeze(1)
+
+
+def frozen(
+    run: Kernels, weight: Tensor, index: Tensor, age: Tensor, every: int, counts: bool, workspace_bytes: int
+) -> Tensor:
+    """Cosine (C,) float64 of every class with `index` (C,), which is found anew when `age` (1,) is a multiple of `every`."""
+    if age.item() % every == 0:
+        found = find_nearest(run, weight, None, 1, False, workspace_bytes)
+        index.copy_(found.answers(torch.float64)[1].squeeze(1))
+    age += counts
+    return cosines_with(run, weight, index)
 
 
 def cosines_with(run: Kernels, weight: Tensor, index: Tensor) -> Tensor:

@@ -55,18 +55,18 @@ def use(name: str) -> Iterator[None]:
         _wanted = before
 
 
-def _constant_while_compiled(function):
+def constant_while_compiled(function):
     """torch.compiler.assume_constant_result, without its import of the whole compiler, which takes seconds."""
     function._dynamo_marked_constant = True
     return function
 
 
-@_constant_while_compiled
+@constant_while_compiled
 def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-@_constant_while_compiled
+@constant_while_compiled
 def _half_is_enough() -> bool:
     return torch.get_float32_matmul_precision() != "highest"
 

@@ -134,9 +134,7 @@ def _(query, reference, number, *_):
     return query.new_empty(shape, dtype=compute_dtype(query, reference)), query.new_empty(shape, dtype=torch.int64)
 
 
-@torch.library.custom_op(
-    "fused_margin::refresh_nearest", mutates_args=certified.NearestState._fields
-)
+@torch.library.custom_op("fused_margin::refresh_nearest", mutates_args=certified.NearestState._fields)
 def refresh_nearest(
     weight: Tensor,
     code: Tensor,
@@ -158,15 +156,17 @@ def _(weight, *_):
     return weight.new_empty(weight.shape[0], dtype=torch.float64), weight.new_empty(weight.shape[0], dtype=torch.int64)
 
 
-@torch.library.custom_op("fused_margin::cosines_with", mutates_args=())
-def cosines_with(weight: Tensor, index: Tensor) -> Tensor:
-    """Cosine (C,) float64 of every class with the one that `index` (C,) names."""
+@torch.library.custom_op("fused_margin::frozen_nearest", mutates_args=("index", "age"))
+def frozen_nearest(
+    weight: Tensor, index: Tensor, age: Tensor, every: int, counts: bool, workspace_bytes: int
+) -> Tensor:
+    """Cosine (C,) float64 of every class with its nearest of some steps ago: `index`, looked for every so many."""
     with on_device(weight.device), torch.autocast(weight.device.type, enabled=False):
-        return certified.cosines_with(kernels(weight.device), weight, index)
+        return certified.frozen(kernels(weight.device), weight, index, age, every, counts, workspace_bytes)
 
 
-@cosines_with.register_fake
-def _(weight, index):
+@frozen_nearest.register_fake
+def _(weight, *_):
     return weight.new_empty(weight.shape[0], dtype=torch.float64)
 
 

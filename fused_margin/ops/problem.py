@@ -1,5 +1,6 @@
 """What a sweep is asked, and what it finds."""
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,6 +12,10 @@ DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)  # of emb
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def workspace_bytes(workspace_mb: float) -> int:
+    return math.floor(workspace_mb * 2**20)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fused_margin.ops.backend import Kernels
+from fused_margin.ops.dispatch import constant_while_compiled
 from fused_margin.ops.plan import SMALLEST_CHUNK, whole_chunk
 
 TILE_BYTES = 4 << 20  # of products, which are read twice: larger ones multiply no faster
@@ -20,6 +21,7 @@ MOST_NEAREST = 32
 LARGEST_INT8_SIZE = (2**31 - 1) // 127**2  # of rows whose products fit an int32
 
 
+@constant_while_compiled
 def int8_wins(device: torch.device) -> bool:
     """Whether products of int8 are the fastest: on processors with instructions for them."""
     if device.type != "cpu":
@@ -151,9 +153,7 @@ class Lists:
 class Search:
     """Queries, references (the same rows in one set), the lists that a sweep fills, and the answers found so far."""
 
-    def __init__(
-        self, run: Kernels, query: Coded, reference: Coded, lists: Lists, number: int, workspace_bytes: int
-    ):
+    def __init__(self, run: Kernels, query: Coded, reference: Coded, lists: Lists, number: int, workspace_bytes: int):
         self.run, self.query, self.reference, self.lists = run, query, reference, lists
         self.one_set = query is reference
         queries, device = len(query.rows), query.rows.device
