@@ -201,6 +201,14 @@ def nearest(value, weight: Tensor, shard: Shard | None) -> tuple[Tensor, Tensor]
     return cosine, index
 
 
+def searched_device(name: str, value: Tensor) -> None:
+    """What is found by the exact search alone."""
+    if value.device.type != "cpu":
+        raise RuntimeError(
+            f"{name}: expected a CPU tensor, the exact search has no CUDA kernels yet; got {value.device}"
+        )
+
+
 def one_of(name: str, value: str, allowed: tuple[str, ...]) -> str:
     if value not in allowed:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")

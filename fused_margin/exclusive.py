@@ -48,6 +48,7 @@ class ExclusiveRegularizer(nn.Module):
 
     Raises:
         ValueError, TypeError: for a ``refresh`` that is none of these.
+        RuntimeError: for weights on a CUDA device, unless ``refresh`` is ``"every_step"``: not there yet.
     """
 
     def __init__(self, *, refresh: str | int = "every_step", workspace_mb: float = 256):
@@ -69,6 +70,7 @@ class ExclusiveRegularizer(nn.Module):
 
     def start(self, weight: Tensor) -> None:
         """Makes what is kept of such weights, if it is not there."""
+        checks.searched_device("weight", weight)
         if self.refresh == "certified":
             state = self.state()
             if state is None or not fits(state, weight):

@@ -58,6 +58,7 @@ def nearest_class(
 
     Raises:
         ValueError, TypeError: for wrong shapes, dtypes or devices, fewer than two classes, k out of range.
+        RuntimeError: for CUDA tensors with a reference, k > 1 or inner products, which run on the CPU only yet.
     """
     checks.number("workspace_mb", workspace_mb, 0.0, open_low=True)
     checks.one_of("metric", metric, METRICS)
@@ -83,6 +84,7 @@ def nearest_class(
         raise ValueError(f"k: expected at most {min(MOST_NEAREST, others)}, got {k}")
     if plain:
         return known_nearest(query, (None, None), workspace_mb)
+    checks.searched_device("query", query)
     if reference is not None and query.dtype != reference.dtype:
         query, reference = (t.to(compute_dtype(query, reference)) for t in (query, reference))
     cosine, index = library.nearest_rows(

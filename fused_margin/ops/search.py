@@ -25,7 +25,7 @@ LARGEST_INT8_SIZE = (2**31 - 1) // 127**2  # of rows whose products fit an int32
 def int8_wins(device: torch.device) -> bool:
     """Whether products of int8 are the fastest: on processors with instructions for them."""
     if device.type != "cpu":
-        return False  # not measured yet
+        return False
     return any(getattr(torch.cpu, name, bool)() for name in ("_is_vnni_supported", "_is_avx512_vnni_supported"))
 
 

@@ -29,7 +29,13 @@ def load(directory: Path):
         f"-I{ROOT / 'tests/emulation'}",
     ]
     defines = ["-DFM_MODULE_NAME=_emulated", "-DFM_CUDA", "-DFM_SM80", "-DFM_SM90", "-DFM_EMULATE", "-DFM_ISA=plain"]
-    sources = ["csrc/module.cpp", "csrc/tensor_module.cpp", "csrc/cpu/dispatch.cpp", "csrc/cpu/kernels.cpp"]
+    sources = [
+        "csrc/module.cpp",
+        "csrc/tensor_module.cpp",
+        "csrc/cpu/dispatch.cpp",
+        "csrc/cpu/kernels.cpp",
+        "csrc/cpu/search.cpp",
+    ]
     sources += [f"csrc/cuda/{name}.cu" for name in ("kernels", "operands", "sm80", "sm90")]
     jobs = []
     for source in sources:

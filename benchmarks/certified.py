@@ -1,0 +1,190 @@
+"""Certified refresh in a training: what it sweeps, what that costs, and whether it is exact: `python -m benchmarks.certified`.
+
+Identities are single pictures of characters in the DejaVu faces, distorted anew at every step; the network is the
+trainer's. At every step the nearest classes are found twice, by the certificate and by a whole sweep, and compared.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import tyro
+from torch import Tensor
+
+import fused_margin as fm
+from fused_margin.exclusive import ExclusiveRegularizer
+from fused_margin.trainer.data.augment import AugmentationConfig, augment
+from fused_margin.trainer.data.base import to_input, on_gray
+from fused_margin.trainer.data.glyphs import render_characters
+from fused_margin.trainer.models import ModelConfig, ResNet
+
+from .results import hardware, versions
+
+
+@dataclass(frozen=True)
+class Config:
+    """Train with the exclusive term, and find its nearest classes in both ways at every step."""
+
+    classes: int = 20_000
+    """C, at most as many as there are pictures (about 26,000)."""
+    size: int = 128
+    """D."""
+    samples: int = 128
+    """N of a batch."""
+    steps: int = 2200
+    """Of training."""
+    lr: float = 0.1
+    """Of the network; falls linearly to zero after the first twentieth."""
+    class_lr: float = 0.5
+    """Of the class weights, likewise."""
+    exclusive_weight: float = 1.0
+    """Lambda of the exclusive term."""
+    scale: float = 32.0
+    """Of the logits."""
+    margin: float = 0.2
+    """Of ArcFace, radians."""
+    threads: int = 2
+    """Of torch."""
+    seed: int = 0
+    """Of everything."""
+    output: Path | None = None
+    """File for the result; a picture goes beside it."""
+
+
+@dataclass
+class Step:
+    """What one step of training took, and found."""
+
+    loss: float
+    certified: float  # seconds
+    full: float  # seconds
+    swept: int  # rows
+    different_index: int
+    different_cosine: int
+    sep: float  # mean cosine to the nearest class
+
+
+def main() -> None:
+    config = tyro.cli(Config, prog="python -m benchmarks.certified")
+    torch.set_num_threads(config.threads)
+    torch.manual_seed(config.seed)
+    steps = list(train(config))
+    epoch = -(-config.classes // config.samples)
+    later = steps[epoch:] or steps
+    summary = {
+        "steps": len(steps),
+        "differences of index": sum(step.different_index for step in steps),
+        "differences of cosine": sum(step.different_cosine for step in steps),
+        "share of rows not swept, after the first epoch": 1
+        - statistics.mean(step.swept for step in later) / config.classes,
+        "full sweep over certified, median ratio after the first epoch": statistics.median(
+            step.full / step.certified for step in later
+        ),
+        "the same, in the last tenth": statistics.median(
+            step.full / step.certified for step in steps[-max(1, len(steps) // 10) :]
+        ),
+    }
+    for name, value in summary.items():
+        print(f"{name}: {value:.4g}")
+    if config.output is not None:
+        settings = {name: value for name, value in asdict(config).items() if name != "output"}
+        columns = {name: [round(getattr(step, name), 6) for step in steps] for name in Step.__dataclass_fields__}
+        report = {"problem": settings, "hardware": hardware("cpu"), "versions": versions(), "summary": summary}
+        config.output.write_text(json.dumps(report | {"steps": columns}) + "\n", encoding="utf-8")
+        draw(steps, config, config.output.with_suffix(".png"))
+
+
+def pictures(classes: int) -> Tensor:
+    """(C, 1, H, W) in [-1, 1], all different."""
+    images, drawn, _ = render_characters((24, 24))
+    distinct = torch.unique(images[drawn].flatten(1), dim=0)
+    if len(distinct) < classes:
+        raise SystemExit(f"--classes: expected at most {len(distinct)}, got {classes}")
+    return distinct[torch.randperm(len(distinct))[:classes]].view(classes, 1, 24, 24)
+
+
+def train(config: Config):
+    images = on_gray(pictures(config.classes))
+    backbone = ResNet(ModelConfig(depth=10, embedding_size=config.size))
+    loss_fn = fm.ArcFaceLoss(config.classes, config.size, margin=config.margin, scale=config.scale)
+    certified, generator = ExclusiveRegularizer(refresh="certified"), torch.Generator().manual_seed(config.seed)
+    optimizer = fm.optim.ProjectedSGD(
+        [
+            {"params": backbone.parameters(), "lr": config.lr, "weight_decay": 5e-4, "project": False},
+            {"params": loss_fn.parameters(), "lr": config.class_lr},
+        ],
+        lr=config.lr,
+    )
+    warmup = max(1, config.steps // 20)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda s: min((s + 1) / warmup, (config.steps - s) / (config.steps - warmup))
+    )
+    order = torch.empty(0, dtype=torch.int64)
+    for number in range(config.steps):
+        if len(order) < config.samples:
+            order = torch.randperm(config.classes, generator=generator)
+        labels, order = order[: config.samples], order[config.samples :]
+        weight = loss_fn.weight.detach()
+        before = 0 if certified.swept is None else int(certified.swept[0])
+        seconds, found = timed(lambda weight=weight: certified.find(weight))
+        full_seconds, whole = timed(lambda weight=weight: fm.functional.nearest_class(weight))
+        nearest = fm.functional.NearestClass(*found)
+        embeddings = backbone(augment(to_input(images[labels]), AugmentationConfig(), generator))
+        loss = loss_fn(embeddings, labels)
+        exclusive = fm.functional.exclusive_regularization(loss_fn.weight, nearest=nearest)
+        optimizer.zero_grad()
+        (loss + config.exclusive_weight * exclusive).backward()
+        torch.nn.utils.clip_grad_norm_(backbone.parameters(), 5.0)
+        optimizer.step()
+        schedule.step()
+        step = Step(
+            loss.item(),
+            seconds,
+            full_seconds,
+            int(certified.swept[0]) - before,
+            int((found.index != whole.index).sum()),
+            int((found.cosine.float() != whole.cosine).sum()),
+            whole.cosine.mean().item(),
+        )
+        if number % 50 == 0:
+            print(
+                f"step {number}: loss {step.loss:.3f}, Sep {step.sep:.3f}, swept {step.swept}, certified "
+                f"{1e3 * seconds:.0f} ms, full {1e3 * full_seconds:.0f} ms, different "
+                f"{step.different_index} {step.different_cosine}",
+                flush=True,
+            )
+        yield step
+
+
+def timed(function):
+    started = time.perf_counter()
+    result = function()
+    return time.perf_counter() - started, result
+
+
+def draw(steps: list[Step], config: Config, path: Path) -> None:
+    """Rows swept, and seconds, over the steps."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, (rows, seconds) = pyplot.subplots(2, sharex=True, figsize=(7, 6), layout="constrained")
+    numbers = range(len(steps))
+    rows.plot(numbers, [100 * step.swept / config.classes for step in steps], linewidth=0.8, color="C0")
+    rows.set(ylabel="rows swept, %", ylim=(0, 102), title=f"C = {config.classes:,}, D = {config.size}")
+    seconds.semilogy(numbers, [1e3 * step.full for step in steps], linewidth=0.8, color="C1", label="full sweep")
+    seconds.semilogy(numbers, [1e3 * step.certified for step in steps], linewidth=0.8, color="C0", label="certified")
+    seconds.set(xlabel="step", ylabel="ms")
+    seconds.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    main()

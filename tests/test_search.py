@@ -1,0 +1,249 @@
+"""The exact search for nearest rows, and its certified refresh from step to step, against whole matrices in float64."""
+
+import copy
+
+import pytest
+import torch
+from problems import leaf, problem
+from torch.nn import functional as F
+
+import fused_margin as fm
+from fused_margin.functional import NearestClass, nearest_class
+from fused_margin.ops import certified, search
+from fused_margin.ops.backend import kernels
+
+
+@pytest.fixture(params=[True, False], ids=["int8", "float"])
+def codes(request, monkeypatch):
+    """Screens in int8, and in floating point, wherever the tests run."""
+    for module in (search, certified):
+        monkeypatch.setattr(module, "int8_wins", lambda device: request.param)
+    return request.param
+
+
+def products(query, reference, metric):
+    query, reference = query.double(), reference.double()
+    if metric == "cosine":
+        query, reference = F.normalize(query), F.normalize(reference)
+    return query @ reference.t()
+
+
+@pytest.mark.parametrize("metric", ["cosine", "inner_product"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(2, 3, 5), (301, 37, 45), (70, 1500, 64)], ids=str)
+def test_top_k(codes, shape, dtype, metric):
+    rows, others, size = shape
+    torch.manual_seed(0)
+    query = torch.randn(rows, size).to(dtype)
+    for reference in (None, torch.randn(others, size).to(dtype)):
+        expected = products(query, query if reference is None else reference, metric)
+        if reference is None:
+            expected.fill_diagonal_(-torch.inf)
+        for k in (1, 2, 7, 32):
+            if k > expected.shape[1] - (reference is None):
+                continue
+            value, index = expected.topk(k)
+            found = nearest_class(query, reference, k=k, metric=metric, workspace_mb=1)
+            assert torch.equal(found.index.view(rows, k), index)
+            tolerance = 1e-12 if dtype == torch.float64 else 1e-6
+            torch.testing.assert_close(found.cosine.double().view(rows, k), value, rtol=tolerance, atol=tolerance)
+
+
+def test_ragged_tiles_and_strides(codes, monkeypatch):
+    torch.manual_seed(1)
+    query, reference = torch.randn(21, 300).t(), torch.randn(21, 211).t()
+    value, index = products(query, reference, "cosine").topk(3)
+    monkeypatch.setattr(search, "TILE_BYTES", 1)  # tiles of 64 rows and columns
+    found = nearest_class(query, reference, k=3)
+    assert torch.equal(found.index, index)
+    assert torch.equal(nearest_class(query).index, products(query, query, "cosine").fill_diagonal_(-1).argmax(1))
+
+
+def test_what_only_double_tells_apart(codes):
+    """A hundred references that float32 products, let alone int8, cannot order."""
+    torch.manual_seed(2)
+    direction, other = torch.randn(2, 64).double()
+    reference = direction + 1e-5 * torch.randperm(100).unsqueeze(1).double() * other
+    reference = torch.cat([torch.randn(500, 64).double(), reference]).float()
+    query = direction.float().unsqueeze(0).repeat(3, 1)
+    expected = products(query, reference, "cosine").topk(5)
+    found = nearest_class(query, reference, k=5)
+    assert torch.equal(found.index, expected.indices)
+
+
+def test_ties_zero_rows_and_nan(codes):
+    w = torch.randn(40, 8)
+    w[[5, 9, 30]] = w[2].clone()
+    w[[11, 12]] = 0.0
+    w[0] = float("nan")
+    found = nearest_class(w, k=3)
+    assert found.index[5].tolist() == [2, 9, 30] and found.index[2].tolist() == [5, 9, 30]
+    assert found.index[11].tolist() == [1, 2, 3] and (found.cosine[11] == 0).all()  # not class 0, which is NaN
+    assert found.cosine[0].isnan().all() and not found.cosine[1:].isnan().any()
+    assert not (found.index[1:] == 0).any()
+    assert nearest_class(w).index[30] == 2
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "said"),
+    [
+        (lambda w: nearest_class(w, k=0), ValueError, "k: "),
+        (lambda w: nearest_class(w, k=33), ValueError, "k: expected at most 9, got 33"),
+        (lambda w: nearest_class(w, torch.randn(50, 4), k=33), ValueError, "k: expected at most 32, got 33"),
+        (lambda w: nearest_class(w, torch.randn(5, 3)), ValueError, "reference: expected .R, 4."),
+        (lambda w: nearest_class(w, torch.randn(0, 4)), ValueError, "reference"),
+        (lambda w: nearest_class(w, [1]), TypeError, "reference"),
+        (lambda w: nearest_class(w, metric="dot"), ValueError, "metric: expected one of 'cosine', 'inner_product'"),
+        (lambda w: fm.ExclusiveRegularizer(refresh="never"), ValueError, "refresh: expected one of"),
+        (lambda w: fm.ExclusiveRegularizer(refresh=0), ValueError, "refresh"),
+        (lambda w: fm.ExclusiveRegularizer(refresh=2.5), TypeError, "refresh"),
+        (lambda w: fm.ArcFaceLoss(5, 3, exclusive_refresh="x"), ValueError, "exclusive_refresh"),
+        (
+            lambda w: fm.functional.exclusive_regularization(w, nearest=NearestClass(w[:, 0], torch.arange(10) + 1)),
+            ValueError,
+            "got 10",
+        ),
+        (
+            lambda w: fm.functional.exclusive_regularization(w, nearest=NearestClass(w[:3, 0], torch.arange(10))),
+            ValueError,
+            "nearest.cosine",
+        ),
+    ],
+)
+def test_errors(call, error, said):
+    with pytest.raises(error, match=said):
+        call(torch.randn(10, 4))
+
+
+def training(classes, size, steps, seed=0):
+    """Class weights over the steps of a training with momentum, weight decay, projection and few classes a step."""
+    torch.manual_seed(seed)
+    weight = leaf(torch.randn(classes // 8, size).repeat_interleave(8, 0) + 0.7 * torch.randn(classes, size))
+    optimizer = fm.optim.ProjectedSGD([weight], lr=0.05, momentum=0.9, weight_decay=5e-4)
+    for step in range(steps):
+        yield step, weight.detach()
+        weight.grad = torch.zeros_like(weight)
+        weight.grad[torch.randint(classes, (6,))] = torch.randn(6, size)
+        weight.grad += 1e-3 * torch.randn_like(weight)
+        optimizer.step()
+
+
+def full_sweep(weight):
+    """In float64, as the certified ones are."""
+    found = search.find_nearest(kernels(weight.device), weight, None, 1, False, 1 << 22)
+    return NearestClass(*(answer.squeeze(1) for answer in found.answers(torch.float64)))
+
+
+def same(found, expected):
+    """Bit for bit."""
+    equal = (found.cosine == expected.cosine) | (found.cosine.isnan() & expected.cosine.isnan())
+    return bool(equal.all()) and torch.equal(found.index, expected.index)
+
+
+def test_certified_is_a_full_sweep(codes):
+    regularizer, stale = fm.ExclusiveRegularizer(refresh="certified"), fm.ExclusiveRegularizer(refresh=10**6)
+    changed = 0
+    for _, weight in training(800, 48, 400):
+        expected, found = full_sweep(weight), regularizer.find(weight)
+        assert same(found, expected)
+        assert torch.equal(found.cosine.float(), nearest_class(weight).cosine)
+        changed += int((stale.find(weight).index != expected.index).sum())
+    assert changed > 1000  # neighbours do change
+    again, not_again, whole = regularizer.swept.tolist()
+    assert not_again > 4 * again and whole < 10
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+def test_certified_of_other_types(codes, dtype):
+    regularizer = fm.ExclusiveRegularizer(refresh="certified")
+    for _, weight in training(304, 20, 40):
+        assert same(regularizer.find(weight.to(dtype)), full_sweep(weight.to(dtype)))
+
+
+def test_certified_whatever_becomes_of_the_weights(codes):
+    regularizer = fm.ExclusiveRegularizer(refresh="certified")
+    for step, weight in training(400, 32, 60):
+        if step == 10:
+            weight[7] = float("nan")
+        if step == 20:
+            weight[7], weight[8], weight[9] = weight[3].clone(), 0.0, weight[3].clone()
+        if step == 30:
+            weight.copy_(torch.randn_like(weight))  # behind its back
+        if step == 40:
+            weight.mul_(torch.rand(400, 1) * 1e3 + 1e-3)  # lengths do not count
+        assert same(regularizer.find(weight), full_sweep(weight))
+
+
+def test_state_travels(codes):
+    regularizer = fm.ExclusiveRegularizer(refresh="certified")
+    steps = [(step, weight.clone()) for step, weight in training(400, 32, 30)]
+    for _, weight in steps[:20]:
+        regularizer.find(weight)
+    resumed = fm.ExclusiveRegularizer(refresh="certified")
+    resumed.load_state_dict(regularizer.state_dict())
+    copied = copy.deepcopy(regularizer)
+    for _, weight in steps[20:]:
+        expected = regularizer.find(weight)
+        for other in (resumed, copied):
+            assert same(other.find(weight), expected)
+    assert torch.equal(resumed.swept, regularizer.swept) and torch.equal(copied.swept, regularizer.swept)
+    assert regularizer.swept[2] == 1
+    resumed.load_state_dict({})  # a checkpoint from before it was switched on
+    assert same(resumed.find(weight), full_sweep(weight)) and resumed.swept.tolist() == [400, 0, 1]
+    smaller = torch.randn(50, 32)
+    assert same(resumed.find(smaller), full_sweep(smaller))
+    assert resumed.half().find(smaller) is not None and resumed.value.dtype == torch.float32
+
+
+def test_frozen_neighbours():
+    regularizer = fm.ExclusiveRegularizer(refresh=5)
+    for step, weight in training(200, 16, 12):
+        found = regularizer.find(weight)
+        if step % 5 == 0:
+            index = nearest_class(weight).index
+        unit = F.normalize(weight.double())
+        assert torch.equal(found.index, index)
+        torch.testing.assert_close(found.cosine, (unit * unit[index]).sum(1), rtol=0, atol=1e-12)
+    age = regularizer.age.clone()
+    regularizer.eval().find(weight)
+    assert torch.equal(regularizer.age, age)
+
+
+@pytest.mark.parametrize("kind", [fm.ArcFaceLoss, fm.SoftmaxLoss], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_losses(codes, kind, compiled):
+    x, w, y = (t.float() if t.is_floating_point() else t for t in problem(9, 120, 16))
+    plain = kind(120, 16, exclusive_weight=3.0)
+    kept = kind(120, 16, exclusive_weight=3.0, exclusive_refresh="certified")
+    with torch.no_grad():
+        plain.weight.copy_(w)
+    kept.load_state_dict(plain.state_dict())
+    call = torch.compile(kept, fullgraph=True) if compiled else kept
+    for _ in range(3):
+        for loss_fn, forward in ((plain, plain), (kept, call)):
+            loss_fn.zero_grad()
+            forward(x, y).backward()
+            torch.optim.SGD(loss_fn.parameters(), lr=0.1).step()
+        assert torch.equal(plain.weight.grad, kept.weight.grad)
+    assert kept.exclusive.swept[1] > 0
+
+
+def test_a_share_of_the_classes():
+    loss_fn = fm.ArcFaceLoss(60, 8, exclusive_weight=1.0, exclusive_refresh="certified", sample_rate=0.5)
+    without = fm.ArcFaceLoss(60, 8, sample_rate=0.5)
+    without.weight = loss_fn.weight
+    x, y = torch.randn(5, 8), torch.arange(5)
+    losses = []
+    for loss in (loss_fn, without):
+        torch.manual_seed(0)
+        losses.append(loss(x, y))
+    torch.testing.assert_close(losses[0] - losses[1], nearest_class(loss_fn.weight).cosine.mean(), rtol=0, atol=1e-4)
+
+
+def test_opcheck():
+    weight = torch.randn(30, 6)
+    torch.library.opcheck(torch.ops.fused_margin.nearest_rows, (weight, torch.randn(9, 6), 3, True, 1 << 20))
+    state = certified.new_state(weight)
+    torch.library.opcheck(torch.ops.fused_margin.refresh_nearest, (weight, *state, 1 << 20))
+    index, age = torch.zeros(30, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    torch.library.opcheck(torch.ops.fused_margin.frozen_nearest, (weight, index, age, 3, True, 1 << 20))
