@@ -10,6 +10,15 @@ sys.path.insert(0, str(Path(__file__).parent))  # problems, emulation
 sys.path.append(str(Path(__file__).parents[1]))  # benchmarks; last, so that an installed fused_margin comes first
 
 
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory):
+    from ranks import Ranks
+
+    started = Ranks(tmp_path_factory.mktemp("ranks"))
+    yield started
+    started.close()
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)

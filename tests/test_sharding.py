@@ -8,19 +8,12 @@ import torch.distributed.checkpoint as dcp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import leaf, problem, relative_error
-from ranks import MOST, RankError, Ranks
+from ranks import MOST, RankError
 
 import fused_margin as fm
 from fused_margin.consolidate import main as consolidate
 from fused_margin.margins import FilteredNegatives, HardNegatives
 from fused_margin.sharding import Shard, slice_of
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    started = Ranks(tmp_path_factory.mktemp("ranks"))
-    yield started
-    started.close()
 
 
 def split(tensor, counts):

@@ -14,7 +14,6 @@ import fused_margin as fm
 
 from .config import TrainConfig
 from .data.base import DataError
-from .losses import LOSSES
 
 
 def is_first_process() -> bool:
@@ -40,8 +39,6 @@ class Devices:
         if accelerator == "cuda" and config.devices > torch.cuda.device_count():
             raise DataError(f"--devices {config.devices}: there are {torch.cuda.device_count()} GPUs")
         several = config.devices > 1
-        if several and not LOSSES[config.loss.name].projected:
-            raise DataError(f"--devices {config.devices}: the classes of {config.loss.name} cannot be divided")
         if several and config.loss.companions.weights():
             raise DataError(f"--devices {config.devices}: --loss.companions see one process's images only; use one")
         self.fabric = Fabric(

@@ -31,7 +31,7 @@ AUGMENT_STREAM = 1  # keeps the augmentation's random numbers apart from the ord
 MODEL_STREAM = 3  # and those that the network and the loss draw; 2 is the evaluation's
 RECENT_STEPS = 20  # the shown loss is their mean
 STOP_EVERY = 5  # steps after which several processes ask each other whether to stop
-CLASS_WEIGHT = "criterion.loss_fn.weight"  # in the model's state dict
+LOSS = "criterion.loss_fn."  # before the loss's names in the model's state dict
 
 
 class Recognizer(nn.Module):
@@ -236,11 +236,12 @@ class Trainer:
         """
         model, optimizer = self.model.state_dict(), self.optimizer.state_dict()
         unreadable = self.devices.union(self.unreadable)
-        model[CLASS_WEIGHT] = self.shard.collect(model[CLASS_WEIGHT])
-        number = self._class_weight_number()
-        if momentum := optimizer["state"].get(number):
-            whole = {name: self.shard.collect(value) for name, value in momentum.items() if value is not None}
-            optimizer["state"] = {**optimizer["state"], number: {**momentum, **whole}}
+        optimizer["state"] = dict(optimizer["state"])
+        for name, number in self._divided().items():
+            model[name] = self.shard.collect(model[name])
+            if momentum := optimizer["state"].get(number):
+                whole = {key: self.shard.collect(value) for key, value in momentum.items() if value is not None}
+                optimizer["state"][number] = {**momentum, **whole}
         if self.devices.rank:
             return None
         return {
@@ -256,10 +257,11 @@ class Trainer:
             "unreadable": sorted(unreadable),
         }
 
-    def _class_weight_number(self) -> int:
-        """The class weights' place among the parameters, as an optimizer's state dict counts them."""
+    def _divided(self) -> dict[str, int]:
+        """The classes' parameters in the model's state dict, and their numbers in the optimizer's."""
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        return next(n for n, p in enumerate(parameters) if p is self.criterion.loss_fn.weight)
+        numbers = {parameter: number for number, parameter in enumerate(parameters)}
+        return {LOSS + name: numbers[p] for name, p in self.criterion.loss_fn.class_parameters().items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state` was taken.
@@ -272,12 +274,12 @@ class Trainer:
                 f"the identities or images of {self.config.data!r} have changed since this run "
                 "was started; start a new one"
             )
-        model, optimizer = dict(state["model"]), state["optimizer"]
-        model[CLASS_WEIGHT] = self.shard.part_of(model[CLASS_WEIGHT])
-        number = self._class_weight_number()
-        if momentum := optimizer["state"].get(number):
-            own = {name: self.shard.part_of(value) for name, value in momentum.items() if value is not None}
-            optimizer = {**optimizer, "state": {**optimizer["state"], number: {**momentum, **own}}}
+        model, optimizer = dict(state["model"]), {**state["optimizer"], "state": dict(state["optimizer"]["state"])}
+        for name, number in self._divided().items():
+            model[name] = self.shard.part_of(model[name])
+            if momentum := optimizer["state"].get(number):
+                own = {key: self.shard.part_of(value) for key, value in momentum.items() if value is not None}
+                optimizer["state"][number] = {**momentum, **own}
         self.model.load_state_dict(model)
         self.optimizer.load_state_dict(optimizer)
         if self.average is not None:
