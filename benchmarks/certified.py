@@ -19,7 +19,7 @@ from torch import Tensor
 import fused_margin as fm
 from fused_margin.exclusive import ExclusiveRegularizer
 from fused_margin.trainer.data.augment import AugmentationConfig, augment
-from fused_margin.trainer.data.base import to_input, on_gray
+from fused_margin.trainer.data.base import on_gray, to_input
 from fused_margin.trainer.data.glyphs import render_characters
 from fused_margin.trainer.models import ModelConfig, ResNet
 

@@ -37,8 +37,15 @@ class Stop(Exception):
     pass
 
 
+DIVIDED = {
+    "arcface": LossConfig("arcface", margin=0.2, scale=16.0, exclusive_weight=1.0),
+    "l-softmax": LossConfig("l-softmax", margin=1.35),
+    "l2-softmax": LossConfig("l2-softmax"),  # a bias, and a length that is learned
+}
+
+
 @pytest.fixture
-def begun(tiny_config, tmp_path):
+def begun(tiny_config, tmp_path, name):
     """A run that one process has begun, without augmentation, which each process would draw for itself."""
     nothing = dict.fromkeys(("rotation", "scale", "shear", "shift", "blur", "noise"), 0)
     config = dataclasses.replace(
@@ -46,7 +53,7 @@ def begun(tiny_config, tmp_path):
         augmentation=AugmentationConfig(**nothing),
         checkpoint_every=25,
         output=tmp_path / "begun",
-        loss=LossConfig("arcface", margin=0.2, scale=16.0, exclusive_weight=1.0),
+        loss=DIVIDED[name],
     )
     trainer = Trainer(config, load_splits("digits", (8, 8), 1, 0.3, seed=0))
     config.output.mkdir()
@@ -60,7 +67,8 @@ def begun(tiny_config, tmp_path):
     return config.output
 
 
-def test_two_processes_end_as_one_does(begun, tmp_path):
+@pytest.mark.parametrize("name", DIVIDED)
+def test_two_processes_end_as_one_does(begun, tmp_path, name):
     states = []
     for devices in (1, 2):
         output = tmp_path / str(devices)
@@ -125,11 +133,20 @@ def test_processes_without_a_readable_image(face_folder, tmp_path):
     assert 0 < len(state["losses"]) < state["step"]
 
 
+@pytest.mark.parametrize("name", ["l-softmax", "softmax"])
+def test_inner_products_from_the_start(tiny_options, tmp_path, name):
+    done = train(*tiny_options, "--devices", "2", "--loss.name", name, "--output", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    training = json.loads((tmp_path / "run" / "report.json").read_text())["training"]
+    assert training["last_loss"] < training["first_loss"]
+    model = load_checkpoint(tmp_path / "run" / FILE_NAME)["model"]
+    assert model["criterion.loss_fn.weight"].shape == (7, 8)
+    if name == "softmax":
+        assert model["criterion.loss_fn.bias"].shape == (7,) and model["criterion.loss_fn.bias"].abs().min() > 0
+
+
 def test_what_is_not_divided(tiny_config):
-    for loss in (
-        LossConfig("softmax"),
-        dataclasses.replace(LossConfig(), companions=dataclasses.replace(LossConfig().companions, center=0.1)),
-    ):
-        config = dataclasses.replace(tiny_config, devices=2, loss=loss)
-        with pytest.raises(DataError, match="--devices 2: "):
-            Trainer(config, load_splits("digits", (8, 8), 1, 0.3, seed=0))
+    loss = dataclasses.replace(LossConfig(), companions=dataclasses.replace(LossConfig().companions, center=0.1))
+    config = dataclasses.replace(tiny_config, devices=2, loss=loss)
+    with pytest.raises(DataError, match="--devices 2: "):
+        Trainer(config, load_splits("digits", (8, 8), 1, 0.3, seed=0))
