@@ -64,6 +64,8 @@ def main() -> None:
                 "whole, one thread": timed(step, 1),
                 "sharded": ask(everyone, "step"),
                 "its messages alone": ask(everyone, "messages"),
+                "gathering embeddings, alone": ask(everyone, "gather"),
+                "waited for embeddings in a step": ask(everyone, "wait"),
             }
             for _ in range(1 + config.rounds)
         ][1:]
@@ -128,13 +130,43 @@ def work(config: Config, rank: int, store: str, pipe) -> None:
         embeddings.grad = loss_fn.weight.grad = None
         loss_fn(embeddings, labels).backward()
 
-    tasks = {"step": step, "messages": lambda: messages(loss_fn.shard, embeddings.detach())}
+    tasks = {
+        "step": step,
+        "messages": lambda: messages(loss_fn.shard, embeddings.detach()),
+        "gather": lambda: loss_fn.shard.gather(embeddings.detach()),
+    }
     while (task := pipe.recv()) is not None:
         dist.barrier()
+        if task == "wait":
+            pipe.send(waited_for_embeddings(step, config.size))
+            continue
         started = time.perf_counter()
         tasks[task]()
         pipe.send(time.perf_counter() - started)
     dist.destroy_process_group()
+
+
+def waited_for_embeddings(step: Callable[[], None], size: int) -> float:
+    """Seconds of a step in which nothing but the gathering of embeddings (N, size) goes on."""
+    start, waited = Shard.start_gather, []
+
+    def start_gather(shard: Shard, rows: torch.Tensor):
+        everyone, wait = start(shard, rows)
+
+        def timed_wait() -> None:
+            started = time.perf_counter()
+            wait()
+            if rows.shape[-1] == size:
+                waited.append(time.perf_counter() - started)
+
+        return everyone, timed_wait
+
+    Shard.start_gather = start_gather
+    try:
+        step()
+    finally:
+        Shard.start_gather = start
+    return sum(waited)
 
 
 def messages(shard: Shard, embeddings: torch.Tensor) -> None:

@@ -65,7 +65,7 @@ def margin_cross_entropy(
         margin: the margin; its numbers may be (N,) tensors.
         scale: positive number, or an (N,) tensor of non-negative numbers (differentiable), or None for the
             embedding's norm, as SphereFace does.
-        exclusive_weight: lambda of the exclusive term. Found in the same sweep over the weights.
+        exclusive_weight: lambda of the exclusive term; its gradient is written with the others'.
         class_weight, reduction, ignore_index, label_smoothing: as in ``torch.nn.functional.cross_entropy``.
         sub_centers: S rows of weight for every class, (C * S, D), class by class; the cosine to a class is that
             to the nearest of them (sub-center ArcFace, ECCV 2020, eq. 3). Neither with the exclusive term nor

@@ -22,8 +22,7 @@ ARGUMENTS = """
         num_classes: C.
         embedding_size: D.
 {own}
-        exclusive_weight: lambda of RegularFace's exclusive term, added to the loss and found in the same
-            sweep over the weights; 0 switches it off.
+        exclusive_weight: lambda of RegularFace's exclusive term, added to the loss; 0 switches it off.
         exclusive_refresh: when the nearest classes of that term are looked for, see
             :class:`fused_margin.ExclusiveRegularizer`. Not with ``process_group``.
         class_weight: (C,) factors, as ``weight`` in ``torch.nn.CrossEntropyLoss``. A buffer.
