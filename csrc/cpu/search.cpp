@@ -40,9 +40,10 @@ template <class T> void encode_rows(const EncodeRows& p) {
                 T magnitude = x[d] < 0 ? -x[d] : x[d];
                 largest = magnitude > largest ? magnitude : largest;
             }
-            double inverse = p.inner_product ? 1.0 : inverse_norm_of(exact(x, x, p.size));
+            double squares = exact(x, x, p.size); // NaN if one element is, which the largest need not show
+            double inverse = p.inner_product ? 1.0 : inverse_norm_of(squares);
             double step = static_cast<double>(largest) * inverse / 127.0;
-            bool usable = step > 0.0 && step < 1e30; // not for zero, infinite and NaN rows
+            bool usable = step > 1e-30 && step < 1e30 && squares == squares; // not for zero, infinite and NaN rows
             T factor = usable ? static_cast<T>(inverse / step) : static_cast<T>(0);
             int8_t* code = p.code + row * p.size;
             p.scale[row] = usable ? static_cast<float>(step) : 0.0f;
