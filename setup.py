@@ -90,7 +90,8 @@ class NinjaBuild(build_ext):
             defines += (
                 f' -DFM_CUDA -DFM_CUDA_ARCHITECTURES=\\"{",".join(architectures)}\\" -DFM_CUDA_TOOLKIT=\\"{toolkit}\\"'
             )
-            objects["cuda_kernels.o"] = ("nvcc", "cuda/kernels.cu", nvcc_flags(architectures))
+            for file in ("kernels", "search"):
+                objects[f"cuda_{file}.o"] = ("nvcc", f"cuda/{file}.cu", nvcc_flags(architectures))
             tensor_cores = [entry for entry in architectures if float(entry[: entry.index(".") + 2]) >= 8.0]
             if tensor_cores:
                 defines += " -DFM_SM80"

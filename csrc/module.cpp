@@ -255,6 +255,7 @@ PYBIND11_MODULE(FM_MODULE_NAME, m) {
 #ifdef FM_CUDA
     py::module_ device = m.def_submodule("cuda");
     define_kernels<Cuda>(device);
+    define_search_kernels<Cuda>(device);
     device.attr("class_major") = false;
 #ifdef FM_SM80
     define_tensor_kernels(device);

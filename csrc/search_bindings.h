@@ -1,4 +1,4 @@
-// Python's view of the search's kernels.
+// Python's view of the search's kernels, for both backends.
 //
 // Arguments are trusted, as everywhere; structs that several kernels share come as tuples of tensors.
 #pragma once

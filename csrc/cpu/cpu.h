@@ -12,9 +12,7 @@
     X(MarginRows)                                                          \
     X(ProjectWeightGradient<float>)    X(ProjectWeightGradient<double>)    \
     X(ProjectEmbeddingGradient<float>) X(ProjectEmbeddingGradient<double>) \
-    X(NearestTile<float>)              X(NearestTile<double>)
-// those of search.h, which the CUDA backend does not have yet
-#define FM_SEARCH_KERNELS(X)                                               \
+    X(NearestTile<float>)              X(NearestTile<double>)              \
     X(EncodeRows)                      X(MeasureCodes)                     \
     X(OfferTile)                       X(ForgetRenewed)                    \
     X(SettleCandidates)                X(ResolveTile)
@@ -25,18 +23,14 @@ namespace fm::cpu {
 #define FM_DECLARE(P) void run(const P&);
 namespace plain {
 FM_ALL_KERNELS(FM_DECLARE)
-FM_SEARCH_KERNELS(FM_DECLARE)
 } // namespace plain
 namespace avx2 {
 FM_ALL_KERNELS(FM_DECLARE)
-FM_SEARCH_KERNELS(FM_DECLARE)
 } // namespace avx2
 namespace avx512 {
 FM_ALL_KERNELS(FM_DECLARE)
-FM_SEARCH_KERNELS(FM_DECLARE)
 } // namespace avx512
 FM_ALL_KERNELS(FM_DECLARE)
-FM_SEARCH_KERNELS(FM_DECLARE)
 #undef FM_DECLARE
 
 enum class Capability : int { plain, avx2, avx512 };

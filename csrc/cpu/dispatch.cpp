@@ -45,7 +45,6 @@ void use(Capability value) { in_use() = value; }
     void run(const P& p) { plain::run(p); }
 #endif
 FM_ALL_KERNELS(FM_DISPATCH)
-FM_SEARCH_KERNELS(FM_DISPATCH)
 
 int available_threads() {
 #ifdef _OPENMP

@@ -11,10 +11,7 @@ namespace fm::cuda {
 namespace {
 
 template <class T> __device__ double warp_dot(const T* a, const MatrixView& b, int64_t row, int64_t size) {
-    double sum = 0.0;
-    for (int64_t d = lane(); d < size; d += kWarp)
-        sum += static_cast<double>(a[d]) * static_cast<double>(element<T>(b, row, d));
-    return warp_sum(sum);
+    return warp_dot_of([&](int64_t d) { return a[d]; }, [&](int64_t d) { return element<T>(b, row, d); }, size);
 }
 
 template <class T> __global__ void row_normalize(RowNormalize<T> p) {

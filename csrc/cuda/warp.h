@@ -31,6 +31,13 @@ __device__ inline double warp_sum(double value) {
     return warp_reduce(value, [](double a, double b) { return a + b; });
 }
 
+// The sum of products a(d) b(d) in double, in one order.
+template <class A, class B> __device__ double warp_dot_of(A a, B b, int64_t size) {
+    double sum = 0.0;
+    for (int64_t d = lane(); d < size; d += kWarp) sum += static_cast<double>(a(d)) * static_cast<double>(b(d));
+    return warp_sum(sum);
+}
+
 __device__ inline double inverse_norm_of(double squares) {
     double norm = sqrt(squares);
     return norm < kSmallestNorm ? 0.0 : 1.0 / norm;

@@ -36,7 +36,7 @@ def load(directory: Path):
         "csrc/cpu/kernels.cpp",
         "csrc/cpu/search.cpp",
     ]
-    sources += [f"csrc/cuda/{name}.cu" for name in ("kernels", "operands", "sm80", "sm90")]
+    sources += [f"csrc/cuda/{name}.cu" for name in ("kernels", "search", "operands", "sm80", "sm90")]
     jobs = []
     for source in sources:
         output = directory / (Path(source).name.replace(".", "_") + f"_{len(jobs)}.o")

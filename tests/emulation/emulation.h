@@ -348,6 +348,9 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
 
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
 
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
+
 inline void __syncwarp(unsigned mask = 0xffffffffu) { __ballot_sync(mask, 0); }
 
 inline void __syncthreads() {
