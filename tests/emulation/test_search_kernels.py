@@ -1,0 +1,485 @@
+"""The search's CUDA kernels, executed by the host emulator, against those of the CPU: one kernel at a time."""
+
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from fused_margin import _C
+from fused_margin.ops.backend import Kernels
+from fused_margin.ops.search import rounding_of
+
+NAN, ZERO = 2, 4  # rows of every set that has odd ones
+COPIES = (1, 3, 6)  # rows that are equal
+
+
+@pytest.fixture
+def backends(emulated):
+    """The CPU's kernels, which give what is expected, and CUDA's on the host."""
+    return Kernels(_C.cpu, 0), Kernels(emulated.cuda, 0)
+
+
+def rows_of(count, size, dtype, odd=False, seed=0):
+    rows = torch.randn(count, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    if odd:
+        rows[list(COPIES)] = rows[COPIES[0]].clone()
+        rows[NAN, size - 1], rows[ZERO] = math.nan, 0.0
+    return rows.to(dtype)
+
+
+@dataclass
+class Case:
+    queries: int
+    references: int | None  # None: one set
+    size: int
+    dtype: torch.dtype
+    code: torch.dtype
+    k: int
+    capacity: int
+    inner_product: bool = False
+    odd: bool = False
+
+    def __str__(self):
+        sets = f"{self.queries} of one set" if self.references is None else f"{self.queries} x {self.references}"
+        types = f"{self.dtype} as {self.code}".replace("torch.", "")
+        flags = " inner" * self.inner_product + " odd" * self.odd
+        return f"{sets}, {self.size} {types}, {self.k} of {self.capacity}{flags}"
+
+
+f16, f32, f64, i8 = torch.float16, torch.float32, torch.float64, torch.int8
+CASES = [
+    Case(33, None, 45, f32, i8, 1, 4),
+    Case(33, None, 45, f32, i8, 5, 16, odd=True),
+    Case(7, 257, 45, f64, f64, 5, 4, odd=True),
+    Case(33, 257, 45, f64, i8, 5, 16, inner_product=True),
+    Case(257, 7, 5, f16, f32, 1, 16, odd=True),
+    Case(257, 33, 45, f16, i8, 1, 4, inner_product=True, odd=True),
+    Case(33, 257, 45, f32, f32, 5, 40),
+    Case(257, None, 45, f32, f32, 5, 4, odd=True),
+    Case(257, None, 5, f64, i8, 1, 4, inner_product=True, odd=True),
+    Case(7, None, 5, f32, f32, 5, 16),
+]
+ALL = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+def encoded(run, rows, code, inner_product):
+    """(rows, inverse_norm, scale, norm, length, error), the codes: by one backend."""
+    count, size = rows.shape
+    scale = torch.full((count,), math.nan)
+    if code == i8:
+        codes = torch.full((count, size), 77, dtype=i8)
+        run.encode_rows(
+            rows=rows, selected=None, inner_product=inner_product, code=codes, scale=scale, count=count, size=size
+        )
+    else:
+        codes = rows.to(code)
+        norm = torch.linalg.vector_norm(rows, dim=1, dtype=f64)
+        inverse = torch.ones_like(norm) if inner_product else torch.where(norm > 0, 1.0 / norm, 0.0)
+        scale = inverse.nan_to_num(0.0, 0.0, 0.0).float()
+    inverse_norm = torch.full((count,), -7.0, dtype=f64)
+    norm, length, error = torch.full((3, count), -7.0)
+    run.measure_codes(
+        rows=rows, code=codes, scale=scale, inner_product=inner_product, rounding=rounding_of(codes, size),
+        inverse_norm=inverse_norm, norm=norm if inner_product else None, length=length, error=error, count=count,
+        size=size,
+    )  # fmt: skip
+    return (rows, inverse_norm, scale, norm if inner_product else None, length, error), codes
+
+
+def multiplied(left, right):
+    if left.dtype == i8:
+        return (left.int() @ right.int().t()).contiguous()
+    return left @ right.t()
+
+
+def empty_lists(queries, capacity):
+    return (
+        torch.full((queries, capacity), -1, dtype=torch.int32),
+        torch.full((queries, capacity), -math.inf),
+        torch.full((queries,), -math.inf),
+    )
+
+
+def no_answers(queries, k):
+    return torch.full((queries, k), -math.inf, dtype=f64), torch.full((queries, k), -1, dtype=torch.int64)
+
+
+def tile(products, row_begin=0, column_begin=0, one_set=False, **options):
+    return {
+        "products": products, "row_place": None, "row_begin": row_begin, "row_number": None,
+        "column_begin": column_begin, "column_first": 0, "one_set": one_set,
+    } | options  # fmt: skip
+
+
+def same(measured, expected):
+    """Bit for bit, NaN included."""
+    for m, e in zip(measured, expected, strict=True):
+        torch.testing.assert_close(m, e, rtol=0.0, atol=0.0, equal_nan=True)
+
+
+class Sides:
+    """Both sides of a case, as the CPU measures them: one input for both backends."""
+
+    def __init__(self, case, run, twins=()):
+        """twins: pairs (reference, query) that are equal."""
+        self.case, self.one_set = case, case.references is None
+        queries = rows = rows_of(case.queries, case.size, case.dtype, case.odd)
+        self.query, self.query_code = encoded(run, rows, case.code, case.inner_product)
+        self.reference, self.reference_code = self.query, self.query_code
+        if not self.one_set:
+            rows = rows_of(case.references, case.size, case.dtype, case.odd, seed=1)
+            for reference, query in twins:
+                rows[reference] = queries[query]
+            self.reference, self.reference_code = encoded(run, rows, case.code, case.inner_product)
+
+    def swept(self, run, capacity=None, chunk=50):
+        """Lists that have been offered everything, tile by tile, as a search does it."""
+        lists = empty_lists(self.case.queries, capacity or self.case.capacity)
+        for column_begin in range(0, len(self.reference_code), chunk):
+            columns = self.reference_code[column_begin : column_begin + chunk]
+            last = column_begin + 1 if self.one_set else self.case.queries
+            for row_begin in range(0, last, chunk):
+                products = multiplied(self.query_code[row_begin : row_begin + chunk], columns)
+                run.offer_tile(
+                    **tile(products, row_begin, column_begin, self.one_set), row_scale=self.query[2],
+                    column_scale=self.reference[2], of_rows=lists,
+                    of_columns=lists if self.one_set and row_begin != column_begin else None, renewed=None,
+                )  # fmt: skip
+        return lists
+
+    def settled(self, run, lists, answers=None, **options):
+        answers = answers or no_answers(self.case.queries, self.case.k)
+        tolerance = torch.full((self.case.queries,), math.nan)
+        norm = self.reference[3]
+        run.settle_candidates(
+            **{
+                "query": self.query, "reference": self.reference, "lists": lists, "answers": answers,
+                "tolerance": tolerance, "largest_norm": None if norm is None else norm.nan_to_num(0.0).max().reshape(1),
+                "reference_place": None, "reference_first": 0, "references": len(self.reference_code),
+                "query_first": 0, "one_set": self.one_set, "queries": self.case.queries, "size": self.case.size,
+            }
+            | options
+        )  # fmt: skip
+        return *answers, tolerance
+
+    def truth(self):
+        """What the answers are, from whole matrices in float64; NaN and zero queries aside."""
+        rows, others = self.query[0].double(), self.reference[0].double()
+        cosine = (rows @ others.t()) * self.query[1].unsqueeze(1) * self.reference[1]
+        cosine = torch.where(cosine.isnan(), -math.inf, cosine)
+        if self.one_set:
+            cosine.fill_diagonal_(-math.inf)
+        return cosine.topk(min(self.case.k, cosine.shape[1]), dim=1).values
+
+
+@ALL
+def test_codes_and_their_errors(backends, case):
+    rows = rows_of(case.queries, case.size, case.dtype, case.odd)
+    if case.size == 45:
+        rows = rows.t().contiguous().t()  # strides are the owner's
+    (expected, codes), (measured, measured_codes) = (
+        encoded(run, rows, case.code, case.inner_product) for run in backends
+    )
+    difference = measured_codes.double() - codes.double()
+    if case.code == i8:  # a number in the middle may go either way
+        assert difference.abs().max() <= 1 and (difference != 0).sum() <= 2
+        assert codes.abs().max() == 127
+    for m, e in zip(measured[1:], expected[1:], strict=True):
+        if e is not None:
+            torch.testing.assert_close(m, e, rtol=1e-12 if e.dtype == f64 else 1e-5, atol=1e-9, equal_nan=True)
+    for _, inverse_norm, scale, norm, length, error in (measured, expected):
+        exact = rows.double() * inverse_norm.unsqueeze(1)
+        q = measured_codes.double() * scale.double().unsqueeze(1)
+        known = error >= 0
+        assert known.tolist() == (~rows.isnan().any(1)).tolist() and (error[~known] == -1).all()
+        if measured_codes.dtype != i8 or not difference.any():
+            assert ((exact - q).norm(dim=1) <= error.double())[known].all()
+        assert (q.norm(dim=1) <= length.double())[known].all()
+        if norm is not None:
+            assert (rows.double().norm(dim=1) <= norm.double())[known].all()
+    if case.odd and case.code == i8:
+        assert not codes[[NAN, ZERO]].any() and not measured_codes[[NAN, ZERO]].any()
+
+
+def test_codes_of_selected_rows(backends):
+    rows = rows_of(33, 45, f32)
+    selected = torch.tensor([31, 4, 0])
+    results = []
+    for run in backends:
+        code, scale = torch.full((33, 45), 77, dtype=i8), torch.full((33,), -1.0)
+        run.encode_rows(rows=rows, selected=selected, inner_product=False, code=code, scale=scale, count=3, size=45)
+        results.append((code.double(), scale))
+    (code, scale), (measured_code, measured_scale) = results
+    assert (code - measured_code).abs().max() <= 1 and (code != measured_code).sum() <= 1
+    torch.testing.assert_close(measured_scale, scale, rtol=1e-6, atol=0.0)
+    others = [r for r in range(33) if r not in selected]
+    assert (measured_code[others] == 77).all() and (measured_scale[others] == -1).all()
+
+
+def test_codes_that_are_too_small_or_too_large_to_scale(backends):
+    for dtype, sizes in ((f32, (1e-40, 1e38)), (f64, (1e-300, 1e200)), (f32, (math.inf, -math.inf))):
+        for inner_product in (False, True):
+            rows = rows_of(7, 5, f64)
+            rows[1:3] = torch.tensor(sizes, dtype=f64).unsqueeze(1)
+            (expected, codes), (measured, measured_codes) = (
+                encoded(run, rows.to(dtype), i8, inner_product) for run in backends
+            )
+            assert (codes.int() - measured_codes.int()).abs().max() <= 1
+            for m, e in zip(measured[1:], expected[1:], strict=True):
+                if e is not None:
+                    torch.testing.assert_close(m, e, rtol=1e-5, atol=0.0, equal_nan=True)
+
+
+@ALL
+def test_lists(backends, case):
+    sides = Sides(case, backends[0])
+    expected, measured = (sides.swept(run) for run in backends)
+    same(measured, expected)
+    candidate, value, ceiling = measured
+    assert (value.diff(dim=1).nan_to_num(0.0, -math.inf, -math.inf) <= 0).all()
+    others = len(sides.reference_code) - sides.one_set
+    filled = (candidate >= 0).sum(1)
+    if not case.odd:
+        assert (filled == min(case.capacity, others)).all()
+        assert torch.equal(ceiling > -math.inf, filled < others)
+    assert not sides.one_set or not (candidate == torch.arange(case.queries).unsqueeze(1)).any()
+
+
+def test_lists_of_columns_in_two_sets_by_number_and_place(backends):
+    """Rows at places of their own, with numbers of their own; columns whose numbers begin anywhere; some renewed."""
+    place = torch.randperm(33)[:21]
+    sides = Sides(Case(33, 257, 45, f32, i8, 1, 16), backends[0], twins=[(60, place[3])])
+    number, renewed = torch.randperm(400)[:21] + 30, torch.rand(257) < 0.3
+    number[3], renewed[60] = 1060, False  # is one of the columns
+    products = multiplied(sides.query_code[place], sides.reference_code[40:200])
+    for one_set in (False, True):
+        results = []
+        for run in backends:
+            of_rows, of_columns = empty_lists(33, 4), empty_lists(257, 5)
+            run.offer_tile(
+                **tile(products, 0, 40, one_set, row_place=place, row_number=number, column_first=1000),
+                row_scale=sides.query[2], column_scale=sides.reference[2], of_rows=of_rows, of_columns=of_columns,
+                renewed=renewed,
+            )  # fmt: skip
+            results.append((*of_rows, *of_columns))
+        expected, measured = results
+        same(measured, expected)
+        assert (measured[0][place] >= 1040).all() and (measured[3][renewed] == -1).all()
+        assert torch.equal((measured[3] >= 0).any(1).nonzero().squeeze(1), (~renewed[40:200]).nonzero().squeeze(1) + 40)
+        taken = (measured[0][place[3]] == 1060).any(), (measured[3][60] == 1060).any()
+        assert taken == (not one_set, not one_set)
+
+
+def test_lists_of_equal_products(backends):
+    """Of equals the first stay, and what is left out is not above the ceiling."""
+    products = torch.randint(-3, 4, (33, 70), dtype=torch.int32)
+    results = []
+    for run in backends:
+        of_rows, of_columns = empty_lists(33, 4), empty_lists(70, 40)
+        run.offer_tile(
+            **tile(products), row_scale=torch.ones(33), column_scale=torch.ones(70), of_rows=of_rows,
+            of_columns=of_columns, renewed=None,
+        )  # fmt: skip
+        results.append((*of_rows, *of_columns))
+    same(results[1], results[0])
+    value, first = products.sort(dim=1, descending=True, stable=True)
+    assert torch.equal(results[1][0], first[:, :4].int()) and torch.equal(results[1][1], value[:, :4].float())
+    assert torch.equal(results[1][2], value[:, 4].float())
+
+
+def test_lists_in_ascending_order(backends):
+    """Every product is the largest so far, and moves the whole list."""
+    products = torch.arange(33 * 257, dtype=f64).view(33, 257)
+    for capacity in (1, 31, 32, 33, 64, 65, 300):
+        results = []
+        for run in backends:
+            lists = empty_lists(33, capacity)
+            run.offer_tile(
+                **tile(products), row_scale=torch.ones(33), column_scale=torch.ones(257), of_rows=lists,
+                of_columns=None, renewed=None,
+            )  # fmt: skip
+            results.append(lists)
+        same(results[1], results[0])
+        count = min(capacity, 257)
+        assert torch.equal(results[1][0][:, :count], torch.arange(256, 256 - count, -1).int().expand(33, count))
+
+
+@pytest.mark.parametrize("capacity", [4, 16, 40, 70])
+def test_forgetting_the_renewed_and_offering_again(backends, capacity):
+    sides = Sides(Case(257, None, 45, f32, i8, 1, capacity), backends[0])
+    for share in (0.0, 0.05, 0.5, 1.0):
+        renewed = torch.rand(257) < share
+        results = []
+        for run in backends:
+            lists = sides.swept(backends[0])
+            lists[0][3, capacity // 2 :], lists[1][3, capacity // 2 :] = -1, -math.inf  # not a full one
+            run.forget_renewed(lists=lists, renewed_rows=renewed, renewed_candidates=renewed, count=257)
+            forgotten = [t.clone() for t in lists]
+            # a list that has places and a ceiling takes only what is above it
+            products = multiplied(sides.query_code, sides.reference_code[renewed])
+            if renewed.any():
+                scale = sides.reference[2][renewed]
+                run.offer_tile(
+                    **tile(products), row_scale=sides.query[2], column_scale=scale, of_rows=lists, of_columns=None,
+                    renewed=None,
+                )  # fmt: skip
+            results.append((*forgotten, *lists))
+        same(results[1], results[0])
+        candidate, value, ceiling = results[1][:3]
+        assert not renewed[candidate[candidate >= 0].long()].any()
+        assert (candidate[renewed] == -1).all() and (ceiling[renewed] == -math.inf).all()
+        assert torch.equal(value == -math.inf, candidate == -1)
+
+
+def compare_answers(measured, expected):
+    """Cosines and tolerances to rounding, since the sums have other orders; the indices as they are."""
+    torch.testing.assert_close(measured[0], expected[0], rtol=1e-13, atol=1e-13, equal_nan=True)
+    assert torch.equal(measured[1], expected[1])
+    for m, e in zip(measured[2:], expected[2:], strict=True):
+        torch.testing.assert_close(m, e, rtol=1e-5, atol=1e-6)
+        assert torch.equal(m.isinf(), e.isinf())
+
+
+@ALL
+def test_settling_then_resolving(backends, case):
+    sides = Sides(case, backends[0])
+    lists = sides.swept(backends[0])
+    results = []
+    for run in backends:
+        cosine, index, tolerance = sides.settled(run, lists)
+        result = [cosine.clone(), index.clone(), tolerance]
+        for begin in range(0, len(sides.reference_code), 50):
+            products = multiplied(sides.query_code, sides.reference_code[begin : begin + 50])
+            run.resolve_tile(
+                **tile(products, 0, begin, sides.one_set), query=sides.query, reference=sides.reference,
+                answers=(cosine, index), size=case.size,
+            )  # fmt: skip
+        results.append((result, (cosine, index)))
+    (expected, expected_whole), (measured, measured_whole) = results
+    compare_answers(measured, expected)
+    compare_answers(measured_whole, expected_whole)
+
+    usual = torch.ones(case.queries, dtype=torch.bool)
+    if case.odd:
+        usual[[NAN, ZERO]] = False
+        assert measured[0][NAN].isnan().all() and (measured[0][ZERO] == 0).all()
+        first = [r for r in range(9) if not sides.one_set or r != NAN][: case.k]
+        assert measured[1][NAN].tolist() == first
+        first = [r for r in range(9) if r != NAN and not (sides.one_set and r == ZERO)][: case.k]
+        assert measured[1][ZERO].tolist() == first
+    truth = sides.truth()[usual]
+    found = measured_whole[0][usual][:, : truth.shape[1]]
+    torch.testing.assert_close(found, truth, rtol=1e-12, atol=1e-12)
+    certain = measured[2][usual] > sides.reference[5].max()
+    torch.testing.assert_close(measured[0][usual][certain][:, : truth.shape[1]], truth[certain], rtol=1e-12, atol=1e-12)
+
+
+def test_equals_have_the_lower_index_and_nothing_comes_twice(backends):
+    rows = rows_of(40, 8, f32)
+    rows[[5, 9, 30, 33]] = rows[2].clone()
+    case = Case(40, None, 8, f32, i8, 3, 16)
+    for run in backends:
+        sides = Sides(case, backends[0])
+        sides.query, sides.query_code = encoded(backends[0], rows, i8, False)
+        sides.reference, sides.reference_code = sides.query, sides.query_code
+        lists = sides.swept(backends[0], capacity=16)
+        cosine, index, _ = sides.settled(run, lists)
+        order = torch.arange(39, -1, -1)  # of rows: their places are not their order in the tile
+        for _ in range(2):
+            sides.settled(run, lists, (cosine, index))
+            run.resolve_tile(
+                **tile(multiplied(sides.query_code[order], sides.reference_code), one_set=True, row_place=order),
+                query=sides.query, reference=sides.reference, answers=(cosine, index), size=8,
+            )  # fmt: skip
+        assert index[2].tolist() == [5, 9, 30] and index[33].tolist() == [2, 5, 9]
+        assert index[9].tolist() == [2, 5, 30] and (cosine[9] == cosine[9, 0]).all()
+        assert all(len(set(i)) == 3 for i in index.tolist())
+
+
+def test_answers_from_a_part_of_the_references(backends):
+    """As ranks have them: numbers from first on, or places by number; answers from before stay where they are better."""
+    sides = Sides(Case(33, 257, 45, f32, f32, 5, 16), backends[0])
+    lists = sides.swept(backends[0])
+    rows, *numbers = sides.reference
+    part = (rows[100:180], *(t if t is None else t[100:180].contiguous() for t in numbers))
+    place = torch.full((257,), -1, dtype=torch.int64)
+    chosen = torch.randperm(257)[:120]
+    place[chosen] = torch.arange(120)
+    others = (rows[chosen], *(t if t is None else t[chosen] for t in numbers))
+    results = []
+    for run in backends:
+        first = sides.settled(run, lists, reference=part, reference_first=100, references=80)
+        kept = [t.clone() for t in first]
+        second = sides.settled(run, lists, first[:2], reference=others, reference_place=place, references=120)
+        results.append((kept, second))
+    compare_answers(results[1][0], results[0][0])
+    compare_answers(results[1][1], results[0][1])
+    index = results[1][0][1]
+    assert ((index == -1) | ((index >= 100) & (index < 180))).all() and (index >= 0).any()
+
+
+def test_resolving_numbered_rows(backends):
+    """Rows with places and numbers, of which some are numbers of columns; into answers that are not empty."""
+    place, number = torch.randperm(33)[:21], torch.randperm(300)[:21] + 1500
+    columns = (10, 55, 100, 119)
+    number[:4] = torch.tensor(columns) + 500
+    sides = Sides(Case(33, 257, 45, f64, i8, 5, 4), backends[0], twins=zip(columns, place, strict=False))
+    products = multiplied(sides.query_code[place], sides.reference_code[7:120])
+    results = []
+    for run in backends:
+        cosine, index = no_answers(33, 5)
+        cosine[:, 0], index[:, 0] = torch.linspace(0.0, 0.9, 33, dtype=f64), 3
+        run.resolve_tile(
+            **tile(products, 0, 7, True, row_place=place, row_number=number, column_first=500), query=sides.query,
+            reference=sides.reference, answers=(cosine, index), size=45,
+        )  # fmt: skip
+        results.append((cosine, index))
+    compare_answers(results[1], results[0])
+    cosine, index = results[1]
+    assert not (index[place] == number.unsqueeze(1)).any() and (index[place] >= 0).all()
+    untouched = torch.ones(33, dtype=torch.bool).index_fill_(0, place, False)
+    assert (index[untouched, 1:] == -1).all()
+
+
+@pytest.mark.parametrize("inner_product", [False, True], ids=["cosine", "inner product"])
+@pytest.mark.parametrize("side", ["query", "reference"])
+def test_codes_of_rows_that_have_moved(backends, side, inner_product):
+    """Errors that are far from small: without their whole bound some answers would not be looked at."""
+    case = Case(33, 257, 45, f32, i8, 3, 16, inner_product)
+    sides = Sides(case, backends[0])
+    rows, _, scale, norm, length, error = getattr(sides, side)
+    moved, inverse_norm = rows + 0.5 * rows_of(*rows.shape, f32, seed=2), torch.empty(len(rows), dtype=f64)
+    backends[0].measure_codes(
+        rows=moved, code=getattr(sides, side + "_code"), scale=scale, inner_product=inner_product, rounding=1e-6,
+        inverse_norm=inverse_norm, norm=norm, length=length, error=error, count=len(rows), size=45,
+    )  # fmt: skip
+    assert error.min() > 0.2
+    setattr(sides, side, (moved, inverse_norm, scale, norm, length, error))
+    lists = sides.swept(backends[0])
+    products = multiplied(sides.query_code, sides.reference_code)
+    results = []
+    for run in backends:
+        settled = sides.settled(run, lists)
+        cosine, index = no_answers(33, 3)
+        run.resolve_tile(
+            **tile(products), query=sides.query, reference=sides.reference, answers=(cosine, index), size=45
+        )
+        results.append((settled, (cosine, index)))
+    for measured, expected in zip(results[1], results[0], strict=True):
+        compare_answers(measured, expected)
+    torch.testing.assert_close(results[1][1][0], sides.truth(), rtol=1e-12, atol=1e-12)
+
+
+def test_no_rows_at_all(backends):
+    sides = Sides(Case(7, 33, 5, f32, f32, 1, 4), backends[0])
+    for run in backends:
+        lists, answers = empty_lists(7, 4), no_answers(7, 1)
+        products = torch.empty(7, 0)
+        run.offer_tile(
+            **tile(products), row_scale=sides.query[2], column_scale=sides.reference[2], of_rows=lists, of_columns=None,
+            renewed=None,
+        )  # fmt: skip
+        run.resolve_tile(**tile(products), query=sides.query, reference=sides.reference, answers=answers, size=5)
+        same((*lists, *answers), (*empty_lists(7, 4), *no_answers(7, 1)))
+        assert (sides.settled(run, lists)[2] == math.inf).all()  # lists of nothing leave nothing out
