@@ -205,7 +205,7 @@ def searched_device(name: str, value: Tensor) -> None:
     """What is found by the exact search alone."""
     if value.device.type != "cpu":
         raise RuntimeError(
-            f"{name}: expected a CPU tensor, the exact search has no CUDA kernels yet; got {value.device}"
+            f"{name}: expected a CPU tensor, the exact search has not run on a CUDA device yet; got {value.device}"
         )
 
 

@@ -82,6 +82,8 @@ def test_ties_zero_rows_and_nan(codes):
     assert found.cosine[0].isnan().all() and not found.cosine[1:].isnan().any()
     assert not (found.index[1:] == 0).any()
     assert nearest_class(w).index[30] == 2
+    found = nearest_class(w, k=3, metric="inner_product")
+    assert found.cosine[0].isnan().all() and not found.cosine[1:].isnan().any() and not (found.index[1:] == 0).any()
 
 
 @pytest.mark.parametrize(

@@ -261,10 +261,6 @@ template <class T> __global__ void nearest_of_columns(NearestTile<T> p) {
     offer(p, p.column_begin + j, best);
 }
 
-template <class P> void launch_warp_rows(void (*kernel)(P), int64_t rows, void* stream, const P& p) {
-    launch(kernel, warp_blocks(rows), kWarpsPerBlock * kWarp, stream, p);
-}
-
 template <class T> void nearest_tile(const NearestTile<T>& p, void* stream) {
     launch(nearest_of_rows<T>, p.rows, kRowThreads, stream, p);
     if (p.row_begin != p.column_begin)

@@ -303,10 +303,6 @@ template <class P> __global__ void resolve_tile(ResolveTile p) {
     }
 }
 
-template <class P> void launch_warps(void (*kernel)(P), int64_t rows, void* stream, const P& p) {
-    launch(kernel, warp_blocks(rows), kWarpsPerBlock * kWarp, stream, p);
-}
-
 // Calls f with a zero of the products' type.
 template <class F> void as_product_type(const ProductTile& tile, F f) {
     switch (tile.type) {
@@ -319,19 +315,19 @@ template <class F> void as_product_type(const ProductTile& tile, F f) {
 } // namespace
 
 void run(const EncodeRows& p, void* stream) {
-    launch_warps(p.rows.dtype == Dtype::float64 ? encode_rows<double> : encode_rows<float>, p.count, stream, p);
+    launch_warp_rows(p.rows.dtype == Dtype::float64 ? encode_rows<double> : encode_rows<float>, p.count, stream, p);
 }
-void run(const MeasureCodes& p, void* stream) { launch_warps(measure_codes, p.count, stream, p); }
+void run(const MeasureCodes& p, void* stream) { launch_warp_rows(measure_codes, p.count, stream, p); }
 void run(const OfferTile& p, void* stream) {
     as_product_type(p.tile, [&](auto type) {
-        if (p.of_rows.candidate) launch_warps(offer_to_rows<decltype(type)>, p.tile.rows, stream, p);
-        if (p.of_columns.candidate) launch_warps(offer_to_columns<decltype(type)>, p.tile.columns, stream, p);
+        if (p.of_rows.candidate) launch_warp_rows(offer_to_rows<decltype(type)>, p.tile.rows, stream, p);
+        if (p.of_columns.candidate) launch_warp_rows(offer_to_columns<decltype(type)>, p.tile.columns, stream, p);
     });
 }
-void run(const ForgetRenewed& p, void* stream) { launch_warps(forget_renewed, p.count, stream, p); }
-void run(const SettleCandidates& p, void* stream) { launch_warps(settle_candidates, p.queries, stream, p); }
+void run(const ForgetRenewed& p, void* stream) { launch_warp_rows(forget_renewed, p.count, stream, p); }
+void run(const SettleCandidates& p, void* stream) { launch_warp_rows(settle_candidates, p.queries, stream, p); }
 void run(const ResolveTile& p, void* stream) {
-    as_product_type(p.tile, [&](auto type) { launch_warps(resolve_tile<decltype(type)>, p.tile.rows, stream, p); });
+    as_product_type(p.tile, [&](auto type) { launch_warp_rows(resolve_tile<decltype(type)>, p.tile.rows, stream, p); });
 }
 
 } // namespace fm::cuda

@@ -21,6 +21,10 @@ __device__ inline int64_t warp_row() {
 }
 inline int64_t warp_blocks(int64_t rows) { return (rows + kWarpsPerBlock - 1) / kWarpsPerBlock; }
 
+template <class P> void launch_warp_rows(void (*kernel)(P), int64_t rows, void* stream, const P& p) {
+    launch(kernel, warp_blocks(rows), kWarpsPerBlock * kWarp, stream, p);
+}
+
 template <class Combine> __device__ double warp_reduce(double value, Combine combine) {
     for (int offset = kWarp / 2; offset > 0; offset /= 2)
         value = combine(value, __shfl_xor_sync(kWholeWarp, value, offset));
