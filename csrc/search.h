@@ -87,22 +87,21 @@ struct OfferTile {
     const bool* renewed;       // [places of columns] columns that take nothing; or null
 };
 
-// Empties the lists of renewed rows, and takes renewed candidates out of the others.
+// Empties the lists of renewed rows, and takes renewed candidates out of the others. A renewed row's ceiling is lowered
+// by a quarter of what its first candidate was above it: what is offered and lies below would hardly stay in the list.
 struct ForgetRenewed {
-    Lists lists;
+    Lists lists;                    // with all that is offered to a renewed row yet to come
     const bool* renewed_rows;       // [Q]
     const bool* renewed_candidates; // [numbers of references]
     int64_t count;                  // Q
 };
 
-// Looks at the candidates that may be among the nearest, and says how certain the answers are. To a row with NaN all
-// cosines are NaN, to a zero row 0: its nearest are the first.
+// Looks at the candidates that may be among the nearest. To a row with NaN all cosines are NaN, to a zero row 0: its
+// nearest are the first.
 struct SettleCandidates {
     Coded query, reference;
     Lists lists;
     Answers answers;                     // in and out
-    float* tolerance;                    // [Q]: exact if error_j is smaller for every row j not in the list
-    const float* largest_norm;           // one element, of the references; or null for 1
     const int64_t* reference_place;      // [numbers] place of a reference, or -1: not here; or null:
     int64_t reference_first, references; // numbers from first on are here
     int64_t query_first;                 // number of the first query, if one_set
@@ -110,11 +109,13 @@ struct SettleCandidates {
     int64_t queries, size;
 };
 
-// Looks at every column of a tile that may be among the nearest of a row: exact, whatever the lists hold.
+// Looks at every column of a tile that may be among the nearest of a row, or at every row that may be of a column, or
+// both: exact, whatever the lists hold.
 struct ResolveTile {
     ProductTile tile;
     Coded query, reference;
-    Answers answers; // in and out
+    Answers of_rows, of_columns; // in and out; index null: they are not looked for
+    const bool* renewed;         // [places of columns] columns that are not looked for; or null
     int64_t size;
 };
 

@@ -19,7 +19,9 @@ inline Lists lists_of(const py::object& value) { // candidate, value, ceiling; o
     return {Address(t[0]), Address(t[1]), Address(t[2]), columns_of(t[0])};
 }
 
-inline Answers answers_of(const py::tuple& t) { // cosine, index
+inline Answers answers_of(const py::object& value) { // cosine, index; or None
+    if (value.is_none()) return {nullptr, nullptr, 0};
+    py::tuple t = value;
     return {Address(t[0]), Address(t[1]), columns_of(t[0])};
 }
 
@@ -92,32 +94,31 @@ template <class Backend> void define_search_kernels(py::module_ m) {
     m.def(
         "settle_candidates",
         [](uintptr_t stream, const py::tuple& query, const py::tuple& reference, const py::object& lists,
-           const py::tuple& answers, Tensor tolerance, Tensor largest_norm, Tensor reference_place,
-           int64_t reference_first, int64_t references, int64_t query_first, bool one_set, int64_t queries,
-           int64_t size) {
+           const py::object& answers, Tensor reference_place, int64_t reference_first, int64_t references,
+           int64_t query_first, bool one_set, int64_t queries, int64_t size) {
             run_without_gil<Backend>(SettleCandidates{coded_of(query), coded_of(reference), lists_of(lists),
-                                                      answers_of(answers), Address(tolerance), Address(largest_norm),
-                                                      Address(reference_place), reference_first, references,
-                                                      query_first, one_set, queries, size},
+                                                      answers_of(answers), Address(reference_place), reference_first,
+                                                      references, query_first, one_set, queries, size},
                                      stream);
         },
         py::arg("stream"), py::kw_only(), py::arg("query"), py::arg("reference"), py::arg("lists"), py::arg("answers"),
-        py::arg("tolerance"), py::arg("largest_norm"), py::arg("reference_place"), py::arg("reference_first"),
-        py::arg("references"), py::arg("query_first"), py::arg("one_set"), py::arg("queries"), py::arg("size"));
+        py::arg("reference_place"), py::arg("reference_first"), py::arg("references"), py::arg("query_first"),
+        py::arg("one_set"), py::arg("queries"), py::arg("size"));
 
     m.def(
         "resolve_tile",
         [](uintptr_t stream, Tensor products, Tensor row_place, int64_t row_begin, Tensor row_number,
            int64_t column_begin, int64_t column_first, bool one_set, const py::tuple& query, const py::tuple& reference,
-           const py::tuple& answers, int64_t size) {
+           const py::object& of_rows, const py::object& of_columns, Tensor renewed, int64_t size) {
             run_without_gil<Backend>(
                 ResolveTile{tile_of(products, row_place, row_begin, row_number, column_begin, column_first, one_set),
-                            coded_of(query), coded_of(reference), answers_of(answers), size},
+                            coded_of(query), coded_of(reference), answers_of(of_rows), answers_of(of_columns),
+                            Address(renewed), size},
                 stream);
         },
         py::arg("stream"), py::kw_only(), py::arg("products"), py::arg("row_place"), py::arg("row_begin"),
         py::arg("row_number"), py::arg("column_begin"), py::arg("column_first"), py::arg("one_set"), py::arg("query"),
-        py::arg("reference"), py::arg("answers"), py::arg("size"));
+        py::arg("reference"), py::arg("of_rows"), py::arg("of_columns"), py::arg("renewed"), py::arg("size"));
 }
 
 } // namespace fm::python

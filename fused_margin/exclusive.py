@@ -31,7 +31,7 @@ class ExclusiveRegularizer(nn.Module):
         refresh: when nearest classes are looked for. ``"every_step"``: each time, in half of W @ W.T.
             ``"certified"``: each time too, with the same result bit for bit, but only for the classes whose answer may
             have changed since they were last looked at: what is kept of every class (a code of a byte a dimension, and
-            32 candidates) proves the others. How many those are depends on the training: few where classes are apart
+            80 candidates) proves the others. How many those are depends on the training: few where classes are apart
             and turn slowly. An integer R: every R steps of training; in between neighbours stay as they are, which is
             **not exact** (their cosines are).
         workspace_mb: bound on scratch memory in MiB; what is kept comes on top.

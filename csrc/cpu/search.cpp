@@ -1,6 +1,7 @@
 // The CPU kernels of the search for the nearest rows. Compiled once per instruction set, as kernels.cpp is.
 #include "rows.h"
 
+#include <cstring>
 #include <limits>
 
 namespace fm::cpu::FM_ISA {
@@ -8,10 +9,16 @@ namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr float kLowest = -std::numeric_limits<float>::infinity();
-constexpr int kBlock = 64; // products looked at together
+constexpr int kBlock = 64;   // products looked at together
+constexpr int kUnderWay = 8; // rows
 
 inline float round_up(double x) { return nextafterf(static_cast<float>(x), std::numeric_limits<float>::infinity()); }
-inline float round_down(double x) { return nextafterf(static_cast<float>(x), kLowest); }
+
+// A float below x, by a few bits: as round_up, and without a branch.
+inline float below(double x) {
+    float nearest = static_cast<float>(x);
+    return nearest - fabsf(nearest) * 0x1p-22f;
+}
 
 // The one way in which two rows are multiplied when it counts; never inlined, so that its bits are always the same.
 template <class T> __attribute__((noinline)) double exact(const T* a, const T* b, int64_t size) {
@@ -91,18 +98,38 @@ inline void insert(const Lists& lists, int64_t place, int64_t number, float valu
     int32_t* candidate = lists.candidate + place * lists.capacity;
     float* values = lists.value + place * lists.capacity;
     float& ceiling = lists.ceiling[place];
-    int64_t at = lists.capacity - 1;
+    const int64_t at = lists.capacity - 1;
     if (candidate[at] >= 0) { // full: the least of all is left out
         float least = value < values[at] ? value : values[at];
         ceiling = least > ceiling ? least : ceiling;
         if (!(value > values[at])) return;
     }
-    for (; at > 0 && values[at - 1] < value; --at) {
-        values[at] = values[at - 1];
-        candidate[at] = candidate[at - 1];
+    int64_t before = 0;
+#pragma omp simd reduction(+ : before)
+    for (int64_t c = 0; c < at; ++c) before += values[c] >= value ? 1 : 0;
+    memmove(values + before + 1, values + before, static_cast<size_t>(at - before) * sizeof(float));
+    memmove(candidate + before + 1, candidate + before, static_cast<size_t>(at - before) * sizeof(int32_t));
+    values[before] = value;
+    candidate[before] = static_cast<int32_t>(number);
+}
+
+// Calls visit(j), ascending, for the j < count that pass the test, which sees numbers from `begin` of a block on.
+template <class Test, class Visit> inline void where(int64_t count, Test test, Visit visit) {
+    for (int64_t begin = 0; begin < count; begin += kBlock) {
+        const int64_t size = begin + kBlock < count ? kBlock : count - begin;
+        int any = 0;
+#pragma omp simd reduction(| : any)
+        for (int64_t j = 0; j < size; ++j) any |= test(begin + j) ? 1 : 0;
+        if (!any) continue;
+        uint8_t passed[kBlock] = {};
+#pragma omp simd
+        for (int64_t j = 0; j < size; ++j) passed[j] = test(begin + j) ? 1 : 0;
+        for (int64_t word = 0; word < kBlock; word += 8) {
+            uint64_t bytes;
+            memcpy(&bytes, passed + word, 8);
+            for (; bytes; bytes &= bytes - 1) visit(begin + word + __builtin_ctzll(bytes) / 8);
+        }
     }
-    values[at] = value;
-    candidate[at] = static_cast<int32_t>(number);
 }
 
 template <class P> void offer_to_rows(const OfferTile& p, const P* products) {
@@ -113,49 +140,50 @@ template <class P> void offer_to_rows(const OfferTile& p, const P* products) {
         const P* row = products + r * t.columns;
         int64_t place = row_place(t, r), first = t.column_first + t.column_begin;
         int64_t self = t.one_set ? row_number(t, r) - first : -1;
-        float own = p.row_scale[place], ceiling = p.of_rows.ceiling[place];
-        for (int64_t begin = 0; begin < t.columns; begin += kBlock) {
-            int64_t end = begin + kBlock < t.columns ? begin + kBlock : t.columns;
-            int above = 0;
-#pragma omp simd reduction(| : above)
-            for (int64_t j = begin; j < end; ++j)
-                above |= static_cast<float>(row[j]) * (own * scale[j]) > ceiling ? 1 : 0;
-            if (!above) continue;
-            for (int64_t j = begin; j < end; ++j) {
-                float value = static_cast<float>(row[j]) * (own * scale[j]);
-                if (!(value > ceiling) || j == self) continue;
-                insert(p.of_rows, place, first + j, value);
-                ceiling = p.of_rows.ceiling[place];
-            }
+        const float own = p.row_scale[place], &ceiling = p.of_rows.ceiling[place];
+        auto value = [=](int64_t j) { return static_cast<float>(row[j]) * (own * scale[j]); };
+        for (int64_t begin = 0; begin < t.columns; begin += kBlock) { // the ceiling rises from block to block
+            const float least = ceiling;
+            where(
+                begin + kBlock < t.columns ? kBlock : t.columns - begin,
+                [=](int64_t j) { return value(begin + j) > least; },
+                [&](int64_t j) {
+                    if (value(begin + j) > ceiling && begin + j != self)
+                        insert(p.of_rows, place, first + begin + j, value(begin + j));
+                });
         }
+    }
+}
+
+// Calls f(first, count) for the blocks of a tile's columns, each on one thread.
+template <class F> void for_each_column_block(const ProductTile& t, F f) {
+    const int64_t blocks = (t.columns + kBlock - 1) / kBlock;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads_for(t.rows* t.columns))
+    for (int64_t block = 0; block < blocks; ++block) {
+        int64_t begin = block * kBlock;
+        f(begin, t.columns - begin < kBlock ? t.columns - begin : kBlock);
     }
 }
 
 template <class P> void offer_to_columns(const OfferTile& p, const P* products) {
     const ProductTile& t = p.tile;
-    const int64_t blocks = (t.columns + kBlock - 1) / kBlock;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads_for(t.rows* t.columns))
-    for (int64_t block = 0; block < blocks; ++block) {
-        int64_t begin = block * kBlock, count = t.columns - begin < kBlock ? t.columns - begin : kBlock;
+    for_each_column_block(t, [&](int64_t begin, int64_t count) {
         const int64_t place = t.column_begin + begin;
         const float *scale = p.column_scale + place, *ceiling = p.of_columns.ceiling + place;
-        const bool* renewed = p.renewed ? p.renewed + place : nullptr;
         for (int64_t r = 0; r < t.rows; ++r) {
             const P* row = products + r * t.columns + begin;
-            float own = p.row_scale[row_place(t, r)];
-            int above = 0;
-#pragma omp simd reduction(| : above)
-            for (int64_t j = 0; j < count; ++j)
-                above |= static_cast<float>(row[j]) * (own * scale[j]) > ceiling[j] ? 1 : 0;
-            if (!above) continue;
-            int64_t number = row_number(t, r), self = t.one_set ? number - t.column_first - place : -1;
-            for (int64_t j = 0; j < count; ++j) {
-                float value = static_cast<float>(row[j]) * (own * scale[j]);
-                if (value > ceiling[j] && j != self && !(renewed && renewed[j]))
-                    insert(p.of_columns, place + j, number, value);
-            }
+            const float own = p.row_scale[row_place(t, r)];
+            auto value = [=](int64_t j) { return static_cast<float>(row[j]) * (own * scale[j]); };
+            where(
+                count, [=](int64_t j) { return value(j) > ceiling[j]; },
+                [&](int64_t j) {
+                    int64_t number = row_number(t, r);
+                    bool self = t.one_set && number == t.column_first + place + j;
+                    if (!self && !(p.renewed && p.renewed[place + j]))
+                        insert(p.of_columns, place + j, number, value(j));
+                });
         }
-    }
+    });
 }
 
 template <class P> void offer_tile(const OfferTile& p) {
@@ -179,7 +207,10 @@ void forget_renewed(const ForgetRenewed& p) {
     for (int64_t i = 0; i < p.count; ++i) {
         int32_t* candidate = p.lists.candidate + i * capacity;
         float* value = p.lists.value + i * capacity;
-        if (p.renewed_rows[i]) p.lists.ceiling[i] = kLowest;
+        if (p.renewed_rows[i]) {
+            float& ceiling = p.lists.ceiling[i];
+            ceiling = candidate[0] >= 0 && value[0] > ceiling ? ceiling - 0.25f * (value[0] - ceiling) : kLowest;
+        }
         int64_t kept = 0;
         for (int64_t c = 0; c < capacity && candidate[c] >= 0; ++c) {
             if (p.renewed_rows[i] || p.renewed_candidates[candidate[c]]) continue;
@@ -220,6 +251,13 @@ template <class T> struct Comparison {
         own = load_row<T>(query.rows, place, size, own_buffer);
         inverse = query.inverse_norm[place];
     }
+    void fetch(int64_t place) const { // what `with` is going to read
+        const MatrixView& m = reference.rows;
+        if (m.column_stride != 1) return;
+        const int64_t item = m.dtype == Dtype::float64 ? 8 : m.dtype == Dtype::float32 ? 4 : 2;
+        const char* row = static_cast<const char*>(m.data) + place * m.row_stride * item;
+        for (int64_t byte = 0; byte < size * item; byte += 64) __builtin_prefetch(row + byte);
+    }
     double with(int64_t place) const {
         return exact(own, load_row<T>(reference.rows, place, size, other_buffer), size) *
                (inverse * reference.inverse_norm[place]);
@@ -247,6 +285,12 @@ inline void same_to_all(const SettleCandidates& p, int64_t i) {
     for (int64_t c = 0; nan && c < k; ++c) p.answers.cosine[i * k + c] = std::numeric_limits<double>::quiet_NaN();
 }
 
+// The place of a reference by its number, or -1: not here.
+inline int64_t place_of(const SettleCandidates& p, int64_t number) {
+    int64_t place = p.reference_place ? p.reference_place[number] : number - p.reference_first;
+    return place < p.references ? place : -1;
+}
+
 template <class T> void settle_candidates(const SettleCandidates& p) {
     const int64_t k = p.answers.count;
 #pragma omp parallel num_threads(threads_for(p.queries* p.size))
@@ -257,61 +301,111 @@ template <class T> void settle_candidates(const SettleCandidates& p) {
             compare.begin(i);
             if (p.query.error[i] < 0.0f || compare.inverse == 0.0) {
                 same_to_all(p, i);
-                p.tolerance[i] = std::numeric_limits<float>::infinity();
                 continue;
             }
             const double& worst = p.answers.cosine[i * k + k - 1];
             const int32_t* candidate = p.lists.candidate + i * p.lists.capacity;
             const float* value = p.lists.value + i * p.lists.capacity;
+            // Rows lie anywhere in memory: several are under way while one is compared.
+            int64_t under_way[kUnderWay], numbers[kUnderWay];
+            int64_t asked = 0, compared = 0;
+            auto compare_next = [&] {
+                int64_t at = compared++ % kUnderWay;
+                answer(p.answers, i, compare.with(under_way[at]), numbers[at]);
+            };
             for (int64_t c = 0; c < p.lists.capacity && candidate[c] >= 0; ++c) {
-                int64_t place = p.reference_place ? p.reference_place[candidate[c]] : candidate[c] - p.reference_first;
-                if (place < 0 || place >= p.references) continue;
+                int64_t place = place_of(p, candidate[c]);
+                if (place < 0) continue;
                 if (static_cast<double>(value[c]) + uncertainty(p.query, i, p.reference, place) < worst) continue;
-                answer(p.answers, i, compare.with(place), candidate[c]);
+                compare.fetch(place);
+                under_way[asked % kUnderWay] = place, numbers[asked++ % kUnderWay] = candidate[c];
+                if (asked == compared + kUnderWay || compared == 0)
+                    compare_next(); // the first says what others must reach
             }
-            double ceiling = static_cast<double>(p.lists.ceiling[i]), length = static_cast<double>(p.query.length[i]);
-            double norm = p.largest_norm ? static_cast<double>(*p.largest_norm) : 1.0;
-            double room = worst - ceiling - static_cast<double>(p.query.error[i]) * norm;
-            p.tolerance[i] = ceiling == -kInfinity ? std::numeric_limits<float>::infinity()
-                                                   : round_down(room > 0.0 ? room / length : -1.0);
+            while (compared < asked) compare_next();
         }
     }
 }
 
-template <class T, class P> void resolve_tile(const ResolveTile& p) {
+template <class T, bool with_norm, class P> void resolve_rows(const ResolveTile& p, const P* products) {
     const ProductTile& t = p.tile;
-    const int64_t k = p.answers.count, first = t.column_first + t.column_begin;
+    const int64_t k = p.of_rows.count, first = t.column_first + t.column_begin;
     const float *scale = p.reference.scale + t.column_begin, *error = p.reference.error + t.column_begin;
-    const float* norm = p.reference.norm ? p.reference.norm + t.column_begin : nullptr;
+    const float* norm = with_norm ? p.reference.norm + t.column_begin : nullptr;
 #pragma omp parallel num_threads(threads_for(t.rows* t.columns))
     {
         Comparison<T> compare(p.query, p.reference, p.size);
 #pragma omp for schedule(dynamic, 4)
         for (int64_t r = 0; r < t.rows; ++r) {
-            const P* row = static_cast<const P*>(t.products) + r * t.columns;
+            const P* row = products + r * t.columns;
             const int64_t place = row_place(t, r), self = t.one_set ? row_number(t, r) - first : -1;
             compare.begin(place);
             if (p.query.error[place] < 0.0f || compare.inverse == 0.0) continue; // settled: the same to all
-            const double& worst = p.answers.cosine[place * k + k - 1];
+            const double& worst = p.of_rows.cosine[place * k + k - 1];
             const float own = p.query.scale[place], own_error = p.query.error[place], length = p.query.length[place];
-            for (int64_t begin = 0; begin < t.columns; begin += kBlock) {
-                int64_t end = begin + kBlock < t.columns ? begin + kBlock : t.columns;
-                float least = round_down(worst);
-                int near = 0;
-#pragma omp simd reduction(| : near)
-                for (int64_t j = begin; j < end; ++j) {
-                    float bound = own_error * (norm ? norm[j] : 1.0f) + length * error[j];
-                    near |= static_cast<float>(row[j]) * (own * scale[j]) + bound >= least ? 1 : 0;
-                }
-                if (!near) continue;
-                for (int64_t j = begin; j < end; ++j) {
-                    float bound = own_error * (norm ? norm[j] : 1.0f) + length * error[j];
-                    if (j != self && static_cast<float>(row[j]) * (own * scale[j]) + bound >= round_down(worst))
-                        answer(p.answers, place, compare.with(t.column_begin + j), first + j);
-                }
+            auto most = [=](int64_t j) { // that the cosine can be
+                float bound = (with_norm ? own_error * norm[j] : own_error) + length * error[j];
+                return static_cast<float>(row[j]) * (own * scale[j]) + bound;
+            };
+            for (int64_t begin = 0; begin < t.columns; begin += kBlock) { // the worst rises from block to block
+                const float least = below(worst);
+                where(
+                    begin + kBlock < t.columns ? kBlock : t.columns - begin,
+                    [=](int64_t j) { return most(begin + j) >= least; },
+                    [&](int64_t j) {
+                        if (most(begin + j) >= below(worst) && begin + j != self)
+                            answer(p.of_rows, place, compare.with(t.column_begin + begin + j), first + begin + j);
+                    });
             }
         }
     }
+}
+
+template <class T, class P> void resolve_columns(const ResolveTile& p, const P* products) {
+    const ProductTile& t = p.tile;
+    const int64_t k = p.of_columns.count;
+    for_each_column_block(t, [&](int64_t begin, int64_t count) {
+        const int64_t first = t.column_begin + begin;
+        const float *scale = p.reference.scale + first, *error = p.reference.error + first;
+        const float* length = p.reference.length + first;
+        Comparison<T> compare(p.reference, p.query, p.size); // the columns are the ones who ask
+        float least[kBlock];
+        for (int64_t j = 0; j < count; ++j) {
+            int64_t place = first + j;
+            bool settled = error[j] < 0.0f || p.reference.inverse_norm[place] == 0.0; // the same to all
+            bool asks = !settled && !(p.renewed && p.renewed[place]);
+            least[j] = asks ? below(p.of_columns.cosine[place * k + k - 1]) : std::numeric_limits<float>::infinity();
+        }
+        for (int64_t r = 0; r < t.rows; ++r) {
+            const P* row = products + r * t.columns + begin;
+            const int64_t place = row_place(t, r), number = row_number(t, r);
+            const float own = p.query.scale[place], own_error = p.query.error[place];
+            const float norm = p.query.norm ? p.query.norm[place] : 1.0f;
+            where(
+                count,
+                [=, least = &least[0]](int64_t j) {
+                    float bound = error[j] * norm + length[j] * own_error;
+                    return static_cast<float>(row[j]) * (own * scale[j]) + bound >= least[j];
+                },
+                [&](int64_t j) {
+                    if (t.one_set && number == t.column_first + first + j) return;
+                    compare.begin(first + j);
+                    answer(p.of_columns, first + j, compare.with(place), number);
+                    least[j] = below(p.of_columns.cosine[(first + j) * k + k - 1]);
+                });
+        }
+    });
+}
+
+template <class T, class P> void resolve_tile(const ResolveTile& p) {
+    const P* products = static_cast<const P*>(p.tile.products);
+    if (p.of_rows.index) {
+        if (p.reference.norm)
+            resolve_rows<T, true>(p, products);
+        else
+            resolve_rows<T, false>(p, products);
+    }
+    if (p.of_columns.index) resolve_columns<T>(p, products);
 }
 
 } // namespace

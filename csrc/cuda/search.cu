@@ -174,7 +174,11 @@ __global__ void forget_renewed(ForgetRenewed p) {
     int32_t* candidate = p.lists.candidate + i * capacity;
     float* value = p.lists.value + i * capacity;
     bool renewed = p.renewed_rows[i];
-    if (renewed && lane() == 0) p.lists.ceiling[i] = kLowest;
+    if (renewed && lane() == 0) {
+        float& ceiling = p.lists.ceiling[i];
+        ceiling = candidate[0] >= 0 && value[0] > ceiling ? ceiling - 0.25f * (value[0] - ceiling) : kLowest;
+    }
+    __syncwarp(); // the first value is written below
     int64_t kept = 0;
     for (int64_t begin = 0; begin < capacity; begin += kWarp) {
         int64_t c = begin + lane();
@@ -252,7 +256,6 @@ __device__ inline void same_to_all(const SettleCandidates& p, int64_t i) {
         ++found;
     }
     for (int64_t c = 0; nan && c < k; ++c) p.answers.cosine[i * k + c] = std::numeric_limits<double>::quiet_NaN();
-    p.tolerance[i] = kHighest;
 }
 
 __global__ void settle_candidates(SettleCandidates p) {
@@ -271,36 +274,54 @@ __global__ void settle_candidates(SettleCandidates p) {
         if (static_cast<double>(value[c]) + uncertainty(p.query, i, p.reference, place) < worst) continue;
         worst = answer(p.answers, i, cosine_of(p.query, i, p.reference, place, p.size), candidate[c]);
     }
-    if (lane() != 0) return;
-    double ceiling = static_cast<double>(p.lists.ceiling[i]), length = static_cast<double>(p.query.length[i]);
-    double norm = p.largest_norm ? static_cast<double>(*p.largest_norm) : 1.0;
-    double room = worst - ceiling - static_cast<double>(p.query.error[i]) * norm;
-    p.tolerance[i] = ceiling == -kInfinity ? kHighest : round_down(room > 0.0 ? room / length : -1.0);
 }
 
-template <class P> __global__ void resolve_tile(ResolveTile p) {
-    const ProductTile& t = p.tile;
-    int64_t r = warp_row();
-    if (r >= t.rows) return;
-    const int64_t i = row_place(t, r), self = t.one_set ? row_number(t, r) : -1;
-    if (is_same_to_all(p.query, i)) return; // settled
-    double worst = worst_of(p.answers, i);
-    const float scale = p.query.scale[i], error = p.query.error[i], length = p.query.length[i];
-    for (int64_t begin = 0; begin < t.columns; begin += kWarp) {
-        int64_t j = begin + lane(), place = t.column_begin + j;
+// Looks at those of count others that may be among the nearest of one row or column of a tile, which asks.
+template <class Value, class Place, class Number>
+__device__ void resolve(const Coded& asking, int64_t i, const Answers& answers, int64_t own, const Coded& others,
+                        int64_t count, int64_t size, Value value_of, Place place_of, Number number_of) {
+    if (is_same_to_all(asking, i)) return; // settled
+    double worst = worst_of(answers, i);
+    const float error = asking.error[i], length = asking.length[i];
+    for (int64_t begin = 0; begin < count; begin += kWarp) {
+        int64_t at = begin + lane();
         float most = kLowest; // that the cosine can be
-        bool other = j < t.columns && column_number(t, j) != self;
+        bool other = at < count && number_of(at) != own;
         if (other) {
-            float bound =
-                error * (p.reference.norm ? p.reference.norm[place] : 1.0f) + length * p.reference.error[place];
-            most = product<P>(t, r, j) * (scale * p.reference.scale[place]) + bound;
+            int64_t place = place_of(at);
+            most = value_of(at) + (error * (others.norm ? others.norm[place] : 1.0f) + length * others.error[place]);
         }
         for_each_lane(__ballot_sync(kWholeWarp, other && most >= round_down(worst)), [&](int from) {
             if (!(__shfl_sync(kWholeWarp, most, from) >= round_down(worst))) return;
-            double cosine = cosine_of(p.query, i, p.reference, t.column_begin + begin + from, p.size);
-            worst = answer(p.answers, i, cosine, column_number(t, begin + from));
+            double cosine = cosine_of(asking, i, others, place_of(begin + from), size);
+            worst = answer(answers, i, cosine, number_of(begin + from));
         });
     }
+}
+
+template <class P> __global__ void resolve_rows(ResolveTile p) {
+    const ProductTile& t = p.tile;
+    int64_t r = warp_row();
+    if (r >= t.rows) return;
+    const int64_t i = row_place(t, r);
+    const float own = p.query.scale[i];
+    resolve(
+        p.query, i, p.of_rows, t.one_set ? row_number(t, r) : -1, p.reference, t.columns, p.size,
+        [&](int64_t j) { return product<P>(t, r, j) * (own * p.reference.scale[t.column_begin + j]); },
+        [&](int64_t j) { return t.column_begin + j; }, [&](int64_t j) { return column_number(t, j); });
+}
+
+template <class P> __global__ void resolve_columns(ResolveTile p) {
+    const ProductTile& t = p.tile;
+    int64_t j = warp_row();
+    if (j >= t.columns) return;
+    const int64_t i = t.column_begin + j;
+    if (p.renewed && p.renewed[i]) return;
+    const float own = p.reference.scale[i];
+    resolve(
+        p.reference, i, p.of_columns, t.one_set ? column_number(t, j) : -1, p.query, t.rows, p.size,
+        [&](int64_t r) { return product<P>(t, r, j) * (p.query.scale[row_place(t, r)] * own); },
+        [&](int64_t r) { return row_place(t, r); }, [&](int64_t r) { return row_number(t, r); });
 }
 
 // Calls f with a zero of the products' type.
@@ -327,7 +348,10 @@ void run(const OfferTile& p, void* stream) {
 void run(const ForgetRenewed& p, void* stream) { launch_warp_rows(forget_renewed, p.count, stream, p); }
 void run(const SettleCandidates& p, void* stream) { launch_warp_rows(settle_candidates, p.queries, stream, p); }
 void run(const ResolveTile& p, void* stream) {
-    as_product_type(p.tile, [&](auto type) { launch_warp_rows(resolve_tile<decltype(type)>, p.tile.rows, stream, p); });
+    as_product_type(p.tile, [&](auto type) {
+        if (p.of_rows.index) launch_warp_rows(resolve_rows<decltype(type)>, p.tile.rows, stream, p);
+        if (p.of_columns.index) launch_warp_rows(resolve_columns<decltype(type)>, p.tile.columns, stream, p);
+    });
 }
 
 } // namespace fm::cuda

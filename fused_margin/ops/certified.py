@@ -15,9 +15,9 @@ from torch import Tensor
 
 from fused_margin.ops.backend import Kernels
 from fused_margin.ops.problem import compute_dtype
-from fused_margin.ops.search import Coded, Lists, Search, capacity_of, find_nearest, int8_wins
+from fused_margin.ops.search import Coded, Lists, Search, find_nearest, int8_wins
 
-CANDIDATES = 32  # of a class, beside its nearest
+CANDIDATES = 80  # of a class: more let it turn further before it is swept, and cost comparisons
 THRESHOLDS = 64  # of errors that are tried at a step
 FULL_SWEEP_SHARE = 3  # rows times all columns cost as much as the whole upper triangle from half of the rows on
 
@@ -37,7 +37,7 @@ def new_state(weight: Tensor) -> NearestState:
     """Of classes that have not been looked at: the first step sweeps them all."""
     classes, device = len(weight), weight.device
     int8 = int8_wins(device)
-    lists = Lists.empty(classes, capacity_of(CANDIDATES, max(1, classes - 1), int8), device)
+    lists = Lists.empty(classes, max(1, min(CANDIDATES, classes - 1)), device)
     code = torch.zeros(weight.shape, dtype=torch.int8 if int8 else compute_dtype(weight), device=device)
     return NearestState(
         code, torch.zeros(classes, device=device), lists.candidate, lists.value, lists.ceiling.fill_(math.inf),
@@ -60,7 +60,7 @@ def refresh(run: Kernels, weight: Tensor, state: NearestState, workspace_bytes: 
     lists = Lists(state.candidate, state.value, state.ceiling)
     search = Search(run, coded, coded, lists, 1, workspace_bytes)
     search.settle()
-    rows = worth_sweeping(coded, search.tolerance)
+    rows = worth_sweeping(coded, search.tolerance())
     whole = len(rows) * FULL_SWEEP_SHARE > classes
     if whole:
         coded.encode(run)
@@ -77,7 +77,6 @@ def refresh(run: Kernels, weight: Tensor, state: NearestState, workspace_bytes: 
         coded.measure_rows(run, rows)
         run.forget_renewed(lists=lists.arguments(), renewed_rows=renewed, renewed_candidates=renewed, count=classes)
         search.resolve(rows, renewed)
-        search.settle()  # the others, whose lists may have new candidates
         uncertain = search.uncertain()
         uncertain = uncertain[~renewed[uncertain]]
         search.resolve(uncertain)
@@ -94,15 +93,19 @@ def worth_sweeping(coded: Coded, tolerance: Tensor) -> Tensor:
     With a threshold t on the columns' errors, those are the classes whose code is further off than t, and the rows whose
     answer does not stand an error of t. No threshold is worth trying below what a fresh code is off.
     """
-    error = coded.error.clamp(min=0.0)  # -1 of a row with NaN
+    error = coded.error.clamp(min=0.0).double()  # -1 of a row with NaN
     integer = coded.code.dtype == torch.int8
     lowest = max(1e-6, 1.25 * float(coded.scale.max()) * math.sqrt(coded.size / 12) if integer else 0.0)
     highest = max(float(error.max()), lowest)
-    thresholds = torch.logspace(math.log10(lowest), math.log10(highest), THRESHOLDS, device=error.device)
+    thresholds = torch.logspace(
+        math.log10(lowest), math.log10(highest), THRESHOLDS, dtype=torch.float64, device=error.device
+    )
     thresholds[-1] = highest  # whatever the logarithm has rounded
-    further = len(error) - torch.searchsorted(error.sort().values, thresholds, right=True)
-    doubtful = torch.searchsorted(tolerance.sort().values, thresholds, right=True)
-    threshold = thresholds[(further + doubtful).argmin()]
+    further, doubtful = (
+        torch.bincount(torch.bucketize(values, thresholds), minlength=THRESHOLDS + 1) for values in (error, tolerance)
+    )
+    rows = doubtful.cumsum(0)[:THRESHOLDS] + len(error) - further.cumsum(0)[:THRESHOLDS]
+    threshold = thresholds[rows.argmin()]
     return ((error > threshold) | ~(tolerance > threshold)).nonzero().squeeze(1)
 
 

@@ -16,7 +16,7 @@ from fused_margin.ops.backend import Kernels
 from fused_margin.ops.dispatch import constant_while_compiled
 from fused_margin.ops.plan import SMALLEST_CHUNK, whole_chunk
 
-TILE_BYTES = 4 << 20  # of products, which are read twice: larger ones multiply no faster
+TILE_BYTES = 2 << 20  # of products, which are read twice: larger ones multiply no faster
 MOST_NEAREST = 32
 LARGEST_INT8_SIZE = (2**31 - 1) // 127**2  # of rows whose products fit an int32
 
@@ -159,7 +159,6 @@ class Search:
         queries, device = len(query.rows), query.rows.device
         self.cosine = torch.full((queries, number), -math.inf, dtype=torch.float64, device=device)
         self.index = torch.full((queries, number), -1, dtype=torch.int64, device=device)
-        self.tolerance = torch.empty(queries, device=device)
         item = max(4, self.reference.operand(slice(0, 0)).element_size())
         largest = max(queries, len(reference.rows))
         self.side = whole_chunk(largest, math.isqrt(min(TILE_BYTES, max(workspace_bytes // 2, 1)) // item))
@@ -174,9 +173,6 @@ class Search:
         if left.shape[1] == 0:
             return out.zero_()
         return self.multiply(left, right.t(), out=out)
-
-    def chunks(self, count: int):
-        return ((begin, min(begin + self.side, count)) for begin in range(0, count, self.side))
 
     def tile(self, products: Tensor, row_begin: int, column_begin: int, row_place: Tensor | None = None) -> dict:
         return {
@@ -193,39 +189,50 @@ class Search:
 
     def sweep(self) -> None:
         """Offers every reference to every query; within one set, over the upper triangle of the products."""
-        for column_begin, column_end in self.chunks(len(self.reference.rows)):
+        for column_begin, column_end in chunks(len(self.reference.rows), self.side):
             columns = self.reference.operand(slice(column_begin, column_end))
-            for row_begin, row_end in self.chunks(column_end if self.one_set else len(self.query.rows)):
+            for row_begin, row_end in chunks(column_end if self.one_set else len(self.query.rows), self.side):
                 products = self.products(self.query.operand(slice(row_begin, row_end)), columns)
                 tile = self.tile(products, row_begin, column_begin)
                 self.offer(tile, to_columns=self.one_set and row_begin != column_begin)
 
     def settle(self) -> None:
-        """Compares the candidates that may be nearest; `tolerance` then tells whose answers are certain."""
-        norm = self.reference.norm
+        """Compares the candidates that may be nearest."""
         self.run.settle_candidates(
             query=self.query.arguments(), reference=self.reference.arguments(), lists=self.lists.arguments(),
-            answers=(self.cosine, self.index), tolerance=self.tolerance,
-            largest_norm=None if norm is None else norm.max().reshape(1), reference_place=None, reference_first=0,
+            answers=(self.cosine, self.index), reference_place=None, reference_first=0,
             references=len(self.reference.rows), query_first=0, one_set=self.one_set, queries=len(self.query.rows),
             size=self.query.size,
         )  # fmt: skip
 
+    def tolerance(self) -> Tensor:
+        """(Q,) float64: a query's answers are certain if all errors of references that are not in its list are smaller."""
+        query, ceiling, worst = self.query, self.lists.ceiling.double(), self.cosine[:, -1]
+        norm = 1.0 if self.reference.norm is None else self.reference.norm.max()
+        room = (worst - ceiling - query.error.double() * norm) / query.length.double()
+        settled = (query.error < 0) | (query.inverse_norm == 0) | (ceiling == -math.inf)
+        return room.masked_fill_(settled, math.inf)
+
     def uncertain(self) -> Tensor:
         """Queries whose lists do not prove their answers."""
-        return (~(self.tolerance > self.reference.largest_error())).nonzero().squeeze(1)
+        return (~(self.tolerance() > self.reference.largest_error())).nonzero().squeeze(1)
 
     def resolve(self, rows: Tensor, renewed: Tensor | None = None) -> None:
-        """Looks at every reference that may be nearest to these queries; offers their new codes, if `renewed`."""
-        for begin in range(0, len(rows), self.side):
-            places = rows[begin : begin + self.side]
+        """Looks at every reference that may be nearest to these queries.
+
+        Renewed (R,) ones have new codes: these are offered to all lists, and looked at for the other answers too.
+        """
+        answers = self.cosine, self.index
+        height = max(1, min(len(rows), self.side))
+        width = whole_chunk(len(self.reference.rows), len(self.buffer) // height)  # few rows: fewer, wider tiles
+        for places in rows.split(height):
             operand = self.query.operand(places)
-            for column_begin, column_end in self.chunks(len(self.reference.rows)):
+            for column_begin, column_end in chunks(len(self.reference.rows), width):
                 columns = self.reference.operand(slice(column_begin, column_end))
                 tile = self.tile(self.products(operand, columns), 0, column_begin, places)
                 self.run.resolve_tile(
-                    **tile, query=self.query.arguments(), reference=self.reference.arguments(),
-                    answers=(self.cosine, self.index), size=self.query.size,
+                    **tile, query=self.query.arguments(), reference=self.reference.arguments(), of_rows=answers,
+                    of_columns=None if renewed is None else answers, renewed=renewed, size=self.query.size,
                 )  # fmt: skip
                 if renewed is not None:
                     self.offer(tile, to_columns=True, renewed=renewed)
@@ -234,6 +241,11 @@ class Search:
         """Cosines, or inner products, (Q, k) in `dtype` and the references (Q, k) int64."""
         cosine = self.cosine if self.query.inner_product else self.cosine.clamp(-1.0, 1.0)
         return cosine.to(dtype), self.index.clamp(min=0)
+
+
+def chunks(count: int, size: int):
+    """(begin, end) of parts of so many."""
+    return ((begin, min(begin + size, count)) for begin in range(0, count, size))
 
 
 def capacity_of(number: int, references: int, int8: bool) -> int:
