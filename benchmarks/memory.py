@@ -141,7 +141,7 @@ def _status(field: str) -> int:
     return 1024 * int(re.search(rf"{field}:\s+(\d+)", text)[1])
 
 
-def _mark(device: str) -> int:
+def mark(device: str) -> int:
     """Bytes in use now, from where the high-water mark starts anew."""
     gc.collect()
     if device == "cuda":
@@ -152,7 +152,7 @@ def _mark(device: str) -> int:
     return _status("VmRSS")
 
 
-def _high_water(device: str) -> int:
+def high_water(device: str) -> int:
     if device == "cuda":
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated()
@@ -170,10 +170,10 @@ def _peak_bytes(job: Job) -> int:
         build(make_inputs(tiny, job.device, batches=1))(0)
         step = build(make_inputs(job.shape, job.device, batches=1))
     step.touch_gradients()
-    before = _mark(job.device)
+    before = mark(job.device)
     for turn in range(2):
         step(turn)
-    return max(0, _high_water(job.device) - before)
+    return max(0, high_water(job.device) - before)
 
 
 def _measure_and_send(job: Job, sender: Connection) -> None:
