@@ -1,7 +1,7 @@
 """The nearest classes kept from step to step where classes are divided among ranks: bit for bit those of one device."""
 
 import copy
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from unittest.mock import patch
 
 import pytest
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import fused_margin as fm
 from fused_margin.functional import NearestClass, exclusive_regularization, nearest_class
-from fused_margin.ops import certified, search, sharded_nearest, sharded_search
+from fused_margin.ops import certified, search, sharded_certified, sharded_nearest, sharded_search
 from fused_margin.ops.backend import kernels
 from fused_margin.sharding import Shard, slice_of
 
@@ -35,12 +35,18 @@ def screened(int8):
         yield
 
 
-def found_by(group, int8, refresh, weights, dtype=torch.float32, room=256):
+def short_lists(capacity):
+    """Of so many candidates; None: as they are."""
+    given = {} if capacity is None else {"capacity_of": lambda *_: capacity}
+    return patch.multiple(sharded_certified, **given) if given else nullcontext()
+
+
+def found_by(group, int8, refresh, weights, dtype=torch.float32, room=256, capacity=None):
     """What this rank's regularizer finds in all of these, and what it counts."""
     classes = len(weights[0])
     regularizer = fm.ExclusiveRegularizer(refresh=refresh, shard=Shard(classes, group), workspace_mb=room)
     begin, end = slice_of(classes, group.rank(), group.size())
-    with screened(int8):
+    with screened(int8), short_lists(capacity):
         found = [tuple(regularizer.find(weight[begin:end].to(dtype))) for weight in weights]
     return found, regularizer.swept.tolist() if refresh == "certified" else None
 
@@ -50,8 +56,8 @@ def together(results, step):
     return NearestClass(*(torch.cat([found[step][k] for found, _ in results]) for k in (0, 1)))
 
 
-def compare(ranks, world, int8, weights, dtype=torch.float32, room=256):
-    results = ranks.run(found_by, [(int8, "certified", weights, dtype, room)] * world)
+def compare(ranks, world, int8, weights, dtype=torch.float32, room=256, capacity=None):
+    results = ranks.run(found_by, [(int8, "certified", weights, dtype, room, capacity)] * world)
     for step, weight in enumerate(weights):
         assert same(together(results, step), full_sweep(weight.to(dtype))), step
     assert all(swept == results[0][1] for _, swept in results)
@@ -85,6 +91,19 @@ def test_whatever_becomes_of_the_weights(ranks, int8):
             weight.mul_(torch.rand(400, 1) * 1e3 + 1e-3)  # lengths do not count
         weights.append(weight.clone())
     assert compare(ranks, 3, int8, weights)[1] > 0
+
+
+@pytest.mark.parametrize("capacity", [2, 3])
+def test_short_lists(ranks, int8, capacity):
+    """What lists cannot hold bounds everything, and rows stay open after their sweep."""
+    weights = [weight.clone() for _, weight in training(304, 48, 1)]
+    for _ in range(50):
+        weight = weights[-1].clone()
+        moved, near = torch.randint(304, (2, 3))
+        weight[moved] = weight[near] + 0.5 * torch.randn(3, 48)
+        weights.append(weight)
+    again, not_again, whole = compare(ranks, 3, int8, weights, capacity=capacity)
+    assert not_again > again > whole * 304
 
 
 @pytest.mark.parametrize("classes", [2, 3, 5])
