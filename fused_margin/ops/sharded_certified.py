@@ -50,7 +50,7 @@ def refresh(
 
 
 def agree(shard: Shard, weight: Tensor, int8: bool, counted: Tensor) -> bool:
-    """Whether what ranks have kept belongs together: they count alike, and have begun.
+    """Whether what ranks have kept belongs together: they count alike, and from more than 0.
 
     Lists hold products with the codes of other ranks. A rank that has lost its own, or comes with those of another
     step, counts otherwise, and everybody begins anew.
@@ -102,9 +102,9 @@ def frozen(
     run: Kernels, shard: Shard, weight: Tensor, index: Tensor, age: Tensor, every: int, counts: bool,
     workspace_bytes: int,
 ) -> Tensor:  # fmt: skip
-    """Cosine (C_rank,) float64 of every own class with `index` (C_rank,), found anew on all ranks when it is due on one."""
-    due = shard.largest((age % every == 0).long()).item()
-    if due:
+    """Cosine (C_rank,) float64 of every own class with `index` (C_rank,), found anew every so many steps, or if ages differ."""
+    alike = agree(shard, weight, False, age)
+    if not alike or age.item() % every == 0:
         index.copy_(find_nearest(run, shard, weight, workspace_bytes)[1])
         age.zero_()  # ranks whose ages differed have one again
     age += counts
