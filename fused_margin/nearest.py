@@ -47,8 +47,8 @@ def nearest_class(
         k: how many, at most 32, and at most as many as there are.
         metric: ``"cosine"``, or ``"inner_product"``: the largest ``query_i . reference_j``, with their lengths.
         shard: which of the classes ``query`` holds, if they are divided among ranks; others are then looked for on
-            all of them, and ``index`` counts over all. Shards go round, two at a time on every rank. For the nearest
-            other class by cosine only.
+            all of them, and ``index`` counts over all. Shards go round, two at a time on every rank; on the CPU the
+            result is that of one device, bit for bit. For the nearest other class by cosine only.
         workspace_mb: bound on scratch memory in MiB; int8 takes a byte an entry of the rows, and is used where that fits.
 
     Returns:
