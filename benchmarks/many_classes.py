@@ -65,7 +65,9 @@ def main() -> None:
         print(f"step {number}: " + ", ".join(f"{name} {value:,.4g}" for name, value in step.items()), flush=True)
         steps.append(step)
     kept = sum(buffer.nbytes for buffer in regularizer.buffers())
-    print(f"kept from step to step: {kept:,} bytes; weights: {weight.nbytes:,}; C x C float32: {4 * len(weight) ** 2:,}")
+    print(
+        f"kept from step to step: {kept:,} bytes; weights: {weight.nbytes:,}; C x C float32: {4 * len(weight) ** 2:,}"
+    )
     if config.output is not None:
         settings = {name: value for name, value in vars(config).items() if name != "output"}
         report = {"problem": settings, "hardware": hardware("cpu"), "versions": versions(), "kept bytes": kept}

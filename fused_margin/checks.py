@@ -184,20 +184,19 @@ def hard_negatives(
 
 
 def nearest(value, weight: Tensor, shard: Shard | None) -> tuple[Tensor, Tensor]:
-    """cosine and index of a NearestClass of all of the classes of weight, or None and None."""
+    """cosine and index of a NearestClass of the classes of weight, or None and None."""
     if value is None:
         return None, None
-    if shard is not None and shard.world > 1:
-        raise ValueError("nearest: expected None where classes are divided among ranks")
     cosine, index = value
+    classes = len(weight) if shard is None else shard.num_classes
     per_class("nearest.cosine", cosine, weight, len(weight))
     same_device("nearest.index", index, weight)
     if index.shape != weight.shape[:1] or index.dtype != torch.int64:
         raise ValueError(f"nearest.index: expected ({len(weight)},) int64, got {tuple(index.shape)} {index.dtype}")
     if index.device.type == "cpu" and not torch.compiler.is_compiling() and len(index):
         low, high = (int(t) for t in index.aminmax())
-        if low < 0 or high >= len(weight):
-            raise ValueError(f"nearest.index: expected classes in [0, {len(weight)}), got {low if low < 0 else high}")
+        if low < 0 or high >= classes:
+            raise ValueError(f"nearest.index: expected classes in [0, {classes}), got {low if low < 0 else high}")
     return cosine, index
 
 

@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from fused_margin import checks
 from fused_margin.nearest import NearestClass, exclusive_regularization
-from fused_margin.ops import library
+from fused_margin.ops import library, sharded_certified
+from fused_margin.ops.backend import kernels, on_device
 from fused_margin.ops.certified import NearestState, fits, new_state
 from fused_margin.ops.problem import workspace_bytes
+from fused_margin.sharding import Shard
 
 
 def checked_refresh(name: str, value: str | int) -> str | int:
@@ -34,29 +36,34 @@ class ExclusiveRegularizer(nn.Module):
             80 candidates) proves the others. How many those are depends on the training: few where classes are apart
             and turn slowly. An integer R: every R steps of training; in between neighbours stay as they are, which is
             **not exact** (their cosines are).
+        shard: which of the classes ``weight`` holds, if they are divided among ranks, each of which keeps what belongs
+            to its own; every rank makes every call, and gets the mean over all classes.
         workspace_mb: bound on scratch memory in MiB; what is kept comes on top.
 
     Shape:
         weight (C, D), C >= 2 -> scalar.
 
     Attributes:
-        swept: with ``"certified"``, a (3,) buffer: classes that were looked at again so far, those that were not, and
-            whole sweeps.
+        swept: with ``"certified"``, a (3,) buffer: classes (of all ranks) that were looked at again so far, those that
+            were not, and whole sweeps.
 
-    What is kept is made in the first call, and is in the state dict. Weights may change in any way between calls: how far
-    each has turned is measured, not assumed.
+    What is kept is made in the first call. Weights may change in any way between calls: how far each has turned is
+    measured, not assumed. It is in the state dict, but not of a shard: what one rank keeps speaks of the codes of all
+    others, so that ranks that were loaded begin anew, with a whole sweep, and so does everybody where one rank has lost
+    its own.
 
     Raises:
         ValueError, TypeError: for a ``refresh`` that is none of these.
         RuntimeError: for weights on a CUDA device, unless ``refresh`` is ``"every_step"``: not there yet.
     """
 
-    def __init__(self, *, refresh: str | int = "every_step", workspace_mb: float = 256):
+    def __init__(self, *, refresh: str | int = "every_step", shard: Shard | None = None, workspace_mb: float = 256):
         super().__init__()
         checks.number("workspace_mb", workspace_mb, 0.0, open_low=True)
         self.refresh, self.workspace_mb = checked_refresh("refresh", refresh), workspace_mb
+        self.shard = shard
         for name in self.kept_names():
-            self.register_buffer(name, None)
+            self.register_buffer(name, None, persistent=shard is None)
 
     def kept_names(self) -> tuple[str, ...]:
         """Buffers, None before the first call."""
@@ -74,7 +81,8 @@ class ExclusiveRegularizer(nn.Module):
         if self.refresh == "certified":
             state = self.state()
             if state is None or not fits(state, weight):
-                for name, value in new_state(weight)._asdict().items():
+                state = new_state(weight) if self.shard is None else sharded_certified.new_state(self.shard, weight)
+                for name, value in state._asdict().items():
                     setattr(self, name, value)
         elif self.refresh != "every_step":
             index = self.index
@@ -86,19 +94,37 @@ class ExclusiveRegularizer(nn.Module):
         """Every class's nearest other and the cosine (float64) to it; None where they are to be found at every step."""
         if self.refresh == "every_step":
             return None
-        checks.class_weights(weight, at_least=2)
+        checks.class_weights(weight, at_least=2 if self.shard is None else 0)
         weight, room = weight.detach(), workspace_bytes(self.workspace_mb)
         self.start(weight)
+        if self.shard is not None:
+            return self.find_among_ranks(weight, room)
         if self.refresh == "certified":
             return NearestClass(*library.refresh_nearest(weight, *self.state(), room))
         cosine = library.frozen_nearest(weight, self.index, self.age, self.refresh, self.training, room)
         return NearestClass(cosine, self.index.clone())
 
+    def find_among_ranks(self, weight: Tensor, room: int) -> NearestClass:
+        if checks.shard(self.shard, weight, 1, 0.0) < 2:
+            checks.class_weights(weight, at_least=2)
+        with torch.no_grad(), on_device(weight.device), torch.autocast(weight.device.type, enabled=False):
+            run = kernels(weight.device)
+            if self.refresh == "certified":
+                return NearestClass(*sharded_certified.refresh(run, self.shard, weight, self.state(), room))
+            cosine = sharded_certified.frozen(
+                run, self.shard, weight, self.index, self.age, self.refresh, self.training, room
+            )
+        return NearestClass(cosine, self.index.clone())
+
     def forward(self, weight: Tensor) -> Tensor:
-        return exclusive_regularization(weight, nearest=self.find(weight), workspace_mb=self.workspace_mb)
+        return exclusive_regularization(
+            weight, nearest=self.find(weight), shard=self.shard, workspace_mb=self.workspace_mb
+        )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest) -> None:
         # Whatever size was saved; a checkpoint without it is one of weights that have not been looked at.
+        for name in self.kept_names() if self.shard is not None else ():
+            state_dict.pop(prefix + name, None)
         for name in self.kept_names():
             saved = state_dict.get(prefix + name)
             device = getattr(saved if getattr(self, name) is None else getattr(self, name), "device", None)

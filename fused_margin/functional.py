@@ -73,7 +73,7 @@ def margin_cross_entropy(
         hard_negatives: what becomes of near classes: they weigh more (CurricularFace), or count as
             orthogonal (InsightFace's filtering). Not with label smoothing.
         nearest: every class's nearest other, for the exclusive term, where they are known already (as
-            :class:`fused_margin.ExclusiveRegularizer` knows them); None finds them. Not across ranks.
+            :class:`fused_margin.ExclusiveRegularizer` knows them); None finds them.
         shard: which of the classes ``weight`` holds, if they are divided among ranks. Embeddings and labels are then
             each rank's own, and may differ in number; labels count over all classes, and so does ``class_weight``,
             which every rank has whole. Every rank gets the loss of all samples (its own with ``reduction="none"``),

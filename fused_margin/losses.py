@@ -24,7 +24,7 @@ ARGUMENTS = """
 {own}
         exclusive_weight: lambda of RegularFace's exclusive term, added to the loss; 0 switches it off.
         exclusive_refresh: when the nearest classes of that term are looked for, see
-            :class:`fused_margin.ExclusiveRegularizer`. Not with ``process_group``.
+            :class:`fused_margin.ExclusiveRegularizer`.
         class_weight: (C,) factors, as ``weight`` in ``torch.nn.CrossEntropyLoss``. A buffer.
         reduction, ignore_index, label_smoothing: as in ``torch.nn.CrossEntropyLoss``.
         beyond_pi, easy, gradient: see :class:`fused_margin.Margin`.
@@ -97,11 +97,9 @@ class ClassificationLoss(nn.Module):
         self.register_buffer("class_weight", class_weight)
         self.exclusive = None
         if checked_refresh("exclusive_refresh", exclusive_refresh) != "every_step" and exclusive_weight > 0:
-            if process_group is not None:
-                raise ValueError(
-                    f"exclusive_refresh: expected 'every_step' with a process_group, got {exclusive_refresh!r}"
-                )
-            self.exclusive = ExclusiveRegularizer(refresh=exclusive_refresh, workspace_mb=workspace_mb)
+            self.exclusive = ExclusiveRegularizer(
+                refresh=exclusive_refresh, shard=None if process_group is None else shard, workspace_mb=workspace_mb
+            )
             self.exclusive.start(self.weight)
 
     def cross_entropy_options(self) -> dict:
@@ -122,13 +120,15 @@ class ClassificationLoss(nn.Module):
         """The state of all ranks, for ``torch.distributed.checkpoint``: saved by any number of ranks, loaded by any other.
 
         ``dcp.save(loss_fn.sharded_state_dict(), checkpoint_id=folder)`` on every rank, and ``dcp.load`` with what the
-        same call gives there, which fills parameters and buffers in place.
+        same call gives there, which fills parameters and buffers in place. What ``exclusive_refresh`` keeps is not in
+        it: after a load it is made anew where weights have turned too far from it, or an integer's next turn has come.
 
         Args:
             optimizer: what it keeps of the parameters and is as large (their momentum) goes with it; before loading it
                 must have been through a step, or :func:`fused_margin.optim.start_momentum` of each.
         """
-        state, divided = self.state_dict(), self.class_parameters()
+        state = {name: value for name, value in self.state_dict().items() if not name.startswith("exclusive.")}
+        divided = self.class_parameters()
         for name, parameter in self.named_parameters():
             kept = {} if optimizer is None else optimizer.state.get(parameter, {})
             found = {

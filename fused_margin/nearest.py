@@ -10,7 +10,7 @@ from fused_margin.ops import library
 from fused_margin.ops.dispatch import products_of
 from fused_margin.ops.problem import Problem, compute_dtype, workspace_bytes
 from fused_margin.ops.search import MOST_NEAREST
-from fused_margin.ops.sharded_nearest import ShardedNearest
+from fused_margin.ops.sharded_nearest import ShardedNearest, find
 from fused_margin.sharding import Shard, Total
 
 METRICS = ("cosine", "inner_product")
@@ -47,8 +47,8 @@ def nearest_class(
         k: how many, at most 32, and at most as many as there are.
         metric: ``"cosine"``, or ``"inner_product"``: the largest ``query_i . reference_j``, with their lengths.
         shard: which of the classes ``query`` holds, if they are divided among ranks; others are then looked for on
-            all of them, and ``index`` counts over all. Shards go round, two at a time on every rank. For the nearest
-            other class by cosine only.
+            all of them, and ``index`` counts over all. Shards go round, two at a time on every rank; on the CPU the
+            result is that of one device, bit for bit. For the nearest other class by cosine only.
         workspace_mb: bound on scratch memory in MiB; int8 takes a byte an entry of the rows, and is used where that fits.
 
     Returns:
@@ -69,7 +69,8 @@ def nearest_class(
             raise ValueError("shard: expected None with a reference, k > 1 or inner products: those are of one device")
         if checks.shard(shard, query, 1, 0.0) < 2:
             checks.class_weights(query, at_least=2)
-        return NearestClass(*ShardedNearest.apply(shard, query, workspace_bytes(workspace_mb)))
+        cosine, index = find(shard, query.detach(), workspace_bytes(workspace_mb))
+        return NearestClass(ShardedNearest.apply(shard, query, cosine, index), index)
     if reference is None:
         checks.class_weights(query, name="query", at_least=2)
         others = len(query) - 1
@@ -115,7 +116,7 @@ def exclusive_regularization(
     Args:
         weight: (C, D), C >= 2; need not be normalised.
         nearest: every class's nearest other, where they are known already; their cosines are taken as they are, and
-            differentiated.
+            differentiated. Where classes are divided, of the own ones, with numbers over all.
         shard: as in :func:`nearest_class`; every rank gets the mean over all classes.
         workspace_mb: bound on scratch memory in MiB.
 
@@ -127,9 +128,14 @@ def exclusive_regularization(
     """
     if nearest is not None:
         checks.number("workspace_mb", workspace_mb, 0.0, open_low=True)
-        checks.class_weights(weight, at_least=2)
-        return known_nearest(weight, checks.nearest(nearest, weight, shard), workspace_mb).cosine.mean()
-    cosine = nearest_class(weight, shard=shard, workspace_mb=workspace_mb).cosine
+        divided = shard is not None and shard.group is not None
+        checks.class_weights(weight, at_least=0 if divided else 2)
+        known = checks.nearest(nearest, weight, shard)
+        if not divided:
+            return known_nearest(weight, known, workspace_mb).cosine.mean()
+        cosine = ShardedNearest.apply(shard, weight, *known)
+    else:
+        cosine = nearest_class(weight, shard=shard, workspace_mb=workspace_mb).cosine
     return cosine.mean() if shard is None else Total.apply(shard, cosine.sum()) / shard.num_classes
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +49,12 @@ class Shard:
         begin, end = slice_of(self.num_classes, self.rank, self.world)
         return end - begin
 
+    @property
+    def sizes(self) -> list[int]:
+        """Classes of every rank."""
+        slices = (slice_of(self.num_classes, rank, self.world) for rank in range(self.world))
+        return [end - begin for begin, end in slices]
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Shard:
         return self  # a group cannot be copied, and its copy would be the same ranks
 
@@ -91,6 +97,44 @@ class Shard:
         if self.group is None:
             return None
         return dist.broadcast(rows, dist.get_global_rank(self.group, owner), group=self.group, async_op=True)
+
+    def visits(
+        self, own: list[Tensor], counts: list[int], most: int | None = None
+    ) -> Iterator[tuple[int, int, list[Tensor]]]:
+        """Rows of every rank in turn, on all ranks: (owner, number of the first of its rows, rows of each tensor).
+
+        Args:
+            own: this rank's (R, ...) tensors, `counts[rank]` rows each.
+            counts: rows of every rank, the same on all of them.
+            most: rows that come together. Two such visitors are here at a time: one, and the next on its way.
+        """
+        most = most or max(1, *counts)
+        stops = [
+            (owner, begin, min(begin + most, count))
+            for owner, count in enumerate(counts)
+            for begin in range(0, count, most)
+        ]
+
+        def set_out(owner: int, begin: int, end: int) -> tuple[list[Tensor], list[dist.Work | None]]:
+            home = owner == self.rank
+            rows = [t[begin:end].contiguous() if home else t.new_empty(end - begin, *t.shape[1:]) for t in own]
+            return rows, [self.spread(t, owner) for t in rows]
+
+        ahead = set_out(*stops[0]) if stops else None
+        for k, (owner, begin, _) in enumerate(stops):
+            rows, arrivals = ahead
+            ahead = set_out(*stops[k + 1]) if k + 1 < len(stops) else None
+            for arrival in arrivals:
+                if arrival is not None:
+                    arrival.wait()
+            yield owner, begin, rows
+
+    def of_every_class(self, rows: Tensor) -> Tensor:
+        """(C, ...) of the rows (C_rank, ...) that ranks have of their classes: for what is small."""
+        sizes = self.sizes
+        if len(rows) < sizes[0]:
+            rows = torch.cat([rows, rows.new_zeros(sizes[0] - len(rows), *rows.shape[1:])])
+        return torch.cat([part[:size] for part, size in zip(self.gather(rows), sizes, strict=True)])
 
     def exchange(self, rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
         """Sends `sent[r]` of the rows, in order, to rank r; returns what the others sent, in the order of ranks."""

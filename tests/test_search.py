@@ -1,6 +1,7 @@
 """The exact search for nearest rows, and its certified refresh from step to step, against whole matrices in float64."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -153,6 +154,23 @@ def test_certified_is_a_full_sweep(codes):
     assert changed > 1000  # neighbours do change
     again, not_again, whole = regularizer.swept.tolist()
     assert not_again > 4 * again and whole < 10
+
+
+def test_two_classes_that_turn_towards_each_other(codes, monkeypatch):
+    """Each by less than the gap between what is kept and what is not, both together by more."""
+    monkeypatch.setattr(certified, "CANDIDATES", 1)
+
+    def classes(degrees):
+        one, two, turned = (math.radians(angle) for angle in (50.0, 60.0 - degrees, degrees))
+        first = [math.cos(turned), 0.0, math.sin(turned), 0.0]
+        kept = [math.cos(one), math.sin(one), 0.0, 0.0]
+        nearer = [math.cos(two), 0.0, math.sin(two), 0.0]
+        return torch.tensor([first, kept, nearer, [0.475, 0.0, 0.8227, 0.3122]])
+
+    regularizer = fm.ExclusiveRegularizer(refresh="certified")
+    assert regularizer.find(classes(0.0)).index.tolist() == [1, 0, 3, 2]
+    found = regularizer.find(classes(6.0))
+    assert found.index[0] == 2 and same(found, full_sweep(classes(6.0)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)

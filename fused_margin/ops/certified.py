@@ -33,11 +33,16 @@ class NearestState(NamedTuple):
     swept: Tensor  # (3,) int64: rows swept, rows that were not, whole sweeps
 
 
+def capacity_for(classes: int) -> int:
+    """Candidates that are kept of each."""
+    return max(1, min(CANDIDATES, classes - 1))
+
+
 def new_state(weight: Tensor) -> NearestState:
     """Of classes that have not been looked at: the first step sweeps them all."""
     classes, device = len(weight), weight.device
     int8 = int8_wins(device)
-    lists = Lists.empty(classes, max(1, min(CANDIDATES, classes - 1)), device)
+    lists = Lists.empty(classes, capacity_for(classes), device)
     code = torch.zeros(weight.shape, dtype=torch.int8 if int8 else compute_dtype(weight), device=device)
     return NearestState(
         code, torch.zeros(classes, device=device), lists.candidate, lists.value, lists.ceiling.fill_(math.inf),

@@ -1,4 +1,4 @@
-"""The nearest other class over classes that are divided among ranks: every shard visits every rank, in memory O(shard)."""
+"""The nearest other class over classes that are divided among ranks, and the gradient of its cosine, in memory O(shard)."""
 
 from __future__ import annotations
 
@@ -7,64 +7,65 @@ import math
 import torch
 from torch import Tensor
 
-from fused_margin.ops import sweep
+from fused_margin.ops import sharded_certified, sweep
 from fused_margin.ops.backend import Kernels, kernels, on_device
 from fused_margin.ops.dispatch import PORTABLE
 from fused_margin.ops.normalization import through_normalization, unit_rows
 from fused_margin.ops.plan import CHUNK_BYTES, whole_chunk
 from fused_margin.ops.problem import Problem, compute_dtype
-from fused_margin.sharding import Shard, slice_of
+from fused_margin.ops.sharded_search import owners
+from fused_margin.sharding import Shard
+
+
+@torch.no_grad()
+def find(shard: Shard, weight: Tensor, workspace_bytes: int) -> tuple[Tensor, Tensor]:
+    """Cosine (C_rank,) of the own classes to their nearest others of all ranks, and those classes' numbers over all."""
+    with on_device(weight.device), torch.autocast(weight.device.type, enabled=False):
+        run = kernels(weight.device)
+        if weight.device.type == "cpu":
+            return sharded_certified.find_nearest(run, shard, weight, workspace_bytes)
+        # The exact search has not run on a CUDA device yet.
+        return find_by_products(run, shard, weight, workspace_bytes)
+
+
+def find_by_products(run: Kernels, shard: Shard, weight: Tensor, workspace_bytes: int) -> tuple[Tensor, Tensor]:
+    """As `find`, between ranks by rounded products."""
+    compute = compute_dtype(weight)
+    best = weight.new_full((len(weight),), -4.0, dtype=compute)  # below every cosine
+    index = torch.zeros(len(weight), dtype=torch.int64, device=weight.device)
+    unit = unit_rows(weight, compute)[0]
+    begin = 0
+    for owner, _, (visitor,) in shard.visits([unit], shard.sizes):  # ascending: the lowest class keeps a tie
+        if owner == shard.rank and len(weight) > 1:
+            found = sweep.forward(Problem(None, weight, workspace_bytes, PORTABLE, nearest=True), False, 0, False)
+            offered, at = found.nearest_cosine, found.nearest_index
+        elif owner != shard.rank and len(weight):
+            offered, at = nearest_between(run, unit, visitor, workspace_bytes)
+        else:
+            offered, at = torch.full_like(best, -4.0), index
+        nearer = offered > best
+        best, index = torch.where(nearer, offered, best), torch.where(nearer, at + begin, index)
+        begin += len(visitor)
+    return best.masked_fill(best < -2.0, math.nan).clamp_(-1.0, 1.0), index
 
 
 class ShardedNearest(torch.autograd.Function):
-    """Cosine (C_rank,) of the own classes to their nearest others of all ranks, and those classes' numbers over all."""
+    """Cosines (C_rank,) of the own classes to the ones, of any rank, that `index` (C_rank,) names: given, and differentiated."""
 
     @staticmethod
-    def forward(ctx, shard: Shard, weight: Tensor, workspace_bytes: int):
-        compute = compute_dtype(weight)
-        best = weight.new_full((len(weight),), -4.0, dtype=compute)  # below every cosine
-        index = torch.zeros(len(weight), dtype=torch.int64, device=weight.device)
-        with on_device(weight.device), torch.autocast(weight.device.type, enabled=False):
-            run = kernels(weight.device)
-            unit = unit_rows(weight, compute)[0]
-            most = slice_of(shard.num_classes, 0, shard.world)[1]
-            visitors = [unit.new_empty(most, weight.shape[1]) for _ in range(min(2, shard.world))]
-            arrival = start(shard, unit, visitors[0], 0)
-            for owner in range(shard.world):  # ascending: the lowest class keeps a tie
-                if arrival is not None:
-                    arrival.wait()
-                visitor = visitors[owner % 2]
-                if owner + 1 < shard.world:  # arrives while this one is compared
-                    arrival = start(shard, unit, visitors[(owner + 1) % 2], owner + 1)
-                begin, end = slice_of(shard.num_classes, owner, shard.world)
-                if owner == shard.rank and len(weight) > 1:
-                    found = sweep.forward(
-                        Problem(None, weight, workspace_bytes, PORTABLE, nearest=True), False, 0, False
-                    )
-                    offered, at = found.nearest_cosine, found.nearest_index
-                elif owner != shard.rank and len(weight) and end > begin:
-                    offered, at = nearest_between(run, unit, visitor[: end - begin], workspace_bytes)
-                else:
-                    continue
-                nearer = offered > best
-                best, index = torch.where(nearer, offered, best), torch.where(nearer, at + begin, index)
-        best = best.masked_fill(best < -2.0, math.nan).clamp_(-1.0, 1.0)
+    def forward(ctx, shard: Shard, weight: Tensor, cosine: Tensor, index: Tensor) -> Tensor:
         ctx.shard = shard
         ctx.save_for_backward(weight, index)
-        ctx.mark_non_differentiable(index)
-        return best, index
+        return cosine.to(compute_dtype(weight), copy=True)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, upstream: Tensor, _index: Tensor):
+    def backward(ctx, upstream: Tensor):
         """Every class takes its nearest's direction from that one's rank, and sends it its own."""
         (weight, index), shard = ctx.saved_tensors, ctx.shard
         compute = compute_dtype(weight)
         unit = unit_rows(weight, compute)[0]
-        ends = torch.tensor([slice_of(shard.num_classes, r, shard.world)[1] for r in range(shard.world)])
-        order = index.argsort(stable=True)  # by owner, because theirs ascend
-        owner = torch.bucketize(index[order], ends.to(index.device), right=True)
-        asked = torch.bincount(owner, minlength=shard.world)
+        order, asked = owners(shard, index)
         counts = shard.gather(asked).tolist()  # counts[a][b]: what a asks b for
         sent, received = counts[shard.rank], [row[shard.rank] for row in counts]
         wanted = shard.exchange(index[order], sent, received) - shard.begin
@@ -75,14 +76,7 @@ class ShardedNearest(torch.autograd.Function):
         offered = shard.exchange(scaled * unit[order], sent, received)
         gradient.index_put_((wanted,), offered, accumulate=True)  # in the order of ranks: repeats bit for bit
         through_normalization(gradient, weight)
-        return None, gradient.to(weight.dtype), None
-
-
-def start(shard: Shard, unit: Tensor, visitor: Tensor, owner: int):
-    """Lets a shard set out for all ranks."""
-    if owner == shard.rank:
-        visitor[: len(unit)].copy_(unit)
-    return shard.spread(visitor, owner)
+        return None, gradient.to(weight.dtype), None, None
 
 
 def nearest_between(run: Kernels, query: Tensor, reference: Tensor, workspace_bytes: int) -> tuple[Tensor, Tensor]:
