@@ -37,8 +37,9 @@ def screened(int8):
 
 def short_lists(capacity):
     """Of so many candidates; None: as they are."""
-    given = {} if capacity is None else {"capacity_of": lambda *_: capacity}
-    return patch.multiple(sharded_certified, **given) if given else nullcontext()
+    if capacity is None:
+        return nullcontext()
+    return patch.multiple(sharded_certified, capacity_of=lambda *_: capacity, capacity_for=lambda _: capacity)
 
 
 def found_by(group, int8, refresh, weights, dtype=torch.float32, room=256, capacity=None):
