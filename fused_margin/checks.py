@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fused_margin.margins import FilteredNegatives, HardNegatives, Margin, is_number
-from fused_margin.ops import bad_labels
+from fused_margin.ops import bad_labels, dispatch
 from fused_margin.ops.backend import REBUILD, has_cuda_kernels
 from fused_margin.ops.problem import DTYPES
 from fused_margin.sharding import Shard
@@ -202,7 +202,7 @@ def nearest(value, weight: Tensor, shard: Shard | None) -> tuple[Tensor, Tensor]
 
 def searched_device(name: str, value: Tensor) -> None:
     """What is found by the exact search alone."""
-    if value.device.type != "cpu":
+    if not dispatch.searches(value.device):
         raise RuntimeError(
             f"{name}: expected a CPU tensor, the exact search has not run on a CUDA device yet; got {value.device}"
         )

@@ -36,7 +36,9 @@ FAMILIES = (
     Family("sm90", (9, 0), only=True, result=None),
     Family("sm80", (8, 0), only=False, result=None),
 )
+SEARCH_RESULT: str | None = None  # file in benchmarks/results: the exact search's kernels have passed on a CUDA device
 _wanted: str | None = None  # by `use`
+_search_wanted = False  # by `search_on_cuda`
 # Before 2.10 torch's products of halves cannot be added to a float32 matrix in place.
 _TORCH_ADDS_TO_FLOAT32 = torch.torch_version.TorchVersion(torch.__version__) >= (2, 10)
 
@@ -53,6 +55,22 @@ def use(name: str) -> Iterator[None]:
         yield
     finally:
         _wanted = before
+
+
+@contextmanager
+def search_on_cuda() -> Iterator[None]:
+    """Lets the exact search run on CUDA devices, whatever it has passed: for tests and benchmarks."""
+    global _search_wanted
+    before, _search_wanted = _search_wanted, True
+    try:
+        yield
+    finally:
+        _search_wanted = before
+
+
+def searches(device: torch.device) -> bool:
+    """Whether what only the exact search finds is to be had on a device."""
+    return device.type == "cpu" or (device.type == "cuda" and (_search_wanted or SEARCH_RESULT is not None))
 
 
 def constant_while_compiled(function):
@@ -106,5 +124,6 @@ def describe() -> list[str]:
         else:
             state = f"on: {family.result}"
         lines.append(f"{family.name} tensor cores: {state}")
-    portable = "portable kernels around torch.mm: serve all else"
-    return sorted(lines, key=lambda line: ": on" not in line) + [portable]
+    lines = sorted(lines, key=lambda line: ": on" not in line) + ["portable kernels around torch.mm: serve all else"]
+    state = "off: no committed device result yet" if SEARCH_RESULT is None else f"on: {SEARCH_RESULT}"
+    return [*lines, f"exact search for nearest classes: {state}"]

@@ -40,8 +40,9 @@ def rounding_of(code: Tensor, size: int) -> float:
     own = 1e-6  # of a product that becomes a float32, is scaled, and compared with a bound
     if code.dtype in (torch.int8, torch.float64):
         return own
-    mkldnn = getattr(getattr(torch.backends.mkldnn, "matmul", None), "fp32_precision", "none")
-    if torch.get_float32_matmul_precision() != "highest" or mkldnn not in ("none", "ieee"):
+    products = torch.backends.cuda if code.is_cuda else torch.backends.mkldnn
+    precision = getattr(getattr(products, "matmul", None), "fp32_precision", "none")
+    if torch.get_float32_matmul_precision() != "highest" or precision not in ("none", "ieee"):
         return own + 2.0**-7 + size * 2.0**-23  # operands rounded to bfloat16
     return own + size * 2.0**-23  # any order of additions, a bit each
 

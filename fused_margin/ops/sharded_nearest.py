@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fused_margin.ops import sharded_certified, sweep
 from fused_margin.ops.backend import Kernels, kernels, on_device
-from fused_margin.ops.dispatch import PORTABLE
+from fused_margin.ops.dispatch import PORTABLE, searches
 from fused_margin.ops.normalization import through_normalization, unit_rows
 from fused_margin.ops.plan import CHUNK_BYTES, whole_chunk
 from fused_margin.ops.problem import Problem, compute_dtype
@@ -22,9 +22,8 @@ def find(shard: Shard, weight: Tensor, workspace_bytes: int) -> tuple[Tensor, Te
     """Cosine (C_rank,) of the own classes to their nearest others of all ranks, and those classes' numbers over all."""
     with on_device(weight.device), torch.autocast(weight.device.type, enabled=False):
         run = kernels(weight.device)
-        if weight.device.type == "cpu":
+        if searches(weight.device):
             return sharded_certified.find_nearest(run, shard, weight, workspace_bytes)
-        # The exact search has not run on a CUDA device yet.
         return find_by_products(run, shard, weight, workspace_bytes)
 
 
