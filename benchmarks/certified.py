@@ -184,7 +184,7 @@ def timed(function):
 
 
 def draw(steps: list[Step], config: Config, path: Path) -> None:
-    """Rows swept, and seconds, over the steps."""
+    """Rows swept (all of them at the first step, which is out of the picture), and seconds, over the steps."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -193,7 +193,8 @@ def draw(steps: list[Step], config: Config, path: Path) -> None:
     figure, (rows, seconds) = pyplot.subplots(2, sharex=True, figsize=(7, 6), layout="constrained")
     numbers = range(len(steps))
     rows.plot(numbers, [100 * step.swept / config.classes for step in steps], linewidth=0.8, color="C0")
-    rows.set(ylabel="rows swept, %", ylim=(0, 102), title=f"C = {config.classes:,}, D = {config.size}")
+    most = max([100 * step.swept / config.classes for step in steps[1:]] or [100])
+    rows.set(ylabel="rows swept, %", ylim=(0, 1.05 * most + 1e-3), title=f"C = {config.classes:,}, D = {config.size}")
     compared = [number for number in numbers if steps[number].full is not None]
     seconds.semilogy(
         compared, [1e3 * steps[number].full for number in compared], linewidth=0.8, color="C1", label="full sweep"
