@@ -9,8 +9,7 @@ namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr float kLowest = -std::numeric_limits<float>::infinity();
-constexpr int kBlock = 64;   // products looked at together
-constexpr int kUnderWay = 8; // rows
+constexpr int kBlock = 64; // products looked at together
 
 inline float round_up(double x) { return nextafterf(static_cast<float>(x), std::numeric_limits<float>::infinity()); }
 
@@ -251,13 +250,6 @@ template <class T> struct Comparison {
         own = load_row<T>(query.rows, place, size, own_buffer);
         inverse = query.inverse_norm[place];
     }
-    void fetch(int64_t place) const { // what `with` is going to read
-        const MatrixView& m = reference.rows;
-        if (m.column_stride != 1) return;
-        const int64_t item = m.dtype == Dtype::float64 ? 8 : m.dtype == Dtype::float32 ? 4 : 2;
-        const char* row = static_cast<const char*>(m.data) + place * m.row_stride * item;
-        for (int64_t byte = 0; byte < size * item; byte += 64) __builtin_prefetch(row + byte);
-    }
     double with(int64_t place) const {
         return exact(own, load_row<T>(reference.rows, place, size, other_buffer), size) *
                (inverse * reference.inverse_norm[place]);
@@ -285,12 +277,6 @@ inline void same_to_all(const SettleCandidates& p, int64_t i) {
     for (int64_t c = 0; nan && c < k; ++c) p.answers.cosine[i * k + c] = std::numeric_limits<double>::quiet_NaN();
 }
 
-// The place of a reference by its number, or -1: not here.
-inline int64_t place_of(const SettleCandidates& p, int64_t number) {
-    int64_t place = p.reference_place ? p.reference_place[number] : number - p.reference_first;
-    return place < p.references ? place : -1;
-}
-
 template <class T> void settle_candidates(const SettleCandidates& p) {
     const int64_t k = p.answers.count;
 #pragma omp parallel num_threads(threads_for(p.queries* p.size))
@@ -306,23 +292,12 @@ template <class T> void settle_candidates(const SettleCandidates& p) {
             const double& worst = p.answers.cosine[i * k + k - 1];
             const int32_t* candidate = p.lists.candidate + i * p.lists.capacity;
             const float* value = p.lists.value + i * p.lists.capacity;
-            // Rows lie anywhere in memory: several are under way while one is compared.
-            int64_t under_way[kUnderWay], numbers[kUnderWay];
-            int64_t asked = 0, compared = 0;
-            auto compare_next = [&] {
-                int64_t at = compared++ % kUnderWay;
-                answer(p.answers, i, compare.with(under_way[at]), numbers[at]);
-            };
             for (int64_t c = 0; c < p.lists.capacity && candidate[c] >= 0; ++c) {
-                int64_t place = place_of(p, candidate[c]);
-                if (place < 0) continue;
+                int64_t place = p.reference_place ? p.reference_place[candidate[c]] : candidate[c] - p.reference_first;
+                if (place < 0 || place >= p.references) continue;
                 if (static_cast<double>(value[c]) + uncertainty(p.query, i, p.reference, place) < worst) continue;
-                compare.fetch(place);
-                under_way[asked % kUnderWay] = place, numbers[asked++ % kUnderWay] = candidate[c];
-                if (asked == compared + kUnderWay || compared == 0)
-                    compare_next(); // the first says what others must reach
+                answer(p.answers, i, compare.with(place), candidate[c]);
             }
-            while (compared < asked) compare_next();
         }
     }
 }
