@@ -39,7 +39,6 @@ class Stop(Exception):
 
 DIVIDED = {
     "arcface": LossConfig("arcface", margin=0.2, scale=16.0, exclusive_weight=1.0),
-    "l-softmax": LossConfig("l-softmax", margin=1.35),
     "l2-softmax": LossConfig("l2-softmax"),  # a bias, and a length that is learned
 }
 
