@@ -100,8 +100,8 @@ class Shard:
 
     def visits(
         self, own: list[Tensor], counts: list[int], most: int | None = None
-    ) -> Iterator[tuple[int, int, list[Tensor]]]:
-        """Rows of every rank in turn, on all ranks: (owner, number of the first of its rows, rows of each tensor).
+    ) -> Iterator[tuple[int, list[Tensor]]]:
+        """Rows of every rank in turn, on all ranks: (owner, rows of each tensor).
 
         Args:
             own: this rank's (R, ...) tensors, `counts[rank]` rows each.
@@ -121,13 +121,13 @@ class Shard:
             return rows, [self.spread(t, owner) for t in rows]
 
         ahead = set_out(*stops[0]) if stops else None
-        for k, (owner, begin, _) in enumerate(stops):
+        for k, (owner, *_) in enumerate(stops):
             rows, arrivals = ahead
             ahead = set_out(*stops[k + 1]) if k + 1 < len(stops) else None
             for arrival in arrivals:
                 if arrival is not None:
                     arrival.wait()
-            yield owner, begin, rows
+            yield owner, rows
 
     def of_every_class(self, rows: Tensor) -> Tensor:
         """(C, ...) of the rows (C_rank, ...) that ranks have of their classes: for what is small."""

@@ -86,9 +86,9 @@ def chosen(shard: Shard, coded: Coded, tolerance: Tensor) -> Tensor:
 
 def find_nearest(run: Kernels, shard: Shard, weight: Tensor, workspace_bytes: int) -> tuple[Tensor, Tensor]:
     """As `refresh`, with nothing kept."""
-    fits = torch.tensor(not search.fits_int8(weight, workspace_bytes), dtype=torch.int64, device=weight.device)
-    int8 = not shard.largest(fits).item()
-    agree(shard, weight, int8, fits.new_zeros(0))
+    too_large = torch.tensor(not search.fits_int8(weight, workspace_bytes), dtype=torch.int64, device=weight.device)
+    int8 = not shard.largest(too_large).item()
+    agree(shard, weight, int8, too_large.new_zeros(0))
     rows = weight.to(compute_dtype(weight))
     code = torch.empty(rows.shape, dtype=torch.int8, device=rows.device) if int8 else rows
     coded = Coded.around(rows, code, rows.new_empty(len(rows), dtype=torch.float32))

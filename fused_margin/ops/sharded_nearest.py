@@ -34,7 +34,7 @@ def find_by_products(run: Kernels, shard: Shard, weight: Tensor, workspace_bytes
     index = torch.zeros(len(weight), dtype=torch.int64, device=weight.device)
     unit = unit_rows(weight, compute)[0]
     begin = 0
-    for owner, _, (visitor,) in shard.visits([unit], shard.sizes):  # ascending: the lowest class keeps a tie
+    for owner, (visitor,) in shard.visits([unit], shard.sizes):  # ascending: the lowest class keeps a tie
         if owner == shard.rank and len(weight) > 1:
             found = sweep.forward(Problem(None, weight, workspace_bytes, PORTABLE, nearest=True), False, 0, False)
             offered, at = found.nearest_cosine, found.nearest_index

@@ -52,7 +52,7 @@ class ShardedSearch:
         mine = [own.rows[at], torch.stack([t.double() for t in numbers], dim=1)[at]]  # all of them fit a float64
         if coded:
             mine.append(own.code[at])
-        for owner, _, (rows, numbers, *code) in self.shard.visits(mine, self.counts(places), most):
+        for owner, (rows, numbers, *code) in self.shard.visits(mine, self.counts(places), most):
             number, inverse_norm, scale, length, error, cosine, index = numbers.t().contiguous().unbind(0)
             scale, length, error = scale.float(), length.float(), error.float()
             coded_rows = Coded(rows, code[0] if code else rows, scale, False, inverse_norm, None, length, error)
