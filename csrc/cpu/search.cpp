@@ -112,22 +112,19 @@ inline void insert(const Lists& lists, int64_t place, int64_t number, float valu
     candidate[before] = static_cast<int32_t>(number);
 }
 
-// Calls visit(j), ascending, for the j < count that pass the test, which sees numbers from `begin` of a block on.
+// Calls visit(j), ascending, for the j < count <= kBlock that pass the test.
 template <class Test, class Visit> inline void where(int64_t count, Test test, Visit visit) {
-    for (int64_t begin = 0; begin < count; begin += kBlock) {
-        const int64_t size = begin + kBlock < count ? kBlock : count - begin;
-        int any = 0;
+    int any = 0;
 #pragma omp simd reduction(| : any)
-        for (int64_t j = 0; j < size; ++j) any |= test(begin + j) ? 1 : 0;
-        if (!any) continue;
-        uint8_t passed[kBlock] = {};
+    for (int64_t j = 0; j < count; ++j) any |= test(j) ? 1 : 0;
+    if (!any) return;
+    uint8_t passed[kBlock] = {};
 #pragma omp simd
-        for (int64_t j = 0; j < size; ++j) passed[j] = test(begin + j) ? 1 : 0;
-        for (int64_t word = 0; word < kBlock; word += 8) {
-            uint64_t bytes;
-            memcpy(&bytes, passed + word, 8);
-            for (; bytes; bytes &= bytes - 1) visit(begin + word + __builtin_ctzll(bytes) / 8);
-        }
+    for (int64_t j = 0; j < count; ++j) passed[j] = test(j) ? 1 : 0;
+    for (int64_t word = 0; word < kBlock; word += 8) {
+        uint64_t bytes;
+        memcpy(&bytes, passed + word, 8);
+        for (; bytes; bytes &= bytes - 1) visit(word + __builtin_ctzll(bytes) / 8);
     }
 }
 
