@@ -54,7 +54,7 @@ def test_ragged_tiles_and_strides(codes, monkeypatch):
     torch.manual_seed(1)
     query, reference = torch.randn(21, 300).t(), torch.randn(21, 211).t()
     index = products(query, reference, "cosine").topk(3).indices
-    monkeypatch.setattr(search, "TILE_BYTES", 1)  # tiles of 64 rows and columns
+    monkeypatch.setitem(search.TILE_BYTES, "cpu", 1)  # tiles of 64 rows and columns
     found = nearest_class(query, reference, k=3)
     assert torch.equal(found.index, index)
     assert torch.equal(nearest_class(query).index, products(query, query, "cosine").fill_diagonal_(-1).argmax(1))

@@ -46,7 +46,7 @@ template <class Epilogue, int kBlocks> __global__ void __launch_bounds__(kThread
     int down = warp / 4 * kWarpRows, across = warp % 4 * kWarpColumns;
     int slot = static_cast<int>(blockIdx.x) * 4 + warp % 4;
     int depth = static_cast<int>(product.width) / kDepth;
-    int count = depth * (product.parts == 2 ? 3 : 1); // of split operands: high high, high low, low high
+    int count = depth * passes(product);
     int half = static_cast<int>(product.width), width = half * product.parts;
     Epilogue epilogue;
     Tiles<kColumns> schedule(product, kRows, is_triangle(p), static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x));
@@ -61,9 +61,9 @@ template <class Epilogue, int kBlocks> __global__ void __launch_bounds__(kThread
                 int pass = next_line / depth, x = next_line % depth * kDepth;
                 uint32_t to = memory + static_cast<uint32_t>(stage % kStages * 2 * kOperandBytes);
                 load_operand(to, product.left, static_cast<int>(product.rows), width, first_row,
-                             x + (pass == 2 ? half : 0));
+                             x + (left_is_low(product, pass) ? half : 0));
                 load_operand(to + kOperandBytes, product.right, static_cast<int>(product.columns), width,
-                             next_tile * kColumns, x + (pass == 1 ? half : 0));
+                             next_tile * kColumns, x + (right_is_low(product, pass) ? half : 0));
                 if (++next_line == count) next_line = 0, ++next_tile;
             }
             copy_commit(); // also an empty group, so that waiting counts lines

@@ -61,8 +61,8 @@ struct Shared {
     __device__ uint32_t empty_of(int s) const { return empty + 8 * static_cast<uint32_t>(s); }
 };
 
-// Lines that one tile multiplies: those of a row, or, of split operands, high high, high low, low high.
-__device__ int lines(const TensorProduct& p, const Layout& layout) { return layout.depth * (p.parts == 2 ? 3 : 1); }
+// Lines that one tile multiplies.
+__device__ int lines(const TensorProduct& p, const Layout& layout) { return layout.depth * passes(p); }
 
 template <int kColumns, bool kStationary, class Schedule>
 __device__ void produce(const TensorMap& left, const TensorMap& right, const TensorProduct& p, const Layout& layout,
@@ -70,8 +70,8 @@ __device__ void produce(const TensorMap& left, const TensorMap& right, const Ten
     Cursor cursor{0, 1}; // the first wait on an empty stage returns at once
     uint32_t rows_parity = 1;
     int depth = layout.depth, count = lines(p, layout);
-    int share = kColumns / layout.cluster; // each block of the cluster loads its share of a tile, for all
-    auto everyone = static_cast<uint16_t>((1 << layout.cluster) - 1);
+    int share = kColumns / layout.cluster; // each block of the cluster loads its share of a tile into all of them
+    auto all_blocks = static_cast<uint16_t>((1 << layout.cluster) - 1);
     Segment segment;
     while (schedule.next(segment)) {
         int row = (segment.group * layout.cluster + static_cast<int>(rank)) * kRows;
@@ -88,11 +88,15 @@ __device__ void produce(const TensorMap& left, const TensorMap& right, const Ten
                 uint32_t full = shared.full_of(cursor.stage), to = shared.stage(layout, cursor.stage);
                 barrier_wait(shared.empty_of(cursor.stage), cursor.parity);
                 barrier_expect(full, static_cast<uint32_t>(layout.stage_bytes));
-                int part = static_cast<int>(rank) * share;
-                tma_load_multicast(to + static_cast<uint32_t>(part * kLineBytes), &right, full,
-                                   (line + (pass == 1 ? depth : 0)) * kDepth, tile * kColumns + part, everyone);
+                int part = static_cast<int>(rank) * share, x = (line + (right_is_low(p, pass) ? depth : 0)) * kDepth;
+                uint32_t part_to = to + static_cast<uint32_t>(part * kLineBytes);
+                if (layout.cluster > 1)
+                    tma_load_multicast(part_to, &right, full, x, tile * kColumns + part, all_blocks);
+                else
+                    tma_load(part_to, &right, full, x, tile * kColumns);
                 if (!kStationary)
-                    tma_load(to + kColumns * kLineBytes, &left, full, (line + (pass == 2 ? depth : 0)) * kDepth, row);
+                    tma_load(to + kColumns * kLineBytes, &left, full,
+                             (line + (left_is_low(p, pass) ? depth : 0)) * kDepth, row);
                 cursor.advance(1, layout.stages);
             }
         }

@@ -40,6 +40,13 @@ template <int kColumns> struct Tiles {
     }
 };
 
+// Split operands are multiplied in three passes: high by low, low by high, high by high. Low by low is below float32's
+// rounding. The tensor cores round their sums towards zero, by an error as large as the sum's last bit: the large
+// products come last, so that the small ones are summed before there is a large sum to be rounded.
+__device__ inline int passes(const TensorProduct& p) { return p.parts == 2 ? 3 : 1; }
+__device__ inline bool right_is_low(const TensorProduct& p, int pass) { return p.parts == 2 && pass == 0; }
+__device__ inline bool left_is_low(const TensorProduct&, int pass) { return pass == 1; }
+
 template <class Params> __device__ bool is_triangle(const Params&) { return false; }
 __device__ inline bool is_triangle(const TensorNearest& p) { return p.row_begin == p.column_begin; }
 

@@ -45,7 +45,7 @@ def new_state(weight: Tensor) -> NearestState:
     lists = Lists.empty(classes, capacity_for(classes), device)
     code = torch.zeros(weight.shape, dtype=torch.int8 if int8 else compute_dtype(weight), device=device)
     return NearestState(
-        code, torch.zeros(classes, device=device), lists.candidate, lists.value, lists.ceiling.fill_(math.inf),
+        code, torch.zeros(classes, dtype=torch.float32, device=device), lists.candidate, lists.value, lists.ceiling.fill_(math.inf),
         torch.zeros(3, dtype=torch.int64, device=device),
     )  # fmt: skip
 

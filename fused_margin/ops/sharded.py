@@ -98,7 +98,7 @@ def gather(problem: Problem, shard: Shard, ignore_index: int, needs_gradient: bo
 def sampled(problem: Problem, shard: Shard) -> tuple[Problem, Tensor]:
     """The problem of the samples' own classes and of as many others as the rate asks for (PartialFC, arXiv:2203.15565)."""
     labels, centers = problem.labels, problem.sub_centers
-    priority = torch.rand(shard.size, device=labels.device)  # torch.manual_seed's
+    priority = torch.rand(shard.size, dtype=torch.float32, device=labels.device)  # torch.manual_seed's
     known = (labels >= 0) & (labels < shard.size)
     is_own = torch.zeros(shard.size, dtype=torch.bool, device=labels.device)
     is_own[labels[known]] = True

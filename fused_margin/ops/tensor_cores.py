@@ -17,6 +17,7 @@ from fused_margin.ops.problem import Problem, Sweep
 WIDTH_MULTIPLE = 64  # kWidthMultiple of csrc/cuda/tensor.h: an operand's row comes in lines of 128 bytes
 # dX has few output tiles and a long inner dimension: the classes are divided, so that every multiprocessor works
 MOST_DIVISIONS = 8
+LONGEST_SUM = 2048  # classes, of a product of split operands: see add_divided
 
 
 def parts_of(problem: Problem) -> int:
@@ -47,6 +48,7 @@ class Products:
         self.family = run.family(problem.products.removesuffix(dispatch.SPLIT).strip())
         self.parts, self.width = parts_of(problem), width_of(problem)
         self.fixed = fixed_exponent(problem)
+        single = {"dtype": torch.float32, "device": problem.weight.device}
         self.buffer = self.operands(plan.chunk if plan.kept < plan.chunks else 0)
         self.other = self.operands(plan.chunk if nearest_in_chunks(problem) and plan.kept < plan.chunks - 1 else 0)
         if problem.samples:
@@ -54,7 +56,7 @@ class Products:
             self.pack(problem.embeddings, self.left, None)
             self.rows = sweep.target_cosine.new_empty(2 * problem.samples)  # 16 bytes each
             self.slots = self.family.slots()
-            self.partial = torch.zeros(self.slots, problem.samples, 2, device=problem.weight.device)
+            self.partial = torch.zeros(self.slots, problem.samples, 2, **single)
             run.prepare_rows(
                 labels=problem.labels, scale=problem.scales, exponent=None, prepared=self.rows, samples=problem.samples
             )
@@ -174,29 +176,36 @@ def pairs_of(left: list[Tensor], right: list[Tensor]) -> list[tuple[Tensor, Tens
 def multiply(out: Tensor, left: list[Tensor], right: list[Tensor]) -> None:
     """out = left @ right in float32, of fp16 operands in one or two parts."""
     for i, (a, b) in enumerate(pairs_of(left, right)):
-        if not out.is_cuda:  # torch multiplies fp16 into float32 on CUDA only
-            torch.addmm(out, a.float(), b.float(), beta=min(i, 1), out=out)
-        elif i == 0:
-            torch.mm(a, b, out_dtype=torch.float32, out=out)
-        else:
-            torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+        half_product(out, a, b, accumulate=i > 0)
 
 
 def add_divided(out: Tensor, left: list[Tensor], right: list[Tensor]) -> None:
-    """out (divisions, N, D) += left (N, classes) @ right (classes, D), each division over its share of the classes."""
+    """out (divisions, N, D) += left (N, classes) @ right (classes, D), each division over its share of the classes.
+
+    Tensor cores round sums towards zero, by up to the last bit every 8 or 16 classes. Split operands are to be as
+    accurate as float32: they are multiplied by blocks of classes, whose results are added with correct rounding.
+    """
     divisions, classes = out.shape[0], right[0].shape[0]
-    share = classes // divisions // 8 * 8  # 16-byte aligned
-    for a, b in pairs_of(left, right):
-        rest = share * divisions
-        if share:
-            a_shares = a[:, :rest].unflatten(1, (divisions, share)).transpose(0, 1)
-            b_shares = b[:rest].unflatten(0, (divisions, share))
-            if out.is_cuda:
-                torch.baddbmm(out, a_shares, b_shares, out_dtype=torch.float32, out=out)
-            else:
-                out.baddbmm_(a_shares.float(), b_shares.float())
-        if rest < classes:
-            if out.is_cuda:
-                torch.addmm(out[0], a[:, rest:], b[rest:], out_dtype=torch.float32, out=out[0])
-            else:
-                out[0].addmm_(a[:, rest:].float(), b[rest:].float())
+    block = divisions * LONGEST_SUM if len(left) == 2 else classes
+    for begin in range(0, classes, block):
+        end = min(begin + block, classes)
+        share = (end - begin) // divisions // 8 * 8  # 16-byte aligned
+        rest = begin + share * divisions
+        for a, b in pairs_of(left, right):
+            if share:
+                a_shares = a[:, begin:rest].unflatten(1, (divisions, share)).transpose(0, 1)
+                half_product(out, a_shares, b[begin:rest].unflatten(0, (divisions, share)), accumulate=True)
+            if rest < end:
+                half_product(out[0], a[:, rest:end], b[rest:end], accumulate=True)
+
+
+def half_product(out: Tensor, left: Tensor, right: Tensor, accumulate: bool) -> None:
+    """out = left @ right, or out += left @ right: fp16 matrices, or batches of them, summed in float32."""
+    if not out.is_cuda:  # torch multiplies fp16 into float32 on CUDA only
+        product = left.float() @ right.float()
+        out.add_(product) if accumulate else out.copy_(product)
+    elif not accumulate:
+        torch.mm(left, right, out_dtype=torch.float32, out=out)
+    else:
+        add_product = torch.addmm if out.dim() == 2 else torch.baddbmm
+        add_product(out, left, right, out_dtype=torch.float32, out=out)

@@ -1,5 +1,6 @@
 """Builds csrc with its CUDA backend compiled for the host by emulation.h, as the module _emulated."""
 
+import ctypes
 import importlib.util
 import os
 import subprocess
@@ -7,6 +8,7 @@ import sysconfig
 from pathlib import Path
 
 import pybind11
+import torch
 
 ROOT = Path(__file__).parents[2]
 
@@ -37,6 +39,7 @@ def load(directory: Path):
         "csrc/cpu/search.cpp",
     ]
     sources += [f"csrc/cuda/{name}.cu" for name in ("kernels", "search", "operands", "sm80", "sm90")]
+    sources += ["tests/emulation/half_product.cpp"]
     jobs = []
     for source in sources:
         output = directory / (Path(source).name.replace(".", "_") + f"_{len(jobs)}.o")
@@ -50,3 +53,23 @@ def load(directory: Path):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def half_product(module):
+    """tensor_cores.half_product of host tensors with the arithmetic of tensor cores: sums are rounded towards zero."""
+    product = ctypes.CDLL(module.__file__).half_product
+    product.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 3
+
+    def multiply(out, left, right, accumulate):
+        if out.dim() == 3:
+            for matrices in zip(out, left, right, strict=True):
+                multiply(*matrices, accumulate)
+            return
+        (rows, inner), columns = left.shape, right.shape[1]
+        a = torch.nn.functional.pad(left.float(), (0, -inner % 16)).contiguous()
+        b = torch.nn.functional.pad(right.float(), (0, -columns % 4, 0, -inner % 16)).contiguous()
+        result = out.new_empty(rows, b.shape[1])
+        product(a.data_ptr(), b.data_ptr(), result.data_ptr(), rows, *b.shape)
+        out.add_(result[:, :columns]) if accumulate else out.copy_(result[:, :columns])
+
+    return multiply

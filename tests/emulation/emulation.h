@@ -388,7 +388,14 @@ template <class P> void launch(void (*kernel)(P), int64_t blocks, int threads, v
     launch_cluster(kernel, blocks, 1, threads, 0, stream, params);
 }
 
-inline float exp2_approx(float x) { return exp2f(x); }
+// ex2.approx.ftz: 1 at 0, else two units in the last place off, either way. Subnormal numbers are zeros.
+inline float exp2_approx(float x) {
+    constexpr float smallest = 0x1p-126f;
+    if (fabsf(x) < smallest) return 1.0f;
+    bool up = bits_of(x) * 2654435761u >> 31;
+    float result = exp2f(x) * (up ? 1.0f + 0x1p-22f : 1.0f - 0x1p-22f);
+    return result < smallest ? 0.0f : result; // NaN stays
+}
 
 inline uint32_t to_half(float value) {
     uint32_t bits = bits_of(value), sign = bits >> 16 & 0x8000u, rest = bits & 0x7fffffffu;

@@ -1,4 +1,5 @@
 // Toy kernels on the emulator: a GEMM for each GPU family, and the same with one mistake injected by its name.
+#include <cmath>
 #include <string>
 
 #include "sm80_emulation.h"
@@ -106,7 +107,7 @@ bool run(const Gemm& p) {
     TensorMap a, b;
     if (make_map(&a, p.a + 1, kRows, kDepth, 64) || make_map(&a, p.a, kRows, kDepth + 4, 64)) return false;
     if (!make_map(&a, p.a, kRows, kDepth, 64) || !make_map(&b, p.b, kColumns, kDepth, kWidth / 2)) return false;
-    fm::cuda::launch_cluster(gemm, (kRows + 127) / 128, 2, 384, kShared, nullptr, a, b, p);
+    fm::cuda::launch_cluster(gemm, (kRows + 127) / 128, injected("no cluster") ? 1 : 2, 384, kShared, nullptr, a, b, p);
     return true;
 }
 
@@ -245,6 +246,25 @@ bool halves_round() {
     return low(INFINITY) << 16 == 0x7c000000u && low(-1e9f) << 16 == 0xfc000000u && low(NAN) << 16 == 0x7fff0000u;
 }
 
+// What the published models say of small cases: where a term is cut, and that the sum is rounded towards zero.
+template <class Unit> bool adds_like_tensor_cores() {
+    auto sum = [](float accumulator, float product, int count) {
+        float left[16] = {};
+        emulation::Four right[16] = {};
+        for (int k = 0; k < count; ++k) left[k] = 1.0f, right[k] += product;
+        return emulation::add_products<Unit>(left, right, 1, emulation::Four{} + accumulator)[2];
+    };
+    constexpr float bit = 0x1p-23f; // float32's last, of one
+    constexpr float cut = bit / (1 << Unit::kExtraBits);
+    constexpr int all = Unit::kProducts;
+    return sum(1.0f, cut, all) == 1.0f + all * cut && sum(1.0f, 0.99f * cut, all) == 1.0f &&
+           sum(1.0f, -cut, 1) < 1.0f && sum(1.0f, -0.99f * cut, 1) == 1.0f && sum(1.0f, 0.75f * bit, 1) == 1.0f &&
+           sum(2.0f, -bit, 1) == 2.0f - bit && sum(-1.0f, -0.75f * bit, 1) == -1.0f &&
+           sum(0.0f, 3.0f, all) == 3.0f * all && sum(1e30f, 1e-30f, all) == 1e30f &&
+           sum(0.0f, 0x1p-48f, all) == all * 0x1p-48f && sum(INFINITY, 1.0f, 1) == INFINITY &&
+           std::isnan(sum(1.0f, NAN, 1)) && std::isnan(sum(INFINITY, -INFINITY, 1)) && sum(0.0f, 0.0f, all) == 0.0f;
+}
+
 } // namespace
 
 int main(int argc, char** argv) {
@@ -253,6 +273,8 @@ int main(int argc, char** argv) {
     bool right = family == "sm90"     ? same_as_loop([](const Gemm& p) { hopper::run(p); })
                  : family == "sm80"   ? same_as_loop(ampere::run)
                  : family == "common" ? run_collectives()
+                 : family == "sums"   ? adds_like_tensor_cores<emulation::HopperUnit>() &&
+                                            adds_like_tensor_cores<emulation::AmpereUnit>()
                                       : family == "halves" && halves_round();
     if (!right) fprintf(stderr, "wrong result\n");
     return right ? 0 : 1;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "emulation.h"
+#include "inner_product.h"
 
 namespace emulation {
 
@@ -61,20 +62,26 @@ inline void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1)
         uint32_t b[2];
     } post{c, a, {b0, b1}};
     emulation::together("mma", post, [](Post* const* lanes) {
-        float a[16][16], b[8][16];
+        using Unit = emulation::AmpereUnit;
+        float a[16][16];
+        emulation::Four b[16][2];
         for (int l = 0; l < emulation::kLanes; ++l)
             for (int half = 0; half < 2; ++half) {
                 auto element = [&](uint32_t pair) { return from_float16(static_cast<uint16_t>(pair >> 16 * half)); };
-                int k = 2 * (l % 4) + half;
+                int k = 2 * (l % 4) + half, column = l / 4;
                 for (int i = 0; i < 4; ++i) a[l / 4 + 8 * (i % 2)][k + 8 * (i / 2)] = element(lanes[l]->a[i]);
-                for (int i = 0; i < 2; ++i) b[l / 4][k + 8 * i] = element(lanes[l]->b[i]);
+                for (int i = 0; i < 2; ++i) b[k + 8 * i][column / 4][column % 4] = element(lanes[l]->b[i]);
             }
-        for (int l = 0; l < emulation::kLanes; ++l)
-            for (int i = 0; i < 4; ++i) {
-                const float *row = a[l / 4 + 8 * (i / 2)], *column = b[2 * (l % 4) + i % 2];
-                float sum = 0.0f;
-                for (int k = 0; k < 16; ++k) sum += row[k] * column[k];
-                lanes[l]->c[i] += sum;
+        for (int row = 0; row < 16; ++row)
+            for (int column = 0; column < 8; column += 4) {
+                auto accumulator = [&](int i) -> float& {
+                    return lanes[row % 8 * 4 + (column + i) / 2]->c[row / 8 * 2 + i % 2];
+                };
+                emulation::Four sum;
+                for (int i = 0; i < 4; ++i) sum[i] = accumulator(i);
+                for (int k = 0; k < 16; k += Unit::kProducts)
+                    sum = emulation::add_products<Unit>(a[row] + k, &b[k][column / 4], 2, sum);
+                for (int i = 0; i < 4; ++i) accumulator(i) = sum[i];
             }
     });
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "emulation.h"
+#include "inner_product.h"
 
 namespace fm::cuda::sm90 {
 
@@ -129,25 +130,25 @@ inline void read_operand(uint64_t descriptor, int first, int count, float* out, 
         }
 }
 
-// The 16 rows of one warp. Every lane's operation is the same but for the accumulators. The 16 products of an element
-// meet before they are added to its accumulator, as tensor cores do it: that rounds less than one by one.
+// The 16 rows of one warp. Every lane's operation is the same but for the accumulators.
 inline void multiply(const Product* const* lanes, int warp) {
-    typedef float Four __attribute__((vector_size(16)));
-    static float a[16][16];
-    static Four b[16][256 / 4], sums[256 / 4];
+    static float a[16][16]; // transposed, as read_operand leaves it
+    static Four b[16][256 / 4];
     const Product& p = *lanes[0];
     read_operand(p.a, 16 * warp, 16, a[0], 16);
     read_operand(p.b, 0, p.columns, reinterpret_cast<float*>(b[0]), 256);
     for (int row = 0; row < 16; ++row) {
-        auto exchange = [&](auto visit) {
-            for (int column = 0; column < p.columns; ++column)
-                visit(reinterpret_cast<float*>(sums)[column],
-                      lanes[row % 8 * 4 + column % 8 / 2]->accumulators[column / 8 * 4 + row / 8 * 2 + column % 2]);
-        };
-        for (Four& sum : sums) sum = Four{};
-        for (int k = 0; k < 16; ++k)
-            for (int i = 0; i < p.columns / 4; ++i) sums[i] += a[k][row] * b[k][i];
-        exchange([&](float& sum, float& accumulator) { accumulator = p.accumulate ? accumulator + sum : sum; });
+        float factors[16];
+        for (int k = 0; k < 16; ++k) factors[k] = a[k][row];
+        for (int column = 0; column < p.columns; column += 4) {
+            auto accumulator = [&](int i) -> float& {
+                return lanes[row % 8 * 4 + (column + i) % 8 / 2]->accumulators[column / 8 * 4 + row / 8 * 2 + i % 2];
+            };
+            Four sum{};
+            for (int i = 0; p.accumulate && i < 4; ++i) sum[i] = accumulator(i);
+            sum = add_products<HopperUnit>(factors, &b[0][column / 4], 256 / 4, sum);
+            for (int i = 0; i < 4; ++i) accumulator(i) = sum[i];
+        }
     }
 }
 
@@ -201,7 +202,7 @@ inline bool make_map(TensorMap* map, const uint16_t* data, int64_t rows, int64_t
 
 // Half of the rows land at once, which shows a stage that was still in use; the other half, and with it the bytes on
 // the barriers, when no thread can move, which shows a missing wait.
-inline void tma_load_multicast(uint32_t destination, const TensorMap* map, uint32_t bar, int x, int y, uint16_t mask) {
+inline void start_transfer(uint32_t destination, const TensorMap* map, uint32_t bar, int x, int y, uint16_t mask) {
     if (destination % emulation::kRowBytes != 0) emulation::fail("a swizzled tile cannot lie at", destination);
     emulation::Transfer t{emulation::self, *map, destination, bar, x, y, mask};
     t.each_block([&](int rank) { emulation::barrier(bar, rank); });
@@ -211,7 +212,12 @@ inline void tma_load_multicast(uint32_t destination, const TensorMap* map, uint3
 }
 
 inline void tma_load(uint32_t destination, const TensorMap* map, uint32_t bar, int x, int y) {
-    tma_load_multicast(destination, map, bar, x, y, static_cast<uint16_t>(1u << cluster_rank()));
+    start_transfer(destination, map, bar, x, y, static_cast<uint16_t>(1u << cluster_rank()));
+}
+
+inline void tma_load_multicast(uint32_t destination, const TensorMap* map, uint32_t bar, int x, int y, uint16_t mask) {
+    if (emulation::blocks.size() < 2) emulation::fail("a multicast load in a launch without clusters");
+    start_transfer(destination, map, bar, x, y, mask);
 }
 
 template <int N> void wgmma(float (&accumulators)[N / 2], uint64_t a, uint64_t b, bool accumulate) {

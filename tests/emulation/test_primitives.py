@@ -22,7 +22,7 @@ def run(program: Path, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([program, *arguments], capture_output=True, text=True, timeout=60, check=False)
 
 
-@pytest.mark.parametrize("family", ["common", "halves", "sm80", "sm90"])
+@pytest.mark.parametrize("family", ["common", "halves", "sums", "sm80", "sm90"])
 def test_right_kernels(program, family):
     result = run(program, family)
     assert result.returncode == 0, result.stderr
@@ -48,6 +48,7 @@ MISTAKES = [
     ("sm90", "no first turn", FOREVER),
     ("sm90", "out of turn", "more arrivals than the phase expects"),
     ("sm90", "turn after the last", "half full"),
+    ("sm90", "no cluster", "a multicast load in a launch without clusters"),
     ("sm90", "misplaced tile", "neither at a tile's base"),
     ("sm90", "descriptor", "not a descriptor"),
     ("sm90", "no fence", "wgmma_fence"),
