@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-SOURCES = [*(ROOT / "csrc").rglob("*"), *(ROOT / "tests/emulation").glob("*")]
+SOURCES = [*(ROOT / "csrc").rglob("*"), *(ROOT / "tests/emulation").rglob("*")]
 
 
 def run(*command: str) -> None:

@@ -116,8 +116,9 @@ template <class Epilogue, int kBlocks> __global__ void __launch_bounds__(kThread
 template <class Epilogue, int kBlocks = kMostBlocks> void start(const typename Epilogue::Params& p, void* stream) {
     int64_t tiles = ((p.product.rows + kRows - 1) / kRows) * ((p.product.columns + kColumns - 1) / kColumns);
     if (tiles == 0) return;
-    launch_cluster(sweep<Epilogue, kBlocks>, static_cast<int>(std::min<int64_t>(kBlocks * multiprocessors(), tiles)), 1,
-                   kThreads, kSharedBytes, stream, p);
+    auto kernel = sweep<Epilogue, kBlocks>;
+    allow_shared_memory(kernel, kSharedBytes);
+    launch_cluster(kernel, std::min<int64_t>(kBlocks * multiprocessors(), tiles), 1, kThreads, kSharedBytes, stream, p);
 }
 
 } // namespace

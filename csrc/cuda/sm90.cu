@@ -212,6 +212,7 @@ void start(const typename Epilogue::Params& p, const Layout& layout, void* strea
     int64_t groups = (product.rows + kRows * layout.cluster - 1) / (kRows * layout.cluster);
     int64_t tiles = (product.columns + kColumns - 1) / kColumns;
     auto kernel = sweep<Epilogue, kColumns, kStationary>;
+    allow_shared_memory(kernel, kSharedBytes);
     int most = resident_clusters(kernel, layout.cluster, kThreads, layout.shared_bytes());
     launch_cluster(kernel, static_cast<int>(std::min<int64_t>(most, groups * tiles)), layout.cluster, kThreads,
                    layout.shared_bytes(), stream, left, right, p, layout);

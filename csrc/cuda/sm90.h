@@ -98,9 +98,13 @@ __device__ __forceinline__ bool barrier_try(uint32_t bar, uint32_t parity) {
 }
 // Returns once the phase of this parity is complete; a fresh barrier counts as having completed parity 1.
 __device__ __forceinline__ void barrier_wait(uint32_t bar, uint32_t parity) {
-#ifdef FM_TRAP_AFTER // polls; a hang costs a device, a trap only the launch
-    for (unsigned polls = 0; !barrier_try(bar, parity);)
-        if (++polls > FM_TRAP_AFTER) __trap();
+#ifdef FM_TRAP_AFTER // nanoseconds, not polls: a poll may take as long as the hardware's own time limit for it
+    uint64_t begin, now;
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(begin));
+    while (!barrier_try(bar, parity)) {
+        asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
+        if (now - begin > FM_TRAP_AFTER) __trap();
+    }
 #else
     while (!barrier_try(bar, parity)) {
     }

@@ -19,6 +19,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <memory>
 #include <vector>
 
@@ -369,9 +370,20 @@ template <class T> T __ldg(const T* at) { return *at; }
 
 namespace fm::cuda {
 
+template <class... A> int& allowed_shared_memory(void (*kernel)(A...)) {
+    static std::map<void (*)(A...), int> allowed;
+    return allowed.emplace(kernel, 48 << 10).first->second; // without asking
+}
+
+template <class... A> void allow_shared_memory(void (*kernel)(A...), int most_bytes) {
+    allowed_shared_memory(kernel) = most_bytes;
+}
+
 template <class... A> void launch_cluster(void (*kernel)(A...), int64_t clusters, int cluster_size, int threads,
                                           int shared_bytes, void*, const A&... args) {
     if (threads % emulation::kLanes != 0) emulation::fail("a block of part of a warp");
+    if (shared_bytes > allowed_shared_memory(kernel))
+        emulation::fail("more dynamic shared memory than the kernel is allowed:", static_cast<uint32_t>(shared_bytes));
     auto call = [&] { kernel(args...); };
     emulation::body = [](const void* argument) { (*static_cast<const decltype(call)*>(argument))(); };
     emulation::argument = &call;

@@ -1,0 +1,16 @@
+"""The host code around a launch, with a CUDA runtime that records what is asked of it."""
+
+import os
+import subprocess
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+
+def test_host_calls(tmp_path):
+    """Permissions are asked once for each kernel and device, by any number of threads; later calls only launch."""
+    program = tmp_path / "host_calls"
+    compiler = [os.environ.get("CXX", "c++"), "-std=c++17", "-O1", "-Wall", "-pthread", f"-I{HERE / 'runtime'}"]
+    subprocess.run([*compiler, str(HERE / "host_calls.cpp"), "-o", str(program)], check=True)
+    result = subprocess.run([program], capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == 0, result.stderr
