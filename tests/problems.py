@@ -54,3 +54,21 @@ def sweep_problem(samples, weight, *, nearest=False, workspace_bytes=256 << 20, 
     """What the ops' planning is asked about; embeddings in the weight's dtype and on its device."""
     embeddings = weight.new_empty(samples, weight.shape[1]) if samples else None
     return Problem(embeddings, weight, workspace_bytes, products, scale_value=64.0, nearest=nearest)
+
+
+LAYOUTS = ("contiguous", "padded", "sliced", "misaligned", "transposed")
+
+
+def in_layout(matrix, layout):
+    """A copy of a matrix with other strides, or at another alignment, in memory that is NaN around it."""
+    rows, columns = matrix.shape
+    if layout == "contiguous":
+        return matrix.clone()
+    if layout == "transposed":
+        return matrix.t().clone(memory_format=torch.contiguous_format).t()
+    if layout == "misaligned":  # begins at an odd element
+        memory = matrix.new_full((rows * columns + 1,), float("nan"))[1:].view(rows, columns)
+    else:  # rows begin at multiples of 16 elements, or one element further on
+        memory = matrix.new_full((rows, columns // 16 * 16 + 32), float("nan"))
+        memory = memory[:, 1 : columns + 1] if layout == "sliced" else memory[:, :columns]
+    return memory.copy_(matrix)

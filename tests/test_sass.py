@@ -1,10 +1,11 @@
-"""What the compiler made of the tensor-core kernels: that they use the tensor cores, and nothing that would stall them."""
+"""What the compiler made of the CUDA kernels: that they use what they are written for, and nothing that would stall them."""
 
 import os
 import re
 import shutil
 import subprocess
 import sysconfig
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,9 @@ def tool(name):
     return shutil.which(name, path=path)
 
 
-def kernels(architecture, space):
-    """The instructions of every kernel of a family in the built module, by mangled name."""
+@cache
+def kernels(architecture):
+    """The instructions of every kernel in the built module, by mangled name."""
     cuobjdump, nvdisasm = tool("cuobjdump"), tool("nvdisasm")
     if not cuobjdump or not nvdisasm:
         pytest.skip("needs cuobjdump and nvdisasm")
@@ -35,8 +37,12 @@ def kernels(architecture, space):
     found = {}
     for text in re.split(r"\n\s*Function : ", listing)[1:]:
         name, _, code = text.partition("\n")
-        if re.match(rf"_ZN2fm4cuda4{space}\d.*5sweep", name):
-            found[name] = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", code)
+        found[name] = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", code)
+    return found
+
+
+def family(architecture, space):
+    found = {n: code for n, code in kernels(architecture).items() if re.match(rf"_ZN2fm4cuda4{space}\d.*5sweep", n)}
     assert len(found) >= 5
     return found
 
@@ -46,7 +52,7 @@ def starting(instructions, *prefixes):
 
 
 def test_hopper_kernels():
-    for name, code in kernels("sm_90a", "sm90").items():
+    for name, code in family("sm_90a", "sm90").items():
         products = [at for at, i in enumerate(code) if i.startswith("HGMMA")]
         assert products and starting(code, "UTMALDG") and starting(code, "USETMAXREG"), name
         assert not starting(code, "LDL", "STL"), f"{name} keeps something in local memory"
@@ -57,6 +63,38 @@ def test_hopper_kernels():
 
 
 def test_ampere_kernels():
-    for name, code in kernels("sm_80", "sm80").items():
+    for name, code in family("sm_80", "sm80").items():
         assert starting(code, "HMMA.16816") and starting(code, "LDSM") and starting(code, "LDGSTS"), name
         assert not starting(code, "LDL", "STL"), f"{name} keeps something in local memory"
+
+
+# and how many stores they have beside those of their rows; None where rows are only read, or by one kernel of all dtypes
+ROW_KERNELS = {
+    "row_normalize": 1,
+    "project_weight_gradient": 0,
+    "pack_operand": 1,
+    "target_cosine": None,
+    "project_embedding_gradient": None,
+}
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90a"])
+@pytest.mark.parametrize("kernel", ROW_KERNELS)
+def test_row_kernels(architecture, kernel):
+    """Rows stay in registers, and rows that are aligned move 16 bytes at a time."""
+    pattern = re.compile(rf"{kernel}INS0_5PieceI([fd])Li(\d+)ELi(\d+)ELNS0_6AccessE(\d)EEE(\w)")
+    found = [(m, code) for name, code in kernels(architecture).items() if (m := pattern.search(name))]
+    assert len(found) >= 4  # single and double, vectors and strided
+    for match, code in found:
+        value, group, groups, access, stored = match.groups()
+        assert not starting(code, "LDL", "STL"), f"{match[0]} keeps something in local memory"
+        if ROW_KERNELS[kernel] is None or access != "0":  # Access::vectors
+            continue
+        wide = starting(code, "STG.E.128")
+        assert len(wide) >= int(groups), match[0]
+        assert len(starting(code, "STG")) - len(wide) == ROW_KERNELS[kernel], f"{match[0]} stores parts of 16 bytes"
+        size = {"f": 4, "d": 8}
+        loads = int(group) * size.get(stored, 2) // 16  # for a group of the row; a few half numbers are less than one
+        if kernel == "project_weight_gradient":
+            loads += int(group) * size[value] // 16
+        assert len(starting(code, "LDG.E.128")) >= int(groups) * loads, match[0]

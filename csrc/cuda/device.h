@@ -8,12 +8,14 @@
 
 #include <cuda_runtime.h>
 
+#include <cstring>
 #include <map>
 #include <mutex>
 #include <set>
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <type_traits>
 #include <utility>
 
 #define FM_UNROLL _Pragma("unroll")
@@ -47,8 +49,17 @@ struct LaunchConfig {
     LaunchConfig(const LaunchConfig&) = delete; // config points into this
 };
 
-// A launch is all that happens on the stream. Nothing that precedes it there allocates, waits or touches a stream, so
-// that calls may be captured in a CUDA graph, tensor maps and parameters by value.
+// What is asked of the runtime before a kernel's first launch loads the kernel, which a graph capture forbids unless
+// the thread says that it is aware of it.
+struct RelaxedCapture {
+    cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+    RelaxedCapture() { check(cudaThreadExchangeStreamCaptureMode(&mode), "capture mode"); }
+    ~RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode); }
+    RelaxedCapture(const RelaxedCapture&) = delete;
+};
+
+// The launch is all that a call does on its stream. Nothing before it allocates, waits or uses a stream, and kernels
+// get parameters and tensor maps by value: a CUDA graph can capture it.
 template <class... A> void launch_cluster(void (*kernel)(A...), int64_t clusters, int cluster_size, int threads,
                                           int shared_bytes, void* stream, const A&... arguments) {
     LaunchConfig launch(clusters, cluster_size, threads, shared_bytes, stream);
@@ -79,6 +90,7 @@ template <class... A> void allow_shared_memory(void (*kernel)(A...), int most_by
     std::lock_guard<std::mutex> lock(mutex);
     std::pair<int, void (*)(A...)> key(current_device(), kernel);
     if (allowed.count(key)) return;
+    RelaxedCapture relaxed;
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_bytes), "shared memory");
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
           "shared memory carve-out");
@@ -92,6 +104,7 @@ template <class... A> int resident_clusters(void (*kernel)(A...), int cluster_si
     std::lock_guard<std::mutex> lock(mutex);
     int& count = known[{current_device(), kernel, cluster_size, shared_bytes}];
     if (count == 0) {
+        RelaxedCapture relaxed;
         LaunchConfig launch(multiprocessors() / cluster_size, cluster_size, threads, shared_bytes, nullptr);
         launch.config.numAttrs = 1;
         check(cudaOccupancyMaxActiveClusters(&count, kernel, &launch.config), "occupancy");
@@ -122,8 +135,21 @@ __device__ __forceinline__ float low_half(uint32_t word) {
 }
 __device__ __forceinline__ float high_half(uint32_t word) { return low_half(word >> 16); }
 
-__device__ __forceinline__ void store_16_bytes(uint16_t* to, const uint32_t (&words)[4]) {
-    *reinterpret_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
+// value, an array of 4, 8 or 16 bytes, in one load; the address is a multiple of as many
+template <class Value> __device__ __forceinline__ void load_aligned(const void* from, Value& value) {
+    static_assert(sizeof value == 4 || sizeof value == 8 || sizeof value == 16);
+    using Words = std::conditional_t<sizeof value == 16, uint4, std::conditional_t<sizeof value == 8, uint2, uint32_t>>;
+    Words words = *static_cast<const Words*>(from);
+    memcpy(&value, &words, sizeof value);
+}
+template <class Value> __device__ __forceinline__ void store_16_bytes(void* to, const Value& value) {
+    static_assert(sizeof value == 16);
+    uint32_t words[4];
+    memcpy(words, &value, sizeof words);
+    // by name: what is assigned to a uint4 the compiler stores in four parts, at times
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(words[0]),
+                 "r"(words[1]), "r"(words[2]), "r"(words[3])
+                 : "memory");
 }
 
 #endif

@@ -215,6 +215,8 @@ template <int M, int N, int Stride> struct NearestEpilogue {
 
     __device__ void tile(const Params& p, Accumulators<M, N>& products, int row, int begin, int column, int lane) {
         int columns = static_cast<int>(p.product.columns), rows = static_cast<int>(p.product.rows);
+        uint32_t stored[N / 4];
+        if (N > 4) load_stored(p, begin, lane, stored);
         // where in the columns' numbering the diagonal passes row 0; outside the triangle there is none
         int diagonal = p.row_begin == p.column_begin ? 0 : -(1 << 30);
         int last_row = row - lane / 4 + (M - 1) * Stride + 15;
@@ -230,7 +232,8 @@ template <int M, int N, int Stride> struct NearestEpilogue {
             }
         }
         of_rows(products, column);
-        of_columns(p, products, row, begin, column, lane);
+        if (N == 4) load_stored(p, begin, lane, stored); // one load, and sm80 has no register left for it until here
+        of_columns(p, products, stored, row, column, lane);
     }
 
     __device__ void end(const Params& p, int row, int, int lane) {
@@ -263,10 +266,24 @@ private:
         }
     }
 
+    // Of every 32 columns of the tile, the one whose largest product `halve` leaves in this lane.
+    __device__ static int halved_column(int lane) { return ((lane >> 3) & 3) * 8 + (lane % 4) * 2 + ((lane >> 2) & 1); }
+
+    // The upper halves, which order by cosine, of the keys of those columns. All loads are under way before the first
+    // is needed, and their latency passes while the rows are compared.
+    __device__ static void load_stored(const Params& p, int begin, int lane, uint32_t (&stored)[N / 4]) {
+        FM_UNROLL
+        for (int n = 0; n < N / 4; ++n) {
+            int own = begin + n * 32 + halved_column(lane);
+            const unsigned long long* key = p.best + p.column_begin + own;
+            stored[n] = own < p.product.columns ? __ldcg(reinterpret_cast<const uint32_t*>(key) + 1) : 0xffffffffu;
+        }
+    }
+
     // 32 columns at a time. A stored key may be stale, but keys only grow: what it turns away has lost.
-    __device__ void of_columns(const Params& p, const Accumulators<M, N>& products, int row, int begin, int column,
-                               int lane) {
-        int columns = static_cast<int>(p.product.columns), quad = lane % 4;
+    __device__ void of_columns(const Params& p, const Accumulators<M, N>& products, const uint32_t (&stored)[N / 4],
+                               int row, int column, int lane) {
+        int quad = lane % 4;
         FM_UNROLL
         for (int n = 0; n < N; n += 4) {
             float value[8];
@@ -278,9 +295,7 @@ private:
                 value[i] = largest;
             }
             float largest = halve(value, lane); // of the one column that is now this lane's
-            int own = begin + n * 8 + ((lane >> 3) & 3) * 8 + quad * 2 + ((lane >> 2) & 1);
-            bool better =
-                own < columns && largest > kNothing && ordered(largest) >= stored(p.best + p.column_begin + own);
+            bool better = largest > kNothing && ordered(largest) >= stored[n / 4];
             unsigned improved = __ballot_sync(kWholeWarp, better);
             if (!improved) continue;
             FM_UNROLL
@@ -299,10 +314,6 @@ private:
                 }
             }
         }
-    }
-
-    __device__ static uint32_t stored(const unsigned long long* key) {
-        return static_cast<uint32_t>(__ldcg(key) >> 32);
     }
 
     // Largest over the 8 lanes that share quad: each step hands half the columns over, so that column

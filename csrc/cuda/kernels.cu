@@ -1,34 +1,37 @@
 // Portable CUDA kernels, for any GPU: matrix products are the caller's, these are all that stands around
 // them. Every output element has one owner and every sum one order, so results repeat bit for bit.
 #include "cuda.h"
-#include "warp.h"
+#include "row.h"
 
 #include "../math/cross_entropy.h"
-#include "../math/element.h"
 #include "../math/exponential.h"
 
 namespace fm::cuda {
 namespace {
 
-template <class T> __device__ double warp_dot(const T* a, const MatrixView& b, int64_t row, int64_t size) {
-    return warp_dot_of([&](int64_t d) { return a[d]; }, [&](int64_t d) { return element<T>(b, row, d); }, size);
-}
-
-template <class T> __global__ void row_normalize(RowNormalize<T> p) {
+template <class Piece, class S> __global__ void row_normalize(RowNormalize<typename Piece::Value> p) {
+    using T = typename Piece::Value;
     int64_t r = warp_row();
     if (r >= p.count) return;
+    const Row<S> row(p.rows, r);
+    const int64_t last = Piece::last(p.size);
+    Piece x;
     double squares = 0.0;
-    for (int64_t d = lane(); d < p.size; d += kWarp) {
-        double x = static_cast<double>(element<T>(p.rows, r, d));
-        squares += x * x;
+    for (int64_t begin = 0; begin <= last; begin += Piece::kSize) {
+        x.load(row, begin, p.size);
+        squares += x.dot(x);
     }
     T inverse = static_cast<T>(inverse_norm_of(warp_sum(squares)));
     if (lane() == 0) p.inverse_norm[r] = inverse;
     if (!p.normalized) return;
-    for (int64_t d = lane(); d < p.size; d += kWarp) p.normalized[r * p.size + d] = element<T>(p.rows, r, d) * inverse;
+    for (int64_t begin = last; begin >= 0; begin -= Piece::kSize) { // the last is still in registers
+        if (begin < last) x.load(row, begin, p.size);
+        x.for_each([&](T& value) { value *= inverse; });
+        x.store(p.normalized + r * p.size, begin, p.size);
+    }
 }
 
-template <class T> __global__ void target_cosine(TargetCosine<T> p) {
+template <class Piece> __global__ void target_cosine(TargetCosine<typename Piece::Value> p) {
     int64_t i = warp_row();
     if (i >= p.samples) return;
     int64_t label = p.labels[i];
@@ -45,12 +48,11 @@ template <class T> __global__ void target_cosine(TargetCosine<T> p) {
     int64_t best_row = label * p.sub_centers;
     for (int64_t row = label * p.sub_centers; row < (label + 1) * p.sub_centers; ++row) {
         double xw = 0.0, xx = 0.0, ww = 0.0;
-        for (int64_t d = lane(); d < p.size; d += kWarp) {
-            double x = static_cast<double>(element<T>(p.embeddings, i, d)),
-                   w = static_cast<double>(element<T>(p.weight, row, d));
-            xw += x * w;
-            xx += x * x;
-            ww += w * w;
+        for (int64_t begin = 0; begin < p.size; begin += Piece::kSize) {
+            Piece x, w;
+            x.load(p.embeddings, i, begin, p.size);
+            w.load(p.weight, row, begin, p.size);
+            xw += x.dot(w), xx += x.dot(x), ww += w.dot(w);
         }
         double cosine = warp_sum(xw);
         xx = warp_sum(xx), ww = warp_sum(ww);
@@ -132,70 +134,94 @@ __global__ void margin_rows(MarginRows p) {
     if (i < p.samples) margin_row(p, i);
 }
 
-// g := inverse (g - (g . u) u), where u = direction * unit
-template <class T>
-__device__ void project_out(T* g, const MatrixView& direction, int64_t row, T unit, T inverse, int64_t size) {
-    T along = static_cast<T>(warp_dot(g, direction, row, size) * static_cast<double>(unit)) * unit;
-    for (int64_t d = lane(); d < size; d += kWarp) g[d] = inverse * (g[d] - along * element<T>(direction, row, d));
+// One row of a gradient: g := inverse (g - (g . u) u), where u = direction * unit, of what prepare(piece of g, begin)
+// makes of g. With `project` false g is only prepared.
+template <class Piece, class T, class S, class Prepare> __device__ void
+project_row(T* gradient, const Row<S>& direction, int64_t size, bool project, T unit, T inverse, Prepare prepare) {
+    const int64_t last = Piece::last(size);
+    Piece g, u;
+    double dot = 0.0;
+    auto load = [&](int64_t begin) {
+        g.load(Row<T>(gradient), begin, size);
+        if (project) u.load(direction, begin, size);
+    };
+    for (int64_t begin = 0; begin <= last; begin += Piece::kSize) {
+        load(begin);
+        prepare(g, begin);
+        if (project) dot += g.dot(u);
+        if (begin < last || !project) g.store(gradient, begin, size);
+    }
+    if (!project) return;
+    T along = static_cast<T>(warp_sum(dot) * static_cast<double>(unit)) * unit;
+    for (int64_t begin = last; begin >= 0; begin -= Piece::kSize) { // the last is still in registers
+        if (begin < last) load(begin);
+        g.for_each(u, [&](T& value, T other) { value = inverse * (value - along * other); });
+        g.store(gradient, begin, size);
+    }
 }
 
-template <class T> __device__ void add_row(T* g, T scale, const MatrixView& from, int64_t row, int64_t size) {
-    for (int64_t d = lane(); d < size; d += kWarp) g[d] += scale * element<T>(from, row, d);
-}
-
-template <class T> __device__ MatrixView rows_of(const T* data, int64_t size) {
-    return {data, sizeof(T) == 4 ? Dtype::float32 : Dtype::float64, size, 1};
-}
-
-template <class T> __global__ void project_weight_gradient(ProjectWeightGradient<T> p) {
+template <class Piece, class S>
+__global__ void project_weight_gradient(ProjectWeightGradient<typename Piece::Value> p) {
+    using T = typename Piece::Value;
     int64_t row = warp_row();
     if (row >= p.chunk) return;
     int64_t j = p.class_begin + row;
-    T* g = p.gradient + row * p.size;
     T inverse = p.inverse_norm[j];
-    if (p.dense_scale) {
-        T scale = static_cast<T>(*p.dense_scale) * inverse;
-        for (int64_t d = lane(); d < p.size; d += kWarp) g[d] *= scale;
-    }
-    if (p.sorted_labels) {
-        MatrixView embeddings = rows_of(p.normalized_embeddings, p.size);
-        for (int64_t k = lower_bound(p.sorted_labels, p.samples, j); k < p.samples && p.sorted_labels[k] == j; ++k) {
-            int64_t i = p.label_order[k];
-            add_row(g, inverse * static_cast<T>(p.target_gradient[i]), embeddings, i, p.size);
+    T scale = p.dense_scale ? static_cast<T>(*p.dense_scale) * inverse : static_cast<T>(1);
+    auto prepare = [&](Piece& g, int64_t begin) {
+        g.for_each([&](T& value) { value *= scale; });
+        if (p.sorted_labels) {
+            for (int64_t k = warp_lower_bound(p.sorted_labels, p.samples, j); k < p.samples && p.sorted_labels[k] == j;
+                 ++k) {
+                int64_t i = p.label_order[k];
+                g.add(inverse * static_cast<T>(p.target_gradient[i]), Row<T>(p.normalized_embeddings + i * p.size),
+                      begin, p.size);
+            }
         }
-    }
-    if (p.uniform_direction)
-        add_row(g, inverse * static_cast<T>(p.class_weight ? p.class_weight[j] : 1.0),
-                rows_of(p.uniform_direction, p.size), 0, p.size);
-    if (p.nearest) {
-        int64_t near = p.nearest[j];
-        add_row(g, inverse * p.nearest_gradient[j] * p.inverse_norm[near], p.weight, near, p.size);
-        for (int64_t k = lower_bound(p.sorted_nearest, p.classes, j); k < p.classes && p.sorted_nearest[k] == j; ++k) {
-            int64_t i = p.nearest_order[k];
-            add_row(g, inverse * p.nearest_gradient[i] * p.inverse_norm[i], p.weight, i, p.size);
+        if (p.uniform_direction)
+            g.add(inverse * static_cast<T>(p.class_weight ? p.class_weight[j] : 1.0), Row<T>(p.uniform_direction),
+                  begin, p.size);
+        if (p.nearest) {
+            int64_t near = p.nearest[j];
+            g.add(inverse * p.nearest_gradient[j] * p.inverse_norm[near], Row<S>(p.weight, near), begin, p.size);
+            for (int64_t k = warp_lower_bound(p.sorted_nearest, p.classes, j);
+                 k < p.classes && p.sorted_nearest[k] == j; ++k) {
+                int64_t i = p.nearest_order[k];
+                g.add(inverse * p.nearest_gradient[i] * p.inverse_norm[i], Row<S>(p.weight, i), begin, p.size);
+            }
         }
-    }
-    if (!p.inner_product) project_out(g, p.weight, j, inverse, static_cast<T>(1), p.size);
+    };
+    project_row<Piece>(p.gradient + row * p.size, Row<S>(p.weight, j), p.size, !p.inner_product, inverse,
+                       static_cast<T>(1), prepare);
 }
 
-template <class T> __global__ void project_embedding_gradient(ProjectEmbeddingGradient<T> p) {
+template <class Piece> __global__ void project_embedding_gradient(ProjectEmbeddingGradient<typename Piece::Value> p) {
+    using T = typename Piece::Value;
     int64_t i = warp_row();
     if (i >= p.samples) return;
-    T* g = p.gradient + i * p.size;
-    MatrixView embeddings = rows_of(p.normalized_embeddings, p.size);
-    double row = p.row_scale ? p.row_scale[i] : 1.0;
-    if (p.scale_gradient) {
-        double along = warp_dot(g, embeddings, i, p.size) * row;
-        if (lane() == 0) p.scale_gradient[i] = along;
-    }
+    const Row<T> embedding(p.normalized_embeddings + i * p.size);
+    double row = p.row_scale ? p.row_scale[i] : 1.0, along = 0.0;
     T scale = static_cast<T>(row * (p.scale ? p.scale[i] : p.scale_value));
-    for (int64_t d = lane(); d < p.size; d += kWarp) g[d] *= scale;
     int64_t label = p.labels[i];
-    if (label >= 0 && label < p.classes)
-        add_row(g, static_cast<T>(p.target_gradient[i]) * p.weight_inverse_norm[label], p.weight, label, p.size);
-    if (p.uniform_weight)
-        add_row(g, static_cast<T>(p.uniform_gradient[i]), rows_of(p.uniform_weight, p.size), 0, p.size);
-    if (!p.inner_product) project_out(g, embeddings, i, static_cast<T>(1), p.inverse_norm[i], p.size);
+    auto prepare = [&](Piece& g, int64_t begin) {
+        if (p.scale_gradient) {
+            Piece x;
+            x.load(embedding, begin, p.size);
+            along += g.dot(x);
+        }
+        g.for_each([&](T& value) { value *= scale; });
+        if (label >= 0 && label < p.classes) {
+            T factor = static_cast<T>(p.target_gradient[i]) * p.weight_inverse_norm[label];
+            dispatch_dtype(p.weight.dtype,
+                           [&](auto s) { g.add(factor, Row<decltype(s)>(p.weight, label), begin, p.size); });
+        }
+        if (p.uniform_weight) g.add(static_cast<T>(p.uniform_gradient[i]), Row<T>(p.uniform_weight), begin, p.size);
+    };
+    project_row<Piece>(p.gradient + i * p.size, embedding, p.size, !p.inner_product, static_cast<T>(1),
+                       p.inverse_norm[i], prepare);
+    if (!p.scale_gradient) return;
+    along = warp_sum(along) * row;
+    if (lane() == 0) p.scale_gradient[i] = along;
 }
 
 // The best partner one thread has seen. A thread sees its partners in ascending order.
@@ -267,15 +293,53 @@ template <class T> void nearest_tile(const NearestTile<T>& p, void* stream) {
         launch(nearest_of_columns<T>, (p.columns + kWarp - 1) / kWarp, kRowThreads, stream, p);
 }
 
+template <class T> void start(const RowNormalize<T>& p, void* stream) {
+    bool vectors = has_vectors<16 / sizeof(T)>(p.rows, p.size) && has_vectors(p.normalized, p.size);
+    dispatch_piece<T>(vectors, p.size, [&](auto piece) {
+        dispatch_dtype(p.rows.dtype, [&](auto s) {
+            launch_warp_rows(row_normalize<decltype(piece), decltype(s)>, p.count, stream, p);
+        });
+    });
+}
+
+template <class T> void start(const TargetCosine<T>& p, void* stream) {
+    constexpr int group = 16 / sizeof(T);
+    bool vectors = has_vectors<group>(p.embeddings, p.size) && has_vectors<group>(p.weight, p.size);
+    // short pieces for rows of any size: no row is read a second time, and there are two of them
+    auto kernel = vectors ? target_cosine<Piece<T, group, 4, Access::vectors>>
+                          : target_cosine<Piece<T, group, 4, Access::strided>>;
+    launch_warp_rows(kernel, p.samples, stream, p);
+}
+
+template <class T> void start(const ProjectWeightGradient<T>& p, void* stream) {
+    bool vectors = has_vectors<16 / sizeof(T)>(p.weight, p.size);
+    for (const T* rows : {static_cast<const T*>(p.gradient), p.normalized_embeddings, p.uniform_direction})
+        vectors = vectors && has_vectors(rows, p.size);
+    dispatch_piece<T>(vectors, p.size, [&](auto piece) {
+        dispatch_dtype(p.weight.dtype, [&](auto s) {
+            launch_warp_rows(project_weight_gradient<decltype(piece), decltype(s)>, p.chunk, stream, p);
+        });
+    });
+}
+
+template <class T> void start(const ProjectEmbeddingGradient<T>& p, void* stream) {
+    bool vectors = has_vectors<16 / sizeof(T)>(p.weight, p.size);
+    for (const T* rows : {static_cast<const T*>(p.gradient), p.normalized_embeddings, p.uniform_weight})
+        vectors = vectors && has_vectors(rows, p.size);
+    dispatch_piece<T>(vectors, p.size, [&](auto piece) {
+        launch_warp_rows(project_embedding_gradient<decltype(piece)>, p.samples, stream, p);
+    });
+}
+
 } // namespace
 
-#define FM_WARP_ROWS(Params, kernel, rows)                                                                             \
-    void run(const Params<float>& p, void* stream) { launch_warp_rows(kernel<float>, p.rows, stream, p); }             \
-    void run(const Params<double>& p, void* stream) { launch_warp_rows(kernel<double>, p.rows, stream, p); }
-FM_WARP_ROWS(RowNormalize, row_normalize, count)
-FM_WARP_ROWS(TargetCosine, target_cosine, samples)
-FM_WARP_ROWS(ProjectWeightGradient, project_weight_gradient, chunk)
-FM_WARP_ROWS(ProjectEmbeddingGradient, project_embedding_gradient, samples)
+#define FM_RUN(Params)                                                                                                 \
+    void run(const Params<float>& p, void* stream) { start(p, stream); }                                               \
+    void run(const Params<double>& p, void* stream) { start(p, stream); }
+FM_RUN(RowNormalize)
+FM_RUN(TargetCosine)
+FM_RUN(ProjectWeightGradient)
+FM_RUN(ProjectEmbeddingGradient)
 
 void run(const ExponentSum<float>& p, void* stream) { launch(exponent_sum<float>, p.samples, kRowThreads, stream, p); }
 void run(const ExponentSum<double>& p, void* stream) {

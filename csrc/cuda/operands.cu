@@ -1,32 +1,50 @@
 // What the tensor-core products need before and after them: fp16 operands, logsumexp of the slots, indices of keys.
 #include "logit.h"
-#include "warp.h"
-
-#include "../math/element.h"
+#include "row.h"
 
 namespace fm::cuda {
 namespace {
 
-// One warp to a row, two neighbouring elements to a lane.
-__global__ void pack_operand(PackOperand p) {
+// One warp to a row, and groups of 8 neighbours, which are 16 bytes of the operand, to a lane.
+template <int K, Access A> using OperandPiece = Piece<float, 8, K, A>;
+
+template <class Piece, class S> __global__ void pack_operand(PackOperand p) {
     int64_t r = warp_row();
     if (r >= p.count) return;
+    const Row<S> row(p.rows, r);
+    const int64_t last = Piece::last(p.width);
+    Piece x;
     double squares = 0.0;
-    for (int64_t d = lane(); d < p.size; d += kWarp) {
-        auto x = element<double>(p.rows, r, d);
-        squares += x * x;
+    for (int64_t begin = 0; begin <= last; begin += Piece::kSize) {
+        Piece::template read<double>(row, begin, p.size, [&](int k, const double (&values)[Piece::kGroup]) {
+            FM_UNROLL
+            for (int e = 0; e < Piece::kGroup; ++e) {
+                squares += values[e] * values[e];
+                x.value[k][e] = static_cast<float>(values[e]);
+            }
+        });
     }
     double inverse = inverse_norm_of(warp_sum(squares));
     if (lane() == 0 && p.inverse_norm) p.inverse_norm[r] = static_cast<float>(inverse);
-    auto scale = static_cast<float>(inverse * kOperandScale);
-    auto* high = reinterpret_cast<uint32_t*>(p.packed + r * p.parts * p.width);
-    uint32_t* low = high + p.width / 2;
-    for (int64_t k = lane(); k < p.width / 2; k += kWarp) {
-        float a = 2 * k < p.size ? element<float>(p.rows, r, 2 * k) * scale : 0.0f;
-        float b = 2 * k + 1 < p.size ? element<float>(p.rows, r, 2 * k + 1) * scale : 0.0f;
-        uint32_t word = pack_half(a, b);
-        high[k] = word;
-        if (p.parts == 2) low[k] = pack_half(a - low_half(word), b - high_half(word));
+    const auto scale = static_cast<float>(inverse * kOperandScale);
+    uint16_t* high = p.packed + r * p.parts * p.width;
+    for (int64_t begin = last; begin >= 0; begin -= Piece::kSize) { // the last is still in registers
+        if (begin < last) x.load(row, begin, p.size);
+        FM_UNROLL
+        for (int k = 0; k < Piece::kGroups; ++k) {
+            const int64_t at = begin + Piece::offset(k, 0);
+            uint32_t words[4], rest[4];
+            FM_UNROLL
+            for (int i = 0; i < 4; ++i) { // beyond the row's end 0, though scale may be NaN
+                float a = at + 2 * i < p.size ? x.value[k][2 * i] * scale : 0.0f;
+                float b = at + 2 * i + 1 < p.size ? x.value[k][2 * i + 1] * scale : 0.0f;
+                words[i] = pack_half(a, b);
+                rest[i] = pack_half(a - low_half(words[i]), b - high_half(words[i]));
+            }
+            if (at >= p.width) continue;
+            store_16_bytes(high + at, words);
+            if (p.parts == 2) store_16_bytes(high + p.width + at, rest);
+        }
     }
 }
 
@@ -73,7 +91,14 @@ __global__ void unpack_nearest(UnpackNearest p) {
 } // namespace
 
 void run(const PackOperand& p, void* stream) {
-    launch(pack_operand, warp_blocks(p.count), kWarpsPerBlock * kWarp, stream, p);
+    dispatch_dtype(p.rows.dtype, [&](auto s) {
+        using S = decltype(s);
+        auto kernel = pack_operand<OperandPiece<2, Access::neighbours>, S>;
+        if (has_vectors<8>(p.rows, p.size))
+            kernel = p.width <= 512 ? pack_operand<OperandPiece<2, Access::vectors>, S>
+                                    : pack_operand<OperandPiece<4, Access::vectors>, S>;
+        launch_warp_rows(kernel, p.count, stream, p);
+    });
 }
 void run(const PrepareRows& p, void* stream) {
     launch(prepare_rows, (p.samples + kRowThreads - 1) / kRowThreads, kRowThreads, stream, p);

@@ -1,11 +1,10 @@
 // The search for the nearest rows in portable CUDA, for any GPU. A warp owns a row, a column or a query, with its list
 // and its answers, and goes through the others in ascending order: results repeat bit for bit.
 #include "cuda.h"
-#include "warp.h"
-
-#include "../math/element.h"
+#include "row.h"
 
 #include <limits>
+#include <type_traits>
 
 namespace fm::cuda {
 namespace {
@@ -18,43 +17,53 @@ __device__ inline float round_down(double x) { return nextafterf(static_cast<flo
 
 // The one way in which two rows are multiplied when it counts. In double whatever their types, so its bits are the same
 // in every kernel.
+template <class S> __device__ double exact(const Row<S>& a, const Row<S>& b, int64_t size) {
+    return warp_dot_of([&](int64_t d) { return a.template at<double>(d); },
+                       [&](int64_t d) { return b.template at<double>(d); }, size);
+}
 __device__ inline double exact(const MatrixView& a, int64_t i, const MatrixView& b, int64_t j, int64_t size) {
+    if (a.dtype == b.dtype)
+        return dispatch_dtype(a.dtype, [&](auto s) { return exact(Row<decltype(s)>(a, i), {b, j}, size); });
+    // rare: not worth a loop for every pair of types
     return warp_dot_of([&](int64_t d) { return element<double>(a, i, d); },
                        [&](int64_t d) { return element<double>(b, j, d); }, size);
 }
 
-template <class T> __global__ void encode_rows(EncodeRows p) {
+template <class S> __global__ void encode_rows(EncodeRows p) {
+    using T = std::conditional_t<std::is_same_v<S, double>, double, float>;
     int64_t r = warp_row();
     if (r >= p.count) return;
     int64_t row = p.selected ? p.selected[r] : r;
+    const Row<S> elements(p.rows, row);
     T largest = 0;
     for (int64_t d = lane(); d < p.size; d += kWarp) {
-        T x = element<T>(p.rows, row, d), magnitude = x < 0 ? -x : x;
+        T x = elements.template at<T>(d), magnitude = x < 0 ? -x : x;
         largest = magnitude > largest ? magnitude : largest;
     }
     double length = warp_reduce(static_cast<double>(largest), [](double a, double b) { return a > b ? a : b; });
-    double squares = exact(p.rows, row, p.rows, row, p.size);
+    double squares = exact(elements, elements, p.size);
     double inverse = p.inner_product ? 1.0 : inverse_norm_of(squares);
     double step = length * inverse / 127.0;
     bool usable = step > 1e-30 && step < 1e30 && squares == squares; // not for zero, infinite and NaN rows
     T factor = usable ? static_cast<T>(inverse / step) : static_cast<T>(0);
     if (lane() == 0) p.scale[row] = usable ? static_cast<float>(step) : 0.0f;
     for (int64_t d = lane(); d < p.size; d += kWarp) {
-        T scaled = usable ? element<T>(p.rows, row, d) * factor : static_cast<T>(0);
+        T scaled = usable ? elements.template at<T>(d) * factor : static_cast<T>(0);
         p.code[row * p.size + d] =
             static_cast<int8_t>(scaled < 0 ? scaled - static_cast<T>(0.5) : scaled + static_cast<T>(0.5));
     }
 }
 
-__global__ void measure_codes(MeasureCodes p) {
+template <class S> __global__ void measure_codes(MeasureCodes p) {
     int64_t r = warp_row();
     if (r >= p.count) return;
-    double squares = exact(p.rows, r, p.rows, r, p.size), scale = static_cast<double>(p.scale[r]);
+    const Row<S> row(p.rows, r);
+    double squares = exact(row, row, p.size), scale = static_cast<double>(p.scale[r]);
     double inverse = !p.inner_product ? inverse_norm_of(squares) : squares == 0.0 ? 0.0 : 1.0;
     double rest = 0.0, length = 0.0;
     for (int64_t d = lane(); d < p.size; d += kWarp) {
         double q = scale * element<double>(p.code, r, d);
-        double difference = element<double>(p.rows, r, d) * inverse - q;
+        double difference = row.template at<double>(d) * inverse - q;
         rest += difference * difference;
         length += q * q;
     }
@@ -336,9 +345,11 @@ template <class F> void as_product_type(const ProductTile& tile, F f) {
 } // namespace
 
 void run(const EncodeRows& p, void* stream) {
-    launch_warp_rows(p.rows.dtype == Dtype::float64 ? encode_rows<double> : encode_rows<float>, p.count, stream, p);
+    dispatch_dtype(p.rows.dtype, [&](auto s) { launch_warp_rows(encode_rows<decltype(s)>, p.count, stream, p); });
 }
-void run(const MeasureCodes& p, void* stream) { launch_warp_rows(measure_codes, p.count, stream, p); }
+void run(const MeasureCodes& p, void* stream) {
+    dispatch_dtype(p.rows.dtype, [&](auto s) { launch_warp_rows(measure_codes<decltype(s)>, p.count, stream, p); });
+}
 void run(const OfferTile& p, void* stream) {
     as_product_type(p.tile, [&](auto type) {
         if (p.of_rows.candidate) launch_warp_rows(offer_to_rows<decltype(type)>, p.tile.rows, stream, p);

@@ -42,6 +42,21 @@ template <class A, class B> __device__ double warp_dot_of(A a, B b, int64_t size
     return warp_sum(sum);
 }
 
+// First position in ascending keys[0, count) that is not below key. A warp compares 32 keys at a time, so that few
+// loads depend on each other.
+__device__ inline int64_t warp_lower_bound(const int64_t* keys, int64_t count, int64_t key) {
+    int64_t low = 0;
+    while (count > 0) {
+        int64_t step = (count + kWarp - 1) / kWarp, at = lane() * step;
+        int below = __popc(__ballot_sync(kWholeWarp, at < count && keys[low + at] < key));
+        if (below == 0) break;
+        int64_t found = (below - 1) * step + 1, end = below * step;
+        low += found;
+        count = (end < count ? end : count) - found;
+    }
+    return low;
+}
+
 __device__ inline double inverse_norm_of(double squares) {
     double norm = sqrt(squares);
     return norm < kSmallestNorm ? 0.0 : 1.0 / norm;

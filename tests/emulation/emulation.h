@@ -422,9 +422,16 @@ inline uint32_t pack_half(float low, float high) { return to_half(low) | to_half
 inline float low_half(uint32_t word) { return from_float16(static_cast<uint16_t>(word)); }
 inline float high_half(uint32_t word) { return low_half(word >> 16); }
 
-inline void store_16_bytes(uint16_t* to, const uint32_t (&words)[4]) {
+template <class Value> void load_aligned(const void* from, Value& value) {
+    static_assert(sizeof value == 4 || sizeof value == 8 || sizeof value == 16);
+    if (reinterpret_cast<uintptr_t>(from) % sizeof value != 0)
+        emulation::fail("loads from an unaligned address, bytes:", sizeof value);
+    memcpy(&value, from, sizeof value);
+}
+template <class Value> void store_16_bytes(void* to, const Value& value) {
+    static_assert(sizeof value == 16);
     if (reinterpret_cast<uintptr_t>(to) % 16 != 0) emulation::fail("stores 16 bytes at an unaligned address");
-    memcpy(to, words, sizeof words);
+    memcpy(to, &value, sizeof value);
 }
 
 inline int multiprocessors() { return 5; }

@@ -94,5 +94,6 @@ int main() {
         thrown += std::string(error.what()).find("a fake error") != std::string::npos;
     }
     CHECK(thrown == 2);
+    CHECK(!runtime::loaded_in_capture && runtime::capture_mode == cudaStreamCaptureModeGlobal);
     return 0;
 }

@@ -1,8 +1,11 @@
 """The portable CUDA kernels, executed by the host emulator, against the CPU kernels on the whole path of a call."""
 
+import math
+
 import pytest
 import torch
-from problems import leaf, ours, problem, relative_error
+import torch.nn.functional as F
+from problems import LAYOUTS, in_layout, leaf, ours, problem, relative_error
 
 import fused_margin as fm
 from fused_margin.margins import FilteredNegatives, HardNegatives
@@ -103,3 +106,173 @@ def test_margins_and_bad_labels(compare, emulated, monkeypatch):
         monkeypatch.setattr(module, "kernels", lambda device: Kernels(emulated.cuda, 0))
     with pytest.raises(ValueError, match="got 20 for 20 classes"):
         ours(x, w, y.index_fill(0, torch.tensor([3]), 20))
+
+
+# around a vector of 2 or 4 elements, what a warp reads at once, and what fits in its registers: 256 to 1024 elements
+SIZES = (1, 3, 4, 5, 31, 127, 128, 129, 256, 258, 512, 513, 1024, 1025, 1028, 4096)
+DTYPES = {  # of the weights, and of the arithmetic
+    "float32": (torch.float32, torch.float32),
+    "float16": (torch.float16, torch.float32),
+    "bfloat16": (torch.bfloat16, torch.float32),
+    "float64": (torch.float64, torch.float64),
+    "float32 in float64": (torch.float32, torch.float64),
+    "bfloat16 in float64": (torch.bfloat16, torch.float64),
+}
+
+
+def rows_of(count, size, dtype, layout):
+    """Random rows, with a last element that no result can do without."""
+    rows = torch.randn(count, size, dtype=torch.float64)
+    rows[:, -1] = 2.0 + rows[:, -1].abs()
+    return in_layout(rows.to(dtype), layout)
+
+
+def is_close(measured, expected, compute):
+    torch.testing.assert_close(
+        measured.double(), expected, rtol=0, atol={torch.float32: 2e-5, torch.float64: 1e-12}[compute]
+    )
+
+
+def project_out(gradient, direction, inverse_norm):
+    unit = direction * inverse_norm[:, None]
+    return gradient - (gradient * unit).sum(1, keepdim=True) * unit
+
+
+@pytest.fixture
+def run(emulated):
+    return Kernels(emulated.cuda, 0)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norms_of_rows_in_any_layout(run, dtype, layout):
+    stored, compute = DTYPES[dtype]
+    for size in SIZES:
+        rows = rows_of(5, size, stored, layout)
+        rows[3] = 0
+        expected = 1 / rows.double().norm(dim=1)
+        expected[3] = 0
+        inverse_norm = torch.full((5,), math.nan, dtype=compute)
+        run.row_normalize(rows=rows, normalized=None, inverse_norm=inverse_norm, count=5, size=size)
+        is_close(inverse_norm, expected, compute)
+        for out in ("contiguous", "misaligned"):
+            normalized = in_layout(torch.full((5, size), math.nan, dtype=compute), out)
+            run.row_normalize(rows=rows, normalized=normalized, inverse_norm=inverse_norm, count=5, size=size)
+            is_close(normalized, rows.double() * expected[:, None], compute)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_target_cosines_of_rows_in_any_layout(run, dtype, layout):
+    stored, compute = DTYPES[dtype]
+    labels = torch.tensor([3, 0, 3, 2, -100])
+    for size in SIZES:
+        for sub_centers, embedding_layout in ((1, "contiguous"), (2, layout)):
+            x, w = rows_of(5, size, compute, embedding_layout), rows_of(8, size, stored, layout)
+            cosine, row = torch.full((5,), math.nan, dtype=torch.float64), torch.full((5,), -7)
+            for inner_product in (False, True):
+                run.target_cosine(
+                    compute_like=torch.empty(0, dtype=compute), embeddings=x, weight=w, labels=labels, cosine=cosine,
+                    row=row, bad_label=0, samples=5, classes=8, size=size, ignore_index=-100, sub_centers=sub_centers,
+                    inner_product=inner_product,
+                )  # fmt: skip
+                a, b = (t.double() if inner_product else F.normalize(t.double()) for t in (x, w))
+                best = (a @ b.t()).view(5, -1, sub_centers)[torch.arange(4), labels[:4]].max(dim=1)
+                is_close(cosine[:4] / size, best.values / size, torch.float64)
+                assert size == 1 or torch.equal(row[:4], labels[:4] * sub_centers + best.indices)
+                assert cosine[4] == 0 and row[4] == -1
+
+
+@pytest.mark.parametrize("terms", ["dense", "all", "inner product"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weight_gradients_of_rows_in_any_layout(run, dtype, layout, terms):
+    stored, compute = DTYPES[dtype]
+    samples, classes, begin, end = 6, 9, 2, 9
+    labels, nearest = torch.tensor([4, 2, 4, 0, 8, 4]), torch.tensor([4, 4, 0, 4, 2, 3, 8, 2, 1])
+    target, pair = torch.randn(samples, dtype=torch.float64), torch.randn(classes, dtype=compute)
+    class_weight = torch.rand(classes, dtype=torch.float64)
+    for size in SIZES:
+        w, x = rows_of(classes, size, stored, layout), rows_of(samples, size, compute, "contiguous")
+        uniform = torch.randn(size, dtype=compute)
+        dense = rows_of(end - begin, size, compute, "contiguous")
+        inverse = (1 / w.double().norm(dim=1)).to(compute)
+        if terms == "inner product":
+            inverse.fill_(1)
+        options = dict.fromkeys(
+            ("dense_scale", "normalized_embeddings", "sorted_labels", "label_order", "target_gradient",
+             "uniform_direction", "class_weight", "nearest", "sorted_nearest", "nearest_order", "nearest_gradient")
+        )  # fmt: skip
+        expected, i = dense.double(), inverse.double()
+        if terms != "dense":
+            options["dense_scale"] = torch.tensor(0.7, dtype=torch.float64)
+            options["sorted_labels"], options["label_order"] = torch.sort(labels, stable=True)
+            options |= {"normalized_embeddings": x, "target_gradient": target, "uniform_direction": uniform}
+            options |= {"class_weight": class_weight, "nearest": nearest, "nearest_gradient": pair}
+            options["sorted_nearest"], options["nearest_order"] = torch.sort(nearest, stable=True)
+            unit = w.double() * i[:, None]
+            added = torch.zeros(classes, size, dtype=torch.float64).index_add_(0, labels, target[:, None] * x.double())
+            added += class_weight[:, None] * uniform.double()
+            added += pair.double()[:, None] * unit[nearest]
+            added.index_add_(0, nearest, pair.double()[:, None] * unit)
+            expected = (0.7 * expected + added[begin:end]) * i[begin:end, None]
+        if terms != "inner product":
+            expected = project_out(expected, w[begin:end].double(), i[begin:end])
+        for gradient_layout in ("contiguous", "misaligned"):
+            gradient = in_layout(dense, gradient_layout)
+            run.project_weight_gradient(
+                gradient=gradient, weight=w, inverse_norm=inverse, samples=samples, classes=classes, size=size,
+                class_begin=begin, chunk=end - begin, inner_product=terms == "inner product", **options,
+            )  # fmt: skip
+            is_close(gradient, expected, compute)
+
+
+@pytest.mark.parametrize("inner_product", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_embedding_gradients_of_rows_in_any_layout(run, dtype, layout, inner_product):
+    stored, compute = DTYPES[dtype]
+    samples, classes = 6, 9
+    labels = torch.tensor([4, 2, 4, -100, 8, 0])
+    target, of_uniform, row_scale, scale = torch.randn(4, samples, dtype=torch.float64)
+    target[3] = 0
+    for size in SIZES:
+        w, x = rows_of(classes, size, stored, layout), rows_of(samples, size, compute, "contiguous")
+        dense, uniform = rows_of(samples, size, compute, "contiguous"), torch.randn(size, dtype=compute)
+        inverse = torch.rand(samples, dtype=compute)
+        if inner_product:
+            inverse.fill_(1)
+        else:
+            x /= x.norm(dim=1, keepdim=True)
+        inverse_w = (1 / w.double().norm(dim=1)).to(compute)
+        expected = dense.double() * (row_scale * scale)[:, None] + of_uniform[:, None] * uniform.double()
+        expected += target[:, None] * (w.double() * inverse_w.double()[:, None])[labels.clamp(min=0)]
+        if not inner_product:
+            expected = project_out(expected, x.double(), torch.ones(samples)) * inverse.double()[:, None]
+        of_scale = (dense.double() * x.double()).sum(1) * row_scale
+        for gradient_layout in ("contiguous", "misaligned"):
+            gradient, scale_gradient = in_layout(dense, gradient_layout), torch.full_like(scale, math.nan)
+            run.project_embedding_gradient(
+                gradient=gradient, normalized_embeddings=x, inverse_norm=inverse, weight=w,
+                weight_inverse_norm=inverse_w, labels=labels, row_scale=row_scale, scale=scale, target_gradient=target,
+                uniform_gradient=of_uniform, uniform_weight=uniform, scale_gradient=scale_gradient, samples=samples,
+                classes=classes, size=size, inner_product=inner_product,
+            )  # fmt: skip
+            is_close(gradient, expected, compute)
+            torch.testing.assert_close(scale_gradient, of_scale, rtol=1e-12, atol=1e-11)
+
+
+def test_samples_of_a_class_among_many(run):
+    """The warp's search in the sorted labels: of counts around its 32 lanes, for classes at both ends and absent."""
+    for samples in (1, 31, 32, 33, 63, 64, 65, 1023, 1024, 1025, 2049):
+        labels = torch.randint(0, 60, (samples,)) // 3 * 3  # runs of equals, and classes without a sample
+        gradient, x = torch.zeros(64, 4), torch.randn(samples, 4)
+        order = torch.sort(labels, stable=True)
+        run.project_weight_gradient(
+            gradient=gradient, weight=torch.ones(64, 4), inverse_norm=torch.ones(64), dense_scale=None,
+            normalized_embeddings=x, sorted_labels=order.values, label_order=order.indices,
+            target_gradient=torch.ones(samples, dtype=torch.float64), uniform_direction=None, class_weight=None,
+            nearest=None, sorted_nearest=None, nearest_order=None, nearest_gradient=None, samples=samples, classes=64,
+            size=4, class_begin=0, chunk=64, inner_product=True,
+        )  # fmt: skip
+        torch.testing.assert_close(gradient, torch.zeros(64, 4).index_add_(0, labels, x), rtol=0, atol=1e-4)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from problems import leaf, loss_and_gradients, ours, problem, relative_error, truth
+from problems import LAYOUTS, in_layout, leaf, loss_and_gradients, ours, problem, relative_error, truth
 
 import fused_margin as fm
 from emulation import build
@@ -84,6 +84,32 @@ def test_accuracy_of_packed_operands(family, emulated, parts, tolerance):
         assert error.max() > 1e-5  # half operands round
     else:
         assert error[expected.abs() < 0.5].max() < 3e-7
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_operands_of_rows_in_any_layout(emulated, dtype, layout):
+    """The bits of every half, for sizes around a group of 8 and what fits in registers, 512 and 1024; then zeros."""
+    run = Kernels(emulated.cuda, 0)
+    for size in (1, 3, 4, 5, 8, 127, 128, 129, 511, 512, 513, 1000, 1024, 1025, 4096):
+        rows = torch.randn(7, size)
+        rows[:, -1] += 3.0
+        rows[2], rows[4, size // 2] = 0.0, float("nan")
+        rows = in_layout(rows.to(dtype), layout)
+        norm = rows.double().norm(dim=1)
+        inverse = torch.where(norm == 0, 0.0, 1 / norm)
+        for parts, width in ((1, -(-size // 64) * 64), (2, -(-size // 64) * 64 + 64)):
+            packed = torch.full((7, parts, width), float("nan"), dtype=torch.float16)
+            inverse_norm = torch.full((7,), float("nan"))
+            run.pack_operand(
+                rows=rows, packed=packed, inverse_norm=inverse_norm, count=7, size=size, width=width, parts=parts
+            )
+            torch.testing.assert_close(inverse_norm, inverse.float(), rtol=1e-7, atol=0, equal_nan=True)
+            scaled = rows.float() * (inverse * run.operand_scale).float()[:, None]
+            high = scaled.half()
+            expected = torch.stack([high, (scaled - high.float()).half()], dim=1)[:, :parts]
+            torch.testing.assert_close(packed[:, :, :size], expected, rtol=0, atol=0, equal_nan=True)
+            assert (packed[:, :, size:].view(torch.int16) == 0).all()
 
 
 # tile edges are at 128 rows and 128 or 192 classes; an operand's row is a multiple of 64 wide

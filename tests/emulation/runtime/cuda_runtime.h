@@ -3,12 +3,14 @@
 
 #include <mutex>
 #include <string>
+#include <utility>
 #include <vector>
 
 enum cudaError_t { cudaSuccess, cudaErrorFake };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaFuncAttributePreferredSharedMemoryCarveout };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
 enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
+enum cudaStreamCaptureMode { cudaStreamCaptureModeGlobal, cudaStreamCaptureModeRelaxed };
 constexpr int cudaSharedmemCarveoutMaxShared = 100;
 using cudaStream_t = void*;
 
@@ -46,6 +48,8 @@ struct Call {
 inline std::vector<Call> calls;
 inline std::mutex mutex;
 inline thread_local int device = 0;
+inline thread_local cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGlobal;
+inline bool loaded_in_capture = false; // a call that may load a kernel came without the relaxed mode
 inline cudaError_t next_launch = cudaSuccess;
 
 inline cudaError_t record(const Call& call) {
@@ -54,20 +58,31 @@ inline cudaError_t record(const Call& call) {
     return cudaSuccess;
 }
 
+inline void note_load() {
+    std::lock_guard<std::mutex> lock(mutex);
+    loaded_in_capture |= capture_mode != cudaStreamCaptureModeRelaxed;
+}
+
 } // namespace runtime
 
 inline const char* cudaGetErrorString(cudaError_t) { return "a fake error"; }
+inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
+    std::swap(*mode, runtime::capture_mode);
+    return cudaSuccess;
+}
 inline cudaError_t cudaGetDevice(int* device) { return *device = runtime::device, cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int device) {
     *value = 100 + device;
     return cudaSuccess;
 }
 template <class K> cudaError_t cudaFuncSetAttribute(K* kernel, cudaFuncAttribute attribute, int value) {
+    runtime::note_load();
     bool size = attribute == cudaFuncAttributeMaxDynamicSharedMemorySize;
     return runtime::record(
         {size ? "allow" : "carve-out", runtime::device, reinterpret_cast<const void*>(kernel), value, 0, 0, nullptr});
 }
 template <class K> cudaError_t cudaOccupancyMaxActiveClusters(int* count, K* kernel, const cudaLaunchConfig_t* config) {
+    runtime::note_load();
     *count = static_cast<int>(config->gridDim.x / config->attrs->val.clusterDim.x);
     return runtime::record({"occupancy", runtime::device, reinterpret_cast<const void*>(kernel), *count,
                             static_cast<int>(config->dynamicSmemBytes),
