@@ -1,10 +1,12 @@
 """The CUDA backend on a device: run with ``pytest -m cuda`` where there is one. Products first, then what is made of them."""
 
 import math
+import threading
 
 import pytest
+import tensor_core_model
 import torch
-from problems import leaf, loss_and_gradients, ours, problem, relative_error, truth
+from problems import LAYOUTS, in_layout, leaf, loss_and_gradients, ours, problem, relative_error, truth
 from test_search import full_sweep, same, training
 
 import fused_margin as fm
@@ -118,6 +120,27 @@ def test_small_integers_multiply_exactly(family, rows, columns, width, parts, wi
     a, b = (t.double().view(len(t), parts, width).unbind(1) for t in (left, right))
     expected = a[0] @ b[0].t() if parts == 1 else a[0] @ (b[0] + b[1]).t() + a[1] @ b[0].t()
     assert torch.equal(out.double(), expected)
+
+
+@pytest.mark.parametrize("positive", [True, False], ids=["positive", "of both signs"])
+def test_products_of_fractions_err_no_more_than_the_published_models(family, positive, record_property):
+    """Integers cannot show how sums are rounded. Which model the device follows bit for bit is noted."""
+    left, right = (torch.randn(n, 512, device=DEVICE).half() for n in (60, 70))
+    if positive:
+        left, right = left.abs(), right.abs()
+    out = torch.full((60, 70), math.nan, device=DEVICE)
+    kernels(out.device).family(family).dump(
+        left=left, right=right, rows=60, columns=70, width=512, parts=1, wide=False, out=out
+    )
+    models = {
+        (unit, alignment): tensor_core_model.product(left, right, unit, alignment)
+        for unit in tensor_core_model.UNITS
+        for alignment in tensor_core_model.ALIGNMENTS
+    }
+    same = [" ".join(name) for name, model in models.items() if torch.equal(model, out.double())]
+    record_property("arithmetic", f"{family}: {', '.join(same) or 'no model'}")
+    exact = left.double() @ right.double().t()
+    assert (out - exact).abs().max() <= (models["sm80", "products"] - exact).abs().max()
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -337,6 +360,54 @@ def test_a_side_stream_and_no_host_sync(way):
     stream.synchronize()
     for m, e in zip(measured, expected, strict=True):
         assert torch.equal(m, e)
+
+
+def test_host_threads_launch_one_kernel_with_different_sizes(way):
+    """Embedding sizes that divide shared memory differently, each from a thread with its own stream."""
+    problems = [single(140, 1500, size) for size in (64, 256, 512, 600)]
+    expected = [ours(*each, ARCFACE) for each in problems]
+    torch.cuda.synchronize()
+    results: dict[int, list] = {}
+
+    def work(number):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            results[number] = [ours(*problems[number], ARCFACE) for _ in range(20)]
+            torch.cuda.current_stream().synchronize()
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(len(problems))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == len(problems)
+    for number, each in enumerate(expected):  # torch.mm may choose another kernel on another stream
+        for found in results[number]:
+            assert max(map(relative_error, found, each)) < 1e-5
+
+
+def test_a_first_launch_may_be_captured(family):
+    """A layout of shared memory that no call has had asks the runtime about it during the capture."""
+    fm.functional.cosine_logsumexp(*single(9, 500, 64))  # what torch itself needs to have warm
+    x, w, y = single(70, 900, 320)
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        captured = fm.functional.cosine_logsumexp(x, w, y)[0]
+    graph.replay()
+    assert torch.equal(captured, fm.functional.cosine_logsumexp(x, w, y)[0])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALVES], ids=str)
+def test_layouts_of_the_weight(way, layout, dtype):
+    """Strided, transposed and misaligned rows are read as contiguous ones are."""
+    x, w, y = problem(70, 600, 130)
+    x, w, y = on_device(x.to(dtype), w.to(dtype), y)
+    expected = ours(x, w, y, ARCFACE, exclusive_weight=0.3)
+    x, w = x.clone().requires_grad_(), in_layout(w, layout).requires_grad_()
+    loss = fm.functional.margin_cross_entropy(x, w, y, fm.Margin(**ARCFACE), exclusive_weight=0.3)
+    loss.backward()
+    limit = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, torch.finfo(dtype).eps)
+    assert max(map(relative_error, (loss, x.grad, w.grad), expected)) < limit
 
 
 def test_a_captured_graph_replays(way):

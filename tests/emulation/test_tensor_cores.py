@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import tensor_core_model
 import torch
 from problems import LAYOUTS, in_layout, leaf, loss_and_gradients, ours, problem, relative_error, truth
 
@@ -54,6 +55,20 @@ def test_small_integers_multiply_exactly(family, emulated, rows, columns, width,
     a, b = (t.float().view(len(t), parts, width).unbind(1) for t in (left, right))
     expected = a[0] @ b[0].t() if parts == 1 else a[0] @ (b[0] + b[1]).t() + a[1] @ b[0].t()
     assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("spread", [0, 8], ids=["one magnitude", "many magnitudes"])
+def test_sums_are_those_of_the_published_model(family, emulated, spread):
+    """Bit for bit, with the coarser alignment; the emulator's own arithmetic is in integers."""
+    left, right = (torch.randn(n, 192) * torch.exp2(torch.randint(-spread, 1, (n, 192))) for n in (20, 30))
+    left, right = left.half(), right.half()
+    out = torch.empty(20, 30)
+    Kernels(emulated.cuda, 0).family(family).dump(
+        left=left, right=right, rows=20, columns=30, width=192, parts=1, wide=False, out=out
+    )
+    assert torch.equal(out.double(), tensor_core_model.product(left, right, family, "products"))
+    exact = left.double() @ right.double().t()
+    assert (out - exact).abs().max() > (exact.float() - exact).abs().max()  # which float32 alone does not do
 
 
 @pytest.mark.parametrize(("parts", "tolerance"), [(1, 2e-4), (2, 2e-6)])
