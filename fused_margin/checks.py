@@ -204,7 +204,7 @@ def searched_device(name: str, value: Tensor) -> None:
     """What is found by the exact search alone."""
     if not dispatch.searches(value.device):
         raise RuntimeError(
-            f"{name}: expected a CPU tensor, the exact search has not run on a CUDA device yet; got {value.device}"
+            f"{name}: expected a CPU tensor, no committed result shows that the exact search passed on {value.device}"
         )
 
 

@@ -1,6 +1,6 @@
 """Which products serve a call: torch.mm with kernels around it, or a family of tensor-core kernels."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -12,31 +12,33 @@ from fused_margin.ops.problem import compute_dtype
 PORTABLE = "portable"
 SPLIT = "split"  # ending of a family's name: operands in two halves, accurate to float32
 SIZES = range(32, 4097)  # embedding sizes the families take
+Capability = tuple[int, int]  # compute capability of a device, such as (9, 0)
 
 
 @dataclass(frozen=True)
 class Family:
-    """A family is on by default only where a committed result shows that it has passed on a device."""
+    """A family is on by default only on a compute capability on which a committed result shows that it passed."""
 
     name: str
-    capability: tuple[int, int]  # lowest compute capability
+    capability: Capability  # the lowest it runs on
     only: bool  # no other capability
-    result: str | None  # file in benchmarks/results
+    results: Mapping[Capability, str]  # file in benchmarks/results that shows that the family passed there
 
     @property
     def compiled(self) -> bool:
         return hasattr(_C, "cuda") and hasattr(_C.cuda, self.name)
 
-    def runs_on(self, capability: tuple[int, int]) -> bool:
+    def runs_on(self, capability: Capability) -> bool:
         return capability == self.capability if self.only else capability >= self.capability
 
 
-# The first that is on, compiled and runs on the device serves float32, float16 and bfloat16.
+# The first that is compiled and on for the device serves float32, float16 and bfloat16.
+# tests/test_evidence.py refuses a file that is missing or does not show enough (benchmarks/evidence.py).
 FAMILIES = (
-    Family("sm90", (9, 0), only=True, result=None),
-    Family("sm80", (8, 0), only=False, result=None),
+    Family("sm90", (9, 0), only=True, results={}),
+    Family("sm80", (8, 0), only=False, results={}),
 )
-SEARCH_RESULT: str | None = None  # file in benchmarks/results: the exact search's kernels have passed on a CUDA device
+SEARCH_RESULTS: Mapping[Capability, str] = {}  # the same for the CUDA kernels of the exact search
 _wanted: str | None = None  # by `use`
 _search_wanted = False  # by `search_on_cuda`
 # Before 2.10 torch's products of halves cannot be added to a float32 matrix in place.
@@ -68,11 +70,6 @@ def search_on_cuda() -> Iterator[None]:
         _search_wanted = before
 
 
-def searches(device: torch.device) -> bool:
-    """Whether what only the exact search finds is to be had on a device."""
-    return device.type == "cpu" or (device.type == "cuda" and (_search_wanted or SEARCH_RESULT is not None))
-
-
 def constant_while_compiled(function):
     """torch.compiler.assume_constant_result, without its import of the whole compiler, which takes seconds."""
     function._dynamo_marked_constant = True
@@ -80,7 +77,7 @@ def constant_while_compiled(function):
 
 
 @constant_while_compiled
-def _capability(device: torch.device) -> tuple[int, int]:
+def _capability(device: torch.device) -> Capability:
     return torch.cuda.get_device_capability(device)
 
 
@@ -89,12 +86,19 @@ def _half_is_enough() -> bool:
     return torch.get_float32_matmul_precision() != "highest"
 
 
+def searches(device: torch.device) -> bool:
+    """Whether the exact search serves a device."""
+    if device.type != "cuda":
+        return device.type == "cpu"
+    return _search_wanted or (bool(SEARCH_RESULTS) and _capability(device) in SEARCH_RESULTS)
+
+
 def products_of(embeddings: torch.Tensor | None, weight: torch.Tensor) -> str:
     """PORTABLE, or a family's name, followed by SPLIT where float32 inputs must be multiplied as such.
 
     They are not where either input is half, under autocast, and where torch.set_float32_matmul_precision says so.
     """
-    candidates = [f for f in FAMILIES if (f.result is not None if _wanted is None else f.name == _wanted)]
+    candidates = [f for f in FAMILIES if (f.results if _wanted is None else f.name == _wanted)]
     empty = embeddings is not None and embeddings.shape[0] == 0
     if not candidates or empty or weight.shape[1] not in SIZES or compute_dtype(embeddings, weight) == torch.float64:
         return PORTABLE
@@ -103,6 +107,8 @@ def products_of(embeddings: torch.Tensor | None, weight: torch.Tensor) -> str:
             return PORTABLE
         capability = _capability(weight.device)
         candidates = [f for f in candidates if f.compiled and f.runs_on(capability)]
+        if _wanted is None:
+            candidates = [f for f in candidates if capability in f.results]
         if not candidates:
             return PORTABLE
     elif _wanted is None:
@@ -114,16 +120,17 @@ def products_of(embeddings: torch.Tensor | None, weight: torch.Tensor) -> str:
 
 
 def describe() -> list[str]:
-    """One line for each way, the one that serves by default first."""
-    lines = []
-    for family in FAMILIES:
-        if not family.compiled:
-            state = "not compiled"
-        elif family.result is None:
-            state = "off: no committed device result yet"
-        else:
-            state = f"on: {family.result}"
-        lines.append(f"{family.name} tensor cores: {state}")
+    """One line for each way, those that serve by default first."""
+    lines = [
+        f"{family.name} tensor cores: {_state(family.results) if family.compiled else 'not compiled'}"
+        for family in FAMILIES
+    ]
     lines = sorted(lines, key=lambda line: ": on" not in line) + ["portable kernels around torch.mm: serve all else"]
-    state = "off: no committed device result yet" if SEARCH_RESULT is None else f"on: {SEARCH_RESULT}"
-    return [*lines, f"exact search for nearest classes: {state}"]
+    return [*lines, f"exact search for nearest classes: {_state(SEARCH_RESULTS)}"]
+
+
+def _state(results: Mapping[Capability, str]) -> str:
+    if not results:
+        return "off: no committed device result yet"
+    shown = [f"{major}.{minor} ({file})" for (major, minor), file in sorted(results.items())]
+    return f"on for compute capability {', '.join(shown)}"

@@ -1,0 +1,80 @@
+"""Whether a committed device result is enough to switch a family of kernels, or the exact search, on by default."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from fused_margin.ops import dispatch
+
+RESULTS = Path(__file__).parent / "results"
+SEARCH = "search"  # name of the exact search's tests in a result
+VERSIONS = ("python", "torch", "cuda", "fused_margin")
+# What a device may lack and the kernels still be right, as the tests that it skips say at their end.
+ALLOWED_SKIPS = re.compile(r"\bneeds (\d+ GiB of device memory|two devices)$")
+
+
+def shortcomings(result: Mapping[str, Any], name: str, capability: dispatch.Capability) -> list[str]:
+    """What a result lacks to show that the kernels of that name passed on that compute capability; empty: nothing."""
+    return [
+        *_origin(result, capability),
+        *_tests(result.get("tests", {}).get(name), f"of {name}"),
+        *_sanitizers(result.get("sanitizers", {}), name),
+    ]
+
+
+def _origin(result: Mapping[str, Any], capability: dispatch.Capability) -> Iterator[str]:
+    hardware, versions = result.get("hardware", {}), result.get("versions", {})
+    expected, measured = ".".join(map(str, capability)), hardware.get("gpu_capability")
+    if measured != expected:
+        yield f"The result is of compute capability {measured or 'unknown'}, not of {expected}."
+    if not re.fullmatch(r"[0-9a-f]{40}", result.get("commit") or ""):
+        yield "The result names no commit."
+    if not hardware.get("driver"):
+        yield "The result names no driver."
+    if missing := [name for name in VERSIONS if not versions.get(name)]:
+        yield f"The result names no version of {', '.join(missing)}."
+
+
+def _tests(outcome: Mapping[str, Any] | None, which: str) -> Iterator[str]:
+    if outcome is None:
+        yield f"The result has no tests {which}."
+        return
+    if not outcome.get("passed"):
+        yield f"No test {which} passed."
+    for key in ("failed", "unfinished", "skipped"):
+        tests = outcome.get(key, [])
+        if key == "skipped":
+            tests = [test for test in tests if not ALLOWED_SKIPS.search(test)]
+        if tests:
+            yield f"{key.capitalize()} tests {which}: {', '.join(tests)}."
+
+
+def _sanitizers(results: Mapping[str, Any], name: str) -> Iterator[str]:
+    """They run in the time that is left, so that a tool may not have run; none may have found anything."""
+    for tool, groups in results.items():
+        if failed := groups.get(name, {}).get("failed"):
+            yield f"Failed tests of {name} under {tool}: {', '.join(failed)}."
+
+
+def switched_on() -> Iterator[tuple[str, dispatch.Capability, str]]:
+    """Name, compute capability and result file of everything that dispatch.py has on by default."""
+    mappings = {family.name: family.results for family in dispatch.FAMILIES} | {SEARCH: dispatch.SEARCH_RESULTS}
+    for name, results in mappings.items():
+        for capability, file in results.items():
+            yield name, capability, file
+
+
+def unproven() -> list[str]:
+    """What the files named in dispatch.py lack; empty where each of them is enough."""
+    found = []
+    for name, capability, file in switched_on():
+        path = RESULTS / file
+        if not path.is_file():
+            found.append(f"{file}: There is no such file in benchmarks/results.")
+            continue
+        found += [f"{file}: {each}" for each in shortcomings(json.loads(path.read_text()), name, capability)]
+    return found
