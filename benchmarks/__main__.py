@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import signal
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -16,6 +18,7 @@ import torch
 import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 from . import kernels, tables, targets
 from .figures import draw
@@ -113,8 +116,13 @@ def default_output(device: str, quick: bool) -> Path:
     return Path(__file__).parent / "results" / f"{stem}{threads}.json"
 
 
-def run(options: Options, report: Report, console: Console) -> None:
-    """Run the suites asked for, and print each table as soon as it is complete."""
+def run(options: Options, report: Report, console: Console, save: Callable[[], object]) -> None:
+    """Run the suites asked for; print each table, and save the report, as soon as a section is complete."""
+
+    def show(*rendered: Table) -> None:
+        console.print(*rendered)
+        save()
+
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -126,19 +134,33 @@ def run(options: Options, report: Report, console: Console) -> None:
         runner = Runner(report, progress, options.rounds, options.warmup, options.compiled, options.only)
         if "step" in options.suites:
             for shape in options.step_shapes:
-                console.print(tables.time_table(runner.step(shape)))
+                show(tables.time_table(runner.step(shape)))
         if "exclusive" in options.suites:
-            console.print(tables.time_table(runner.exclusive(options.exclusive_shape)))
+            show(tables.time_table(runner.exclusive(options.exclusive_shape)))
         if "accuracy" in options.suites:
-            console.print(tables.accuracy_table(runner.accuracy(options.accuracy_shape)))
-            console.print(tables.check_table(report.checks))
+            show(tables.accuracy_table(runner.accuracy(options.accuracy_shape)), tables.check_table(report.checks))
         if "memory" in options.suites:
-            console.print(tables.memory_table(runner.memory(list(options.memory_shapes))))
+            show(tables.memory_table(runner.memory(list(options.memory_shapes))))
         if "kernels" in options.suites:
             families = kernels.available_families() if options.families is None else options.families
             for section in runner.kernels(kernels.comparisons(families, quick=options.quick)):
-                console.print(tables.time_table(section))
+                show(tables.table_of(section))
     report.complete = True
+
+
+@contextmanager
+def interrupted_by_sigterm() -> Iterator[None]:
+    """SIGTERM, which timeout(1) sends first, does what Ctrl-C does. A second one does not disturb the writing."""
+
+    def interrupt(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def restart_with_malloc(settings: dict[str, str]) -> None:
@@ -163,22 +185,33 @@ def main(arguments: Sequence[str] | None = None) -> None:
     limit_to_available(options.device)
     output = options.output or default_output(options.device, options.quick)
     command = shlex.join(["python", "-m", "benchmarks", *arguments])
-    report = Report(command, options.device, torch.get_num_threads())
-    try:
-        run(options, report, console)
-    except KeyboardInterrupt:
-        for section in report.sections[-1:]:
-            console.print(tables.table_of(section))
-        console.print("[yellow]Interrupted: kept what was measured so far.[/]")
-    finally:
-        if options.only and not any(section.entries for section in report.sections):
-            sys.exit(f"nobody is called {' or '.join(map(repr, options.only))}: nothing was measured or written")
+    gpu = torch.cuda.get_device_name() if options.device == "cuda" else None
+    report = Report(command, options.device, torch.get_num_threads(), gpu)
+
+    def nothing_selected() -> bool:
+        return bool(options.only) and not any(section.entries for section in report.sections)
+
+    def save() -> list[targets.Verdict]:
         verdicts = targets.judge(report)
-        report.write(output, verdicts)
-        draw(report, output.with_suffix(".png"))
-    if verdicts:
-        console.print(tables.target_table(verdicts))
-    console.print(f"Wrote {output} and the picture beside it.")
+        if not nothing_selected():
+            report.write(output, verdicts)
+        return verdicts
+
+    with interrupted_by_sigterm():
+        try:
+            run(options, report, console, save)
+        except KeyboardInterrupt:
+            for section in report.sections[-1:]:
+                console.print(tables.table_of(section))
+            console.print("[yellow]Interrupted: kept what was measured so far.[/]")
+        finally:
+            verdicts = save()
+            if nothing_selected():
+                sys.exit(f"nobody is called {' or '.join(map(repr, options.only))}: nothing was measured or written")
+            draw(report, output.with_suffix(".png"))
+        if verdicts:
+            console.print(tables.target_table(verdicts))
+        console.print(f"Wrote {output} and the picture beside it.")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,11 @@ MARKERS = "sD^vP*X"
 
 def draw(report: Report, path: Path) -> None:
     """Write the picture; a run that measured neither time nor memory has none."""
-    timed = [section for section in report.sections if any(entry.seconds for entry in section.entries)]
+    timed = [
+        section
+        for section in report.sections
+        if section.suite != kernels.MACHINE and any(entry.seconds for entry in section.entries)
+    ]
     memory = [section for section in report.of("memory") if _measured(section)]
     panels = len(timed) + bool(memory)
     if not panels:

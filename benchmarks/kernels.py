@@ -1,4 +1,4 @@
-"""The tensor-core kernels beside cuBLAS on a GPU: each product alone, then whole steps in half precision."""
+"""The tensor-core kernels beside cuBLAS on a GPU: the machine's own speeds, each product alone, then whole steps."""
 
 from __future__ import annotations
 
@@ -20,20 +20,25 @@ from fused_margin.ops.tensor_cores import WIDTH_MULTIPLE
 from . import half
 from .half import ours
 from .peers import Contestant, LossStep
-from .problems import MARGIN, SCALE, Inputs, Shape, relative_error
+from .problems import MARGIN, SCALE, Inputs, Shape, relative_error, truth
 from .timing import Step
 
+MACHINE = "machine"
 EXPONENT_SUM, PROBABILITIES, NEAREST = "exponent sum", "probabilities", "nearest class"
 HALF_STEP, LAUNCH_BOUND = "half-precision step", "launch-bound step"
 KERNELS = (EXPONENT_SUM, PROBABILITIES, NEAREST)
-QUEUED = (*KERNELS, HALF_STEP)  # timed without the host's share; where the host is the limit, it belongs to the answer
+# Timed without the host's share; where the host is the limit, it belongs to the answer.
+QUEUED = (MACHINE, *KERNELS, HALF_STEP)
 SUITES = (*QUEUED, LAUNCH_BOUND)
 
 STEP = Shape(1024, 512, 100_000)  # of the exponent sum and of the probabilities too
 CLASSES = Shape(128, 512, 100_000)  # N plays no part in the nearest class
 LARGE = (Shape(1024, 512, 1_000_000), Shape(1024, 512, 2_000_000))
 SMALL = Shape(128, 512, 10_000)
+SQUARE_SHAPE = Shape(8192, 8192, 8192)
+COPIED_BYTES = 2**30
 
+COPY, SQUARE = "device-to-device copy", "square product, fp16"
 CUBLAS, CALL = "cuBLAS, fp16", "whole call"
 CUBLAS_ROWS = 16_384  # of C×C at a time: 20 GB at 100,000 classes would not fit everywhere
 EXACT_ROWS = 4_096  # the same in float64
@@ -105,6 +110,33 @@ class Operands:
             labels=self.labels[batch], scale=SCALE, exponent=exponent, prepared=prepared, samples=samples
         )
         return prepared
+
+
+class Copy:
+    """From one place in device memory to another."""
+
+    def __init__(self, count: int, inputs: Inputs):
+        self.source, self.target = inputs.weight.new_ones(2, count // 4)
+
+    def __call__(self, turn: int) -> None:
+        self.target.copy_(self.source)
+
+    def errors(self) -> dict[str, float]:
+        return {}
+
+
+class SquareMatrices:
+    """The product of two square matrices of fp16."""
+
+    def __init__(self, inputs: Inputs):
+        self.left, self.right = [batch.detach().half() for batch in inputs.embeddings], inputs.weight.detach().half()
+        self.out = self.right.new_empty(len(self.left[0]), len(self.right))
+
+    def __call__(self, turn: int) -> None:
+        torch.mm(self.left[turn % len(self.left)], self.right.t(), out=self.out)
+
+    def errors(self) -> dict[str, float]:
+        return {}
 
 
 class Product:
@@ -237,11 +269,29 @@ class NearestCall:
         return {"cosine": shortfall(F.normalize(self.weight.double()), self(0).index)}
 
 
+class ForwardCall:
+    """The public loss without a gradient, from fp32 inputs: norms, operands, chunks, margin and mean are in its time."""
+
+    def __init__(self, way: str, inputs: Inputs):
+        self.loss = half.our_loss(way, fm.Margin(m2=MARGIN))
+        self.inputs = inputs
+
+    def __call__(self, turn: int) -> Tensor:
+        batch = turn % len(self.inputs.embeddings)
+        with torch.no_grad():
+            return self.loss(self.inputs.embeddings[batch], self.inputs.weight, self.inputs.labels[batch])
+
+    def errors(self) -> dict[str, float]:
+        exact = truth("arcface", self.inputs.embeddings[0], self.inputs.weight, self.inputs.labels[0])
+        return {"loss": relative_error(self(0), exact.loss)}
+
+
 def peak_bytes(step: Step, device: str) -> int | None:
-    """Peak memory of a loss's step above inputs, weight and their gradients, as memory.py has it."""
-    if device != "cuda" or type(step) is not LossStep:
+    """Peak memory of a step or call of ours or a peer's above inputs, weight and their gradients, as memory.py has it."""
+    if device != "cuda" or type(step) not in (LossStep, ForwardCall, NearestCall):
         return None
-    step.touch_gradients()
+    if isinstance(step, LossStep):
+        step.touch_gradients()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -249,6 +299,19 @@ def peak_bytes(step: Step, device: str) -> int | None:
         step(turn)
     torch.cuda.synchronize()
     return max(0, torch.cuda.max_memory_allocated() - before)
+
+
+def _machine(shape: Shape, copied: int) -> list[Contestant]:
+    """What the machine reaches; a copy reads and writes."""
+    operations = 2 * shape.rows * shape.dim * shape.classes
+    return [
+        Contestant(COPY, "products", {f"{copied:,} bytes": partial(Copy, copied)}, COPY, work=2 * copied),
+        Contestant(SQUARE, "products", {str(shape): SquareMatrices}, SQUARE, work=operations),
+    ]
+
+
+def _calls(kind: Callable, variant: str, ways: Sequence[str], **tolerance: float) -> list[Contestant]:
+    return [Contestant(ours(way, CALL), "kernel", {variant: partial(kind, way)}, CUBLAS, **tolerance) for way in ways]
 
 
 def _kernel(kind: Callable, product: Callable, families: Sequence[str], tolerance: float) -> list[Contestant]:
@@ -269,19 +332,20 @@ def _kernel(kind: Callable, product: Callable, families: Sequence[str], toleranc
 def comparisons(families: Sequence[str], *, quick: bool = False) -> Iterator[Comparison]:
     """Everything there is to compare, small things first."""
     step, classes, large, small = STEP, CLASSES, LARGE, SMALL
+    square, copied = SQUARE_SHAPE, COPIED_BYTES
     if quick:
+        square, copied = Shape(256, 256, 256), 2**20
         step, classes, large = Shape(200, 128, 3_000), Shape(8, 128, 3_000), (Shape(200, 128, 20_000),)
         small = Shape(32, 64, 2_000)
-    yield Comparison(EXPONENT_SUM, step, _kernel(ExponentSum, Product, families, tolerance=1e-6))
+    ways = [*families, dispatch.PORTABLE]
+    yield Comparison(MACHINE, square, _machine(square, copied))
+
+    sums = _kernel(ExponentSum, Product, families, tolerance=1e-6)
+    calls = _calls(ForwardCall, "margin_cross_entropy()", ways, loss_tolerance=1e-4)
+    yield Comparison(EXPONENT_SUM, step, sums + calls)
     yield Comparison(PROBABILITIES, step, _kernel(Probabilities, Product, families, tolerance=5e-4))
 
-    ways = [*families, dispatch.PORTABLE]
-    calls = [
-        Contestant(
-            ours(way, CALL), "kernel", {"nearest_class()": partial(NearestCall, way)}, CUBLAS, tolerance=2e-4
-        )
-        for way in ways
-    ]  # fmt: skip
+    calls = _calls(NearestCall, "nearest_class()", ways, tolerance=2e-4)
     yield Comparison(NEAREST, classes, _kernel(Nearest, SquareProduct, families, tolerance=1e-5) + calls)
 
     reference = ours(ways[0])

@@ -117,6 +117,7 @@ class Contestant:
     # who is beyond these relative errors does not compute what it is compared for, and is not timed
     loss_tolerance: float = 1e-5
     tolerance: float = 1e-3  # of gradients, and of what a kernel computes
+    work: float | None = None  # bytes or operations of one step, where its rate is what is asked for
 
 
 def textbook_arcface(embeddings: Tensor, weight: Tensor, labels: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -39,6 +39,16 @@ class Entry:
     errors: dict[str, float] = field(default_factory=dict)  # relative, against float64
     peak_bytes: int | None = None
     failure: str | None = None
+    work: float | None = None  # bytes or operations of one step
+
+    @property
+    def rate(self) -> float | None:
+        """Bytes or operations a second."""
+        return self.work / quartiles(self.seconds)[1] if self.work and self.seconds else None
+
+    @property
+    def largest_error(self) -> float | None:
+        return max(self.errors.values(), default=None)
 
     @property
     def gradient_error(self) -> float | None:
@@ -58,6 +68,8 @@ class Section:
     def label(self) -> str:
         """The problem in words; of classes among themselves there are no embeddings."""
         label = self.shape.label
+        if self.suite == kernels.MACHINE:
+            return "copy and matrix product"
         return label if self.suite not in ("exclusive", kernels.NEAREST) else label[label.index("D=") :]
 
     @property
@@ -65,7 +77,7 @@ class Section:
         return f"{TITLES.get(self.suite, self.suite.capitalize())}: {self.label}"
 
     def add(self, contestant: Contestant) -> Entry:
-        entry = Entry(contestant.name, contestant.objective, contestant.reference)
+        entry = Entry(contestant.name, contestant.objective, contestant.reference, work=contestant.work)
         self.entries.append(entry)
         return entry
 
@@ -78,6 +90,13 @@ class Section:
         if mine and theirs and mine.seconds and theirs.seconds:
             return ratio(mine.seconds, theirs.seconds)
         return None
+
+    @classmethod
+    def from_summary(cls, suite: str, summary: dict[str, Any]) -> Section:
+        """What `summary` made a dict of."""
+        names = [each.name for each in fields(Entry)]
+        entries = [Entry(**{name: row[name] for name in names if name in row}) for row in summary["contestants"]]
+        return cls(suite, Shape(**summary["shape"]), entries)
 
     def summary(self) -> dict[str, Any]:
         rows = []
@@ -98,6 +117,7 @@ class Report:
     command: str
     device: str
     threads: int
+    gpu: str | None = None  # its name
     sections: list[Section] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)
     complete: bool = False
@@ -130,7 +150,9 @@ class Report:
     def write(self, path: Path, verdicts: list[Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         content = self.summary() | {"targets": [asdict(verdict) for verdict in verdicts]}
-        path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        unfinished = path.with_name(path.name + ".unfinished")  # a reader, and a kill, find a whole file
+        unfinished.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        unfinished.replace(path)
 
 
 def cpu_name() -> str:

@@ -29,6 +29,8 @@ def table_of(section: Section) -> Table:
     """The table for whatever suite `section` belongs to."""
     if section.suite == "memory":
         return memory_table([section])
+    if section.suite == kernels.MACHINE:
+        return machine_table(section)
     return accuracy_table(section) if section.suite == "accuracy" else time_table(section)
 
 
@@ -54,9 +56,23 @@ def time_table(section: Section) -> Table:
             f"{milliseconds(lower)} … {milliseconds(upper)}",
             ABSENT if ratio is None else f"{ratio:.2f}×",
             entry.failure or mebibytes(entry.peak_bytes),
-            _error(entry.gradient_error),
+            _error(entry.largest_error if section.suite in kernels.KERNELS else entry.gradient_error),
             style="bold" if entry.name == entry.reference else None,
         )
+    return table
+
+
+def machine_table(section: Section) -> Table:
+    """Bytes or operations a second, in units of 10¹²."""
+    table = Table("measured", "setting", title=section.title)
+    for heading in ("median ms", "TB/s or TFLOP/s"):
+        table.add_column(heading, justify="right")
+    for entry in section.entries:
+        if entry.rate is None:
+            table.add_row(entry.name, entry.failure or "not reached", style="yellow")
+        else:
+            median = 1e3 * quartiles(entry.seconds)[1]
+            table.add_row(entry.name, entry.variant, milliseconds(median), f"{entry.rate / 1e12:,.3g}")
     return table
 
 
@@ -110,5 +126,7 @@ def target_table(verdicts: list[Verdict]) -> Table:
     return table
 
 
-def _yes_or_no(answer: bool) -> str:
+def _yes_or_no(answer: bool | None) -> str:
+    if answer is None:
+        return ABSENT
     return "[green]yes[/]" if answer else "[red]no[/]"

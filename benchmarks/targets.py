@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 from fused_margin.ops import dispatch
 
-from . import half, kernels, peers
+from . import half, kernels, peers, predictions
 from .half import ours
 from .problems import Shape
 from .results import Report, Section
+from .timing import duration, quartiles
 
 STEP = Shape(256, 512, 100_000)
 TALL_STEP = Shape(1024, 512, 10_000)
@@ -30,7 +31,7 @@ class Verdict:
     goal: str
     target: str
     measured: str
-    met: bool
+    met: bool | None  # None: a prediction, which is for comparison only
 
 
 def judge(report: Report) -> list[Verdict]:
@@ -47,7 +48,7 @@ def judge(report: Report) -> list[Verdict]:
     for section in report.of("accuracy"):
         verdicts += _accuracy(section)
     if report.device == "cuda":
-        verdicts += _kernels(report)
+        verdicts += [*_kernels(report), *_predictions(report)]
     if report.checks:
         passed = sum(check.passed for check in report.checks)
         verdicts.append(
@@ -130,6 +131,20 @@ def _kernels(report: Report) -> Iterator[Verdict]:
         for section in report.of(kernels.LAUNCH_BOUND, kernels.SMALL):
             yield from _at_speed(section, ours(family), half.COMPILED, 1.00)
             yield from _at_speed(section, ours(family, half.GRAPH), half.TEXTBOOK, 2.00)
+
+
+def _predictions(report: Report) -> Iterator[Verdict]:
+    for each in predictions.PREDICTIONS if predictions.made_for(report.gpu) else ():
+        for section in report.of(each.suite, each.shape):
+            entry = section.find(each.contestant)
+            if not entry or not entry.seconds:
+                continue
+            measured, goal = duration(quartiles(entry.seconds)[1]), f"{section.title}: {entry.name}"
+            if each.reference is not None:
+                ratio = section.ratio(each.reference, entry.name)
+                measured += "" if ratio is None else f", {ratio:.2f}×"
+                goal += f", and time of {each.reference} over it"
+            yield Verdict(goal, f"predicted {each.text}", measured, None)
 
 
 def _half_step(section: Section, family: str) -> Iterator[Verdict]:

@@ -109,6 +109,12 @@ def quartiles(samples: list[float]) -> tuple[float, float, float]:
     return lower, median, upper
 
 
+def duration(seconds: float) -> str:
+    """At most three digits, in µs or ms."""
+    scale, unit = (1e6, "µs") if seconds < 1e-3 else (1e3, "ms")
+    return f"{seconds * scale:,.0f} {unit}" if seconds * scale >= 100 else f"{seconds * scale:.3g} {unit}"
+
+
 def ratio(samples: list[float], reference: list[float]) -> float:
     """Median over rounds of one contestant's time divided by the reference's in the same round."""
     return statistics.median(mine / theirs for mine, theirs in zip(samples, reference, strict=True))

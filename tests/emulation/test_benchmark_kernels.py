@@ -1,9 +1,11 @@
 """What the kernels suite of the benchmarks asks of a family, and that it notices a wrong answer."""
 
 import pytest
+import torch
 
-from benchmarks import kernels
+from benchmarks import half, kernels
 from benchmarks.problems import Shape, make_inputs
+from fused_margin.ops import dispatch, library, sweep
 from fused_margin.ops.backend import Kernels
 
 SHAPE = Shape(130, 40, 403)
@@ -44,3 +46,24 @@ def test_right_answers_are_within_tolerance_and_wrong_ones_are_not(measured):
             step.rows[0] = rows
         step.family = Idle()
         assert not max(step.errors().values()) <= contestant.tolerance, (suite, name)
+
+
+def test_the_forward_call_is_the_public_loss_without_gradients(emulated, monkeypatch):
+    for module in (sweep, library):
+        monkeypatch.setattr(module, "kernels", lambda device: Kernels(emulated.cuda, 0))
+    inputs = make_inputs(SHAPE, "cpu", batches=2)
+    comparison = next(c for c in kernels.comparisons(("sm90", "sm80")) if c.suite == kernels.EXPONENT_SUM)
+    calls = {each.name: each for each in comparison.contestants if each.name.endswith(kernels.CALL)}
+    assert list(calls) == [kernels.ours(way, kernels.CALL) for way in ("sm90", "sm80", dispatch.PORTABLE)]
+    with half.precision("highest"):  # the call itself asks for half operands
+        for way in ("sm90", "sm80"):
+            contestant = calls[kernels.ours(way, kernels.CALL)]
+            (build,) = contestant.variants.values()
+            step = build(inputs)
+            errors, losses = step.errors(), [step(turn) for turn in range(3)]
+            assert 1e-9 < errors["loss"] <= contestant.loss_tolerance
+            assert torch.equal(losses[0], losses[2]) and not torch.equal(losses[0], losses[1])  # batches rotate
+            assert not losses[0].requires_grad and inputs.weight.grad is None
+            inner = step.loss
+            step.loss = lambda *arguments, inner=inner: 1.001 * inner(*arguments)
+            assert step.errors()["loss"] > contestant.loss_tolerance
