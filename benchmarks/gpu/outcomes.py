@@ -1,0 +1,78 @@
+"""Outcomes of tests on a device, by what they test: a family of tensor-core kernels, the portable kernels, the search."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+FAMILIES = ("sm90", "sm80")
+PORTABLE, SEARCH = "portable", "search"
+GROUPS = (*FAMILIES, PORTABLE, SEARCH)
+SEARCH_TESTS = ("test_exact_search", "test_certified_refresh")
+SELECTION = {  # expressions of pytest -k
+    **{family: family for family in FAMILIES},
+    SEARCH: " or ".join(SEARCH_TESTS),
+    PORTABLE: "not " + " and not ".join((*FAMILIES, *SEARCH_TESTS)),
+}
+WORST_FIRST = ("failed", "unfinished", "passed", "skipped")
+
+
+@dataclass
+class Outcomes:
+    """Of the tests of one group; `complete` once all of them have run."""
+
+    tests: dict[str, str] = field(default_factory=dict)  # node ID: outcome
+    reasons: dict[str, str] = field(default_factory=dict)  # of those skipped or lost
+    notes: list[str] = field(default_factory=list)  # what tests have recorded as properties
+    complete: bool = False
+
+    @property
+    def right(self) -> bool:
+        found = set(self.tests.values())
+        return "passed" in found and not found & {"failed", "unfinished"}
+
+    @property
+    def wrong_tests(self) -> list[str]:
+        return [test for test, outcome in self.tests.items() if outcome in ("failed", "unfinished")]
+
+    def add(self, other: Outcomes) -> None:
+        """Of a test that has run more than once, the worse outcome counts."""
+        for test, outcome in other.tests.items():
+            self.tests[test] = min(outcome, self.tests.get(test, "skipped"), key=WORST_FIRST.index)
+        self.reasons |= other.reasons
+        self.notes += [note for note in other.notes if note not in self.notes]
+
+    def summary(self) -> dict:
+        """Number of tests passed, and the others by name."""
+        named = {
+            outcome: [self._described(test) for test, found in self.tests.items() if found == outcome]
+            for outcome in ("failed", "skipped", "unfinished")
+        }
+        if not self.complete:
+            named["unfinished"].append("not all tests have run")
+        return {"passed": list(self.tests.values()).count("passed"), **named, "notes": self.notes}
+
+    def _described(self, test: str) -> str:
+        reason = self.reasons.get(test)
+        return f"{test}: {reason}" if reason else test
+
+
+def read(path: Path) -> Outcomes:
+    """What recorder.py has written; a test that began and has no outcome is unfinished."""
+    result = Outcomes()
+    for line in path.read_text().splitlines() if path.exists() else []:
+        event = json.loads(line)
+        if event["event"] == "end":
+            result.complete = True
+            continue
+        test = event["test"]
+        if event["event"] == "begin":
+            result.tests[test] = "unfinished"
+            continue
+        before, outcome = result.tests[test], event["outcome"]
+        result.tests[test] = outcome if before == "unfinished" else min(before, outcome, key=WORST_FIRST.index)
+        if event["reason"]:
+            result.reasons[test] = event["reason"]
+        result.notes += [note for note in event["notes"] if note not in result.notes]
+    return result

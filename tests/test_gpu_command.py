@@ -1,0 +1,267 @@
+"""`python -m benchmarks.gpu` walked through with stand-ins for the device, its tools and the CUDA tests."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from benchmarks.gpu import __main__ as command
+from benchmarks.gpu import builds, steps, testing
+from benchmarks.gpu.record import kernel_sources
+
+ROOT = Path(__file__).parents[1]
+
+# A torch without a device: a file tells that it is lost, to this process alone.
+TORCH = """
+import os
+class cuda:
+    @staticmethod
+    def is_initialized(): return True
+    @staticmethod
+    def synchronize():
+        if os.environ.get("LOST"): raise RuntimeError("CUDA error: unspecified launch failure")
+"""
+
+# As tests/test_cuda.py names its tests. What goes wrong with sm90 is in the environment.
+CUDA_TESTS = """
+import os, time, pytest
+pytestmark = pytest.mark.cuda
+FAULT = os.environ.get("FAULT", "")
+
+def faulty(family):
+    if family != "sm90": return
+    if FAULT == "trap":
+        os.environ["LOST"] = "1"
+        raise RuntimeError("CUDA error: unspecified launch failure")
+    if FAULT == "hang": time.sleep(600)
+    if FAULT == "wrong": assert 1.0 == 2.0
+    if FAULT == "late": os.environ["LOST"] = "1"  # shows at the next synchronisation
+
+@pytest.mark.sanitizer
+@pytest.mark.parametrize("family", ["sm80", "sm90"])
+def test_small_integers_multiply_exactly(family, record_property):
+    record_property("arithmetic", family)
+
+@pytest.mark.parametrize("family", ["sm80", "sm90"])
+def test_exponent_sum(family):
+    assert not os.environ.get("LOST"), "the context of this process is gone"
+    faulty(family)
+
+@pytest.mark.sanitizer
+@pytest.mark.parametrize("family", ["portable", "sm80", "sm90"])
+def test_losses_and_gradients(family):
+    assert not os.environ.get("LOST"), "the context of this process is gone"
+
+@pytest.mark.parametrize("family", ["sm80", "sm90"])
+def test_options(family):
+    if FAULT == "wrong in all": assert family != "sm90"
+
+@pytest.mark.sanitizer
+def test_exact_search(): pass
+
+def test_the_second_device(): pytest.skip("needs two devices")
+"""
+
+PYTHON = """#!/usr/bin/env bash
+# An interpreter whose torch and benchmarks are stand-ins.
+case "$*" in
+*"-m pip install"*) exit 0 ;;
+*find_spec*) echo "$MISSING"; exit 0 ;;
+*"machine.json"*) exec {python} -c "
+import json, re, sys
+json.dump({{'families': ['sm90', 'sm80'], 'hardware': {{'gpu': 'Stand-in 1'}}, 'versions': {{'torch': '0'}}}},
+          open(re.search(r\\"open\\('(.*?)'\\", sys.argv[1])[1], 'w'))" "$2" ;;
+*"-m benchmarks kernels"*)
+    echo "benchmarks: $*" >>{calls}
+    for last; do :; done
+    echo '{{"command": "python -m benchmarks kernels", "suites": {{}}, "hardware": {{"cpu": "any"}}}}' >"$last"
+    [[ "$FAULT" != "slow times" ]] || sleep 600
+    ;;
+*"-m benchmarks.gpu.profile"*) echo "profile: $*" >>{calls} ;;
+*"-m pytest"*)
+    echo "pytest: $(cat fused_margin/_C.stand-in.so) $*" >>{calls}
+    exec {python} "$@"
+    ;;
+*) echo "unexpected: $*" >&2; exit 3 ;;
+esac
+"""
+
+
+class StandIn:
+    """A tree, a device and its tools; `run` gives the exit code and the result."""
+
+    def __init__(self, path: Path, monkeypatch: pytest.MonkeyPatch):
+        self.root, self.calls, self.output = path / "tree", path / "calls", path / "out"
+        monkeypatch.setattr(testing, "HANG_SECONDS", 3)
+        monkeypatch.setattr(testing, "SANITIZER_HANG_SECONDS", 3)
+        monkeypatch.setattr(steps, "LEAST_SECONDS", 0.5)
+        monkeypatch.setattr(testing, "LEAST_SECONDS", 0.5)
+        self.write("torch.py", TORCH)
+        self.write("pytest.ini", "[pytest]\nmarkers =\n    cuda\n    sanitizer\n")
+        self.write("tests/test_cuda.py", CUDA_TESTS)
+        self.write("csrc/kernel.cu", "")
+        self.write("fused_margin/__init__.py", "")
+        for variant in (builds.PLAIN, builds.TRAP):
+            self.write(f"prebuilt/{variant}/fused_margin/_C.stand-in.so", variant)
+        self.write("prebuilt/fused_margin.egg-info/PKG-INFO", "")
+        (self.root / "benchmarks").symlink_to(ROOT / "benchmarks")
+        tools = {
+            "nvidia-smi": 'echo "Stand-in 1, 580.1, 9.0"',
+            "ncu": f'echo "ncu: $*" >>{self.calls}',
+            "compute-sanitizer": f'echo "sanitizer: $*" >>{self.calls}; while [[ $1 == -* ]]; do shift; done; exec "$@"',
+        }
+        for name, body in tools.items():
+            self.write(f"bin/{name}", f"#!/usr/bin/env bash\n{body}\n").chmod(0o755)
+        self.python = self.write("bin/stand-in", PYTHON.format(python=sys.executable, calls=self.calls))
+        self.python.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{self.root / 'bin'}:{os.environ['PATH']}")
+        self.monkeypatch = monkeypatch
+
+    def write(self, name: str, text: str) -> Path:
+        path = self.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(textwrap.dedent(text))
+        return path
+
+    def run(self, *arguments: str, fault: str = "", limit: float = 300) -> tuple[int, dict]:
+        self.monkeypatch.setenv("FAULT", fault)
+        code = command.main(
+            [*arguments, "--limit", str(limit), "--prebuilt", str(self.root / "prebuilt"), "--output", str(self.output),
+             "--python", str(self.python), "--commit", "c0ffee"],
+            self.root,
+        )  # fmt: skip
+        result = self.output / "stand-in-1.json"
+        return code, json.loads(result.read_text()) if result.exists() else {}
+
+    def called(self, kind: str) -> list[str]:
+        lines = self.calls.read_text().splitlines() if self.calls.exists() else []
+        return [line for line in lines if line.startswith(kind)]
+
+
+@pytest.fixture
+def device(tmp_path, monkeypatch):
+    return StandIn(tmp_path, monkeypatch)
+
+
+def test_all_right(device):
+    code, result = device.run("check", "profile", "sanitize")
+    assert code == 0
+    assert {group: tests["passed"] for group, tests in result["tests"].items()} == {
+        "sm90": 4, "sm80": 4, "portable": 1, "search": 1,
+    }  # fmt: skip
+    for tests in result["tests"].values():
+        assert tests["failed"] == tests["unfinished"] == []
+    assert result["tests"]["portable"]["skipped"] == [
+        "tests/test_cuda.py::test_the_second_device: Skipped: needs two devices"
+    ]
+    assert result["tests"]["sm90"]["notes"] == ["arithmetic: sm90"]
+    assert result["commit"] == "c0ffee" and result["kernel_sources"] == kernel_sources(device.root)
+    assert result["hardware"] == {"cpu": "any", "gpu": "Stand-in 1", "driver": "580.1"}
+    assert set(result["sanitizers"]) == {"memcheck", "racecheck", "synccheck"}
+    assert result["sanitizers"]["racecheck"]["search"]["passed"] == 1
+    assert result["benchmark_command"] == "python -m benchmarks kernels"
+    (times,) = device.called("benchmarks")
+    assert "--no-compiled --families sm90 sm80" in times
+    assert len(device.called("profile")) == 1 and ["--import" in line for line in device.called("ncu")] == [False, True]
+    tests = device.called("pytest")
+    assert ["trap" in line.split()[1] for line in tests[:3]] == [True, True, False]  # bring-up, then the plain build
+    assert "sm80" in tests[0] and "sm90" in tests[1]
+
+
+@pytest.mark.parametrize("fault", ["trap", "late", "hang", "wrong"])
+def test_a_family_at_fault_is_left_out_and_the_others_go_on(device, fault):
+    code, result = device.run("check", "profile", fault=fault)
+    assert code == 1
+    sm90, sm80 = result["tests"]["sm90"], result["tests"]["sm80"]
+    assert sm80["passed"] == 4 and not sm80["failed"] and not sm80["unfinished"]
+    assert result["tests"]["portable"]["passed"] == 1 and result["tests"]["search"]["passed"] == 1
+    at_fault = "tests/test_cuda.py::test_exponent_sum[sm90]"
+    named = sm90["unfinished" if fault == "hang" else "failed"]
+    assert named[0].startswith(at_fault)
+    assert "device lost" in named[0] or fault not in ("trap", "late")
+    assert sm90["passed"] == 2  # the tests before and behind it
+    assert sm90["unfinished"][-1] == "not all tests have run"
+    (times,) = device.called("benchmarks")
+    assert "--families sm80 --output" in times
+    (sanitized,) = device.called("sanitizer")  # what failed, in the build that traps
+    assert "--tool=memcheck" in sanitized and sanitized.count("::") == 1 and at_fault in sanitized
+    assert all("trap" in line.split()[1] for line in device.called("pytest") if at_fault in line)
+    assert any("process 2" in step["name"] for step in result["steps"]) == (fault != "wrong")
+
+
+def test_a_fault_that_only_all_tests_show(device):
+    code, result = device.run("check", fault="wrong in all")
+    assert code == 1 and result["tests"]["sm90"]["failed"] == ["tests/test_cuda.py::test_options[sm90]"]
+
+
+def test_a_missing_package_is_an_error_before_anything_runs(device, monkeypatch, capsys):
+    monkeypatch.setenv("MISSING", "tyro")
+    code, result = device.run("check")
+    assert code == 1 and result == {} and not device.calls.exists()
+    assert "missing: tyro" in capsys.readouterr().out
+
+
+def test_times_of_a_second_call_rest_on_the_tests_of_the_first(device):
+    device.run("check")
+    earlier = device.output / "stand-in-1.json"
+    kept = device.write("earlier.json", earlier.read_text())
+    device.calls.unlink()
+    code, result = device.run("time", "--earlier", str(kept))
+    assert code == 0 and result["tests"]["sm90"]["passed"] == 4
+    (times,) = device.called("benchmarks")
+    assert "--rounds 9 --families sm90 sm80" in times and not device.called("pytest")
+    device.write("csrc/kernel.cu", "// mended")
+    code, result = device.run("time", "--earlier", str(kept))
+    assert code == 1 and result["tests"] == {}
+    assert any("not passed with these sources: sm90 sm80" in step["detail"] for step in result["steps"])
+
+
+def test_time_that_is_over(device, monkeypatch, capsys):
+    """Times are stopped and kept, which is no fault in the first call; tests that did not run are one."""
+    monkeypatch.setattr(command, "FIRST_TIMES_SECONDS", 2)
+    code, result = device.run("check", "profile", fault="slow times")
+    assert code == 0 and result["suites"] == {}
+    assert [step["state"] for step in result["steps"] if "first times" in step["name"]] == ["stopped"]
+    monkeypatch.setattr(steps, "LEAST_SECONDS", 1e6)
+    code, _ = device.run("check")
+    assert code == 1 and "NOT RUN        0 s  machine: no time left" in capsys.readouterr().out
+
+
+def test_arguments(device, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        command.main(["time", "--earlier", str(tmp_path / "none.json")])
+    assert "does not exist" in capsys.readouterr().err
+    (device.root / "bin/nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
+    with pytest.raises(SystemExit, match="No GPU"):
+        device.run("check")
+
+
+def test_architectures_are_the_devices(monkeypatch):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.5")
+    assert [builds.architectures(each) for each in ("9.0", "8.0", "")] == ["9.0a", "8.0", "8.0+PTX;9.0a"]
+    assert "FM_TRAP_AFTER" in builds.environment("trap")["NVCC_APPEND_FLAGS"] and builds.environment("plain") == {}
+
+
+def test_a_command_that_ignores_its_end_is_killed_with_its_children(tmp_path, monkeypatch):
+    monkeypatch.setattr(steps, "LEAST_SECONDS", 1)
+    monkeypatch.setattr(steps, "GRACE_SECONDS", 1)
+    run = steps.Steps(60, tmp_path / "log", tmp_path, {})
+    pid = tmp_path / "pid"
+    script = f"trap '' TERM; sleep 300 & echo $! >{pid}; echo begun; wait; sleep 300"
+    step = run.run("stubborn", 2, ["bash", "-c", script])
+    assert step.state == "TIMED OUT" and step.wrong
+    assert "begun" in (tmp_path / "log").read_text()
+    state = subprocess.run(["ps", "-o", "stat=", "-p", pid.read_text()], capture_output=True, text=True, check=False)
+    assert state.stdout.strip() in ("", "Z", "Zs")
+
+
+def test_profile_runs_each_kernel_and_a_step():
+    """On the CPU with the portable way, what a device's profiler will be given."""
+    from benchmarks.gpu import profile
+    from benchmarks.problems import Shape
+
+    assert "fused_margin::sweep" in profile.table_of_step("portable", "cpu", Shape(8, 32, 200))
