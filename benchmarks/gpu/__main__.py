@@ -18,7 +18,7 @@ Second call, at most 270 s: where all of it was right, the times beside all peer
     python3 -m benchmarks.gpu check profile --families sm90 --limit 260 ...as above
 
 --prebuilt takes what `python3.12 -m benchmarks.gpu prebuild FOLDER` has made with a Python of the device's version, on a
-system whose glibc is not newer than the device's (needs nvcc, setuptools, pybind11 and ninja; 12 MB for both builds).
+system whose glibc is not newer than the device's (needs nvcc, setuptools, pybind11 and ninja; 13 MB for both builds).
 --wheels takes a folder of wheels for a machine without a network: `pip download --no-deps` of tyro, docstring_parser,
 typeguard, and for `time` pytorch-metric-learning, cut-cross-entropy and liger-kernel.
 
@@ -286,7 +286,9 @@ def main(arguments: Sequence[str], root: Path = ROOT) -> int:
     if arguments and arguments[0] == "prebuild":
         parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu prebuild")
         parser.add_argument("folder", type=Path)
-        prebuild(root, parser.parse_args(arguments[1:]).folder)
+        parser.add_argument("--capability", default="9.0", help="compute capability of the device; default 9.0")
+        chosen = parser.parse_args(arguments[1:])
+        prebuild(root, chosen.folder, chosen.capability)
         return 0
     options = arguments_of(arguments)
     return 0 if Run(options, root).main(shlex.join(["python", "-m", "benchmarks.gpu", *arguments])) else 1

@@ -19,7 +19,7 @@ METADATA = "fused_margin.egg-info"
 
 def architectures(capability: str) -> str:
     """TORCH_CUDA_ARCH_LIST for a device, whatever the machine sets: all families that run on it are built."""
-    return {"9.0": "9.0a", "": "8.0+PTX;9.0a"}.get(capability, capability)
+    return {"9.0": "9.0a"}.get(capability, capability)
 
 
 def environment(variant: str) -> dict[str, str]:
@@ -85,10 +85,10 @@ class Builds:
         shutil.copy(extension(self.directory, variant), target)
 
 
-def prebuild(root: Path, directory: Path) -> None:
-    """Both builds for this interpreter's Python, to be brought to a machine: `--prebuilt` takes the folder."""
+def prebuild(root: Path, directory: Path, capability: str) -> None:
+    """Both builds for this interpreter's Python and a device: `--prebuilt` takes the folder on another machine."""
     directory = directory.resolve()
-    variables = {**os.environ, "TORCH_CUDA_ARCH_LIST": architectures("")}
+    variables = {**os.environ, "TORCH_CUDA_ARCH_LIST": architectures(capability)}
     for variant, command in commands(sys.executable, directory).items():
         subprocess.run(command, cwd=root, env={**variables, **environment(variant)}, check=True)
         shutil.rmtree(directory / variant / "temp")

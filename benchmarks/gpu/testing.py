@@ -12,7 +12,7 @@ from .steps import FAILED, LEAST_SECONDS, NOT_RUN, STOPPED, Steps
 SUITE = "tests/test_cuda.py"
 MOST_PROCESSES = 6  # that continue after each other
 BRING_UP_SECONDS, ALL_SECONDS = 75, 90
-HANG_SECONDS = 20
+HANG_SECONDS = 30
 # What shows that a family multiplies and reduces correctly: small things first, in the order of the file.
 BRING_UP = "integers or fractions or exponent_sum or nearest or ties or losses"
 SANITIZER_HANG_SECONDS = 60
