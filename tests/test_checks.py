@@ -1,5 +1,7 @@
 """Bad input: an error that names the argument, what was expected and what came, before anything runs."""
 
+import threading
+
 import pytest
 import torch
 from problems import leaf, problem
@@ -12,6 +14,7 @@ from fused_margin.functional import (
     nearest_class,
     separability,
 )
+from fused_margin.ops import bad_labels
 
 X, W, Y = problem(6, 10, 4)
 NAN = float("nan")
@@ -139,3 +142,22 @@ def test_cuda_tensor_in_a_cpu_build(monkeypatch):
         RuntimeError, match="embeddings is on cuda:0, but this build .* no CUDA kernels; rebuild with nvcc"
     ):
         checks.matrix("embeddings", torch.ones(2, 2).as_subclass(OnCuda), "(N, embedding_size)")
+
+
+def test_host_threads_share_a_devices_flag(monkeypatch):
+    """Each may find none at the same time; kernels must not write to one that is dropped."""
+    both, zeros = threading.Barrier(2), torch.zeros
+    monkeypatch.setattr(bad_labels, "_flags", {})
+
+    def slow_zeros(*size, pin_memory, **options):
+        both.wait(10)
+        return zeros(*size, **options)
+
+    monkeypatch.setattr(torch, "zeros", slow_zeros)
+    device, found = torch.device("cuda", 0), []
+    threads = [threading.Thread(target=lambda: found.append(bad_labels.flag(device))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found[0] is found[1] is bad_labels._flags[device]
