@@ -70,7 +70,7 @@ class Options:
     """Rounds before those, not counted."""
 
     compiled: bool = True
-    """Let torch.compile take part (its compilation takes minutes)."""
+    """Let torch.compile and peers in Triton take part (their compilation takes minutes)."""
 
     only: tuple[str, ...] = ()
     """Names of the contestants to run, as the tables have them; by default all."""

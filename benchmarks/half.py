@@ -195,7 +195,10 @@ def normface_peers(shape: Shape, reference: str) -> list[Contestant]:
     found = {"cut_cross_entropy": (CUT, {"filter_eps=None": cut}), "liger_kernel": (LIGER, budgets)}
     chosen = [found[module] for module in found if importlib.util.find_spec(module)]
     chosen += [(LINEAR, linear)] if linear else []
-    return [Contestant(name, "normface", variants, reference, **LOOSE) for name, variants in chosen]
+    return [
+        Contestant(name, "normface", variants, reference, compiled=name in (CUT, LIGER), **LOOSE)
+        for name, variants in chosen
+    ]
 
 
 def products(reference: str) -> list[Contestant]:

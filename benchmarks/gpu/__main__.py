@@ -2,7 +2,7 @@
 
 First call, at most 430 s, with a build brought along (the second column without one: 40 s later):
 
-    python3 -m benchmarks.gpu check profile sanitize --limit 420 --prebuilt prebuilt --wheels wheels \\
+    python3 -m benchmarks.gpu check profile sanitize --limit 420 --prebuilt build/prebuilt --wheels build/wheels \\
         --commit $(git rev-parse HEAD) --output results
 
       0 s  packages that are missing, device, builds               20 s
