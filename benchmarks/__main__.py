@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shlex
 import signal
 import sys
@@ -22,6 +21,7 @@ from rich.table import Table
 
 from . import kernels, tables, targets
 from .figures import draw
+from .gpu.record import device_slug
 from .memory import limit_to_available
 from .problems import Shape
 from .results import Report, cpu_name
@@ -111,7 +111,7 @@ def default_output(device: str, quick: bool) -> Path:
     if quick:  # nothing to be kept, and nothing of worth to be overwritten
         return Path(tempfile.gettempdir()) / "fused-margin-quick.json"
     name = torch.cuda.get_device_name() if device == "cuda" else cpu_name()
-    stem = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    stem = device_slug(name)
     threads = "" if device == "cuda" else f"-{torch.get_num_threads()}-threads"
     return Path(__file__).parent / "results" / f"{stem}{threads}.json"
 

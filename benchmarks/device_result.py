@@ -66,4 +66,4 @@ def median(section: Section, name: str) -> float | None:
 def newest() -> DeviceResult | None:
     """The newest in benchmarks/results; None where there is no result of a device."""
     found = [each for each in map(DeviceResult.read, sorted(RESULTS.glob("*.json"))) if each.is_of_kernels]
-    return max(found, key=lambda each: each.content["date"], default=None)
+    return max(found, key=lambda each: each.content.get("date", ""), default=None)

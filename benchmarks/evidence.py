@@ -10,10 +10,13 @@ from typing import Any
 
 from fused_margin.ops import dispatch
 
+from .gpu.outcomes import INCOMPLETE, SEARCH
+from .gpu.record import failures_of
+from .half import ours
+
 RESULTS = Path(__file__).parent / "results"
-SEARCH = "search"  # name of the exact search's tests in a result
 VERSIONS = ("python", "torch", "cuda", "fused_margin")
-# What a device may lack and the kernels still be right, as the tests that it skips say at their end.
+# Skip reasons that do not count against a family: what a device may lack.
 ALLOWED_SKIPS = re.compile(r"\bneeds (\d+ GiB of device memory|two devices)$")
 
 
@@ -23,6 +26,7 @@ def shortcomings(result: Mapping[str, Any], name: str, capability: dispatch.Capa
         *_origin(result, capability),
         *_tests(result.get("tests", {}).get(name), f"of {name}"),
         *_sanitizers(result.get("sanitizers", {}), name),
+        *(f"{failure}." for failure in failures_of(result.get("suites", {}), ours(name))),  # of what was timed
     ]
 
 
@@ -54,10 +58,11 @@ def _tests(outcome: Mapping[str, Any] | None, which: str) -> Iterator[str]:
 
 
 def _sanitizers(results: Mapping[str, Any], name: str) -> Iterator[str]:
-    """They run in the time that is left, so that a tool may not have run; none may have found anything."""
+    """They run in the time that is left: a tool may not have run, but it must have found nothing."""
     for tool, groups in results.items():
-        if failed := groups.get(name, {}).get("failed"):
-            yield f"Failed tests of {name} under {tool}: {', '.join(failed)}."
+        for key in ("failed", "unfinished"):
+            if tests := [test for test in groups.get(name, {}).get(key, []) if test != INCOMPLETE]:
+                yield f"{key.capitalize()} tests of {name} under {tool}: {', '.join(tests)}."
 
 
 def switched_on() -> Iterator[tuple[str, dispatch.Capability, str]]:

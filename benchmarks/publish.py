@@ -120,7 +120,7 @@ def gpu_results(result: DeviceResult | None) -> str:
     versions, hardware = content["versions"], content["hardware"]
     text = (
         f"{result.gpu}, driver {hardware.get('driver', 'unknown')}, torch {versions['torch']}, CUDA {versions['cuda']}, "
-        f"{content['date'][:10]}, commit `{content.get('commit', 'unknown')[:12]}`: kernels of `{result.backend}`, N = "
+        f"{content.get('date', 'undated')[:10]}, commit `{(content.get('commit') or 'unknown')[:12]}`: kernels of `{result.backend}`, N = "
         f"{shape.rows:,}, D = {shape.dim}. The ratio is the time of the reference over ours within the same round; in a "
         "peer's row the peer is the reference. Predictions were made before the first run. Memory is the peak above "
         "embeddings, weights and their gradients. Errors are against float64: of the logsumexp, of the cosine to the class "

@@ -150,7 +150,7 @@ class Report:
     def write(self, path: Path, verdicts: list[Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         content = self.summary() | {"targets": [asdict(verdict) for verdict in verdicts]}
-        unfinished = path.with_name(path.name + ".unfinished")  # a reader, and a kill, find a whole file
+        unfinished = path.with_name(path.name + ".unfinished")  # the file itself is never half written
         unfinished.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
         unfinished.replace(path)
 

@@ -204,7 +204,8 @@ def searched_device(name: str, value: Tensor) -> None:
     """What is found by the exact search alone."""
     if not dispatch.searches(value.device):
         raise RuntimeError(
-            f"{name}: expected a CPU tensor, no committed result shows that the exact search passed on {value.device}"
+            f"{name}: expected a CPU tensor, the exact search is off for this compute capability (see fused_margin.build_info); "
+            f"got {value.device}"
         )
 
 

@@ -1,13 +1,9 @@
 """Verdicts on a run: what the library promises, and what was predicted, beside what was measured."""
 
-import sys
-from pathlib import Path
-
 import pytest
 
 pytest.importorskip("pytorch_metric_learning")
 pytest.importorskip("tyro")
-sys.path.append(str(Path(__file__).parent.parent))  # benchmarks/ is not installed
 
 from benchmarks import half, kernels, peers, predictions, tables, targets
 from benchmarks.problems import Shape

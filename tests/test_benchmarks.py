@@ -18,7 +18,6 @@ from torch import Tensor
 
 pytest.importorskip("pytorch_metric_learning")
 pytest.importorskip("tyro")
-sys.path.append(str(Path(__file__).parent.parent))  # benchmarks/ is not installed
 
 from rich.console import Console
 from rich.progress import Progress

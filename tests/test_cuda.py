@@ -1,6 +1,8 @@
 """The CUDA backend on a device: run with ``pytest -m cuda`` where there is one. Products first, then what is made of them."""
 
 import math
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -123,8 +125,8 @@ def test_small_integers_multiply_exactly(family, rows, columns, width, parts, wi
 
 
 @pytest.mark.parametrize("positive", [True, False], ids=["positive", "of both signs"])
-def test_products_of_fractions_err_no_more_than_the_published_models(family, positive, record_property):
-    """Integers cannot show how sums are rounded. Which model the device follows bit for bit is noted."""
+def test_rounding_of_products_of_fractions(family, positive, record_property):
+    """Integers cannot show how sums are rounded. Which published model the device follows bit for bit is recorded."""
     left, right = (torch.randn(n, 512, device=DEVICE).half() for n in (60, 70))
     if positive:
         left, right = left.abs(), right.abs()
@@ -137,10 +139,11 @@ def test_products_of_fractions_err_no_more_than_the_published_models(family, pos
         for unit in tensor_core_model.UNITS
         for alignment in tensor_core_model.ALIGNMENTS
     }
-    same = [" ".join(name) for name, model in models.items() if torch.equal(model, out.double())]
-    record_property("arithmetic", f"{family}: {', '.join(same) or 'no model'}")
     exact = left.double() @ right.double().t()
-    assert (out - exact).abs().max() <= (models["sm80", "products"] - exact).abs().max()
+    error, expected = (float((each - exact).abs().max()) for each in (out, models["sm80", "products"]))
+    same = [" by ".join(name) for name, model in models.items() if torch.equal(model, out.double())]
+    record_property("arithmetic", f"{family}: {', '.join(same) or 'no model'}; {error:.1e}, model {expected:.1e}")
+    assert error < 2 * expected
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -385,15 +388,30 @@ def test_host_threads_launch_one_kernel_with_different_sizes(way):
             assert max(map(relative_error, found, each)) < 1e-5
 
 
-def test_a_first_launch_may_be_captured(family):
-    """A layout of shared memory that no call has had asks the runtime about it during the capture."""
-    fm.functional.cosine_logsumexp(*single(9, 500, 64))  # what torch itself needs to have warm
-    x, w, y = single(70, 900, 320)
+FIRST_LAUNCH = """
+import sys, torch
+import fused_margin as fm
+from fused_margin.ops import dispatch
+
+x, w = torch.randn(70, 320, device="cuda"), torch.randn(900, 320, device="cuda")
+y = torch.randint(900, (70,), device="cuda")
+with torch.no_grad():
+    with dispatch.use(dispatch.PORTABLE):  # what torch itself needs to have warm
+        expected = fm.functional.cosine_logsumexp(x, w, y)[0]
     graph = torch.cuda.CUDAGraph()
-    with torch.no_grad(), torch.cuda.graph(graph):
+    with dispatch.use(sys.argv[1]), torch.cuda.graph(graph):
         captured = fm.functional.cosine_logsumexp(x, w, y)[0]
-    graph.replay()
-    assert torch.equal(captured, fm.functional.cosine_logsumexp(x, w, y)[0])
+graph.replay()
+torch.testing.assert_close(captured, expected, rtol=1e-5, atol=1e-5)
+"""
+
+
+def test_the_first_launch_of_a_process_may_be_captured(family):
+    """It loads the kernels and asks the runtime about them during the capture."""
+    result = subprocess.run(
+        [sys.executable, "-c", FIRST_LAUNCH, family], capture_output=True, text=True, timeout=25, check=False
+    )
+    assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

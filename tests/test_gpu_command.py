@@ -2,18 +2,24 @@
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
 import pytest
+import torch
+import tyro
 
+from benchmarks.__main__ import Options
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import builds, steps, testing
-from benchmarks.gpu.record import kernel_sources
+from benchmarks.gpu import builds, outcomes, record, steps, testing
+from fused_margin.ops import dispatch
 
 ROOT = Path(__file__).parents[1]
+COMMIT = "c0ffee" + 34 * "0"
 
 # A torch without a device: a file tells that it is lost, to this process alone.
 TORCH = """
@@ -29,6 +35,7 @@ class cuda:
 # As tests/test_cuda.py names its tests. What goes wrong with sm90 is in the environment.
 CUDA_TESTS = """
 import os, time, pytest
+if os.environ.get("FAULT") == "import": raise ImportError("a package that is missing")
 pytestmark = pytest.mark.cuda
 FAULT = os.environ.get("FAULT", "")
 
@@ -59,6 +66,7 @@ def test_losses_and_gradients(family):
 @pytest.mark.parametrize("family", ["sm80", "sm90"])
 def test_options(family):
     if FAULT == "wrong in all": assert family != "sm90"
+    if FAULT == "slow test" and family == "sm90": time.sleep(600)
 
 @pytest.mark.sanitizer
 def test_exact_search(): pass
@@ -78,7 +86,9 @@ json.dump({{'families': ['sm90', 'sm80'], 'hardware': {{'gpu': 'Stand-in 1'}}, '
 *"-m benchmarks kernels"*)
     echo "benchmarks: $*" >>{calls}
     for last; do :; done
-    echo '{{"command": "python -m benchmarks kernels", "suites": {{}}, "hardware": {{"cpu": "any"}}}}' >"$last"
+    suites=${{SUITES:-}}
+    [[ -n $suites ]] || suites='{{}}'
+    printf '{{"command": "python -m benchmarks kernels", "suites": %s, "hardware": {{"cpu": "any"}}}}' "$suites" >"$last"
     [[ "$FAULT" != "slow times" ]] || sleep 600
     ;;
 *"-m benchmarks.gpu.profile"*) echo "profile: $*" >>{calls} ;;
@@ -131,7 +141,7 @@ class StandIn:
         self.monkeypatch.setenv("FAULT", fault)
         code = command.main(
             [*arguments, "--limit", str(limit), "--prebuilt", str(self.root / "prebuilt"), "--output", str(self.output),
-             "--python", str(self.python), "--commit", "c0ffee"],
+             "--python", str(self.python), "--commit", COMMIT],
             self.root,
         )  # fmt: skip
         result = self.output / "stand-in-1.json"
@@ -147,7 +157,7 @@ def device(tmp_path, monkeypatch):
     return StandIn(tmp_path, monkeypatch)
 
 
-def test_all_right(device):
+def test_all_right(device, monkeypatch):
     code, result = device.run("check", "profile", "sanitize")
     assert code == 0
     assert {group: tests["passed"] for group, tests in result["tests"].items()} == {
@@ -159,13 +169,16 @@ def test_all_right(device):
         "tests/test_cuda.py::test_the_second_device: Skipped: needs two devices"
     ]
     assert result["tests"]["sm90"]["notes"] == ["arithmetic: sm90"]
-    assert result["commit"] == "c0ffee" and result["kernel_sources"] == kernel_sources(device.root)
+    assert result["commit"] == COMMIT and result["kernel_sources"] == record.kernel_sources(device.root)
     assert result["hardware"] == {"cpu": "any", "gpu": "Stand-in 1", "driver": "580.1"}
     assert set(result["sanitizers"]) == {"memcheck", "racecheck", "synccheck"}
     assert result["sanitizers"]["racecheck"]["search"]["passed"] == 1
     assert result["benchmark_command"] == "python -m benchmarks kernels"
     (times,) = device.called("benchmarks")
     assert "--no-compiled --families sm90 sm80" in times
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    parsed = tyro.cli(Options, args=times.partition("-m benchmarks ")[2].split())  # as the benchmarks take them
+    assert parsed.families == ("sm90", "sm80") and not parsed.compiled and parsed.device == "cuda"
     assert len(device.called("profile")) == 1 and ["--import" in line for line in device.called("ncu")] == [False, True]
     tests = device.called("pytest")
     assert ["trap" in line.split()[1] for line in tests[:3]] == [True, True, False]  # bring-up, then the plain build
@@ -214,9 +227,10 @@ def test_times_of_a_second_call_rest_on_the_tests_of_the_first(device):
     assert code == 0 and result["tests"]["sm90"]["passed"] == 4
     (times,) = device.called("benchmarks")
     assert "--rounds 9 --families sm90 sm80" in times and not device.called("pytest")
+    device.calls.unlink()
     device.write("csrc/kernel.cu", "// mended")
     code, result = device.run("time", "--earlier", str(kept))
-    assert code == 1 and result["tests"] == {}
+    assert code == 1 and result["tests"] == {} and not device.calls.exists()
     assert any("not passed with these sources: sm90 sm80" in step["detail"] for step in result["steps"])
 
 
@@ -229,6 +243,116 @@ def test_time_that_is_over(device, monkeypatch, capsys):
     monkeypatch.setattr(steps, "LEAST_SECONDS", 1e6)
     code, _ = device.run("check")
     assert code == 1 and "NOT RUN        0 s  machine: no time left" in capsys.readouterr().out
+
+
+def section(rows: int, *seconds: float, failure: str | None = None) -> dict:
+    return {
+        "shape": {"rows": rows},
+        "contestants": [{"name": "ours, sm90", "seconds": list(seconds), "failure": failure}],
+    }
+
+
+def test_times_of_an_earlier_call_stay_where_there_are_no_new_ones():
+    earlier = {"command": "first", "suites": {"step": [section(1, 0.1), section(2, 0.2)], "nearest": [section(1, 0.3)]}}
+    later = {"command": "second", "suites": {"step": [section(2, 0.5), section(1)]}}
+    merged = record.merge_times(earlier, later)
+    assert merged["command"] == "second" and merged["suites"]["nearest"] == [section(1, 0.3)]
+    assert sorted(merged["suites"]["step"], key=str) == sorted([section(1, 0.1), section(2, 0.5)], key=str)
+    assert record.merge_times(earlier, {}) == earlier and record.merge_times({}, later) == later
+
+
+@pytest.mark.parametrize(("failure", "expected"), [("wrong: relative error 1e-1", 1), ("does not fit: 9 GiB", 0)])
+def test_a_wrong_answer_in_the_times_is_a_fault(device, monkeypatch, failure, expected):
+    monkeypatch.setenv("SUITES", json.dumps({"step": [section(1, failure=failure)]}))
+    code, result = device.run("check")
+    assert code == expected and result["suites"]["step"][0]["contestants"][0]["failure"] == failure
+
+
+def test_profiles_without_a_check(device):
+    device.run("check")
+    kept = device.write("earlier.json", (device.output / "stand-in-1.json").read_text())
+    device.calls.unlink()
+    assert device.run("profile", "--earlier", str(kept))[0] == 0
+    assert "steps sm90 sm80 portable" in device.called("profile")[0]
+
+
+def test_tests_that_cannot_be_imported_are_not_tried_again(device):
+    code, result = device.run("check", fault="import")
+    assert code == 1 and len(device.called("pytest")) == 4  # two families, portable kernels, search
+    assert not device.called("benchmarks") and result["tests"]["sm90"]["passed"] == 0
+
+
+def test_a_signal_ends_the_command_that_runs_and_keeps_the_record(device):
+    """The command runs in a process of its own; its tests hang until the signal comes."""
+    arguments = ["check", "--prebuilt", str(device.root / "prebuilt"), "--output", str(device.output)]
+    code = f"""
+import signal, sys
+from pathlib import Path
+from benchmarks.gpu import __main__ as command
+signal.signal(signal.SIGTERM, command.interrupt)
+sys.exit(command.main({[*arguments, "--python", str(device.python), "--commit", COMMIT]!r}, Path({str(device.root)!r})))
+"""
+    environment = {**os.environ, "FAULT": "slow test", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
+    seen = []
+    for line in process.stdout:
+        seen.append(line)
+        if "sm90: all tests (at most" in line:
+            process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 1, "".join(seen)
+    result = json.loads((device.output / "stand-in-1.json").read_text())
+    assert result["tests"]["sm80"]["passed"] == 3 and result["steps"][-1]["name"] == "interrupted"
+    assert not subprocess.run(
+        ["pgrep", "-f", str(device.root / "bin/stand-in")], check=False, capture_output=True
+    ).stdout
+
+
+def test_every_cuda_test_belongs_to_one_group():
+    """Expressions of -k match parts of names: a test that is renamed must not leave a group, or bring-up, unnoticed."""
+    listing = subprocess.run(
+        [sys.executable, "-m", "pytest", "tests/test_cuda.py", "--collect-only", "-q", "-p", "no:cacheprovider"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    names = [line.partition("::")[2] for line in listing.splitlines() if "::" in line]
+
+    def selected(expression: str) -> list[str]:
+        code = re.sub(r"\b(?!and\b|or\b|not\b)\w+", lambda word: f"({word[0]!r} in name)", expression)
+        return [name for name in names if eval(code, {"name": name})]
+
+    groups = {group: selected(expression) for group, expression in outcomes.SELECTION.items()}
+    assert sorted(name for group in groups.values() for name in group) == sorted(names) and len(names) > 400
+    assert set(outcomes.FAMILIES) == {family.name for family in dispatch.FAMILIES}
+    for word in testing.BRING_UP.split(" or "):
+        assert set(selected(word)) & set(groups["sm90"]) and set(selected(word)) & set(groups["sm80"]), word
+
+
+def test_what_is_asked_of_the_machine(monkeypatch):
+    """Without a device: the packages that are missing, and why the benchmarks cannot run."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+    def python(*arguments: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False
+        )
+
+    assert python("-c", command.FIND, "torch", "no_such_package", "json").stdout.split() == ["no_such_package"]
+    if not torch.cuda.is_available():
+        described = python("-c", command.DESCRIBE)
+        assert described.returncode == 1 and described.stderr.startswith("The kernels suite needs a GPU")
+
+
+def test_a_command_without_parts_runs_all_of_them(capsys):
+    assert command.arguments_of([]).parts == list(command.PARTS)
+    assert command.arguments_of(["check", "--limit", "20", "time"]).parts == ["check", "time"]
+    with pytest.raises(SystemExit):
+        command.arguments_of(["chekc"])
+    assert "expected parts among check, profile, sanitize, time; got chekc" in capsys.readouterr().err
+
+
+def test_a_tree_without_git_has_no_commit(tmp_path, monkeypatch):
+    assert record.commit_of(tmp_path) is None
+    monkeypatch.setenv("PATH", "")
+    assert record.commit_of(ROOT) is None
 
 
 def test_arguments(device, tmp_path, capsys):
@@ -253,7 +377,7 @@ def test_a_command_that_ignores_its_end_is_killed_with_its_children(tmp_path, mo
     pid = tmp_path / "pid"
     script = f"trap '' TERM; sleep 300 & echo $! >{pid}; echo begun; wait; sleep 300"
     step = run.run("stubborn", 2, ["bash", "-c", script])
-    assert step.state == "TIMED OUT" and step.wrong
+    assert step.state == "TIMED OUT" and step.failed
     assert "begun" in (tmp_path / "log").read_text()
     state = subprocess.run(["ps", "-o", "stat=", "-p", pid.read_text()], capture_output=True, text=True, check=False)
     assert state.stdout.strip() in ("", "Z", "Zs")

@@ -1,13 +1,10 @@
 """README's GPU table and the model of docs/scaling.md are what the results say."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("tyro")
-sys.path.append(str(Path(__file__).parent.parent))  # benchmarks/ is not installed
 
 from benchmarks import device_result, half, kernels, publish, scaling
 from benchmarks.device_result import DeviceResult

@@ -1,30 +1,34 @@
 """Builds, checks, profiles and times the CUDA kernels on a GPU. Made for fifteen minutes on a rented device, in two calls.
 
-First call, at most 430 s, with a build brought along (the second column without one: 40 s later):
+First call, at most 430 s, with a build brought along (without one, 40 s later):
 
-    python3 -m benchmarks.gpu check profile sanitize --limit 420 --prebuilt build/prebuilt --wheels build/wheels \\
-        --commit $(git rev-parse HEAD) --output results
+    python3 -m benchmarks.gpu check profile sanitize --limit 415 --prebuilt build/prebuilt --wheels build/wheels \\
+        --commit HASH --output FOLDER
 
-      0 s  packages that are missing, device, builds               20 s
-     20 s  bring-up of each family in the build that traps         2 x 30 s, at most 75 s each
-     80 s  first times of the families that are right              at most 60 s; the first are there by 110 s
-    140 s  ncu on the three kernels, and a step kernel by kernel   at most 75 s and 40 s
-    230 s  all tests: each family, portable kernels, search        4 x 30 s, at most 90 s each
-    350 s  compute-sanitizer with the time that is left            at most 75 s each
+      0 s  missing packages, device, builds                          20 s
+     20 s  bring-up of each family in the build that traps           2 x 30 s, at most 75 s each
+     80 s  first times of the families that passed                   at most 60 s; the first are there by 110 s
+    140 s  ncu on the three kernels, and a step kernel by kernel     at most 75 s and 40 s; 160 s are left for what follows
+    230 s  all tests: each family, portable kernels, search          4 x 30 s, at most 90 s each
+    350 s  memcheck of what failed, then compute-sanitizer on the rest with the time that is left
 
-Second call, at most 270 s: where all of it was right, the times beside all peers; else the family that was mended.
+Second call, at most 270 s: if all passed, the times with all peers; else the family that was mended.
 
-    python3 -m benchmarks.gpu time --limit 260 --earlier results/DEVICE.json ...as above
-    python3 -m benchmarks.gpu check profile --families sm90 --limit 260 ...as above
+    python3 -m benchmarks.gpu time --limit 255 --earlier benchmarks/results/DEVICE.json ...as above
+    python3 -m benchmarks.gpu check profile --families sm90 --limit 255 ...as above
 
---prebuilt takes what `python3.12 -m benchmarks.gpu prebuild FOLDER` has made with a Python of the device's version, on a
-system whose glibc is not newer than the device's (needs nvcc, setuptools, pybind11 and ninja; 13 MB for both builds).
---wheels takes a folder of wheels for a machine without a network: `pip download --no-deps` of tyro, docstring_parser,
-typeguard, and for `time` pytorch-metric-learning, cut-cross-entropy and liger-kernel.
+HASH is the full hash of the commit; without one the result cannot switch anything on. FOLDER is the one that the device's
+files come back from: the result, the log, the report of ncu and a picture.
 
-Exit code 0: all that was asked for is right. Steps that only use the time that is left are not faults. The result is
-DEVICE.json in --output, written after every step; commit it, switch on what passed (fused_margin/ops/dispatch.py), and
-run `python -m benchmarks.publish DEVICE.json`.
+--prebuilt takes what `python3.12 -m benchmarks.gpu prebuild build/prebuilt` has made with a Python of the device's version,
+on a system whose glibc is not newer than the device's (needs nvcc, setuptools, pybind11 and ninja; 13 MB for both builds).
+--wheels takes a folder of wheels for a machine without a network: `pip download --no-deps` of tyro, docstring_parser and
+typeguard, and for `time` of pytorch-metric-learning, cut-cross-entropy and liger-kernel. git ignores build/: a copy of the
+tree has to name these folders.
+
+Exit code 0: everything that ran passed, and all tests that were asked for ran. Times, profiles and sanitizers may end for
+want of time. The result is DEVICE.json in FOLDER, written after every step; commit it in benchmarks/results, switch on what
+passed (fused_margin/ops/dispatch.py), and run `python -m benchmarks.publish benchmarks/results/DEVICE.json`.
 """
 
 from __future__ import annotations
@@ -34,6 +38,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -42,7 +47,7 @@ from pathlib import Path
 
 from .builds import PLAIN, TRAP, Builds, architectures, prebuild
 from .outcomes import FAMILIES, PORTABLE, SEARCH, Outcomes
-from .record import Record, commit_of, kernel_sources
+from .record import Record, commit_of, device_slug, failures_of, kernel_sources
 from .steps import FAILED, PASSED, Steps
 from .testing import Tests
 
@@ -52,6 +57,7 @@ NEEDED = ("torch", "numpy", "pytest", "hypothesis", "matplotlib", "rich", "tyro"
 TO_BUILD = ("setuptools", "pybind11", "ninja")
 PEERS = ("pytorch_metric_learning", "cut_cross_entropy", "liger_kernel", "triton")
 FIRST_TIMES_SECONDS = 60
+TEST_SECONDS = 160  # that profiles leave for the tests
 SANITIZERS = ("memcheck", "racecheck", "synccheck")
 NCU_SECTIONS = (
     "SpeedOfLight", "LaunchStats", "Occupancy", "SchedulerStats", "WarpStateStats", "MemoryWorkloadAnalysis",
@@ -61,7 +67,8 @@ DESCRIBE = """
 import json, platform, torch
 import fused_margin as fm
 from benchmarks import kernels
-assert not kernels.missing("cuda"), kernels.missing("cuda")
+if why := kernels.missing("cuda"):
+    raise SystemExit(why)
 gpu = torch.cuda.get_device_properties()
 print(json.dumps({
     "families": kernels.available_families(),
@@ -78,7 +85,7 @@ def arguments_of(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("parts", nargs="*", choices=PARTS, default=[], metavar="|".join(PARTS), help="default: all")
+    parser.add_argument("parts", nargs="*", metavar="|".join(PARTS), help="default: all")
     parser.add_argument("--families", nargs="+", choices=FAMILIES, help="default: all that the device runs")
     parser.add_argument("--limit", type=float, default=570.0, help="seconds for everything; default 570")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="folder of the results")
@@ -89,7 +96,9 @@ def arguments_of(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--commit", help="hash of the commit that is measured; default: from git")
     parser.add_argument("--python", default=sys.executable, help="interpreter with torch; default: this one")
-    chosen = parser.parse_args(arguments)
+    chosen = parser.parse_intermixed_args(arguments)
+    if unknown := [part for part in chosen.parts if part not in PARTS]:
+        parser.error(f"expected parts among {', '.join(PARTS)}; got {', '.join(unknown)}")
     chosen.parts = chosen.parts or list(PARTS)
     for name in ("output", "prebuilt", "wheels", "earlier"):
         path = getattr(chosen, name)
@@ -110,12 +119,13 @@ class Run:
         log = options.output / f"{self.gpu}.log"
         log.write_text("")
         environment = {
-            "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(root), "TORCH_CUDA_ARCH_LIST": architectures(capability),
+            "PYTHONUNBUFFERED": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "TORCH_CUDA_ARCH_LIST": architectures(capability),
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")])),
         }  # fmt: skip
         self.steps = Steps(options.limit, log, root, environment)
         self.builds = Builds(self.steps, self.python, options.prebuilt)
         self.tests = Tests(self.steps, self.python)
-        self.right: list[str] = []  # families
+        self.passed: list[str] = []  # families
 
     def query_device(self) -> tuple[str, str, str]:
         query = ["nvidia-smi", "--query-gpu=name,driver_version,compute_cap", "--format=csv,noheader"]
@@ -124,29 +134,40 @@ class Run:
         except (OSError, subprocess.CalledProcessError, IndexError) as error:
             sys.exit(f"No GPU: nvidia-smi does not name one ({error})")
         name, driver, capability = (part.strip() for part in first.split(","))
-        return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-"), driver, capability
+        return device_slug(name), driver, capability
 
     def wanted(self, part: str) -> bool:
         return part in self.options.parts
 
     def main(self, command: str) -> bool:
-        if self.prepare(command):
-            groups = self.options.families or [*self.available, PORTABLE, SEARCH]
-            families = [name for name in self.available if name in groups]
-            if self.wanted("check"):
-                self.check(families, [name for name in groups if name not in families])
-            else:
-                self.take_over(families)
-            if self.wanted("sanitize"):
-                self.sanitize([*self.right, *(name for name in groups if name not in families)])
-            if self.wanted("time"):
-                self.time()
+        try:
+            if self.prepare(command):
+                self.run_parts()
+        except KeyboardInterrupt:
+            self.steps.finish("interrupted", FAILED, 0.0)
+        if hasattr(self, "record"):
             self.record.write()
-            self.record.times.unlink(missing_ok=True)  # all of it is in the record
-        self.steps.say(f"\n=== summary, {self.steps.elapsed():.0f} s")
+            for path in self.record.times:  # all of them is in the record
+                path.unlink(missing_ok=True)
+        self.steps.print(f"\n=== summary, {self.steps.elapsed():.0f} s")
         for step in self.steps.done:
-            self.steps.say(str(step))
-        return not any(step.wrong for step in self.steps.done)
+            self.steps.print(str(step))
+        return not any(step.failed for step in self.steps.done)
+
+    def run_parts(self) -> None:
+        groups = self.options.families or [*self.available, PORTABLE, SEARCH]
+        families = [name for name in self.available if name in groups]
+        others = [name for name in groups if name not in families]
+        if self.wanted("check"):
+            self.check(families, others)
+        else:
+            self.load_earlier_tests(families)
+            if self.passed and self.wanted("profile"):
+                self.profile()
+        if self.wanted("sanitize"):
+            self.sanitize([*self.passed, *others])
+        if self.passed and self.wanted("time"):
+            self.time()
 
     def prepare(self, command: str) -> bool:
         """Packages, builds, and what the machine is; False where one is missing."""
@@ -154,9 +175,9 @@ class Run:
             site = tempfile.mkdtemp(prefix="fused-margin-site-")
             wheels = sorted(map(str, self.options.wheels.glob("*.whl")))
             install = [self.python, "-m", "pip", "install", "-q", "--no-index", "--no-deps", f"--target={site}"]
-            if self.steps.run("wheels", 60, [*install, *wheels]).wrong:
+            if self.steps.run("wheels", 60, [*install, *wheels]).failed:
                 return False
-            self.steps.environment["PYTHONPATH"] += f":{site}"
+            self.steps.environment["PYTHONPATH"] += os.pathsep + site
         needed = [*NEEDED, *(() if self.builds.prebuilt else TO_BUILD), *(PEERS if self.wanted("time") else ())]
         missing = subprocess.run(
             [self.python, "-c", FIND, *needed], cwd=self.root, env={**os.environ, **self.steps.environment},
@@ -170,7 +191,7 @@ class Run:
         self.builds.use(TRAP if self.wanted("check") else PLAIN)
         described = self.options.output / "machine.json"
         code = f"import sys; sys.stdout = open({str(described)!r}, 'w')\n{DESCRIBE}"
-        if self.steps.run("machine", 60, [self.python, "-c", code]).wrong:
+        if self.steps.run("machine", 60, [self.python, "-c", code]).failed:
             return False
         machine = json.loads(described.read_text())
         described.unlink()
@@ -181,105 +202,118 @@ class Run:
             self.steps.finish("families", FAILED, 0.0, f"not in this build or not for this device: {' '.join(absent)}")
             return False
         earlier = json.loads(self.options.earlier.read_text()) if self.options.earlier else {}
+        commit = self.options.commit or commit_of(self.root)
+        if not re.fullmatch("[0-9a-f]{40}", commit or ""):
+            self.steps.print(f"=== no commit ({commit}): the result can switch nothing on; see --commit")
+        output = self.options.output
         self.record = Record(
-            self.options.output / f"{self.gpu}.json", self.options.output / f"{self.gpu}-times.json", command,
-            self.options.commit or commit_of(self.root), kernel_sources(self.root), machine, self.steps, earlier,
+            output / f"{self.gpu}.json", (output / f"{self.gpu}-first-times.json", output / f"{self.gpu}-times.json"),
+            command, commit, kernel_sources(self.root), machine, self.steps, earlier,
         )  # fmt: skip
-        self.record.times.unlink(missing_ok=True)
+        for path in self.record.times:
+            path.unlink(missing_ok=True)
         self.record.write()
         return True
 
-    def take_over(self, families: list[str]) -> None:
-        """Families that an earlier call found right, of the same sources; their answers are still checked before times."""
+    def load_earlier_tests(self, families: list[str]) -> None:
+        """Families that passed in an earlier call with the same sources. The benchmarks check answers all the same."""
         tests = self.record.of_same_sources().get("tests", {})
         for family in families:
             found = tests.get(family, {"passed": 0})
             if found["passed"] and not found["failed"] and not found["unfinished"]:
-                self.right.append(family)
-        if self.right != families:
-            missing = [family for family in families if family not in self.right]
+                self.passed.append(family)
+        if missing := [family for family in families if family not in self.passed]:
             self.steps.finish("earlier tests", FAILED, 0.0, f"not passed with these sources: {' '.join(missing)}")
 
     def check(self, families: list[str], others: list[str]) -> None:
-        """Bring-up in the build that traps, first times and profiles of what is right, then all tests."""
+        """Bring-up in the build that traps, first times and profiles of what passed, all tests, memcheck of what failed."""
         for family in reversed(families):  # the simplest first
             found = self.record.tests.setdefault(family, Outcomes())
             found.add(self.tests.bring_up(family))
             self.record.write()
-            if found.right:
-                self.right.insert(0, family)
-            elif found.wrong_tests:
-                self.note_sanitizer("memcheck", family, self.tests.sanitize("memcheck", family, found.wrong_tests))
+            if found.passed:
+                self.passed.insert(0, family)
+            else:
+                self.report(family)
+        failed = [family for family in families if family not in self.passed]
         self.builds.use(PLAIN)
-        if self.right:
+        if self.passed:
             self.first_times()
             if self.wanted("profile"):
                 self.profile()
-        for group in [*self.right, *others]:
+        for group in [*self.passed, *others]:
             found = self.record.tests.setdefault(group, Outcomes())
             outcomes = self.tests.all_of(group)
             found.add(outcomes)
             found.complete = outcomes.complete
             self.record.write()
-            if group in self.right and not found.right:
-                self.right.remove(group)
-            if not found.right or not found.complete:
-                detail = f"{len(found.wrong_tests)} tests of {len(found.tests)} are wrong or unfinished"
-                self.steps.finish(group, FAILED, 0.0, detail)
+            if not found.passed or not found.complete:
+                self.report(group)
+                if group in self.passed:
+                    self.passed.remove(group)
+        if failed:
+            self.builds.use(TRAP)
+            for family in failed:
+                if tests := self.record.tests[family].failed_tests:
+                    self.add_sanitized("memcheck", family, self.tests.sanitize("memcheck", family, tests))
+            self.builds.use(PLAIN)
+
+    def report(self, group: str) -> None:
+        found = self.record.tests[group]
+        counts = f"{len(found.tests)} tests began, {len(found.failed_tests)} failed or did not finish"
+        self.steps.finish(group, FAILED, 0.0, counts)
+
+    def benchmark(self, name: str, seconds: float, path: Path, *options: str) -> None:
+        """Times of the families that passed. A contestant of ours whose answer is wrong is a fault."""
+        command = [self.python, "-m", "benchmarks", "kernels", "--device", "cuda", *options, "--families", *self.passed]
+        self.steps.run(name, seconds, [*command, "--output", str(path)], optional=True)
+        failures = failures_of(json.loads(path.read_text())["suites"], "ours") if path.exists() else []
+        for failure in failures:
+            self.steps.finish(name, FAILED, 0.0, failure)
+        self.record.write()
 
     def first_times(self) -> None:
-        self.steps.run(
-            f"first times: {' '.join(self.right)}", FIRST_TIMES_SECONDS,
-            [
-                self.python, "-m", "benchmarks", "kernels", "--device", "cuda", "--rounds", "5", "--warmup", "1",
-                "--no-compiled", "--families", *self.right, "--output", str(self.record.times),
-            ],
-            optional=True,
-        )  # fmt: skip
-        self.record.write()
+        self.benchmark(
+            "first times", FIRST_TIMES_SECONDS, self.record.times[0], "--rounds", "5", "--warmup", "1", "--no-compiled"
+        )
+
+    def time(self) -> None:
+        self.builds.use(PLAIN)
+        self.benchmark("times", self.steps.left(), self.record.times[1], "--rounds", "9")
 
     def profile(self) -> None:
         """Why a kernel takes as long as it does, and which kernels a step is made of."""
         report = self.options.output / f"{self.gpu}-ncu"
         sections = [argument for name in NCU_SECTIONS for argument in ("--section", name)]
+        kernels = [self.python, "-m", "benchmarks.gpu.profile", "kernels", *self.passed]
+        options = ["--clock-control", "none", "--kernel-name", "regex:sweep", *sections, "-f", "-o", str(report)]
+        reserved = TEST_SECONDS if self.wanted("check") else 0
         profiled = self.steps.run(
-            "ncu", 75,
-            [
-                "ncu", "--clock-control", "none", "--kernel-name", "regex:sweep", *sections, "-f", "-o", str(report),
-                self.python, "-m", "benchmarks.gpu.profile", "kernels", *self.right,
-            ],
-            optional=True,
-        )  # fmt: skip
+            "ncu", min(75, self.steps.left() - reserved), ["ncu", *options, *kernels], optional=True
+        )
         if profiled.state == PASSED:
             self.steps.run(
                 "ncu, as text", 20, ["ncu", "--import", f"{report}.ncu-rep", "--page", "details"], optional=True
             )
         self.steps.run(
-            "steps by kernel", 40,
-            [self.python, "-m", "benchmarks.gpu.profile", "steps", *self.right, PORTABLE], optional=True,
+            "steps by kernel", min(40, self.steps.left() - reserved),
+            [self.python, "-m", "benchmarks.gpu.profile", "steps", *self.passed, PORTABLE], optional=True,
         )  # fmt: skip
         self.record.write()
 
     def sanitize(self, groups: Sequence[str]) -> None:
         for tool in SANITIZERS:
             for group in groups:
-                self.note_sanitizer(tool, group, self.tests.sanitize(tool, group))
+                self.add_sanitized(tool, group, self.tests.sanitize(tool, group))
 
-    def note_sanitizer(self, tool: str, group: str, outcomes: Outcomes | None) -> None:
+    def add_sanitized(self, tool: str, group: str, outcomes: Outcomes | None) -> None:
         if outcomes is not None:
             self.record.sanitizers.setdefault(tool, {})[group] = outcomes
             self.record.write()
 
-    def time(self) -> None:
-        self.builds.use(PLAIN)
-        self.steps.run(
-            f"times: {' '.join(self.right)}", 300,
-            [
-                self.python, "-m", "benchmarks", "kernels", "--device", "cuda", "--rounds", "9", "--families", *self.right,
-                "--output", str(self.record.times),
-            ],
-        )  # fmt: skip
-        self.record.write()
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def main(arguments: Sequence[str], root: Path = ROOT) -> int:
@@ -295,4 +329,5 @@ def main(arguments: Sequence[str], root: Path = ROOT) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, interrupt)  # as Ctrl-C: the command that runs is ended, and the record written
     sys.exit(main(sys.argv[1:]))

@@ -59,7 +59,7 @@ class Builds:
                 return False
             shutil.copytree(source, self.steps.root / METADATA, dirs_exist_ok=True)
             return True
-        if self.steps.run("metadata", 30, [self.python, "setup.py", "-q", "egg_info"]).wrong:
+        if self.steps.run("metadata", 30, [self.python, "setup.py", "-q", "egg_info"]).failed:
             return False
         begin, running = time.monotonic(), {}
         for variant, command in commands(self.python, self.directory).items():
@@ -74,7 +74,7 @@ class Builds:
                 )
         failed = [variant for variant, (_, process) in running.items() if process.wait() != 0]
         for variant in failed:
-            self.steps.say("\n".join(running[variant][0].read_text().splitlines()[-30:]))
+            self.steps.print("\n".join(running[variant][0].read_text().splitlines()[-30:]))
         self.steps.finish("both builds", FAILED if failed else PASSED, time.monotonic() - begin, ", ".join(failed))
         return not failed
 

@@ -15,6 +15,7 @@ SELECTION = {  # expressions of pytest -k
     SEARCH: " or ".join(SEARCH_TESTS),
     PORTABLE: "not " + " and not ".join((*FAMILIES, *SEARCH_TESTS)),
 }
+INCOMPLETE = "not all tests have run"  # for want of time
 WORST_FIRST = ("failed", "unfinished", "passed", "skipped")
 
 
@@ -28,12 +29,12 @@ class Outcomes:
     complete: bool = False
 
     @property
-    def right(self) -> bool:
+    def passed(self) -> bool:
         found = set(self.tests.values())
         return "passed" in found and not found & {"failed", "unfinished"}
 
     @property
-    def wrong_tests(self) -> list[str]:
+    def failed_tests(self) -> list[str]:
         return [test for test, outcome in self.tests.items() if outcome in ("failed", "unfinished")]
 
     def add(self, other: Outcomes) -> None:
@@ -43,6 +44,11 @@ class Outcomes:
         self.reasons |= other.reasons
         self.notes += [note for note in other.notes if note not in self.notes]
 
+    def drop_last(self) -> None:
+        """Forgets the test that was running when the time was over."""
+        if self.tests and list(self.tests.values())[-1] == "unfinished":
+            del self.tests[list(self.tests)[-1]]
+
     def summary(self) -> dict:
         """Number of tests passed, and the others by name."""
         named = {
@@ -50,7 +56,7 @@ class Outcomes:
             for outcome in ("failed", "skipped", "unfinished")
         }
         if not self.complete:
-            named["unfinished"].append("not all tests have run")
+            named["unfinished"].append(INCOMPLETE)
         return {"passed": list(self.tests.values()).count("passed"), **named, "notes": self.notes}
 
     def _described(self, test: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import subprocess
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,8 +24,44 @@ def kernel_sources(root: Path) -> str:
 
 
 def commit_of(root: Path) -> str | None:
-    result = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
+    try:
+        result = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
+    except OSError:  # no git
+        return None
     return result.stdout.strip() or None
+
+
+def device_slug(name: str) -> str:
+    """A device's name as that of a file."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def merge_times(earlier: dict, later: dict) -> dict:
+    """A report of `python -m benchmarks`, with those sections of an earlier one that it has not timed."""
+    if not later:
+        return earlier
+    suites = {name: list(sections) for name, sections in later.get("suites", {}).items()}
+    for name, sections in earlier.get("suites", {}).items():
+        timed = [section["shape"] for section in suites.get(name, []) if is_timed(section)]
+        kept = [section for section in sections if section["shape"] not in timed]
+        shapes = [section["shape"] for section in kept]
+        suites[name] = kept + [section for section in suites.get(name, []) if section["shape"] not in shapes]
+    return {**later, "suites": suites}
+
+
+def is_timed(section: dict) -> bool:
+    return any(contestant["seconds"] for contestant in section["contestants"])
+
+
+def failures_of(suites: dict, prefix: str) -> list[str]:
+    """Contestants of that beginning that failed or were wrong; not those that a device has too little memory for."""
+    return [
+        f"{suite}: {entry['name']}: {entry['failure']}"
+        for suite, sections in suites.items()
+        for section in sections
+        for entry in section["contestants"]
+        if entry["name"].startswith(prefix) and entry.get("failure") and "does not fit" not in entry["failure"]
+    ]
 
 
 @dataclass
@@ -32,7 +69,7 @@ class Record:
     """Written after every step: a run may end at any time."""
 
     path: Path
-    times: Path  # what `python -m benchmarks kernels` writes
+    times: tuple[Path, ...]  # what `python -m benchmarks kernels` writes, the first times first
     command: str
     commit: str | None
     sources: str
@@ -45,19 +82,25 @@ class Record:
     def of_same_sources(self) -> dict:
         return self.earlier if self.earlier.get("kernel_sources") == self.sources else {}
 
+    def all_times(self) -> dict:
+        """Of this call, and of the earlier one where this one has none."""
+        keys = ("date", "complete", "threads", "suites", "edge_checks", "targets")
+        times = {key: value for key, value in self.of_same_sources().items() if key in keys}
+        if "benchmark_command" in self.of_same_sources():
+            times["command"] = self.of_same_sources()["benchmark_command"]
+        for path in self.times:
+            times = merge_times(times, json.loads(path.read_text()) if path.exists() else {})
+        return times
+
     def summary(self) -> dict:
-        earlier = self.of_same_sources()
-        times = json.loads(self.times.read_text()) if self.times.exists() else {}
-        if not times:  # an earlier call's
-            keys = ("date", "complete", "threads", "suites", "edge_checks", "targets")
-            times = {key: earlier[key] for key in keys if key in earlier}
+        earlier, times = self.of_same_sources(), self.all_times()
         sanitizers = dict(earlier.get("sanitizers", {}))
         for tool, groups in self.sanitizers.items():
             sanitizers[tool] = sanitizers.get(tool, {}) | {name: each.summary() for name, each in groups.items()}
         return {
             **times,
             "command": self.command,
-            "benchmark_command": times.get("command", earlier.get("benchmark_command")),
+            "benchmark_command": times.get("command"),
             "commit": self.commit,
             "kernel_sources": self.sources,
             "hardware": times.get("hardware", {}) | self.machine["hardware"],
@@ -68,4 +111,6 @@ class Record:
         }
 
     def write(self) -> None:
-        self.path.write_text(json.dumps(self.summary(), indent=1, ensure_ascii=False) + "\n")
+        unfinished = self.path.with_name(self.path.name + ".unfinished")
+        unfinished.write_text(json.dumps(self.summary(), indent=1, ensure_ascii=False) + "\n")
+        unfinished.replace(self.path)

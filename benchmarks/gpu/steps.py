@@ -1,4 +1,4 @@
-"""Runs commands one after another within one time limit, shows and logs what they print, and remembers how they ended."""
+"""Runs commands one after another within one time limit, shows and logs their output, and records how they ended."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from pathlib import Path
 
 LEAST_SECONDS = 10  # a step with less time left is not begun
 GRACE_SECONDS = 5  # from SIGTERM to SIGKILL
+# Of the same session: whoever ends this process's session ends the command too.
+NEW_GROUP = {"process_group": 0} if sys.version_info >= (3, 11) else {"preexec_fn": os.setpgrp}
 PASSED, FAILED, TIMED_OUT, NOT_RUN, STOPPED = "passed", "FAILED", "TIMED OUT", "NOT RUN", "stopped"
 
 
@@ -25,7 +27,7 @@ class Step:
     detail: str = ""
 
     @property
-    def wrong(self) -> bool:
+    def failed(self) -> bool:
         return self.state in (FAILED, TIMED_OUT, NOT_RUN)
 
     def __str__(self) -> str:
@@ -39,7 +41,7 @@ class Steps:
     limit: float
     log: Path
     root: Path
-    environment: Mapping[str, str]
+    environment: dict[str, str]
     done: list[Step] = field(default_factory=list)
     begin: float = field(default_factory=time.monotonic)
 
@@ -49,7 +51,7 @@ class Steps:
     def left(self) -> float:
         return self.limit - self.elapsed()
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
         print(text, flush=True)
         with self.log.open("a") as file:
             file.write(text + "\n")
@@ -57,7 +59,7 @@ class Steps:
     def finish(self, name: str, state: str, seconds: float, detail: str = "") -> Step:
         step = Step(name, state, seconds, detail)
         self.done.append(step)
-        self.say(f"=== {self.elapsed():.0f} s: {step}")
+        self.print(f"=== {self.elapsed():.0f} s: {step}")
         return step
 
     def run(
@@ -65,12 +67,12 @@ class Steps:
     ) -> Step:
         """Runs a command for at most so many seconds, and no longer than the whole run may take.
 
-        An optional step for which no time is left, or that runs out of it, is not a fault.
+        An optional step does not fail for want of time.
         """
         budget = min(seconds, self.left())
         if budget < LEAST_SECONDS:
             return self.finish(name, STOPPED if optional else NOT_RUN, 0.0, "no time left")
-        self.say(f"\n=== {self.elapsed():.0f} s: {name} (at most {budget:.0f} s): {' '.join(command):.300}")
+        self.print(f"\n=== {self.elapsed():.0f} s: {name} (at most {budget:.0f} s): {' '.join(command):.300}")
         begin = time.monotonic()
         code = self._wait(command, budget, environment)
         took = time.monotonic() - begin
@@ -82,7 +84,7 @@ class Steps:
         """Exit code, or None where the time was over. The command's own processes end with it."""
         process = subprocess.Popen(
             command, cwd=self.root, env={**os.environ, **self.environment, **environment}, text=True, errors="replace",
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **NEW_GROUP,
         )  # fmt: skip
         reader = threading.Thread(target=self._copy, args=(process.stdout,), daemon=True)
         reader.start()

@@ -49,8 +49,7 @@ struct LaunchConfig {
     LaunchConfig(const LaunchConfig&) = delete; // config points into this
 };
 
-// What is asked of the runtime before a kernel's first launch loads the kernel, which a graph capture forbids unless
-// the thread says that it is aware of it.
+// Allows runtime calls that load a kernel while this thread captures a graph.
 struct RelaxedCapture {
     cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
     RelaxedCapture() { check(cudaThreadExchangeStreamCaptureMode(&mode), "capture mode"); }
@@ -100,9 +99,9 @@ template <class... A> void allow_shared_memory(void (*kernel)(A...), int most_by
 // Clusters of these blocks that the current device runs at a time. Asked once for each way to launch.
 template <class... A> int resident_clusters(void (*kernel)(A...), int cluster_size, int threads, int shared_bytes) {
     static std::mutex mutex;
-    static std::map<std::tuple<int, void (*)(A...), int, int>, int> known;
+    static std::map<std::tuple<int, void (*)(A...), int, int, int>, int> known;
     std::lock_guard<std::mutex> lock(mutex);
-    int& count = known[{current_device(), kernel, cluster_size, shared_bytes}];
+    int& count = known[{current_device(), kernel, cluster_size, threads, shared_bytes}];
     if (count == 0) {
         RelaxedCapture relaxed;
         LaunchConfig launch(multiprocessors() / cluster_size, cluster_size, threads, shared_bytes, nullptr);
