@@ -81,8 +81,8 @@ inline int multiprocessors() {
     return count;
 }
 
-// Lets a kernel have dynamic shared memory up to `most_bytes`, its largest launch. Once for each device: set anew for
-// every launch, a smaller value of another host thread could come between a larger one and its launch.
+// Lets a kernel have dynamic shared memory up to `most_bytes`, its largest launch, once for each device. If each launch
+// set its own size, another host thread could set a smaller one between the setting and the launch.
 template <class... A> void allow_shared_memory(void (*kernel)(A...), int most_bytes) {
     static std::mutex mutex;
     static std::set<std::pair<int, void (*)(A...)>> allowed;
