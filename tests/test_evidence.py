@@ -21,8 +21,8 @@ PASSED = {
     "passed": 61,
     "failed": [],
     "skipped": [
-        "test_cuda.py::test_offsets_beyond_31_bits[sm90]: needs 48 GiB of device memory",
-        "test_cuda.py::test_the_second_device[sm90]: Skipped: needs two devices",
+        "test_calls.py::test_offsets_beyond_31_bits[sm90]: needs 48 GiB of device memory",
+        "test_calls.py::test_the_second_device[sm90]: Skipped: needs two devices",
     ],
     "unfinished": [],
 }

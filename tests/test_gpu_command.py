@@ -32,7 +32,7 @@ class cuda:
         if os.environ.get("LOST"): raise RuntimeError("CUDA error: unspecified launch failure")
 """
 
-# As tests/test_cuda.py names its tests. What goes wrong with sm90 is in the environment.
+# As tests/cuda names its tests. What goes wrong with sm90 is in the environment.
 CUDA_TESTS = """
 import os, time, pytest
 if os.environ.get("FAULT") == "import": raise ImportError("a package that is missing")
@@ -112,7 +112,7 @@ class StandIn:
         monkeypatch.setattr(testing, "LEAST_SECONDS", 0.5)
         self.write("torch.py", TORCH)
         self.write("pytest.ini", "[pytest]\nmarkers =\n    cuda\n    sanitizer\n")
-        self.write("tests/test_cuda.py", CUDA_TESTS)
+        self.write("tests/cuda/test_products.py", CUDA_TESTS)
         self.write("csrc/kernel.cu", "")
         self.write("fused_margin/__init__.py", "")
         for variant in (builds.PLAIN, builds.TRAP):
@@ -166,7 +166,7 @@ def test_all_right(device, monkeypatch):
     for tests in result["tests"].values():
         assert tests["failed"] == tests["unfinished"] == []
     assert result["tests"]["portable"]["skipped"] == [
-        "tests/test_cuda.py::test_the_second_device: Skipped: needs two devices"
+        "tests/cuda/test_products.py::test_the_second_device: Skipped: needs two devices"
     ]
     assert result["tests"]["sm90"]["notes"] == ["arithmetic: sm90"]
     assert result["commit"] == COMMIT and result["kernel_sources"] == record.kernel_sources(device.root)
@@ -192,7 +192,7 @@ def test_a_family_at_fault_is_left_out_and_the_others_go_on(device, fault):
     sm90, sm80 = result["tests"]["sm90"], result["tests"]["sm80"]
     assert sm80["passed"] == 4 and not sm80["failed"] and not sm80["unfinished"]
     assert result["tests"]["portable"]["passed"] == 1 and result["tests"]["search"]["passed"] == 1
-    at_fault = "tests/test_cuda.py::test_exponent_sum[sm90]"
+    at_fault = "tests/cuda/test_products.py::test_exponent_sum[sm90]"
     named = sm90["unfinished" if fault == "hang" else "failed"]
     assert named[0].startswith(at_fault)
     assert "device lost" in named[0] or fault not in ("trap", "late")
@@ -208,7 +208,7 @@ def test_a_family_at_fault_is_left_out_and_the_others_go_on(device, fault):
 
 def test_a_fault_that_only_all_tests_show(device):
     code, result = device.run("check", fault="wrong in all")
-    assert code == 1 and result["tests"]["sm90"]["failed"] == ["tests/test_cuda.py::test_options[sm90]"]
+    assert code == 1 and result["tests"]["sm90"]["failed"] == ["tests/cuda/test_products.py::test_options[sm90]"]
 
 
 def test_a_missing_package_is_an_error_before_anything_runs(device, monkeypatch, capsys):
@@ -310,7 +310,7 @@ sys.exit(command.main({[*arguments, "--python", str(device.python), "--commit", 
 def test_every_cuda_test_belongs_to_one_group():
     """Expressions of -k match parts of names: a test that is renamed must not leave a group, or bring-up, unnoticed."""
     listing = subprocess.run(
-        [sys.executable, "-m", "pytest", "tests/test_cuda.py", "--collect-only", "-q", "-p", "no:cacheprovider"],
+        [sys.executable, "-m", "pytest", testing.SUITE, "--collect-only", "-q", "-p", "no:cacheprovider"],
         cwd=ROOT, capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
     names = [line.partition("::")[2] for line in listing.splitlines() if "::" in line]

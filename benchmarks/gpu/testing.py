@@ -9,7 +9,7 @@ from pathlib import Path
 from .outcomes import SELECTION, Outcomes, read
 from .steps import FAILED, LEAST_SECONDS, NOT_RUN, STOPPED, TIMED_OUT, Steps
 
-SUITE = "tests/test_cuda.py"
+SUITE = "tests/cuda"
 MOST_PROCESSES = 6  # that continue after each other
 BRING_UP_SECONDS, ALL_SECONDS = 75, 90
 HANG_SECONDS = 30
@@ -24,7 +24,7 @@ SANITIZER = (
 
 
 class Tests:
-    """Runs of tests/test_cuda.py."""
+    """Runs of tests/cuda."""
 
     def __init__(self, steps: Steps, python: str):
         self.steps, self.python = steps, python

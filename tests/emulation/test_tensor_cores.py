@@ -137,7 +137,7 @@ def test_losses_and_gradients(family, precision, shape):
 @pytest.mark.parametrize("precision", ["highest"], indirect=True)
 @pytest.mark.parametrize("shape", [(129, 193, 40), (300, 1100, 512), (33, 260, 1000), (20, 200, 2048)], ids=str)
 def test_exponent_sum(family, precision, shape):
-    """The limits of tests/test_cuda.py. At a scale of one a class that is missing or counted twice shows."""
+    """The limits of tests/cuda. At a scale of one a class that is missing or counted twice shows."""
     x, w, y = single(*shape)
     cosines = reference.normalize(x.double()) @ reference.normalize(w.double()).t()
     for scale, limit in ((64.0, 2e-5), (1.0, 2e-6)):

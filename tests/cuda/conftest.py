@@ -1,0 +1,35 @@
+"""Fixtures of the tests on a device."""
+
+import pytest
+import torch
+from on_device import FAMILIES
+
+from fused_margin.ops import dispatch
+
+
+def serve(name):
+    if name in FAMILIES:
+        if not FAMILIES[name].compiled:
+            pytest.skip(f"{name} is not compiled")
+        if not FAMILIES[name].runs_on(torch.cuda.get_device_capability()):
+            pytest.skip(f"{name} does not run on this device")
+    with dispatch.use(name):
+        yield name
+
+
+@pytest.fixture(params=[dispatch.PORTABLE, *FAMILIES])
+def way(request):
+    yield from serve(request.param)
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    yield from serve(request.param)
+
+
+@pytest.fixture(params=["highest", "high"])
+def precision(request):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(request.param)
+    yield request.param
+    torch.set_float32_matmul_precision(before)
