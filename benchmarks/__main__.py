@@ -207,7 +207,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         finally:
             verdicts = save()
             if nothing_selected():
-                sys.exit(f"nobody is called {' or '.join(map(repr, options.only))}: nothing was measured or written")
+                sys.exit(
+                    f"no contestant is named {' or '.join(map(repr, options.only))}: nothing was measured or written"
+                )
             draw(report, output.with_suffix(".png"))
         if verdicts:
             console.print(tables.target_table(verdicts))

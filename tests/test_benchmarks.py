@@ -230,8 +230,8 @@ def test_every_section_of_kernels_is_written_when_it_is_complete(
 
 
 def test_nothing_is_written_where_nobody_is_called_so(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="nobody is called 'nobody'"):
-        run_quick(tmp_path, "step", "exclusive", "--only", "nobody")
+    with pytest.raises(SystemExit, match="no contestant is named 'absent'"):
+        run_quick(tmp_path, "step", "exclusive", "--only", "absent")
     assert not list(tmp_path.iterdir())
 
 

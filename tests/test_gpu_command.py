@@ -91,6 +91,11 @@ json.dump({{'families': ['sm90', 'sm80'], 'hardware': {{'gpu': 'Stand-in 1'}}, '
     printf '{{"command": "python -m benchmarks kernels", "suites": %s, "hardware": {{"cpu": "any"}}}}' "$suites" >"$last"
     [[ "$FAULT" != "slow times" ]] || sleep 600
     ;;
+*"-m benchmarks.gpu prebuild"*)
+    echo "prebuild: $*" >>{calls}
+    [[ "$FAULT" != "build" ]] || exit 1
+    mkdir -p "$4" && cp -r prebuilt/. "$4"
+    ;;
 *"-m benchmarks.gpu.profile"*) echo "profile: $*" >>{calls} ;;
 *"-m pytest"*)
     echo "pytest: $(cat fused_margin/_C.stand-in.so) $*" >>{calls}
@@ -137,13 +142,11 @@ class StandIn:
         path.write_text(textwrap.dedent(text))
         return path
 
-    def run(self, *arguments: str, fault: str = "", limit: float = 300) -> tuple[int, dict]:
+    def run(self, *arguments: str, fault: str = "", prebuilt: bool = True) -> tuple[int, dict]:
         self.monkeypatch.setenv("FAULT", fault)
-        code = command.main(
-            [*arguments, "--limit", str(limit), "--prebuilt", str(self.root / "prebuilt"), "--output", str(self.output),
-             "--python", str(self.python), "--commit", COMMIT],
-            self.root,
-        )  # fmt: skip
+        brought = ["--prebuilt", str(self.root / "prebuilt")] if prebuilt else []
+        options = ["--limit", "300", "--output", str(self.output), "--python", str(self.python), "--commit", COMMIT]
+        code = command.main([*arguments, *options, *brought], self.root)
         result = self.output / "stand-in-1.json"
         return code, json.loads(result.read_text()) if result.exists() else {}
 
@@ -209,6 +212,14 @@ def test_a_family_at_fault_is_left_out_and_the_others_go_on(device, fault):
 def test_a_fault_that_only_all_tests_show(device):
     code, result = device.run("check", fault="wrong in all")
     assert code == 1 and result["tests"]["sm90"]["failed"] == ["tests/cuda/test_products.py::test_options[sm90]"]
+
+
+def test_a_build_on_the_device(device):
+    assert device.run("check", prebuilt=False)[0] == 0
+    (build,) = device.called("prebuild")
+    assert build.endswith("build/gpu --capability 9.0")
+    device.calls.unlink()
+    assert device.run("check", prebuilt=False, fault="build")[0] == 1 and not device.called("pytest")
 
 
 def test_a_missing_package_is_an_error_before_anything_runs(device, monkeypatch, capsys):
@@ -283,7 +294,7 @@ def test_tests_that_cannot_be_imported_are_not_tried_again(device):
 
 
 def test_a_signal_ends_the_command_that_runs_and_keeps_the_record(device):
-    """The command runs in a process of its own; its tests hang until the signal comes."""
+    """Here the command is a separate process, whose tests hang until the signal comes."""
     arguments = ["check", "--prebuilt", str(device.root / "prebuilt"), "--output", str(device.output)]
     code = f"""
 import signal, sys
@@ -366,8 +377,10 @@ def test_arguments(device, tmp_path, capsys):
 
 def test_architectures_are_the_devices(monkeypatch):
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.5")
-    assert [builds.architectures(each) for each in ("9.0", "8.0")] == ["9.0a", "8.0"]
-    assert "FM_TRAP_AFTER" in builds.environment("trap")["NVCC_APPEND_FLAGS"] and builds.environment("plain") == {}
+    for capability, expected in {"9.0": "9.0a", "8.0": "8.0"}.items():
+        plain, trap = (builds.variables(variant, capability) for variant in (builds.PLAIN, builds.TRAP))
+        assert plain["TORCH_CUDA_ARCH_LIST"] == trap["TORCH_CUDA_ARCH_LIST"] == expected
+        assert "FM_TRAP_AFTER" in trap["NVCC_APPEND_FLAGS"] and "FM_TRAP_AFTER" not in plain["NVCC_APPEND_FLAGS"]
 
 
 def test_a_command_that_ignores_its_end_is_killed_with_its_children(tmp_path, monkeypatch):

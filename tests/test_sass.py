@@ -68,7 +68,8 @@ def test_ampere_kernels():
         assert not starting(code, "LDL", "STL"), f"{name} keeps something in local memory"
 
 
-# and how many stores they have beside those of their rows; None where rows are only read, or by one kernel of all dtypes
+# Kernels that give a warp to a row, and the stores that they have beside the row's. None: the stores are not checked,
+# because the kernel only reads rows, or reads rows of several dtypes.
 ROW_KERNELS = {
     "row_normalize": 1,
     "project_weight_gradient": 0,

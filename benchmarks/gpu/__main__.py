@@ -26,8 +26,8 @@ on a system whose glibc is not newer than the device's (needs nvcc, setuptools, 
 typeguard, and for `time` of pytorch-metric-learning, cut-cross-entropy and liger-kernel. git ignores build/: a copy of the
 tree has to name these folders.
 
-Exit code 0: everything that ran passed, and all tests that were asked for ran. Times, profiles and sanitizers may end for
-want of time. The result is DEVICE.json in FOLDER, written after every step; commit it in benchmarks/results, switch on what
+Exit code 0: everything that ran passed, and all tests that were asked for ran. Times, profiles and sanitizers may be cut
+short. The result is DEVICE.json in FOLDER, written after every step; commit it in benchmarks/results, switch on what
 passed (fused_margin/ops/dispatch.py), and run `python -m benchmarks.publish benchmarks/results/DEVICE.json`.
 """
 
@@ -45,7 +45,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from .builds import PLAIN, TRAP, Builds, architectures, prebuild
+from .builds import PLAIN, TRAP, Builds, prebuild
 from .outcomes import FAMILIES, PORTABLE, SEARCH, Outcomes
 from .record import Record, commit_of, device_slug, failures_of, kernel_sources
 from .steps import FAILED, PASSED, Steps
@@ -119,11 +119,11 @@ class Run:
         log = options.output / f"{self.gpu}.log"
         log.write_text("")
         environment = {
-            "PYTHONUNBUFFERED": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "TORCH_CUDA_ARCH_LIST": architectures(capability),
+            "PYTHONUNBUFFERED": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
             "PYTHONPATH": os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")])),
         }  # fmt: skip
         self.steps = Steps(options.limit, log, root, environment)
-        self.builds = Builds(self.steps, self.python, options.prebuilt)
+        self.builds = Builds(self.steps, self.python, options.prebuilt, capability)
         self.tests = Tests(self.steps, self.python)
         self.passed: list[str] = []  # families
 
@@ -147,7 +147,7 @@ class Run:
             self.steps.finish("interrupted", FAILED, 0.0)
         if hasattr(self, "record"):
             self.record.write()
-            for path in self.record.times:  # all of them is in the record
+            for path in self.record.times:  # the record has their content
                 path.unlink(missing_ok=True)
         self.steps.print(f"\n=== summary, {self.steps.elapsed():.0f} s")
         for step in self.steps.done:

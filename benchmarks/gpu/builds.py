@@ -7,14 +7,14 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import time
 from pathlib import Path
 
-from .steps import FAILED, PASSED, Steps
+from .steps import FAILED, Steps
 
 PLAIN, TRAP = "plain", "trap"
 TRAP_NANOSECONDS = 1_000_000_000
 METADATA = "fused_margin.egg-info"
+BUILD_SECONDS = 150
 
 
 def architectures(capability: str) -> str:
@@ -22,19 +22,36 @@ def architectures(capability: str) -> str:
     return {"9.0": "9.0a"}.get(capability, capability)
 
 
-def environment(variant: str) -> dict[str, str]:
+def variables(variant: str, capability: str) -> dict[str, str]:
+    """Environment variables of one build."""
     flags = os.environ.get("NVCC_APPEND_FLAGS", "")
-    return {"NVCC_APPEND_FLAGS": f"{flags} -DFM_TRAP_AFTER={TRAP_NANOSECONDS}ull"} if variant == TRAP else {}
+    if variant == TRAP:
+        flags += f" -DFM_TRAP_AFTER={TRAP_NANOSECONDS}ull"
+    return {**os.environ, "TORCH_CUDA_ARCH_LIST": architectures(capability), "NVCC_APPEND_FLAGS": flags}
 
 
-def commands(python: str, directory: Path) -> dict[str, list[str]]:
-    return {
-        variant: [
-            python, "setup.py", "-q", "build_ext", f"--build-temp={directory / variant / 'temp'}",
-            f"--build-lib={directory / variant}",
-        ]
+def prebuild(root: Path, directory: Path, capability: str) -> None:
+    """Both builds at once, for this interpreter's Python and a device; `--prebuilt` takes the folder on another machine.
+
+    Raises CalledProcessError where one of them fails.
+    """
+    directory = directory.resolve()
+    setup = [sys.executable, "setup.py", "-q"]
+    running = {
+        variant: subprocess.Popen(
+            [*setup, "build_ext", f"--build-temp={directory / variant / 'temp'}", f"--build-lib={directory / variant}"],
+            cwd=root, env=variables(variant, capability),
+        )
         for variant in (PLAIN, TRAP)
     }  # fmt: skip
+    for process in running.values():
+        if process.wait() != 0:
+            raise subprocess.CalledProcessError(process.returncode, process.args)
+    subprocess.run([*setup, "egg_info", f"--egg-base={directory}"], cwd=root, check=True)
+    for variant in running:
+        shutil.rmtree(directory / variant / "temp")
+        file = extension(directory, variant)
+        print(f"{file}: {file.stat().st_size / 1e6:.1f} MB, for {sysconfig.get_config_var('SOABI')}")
 
 
 def extension(directory: Path, variant: str) -> Path:
@@ -46,55 +63,27 @@ def extension(directory: Path, variant: str) -> Path:
 class Builds:
     """Both builds in folders of their own; `use` puts one where the tree imports it from."""
 
-    def __init__(self, steps: Steps, python: str, prebuilt: Path | None):
-        self.steps, self.python = steps, python
+    def __init__(self, steps: Steps, python: str, prebuilt: Path | None, capability: str):
+        self.steps, self.python, self.capability = steps, python, capability
         self.directory = prebuilt or steps.root / "build" / "gpu"
         self.prebuilt = prebuilt is not None
 
     def make(self) -> bool:
-        if self.prebuilt:
-            source = self.directory / METADATA
-            if not source.is_dir():
-                self.steps.finish("builds", FAILED, 0.0, f"{source} does not exist")
+        """Builds, unless the builds were brought along; False where that fails."""
+        if not self.prebuilt:
+            command = [self.python, "-m", "benchmarks.gpu", "prebuild", str(self.directory)]
+            step = self.steps.run("builds", BUILD_SECONDS, [*command, "--capability", self.capability])
+            if step.failed:
                 return False
-            shutil.copytree(source, self.steps.root / METADATA, dirs_exist_ok=True)
-            return True
-        if self.steps.run("metadata", 30, [self.python, "setup.py", "-q", "egg_info"]).failed:
+        metadata = self.directory / METADATA
+        if not metadata.is_dir():
+            self.steps.finish("builds", FAILED, 0.0, f"{metadata} does not exist")
             return False
-        begin, running = time.monotonic(), {}
-        for variant, command in commands(self.python, self.directory).items():
-            log = self.steps.log.with_name(f"build-{variant}.log")
-            variables = {**os.environ, **self.steps.environment, **environment(variant)}
-            with log.open("w") as file:
-                running[variant] = (
-                    log,
-                    subprocess.Popen(
-                        command, cwd=self.steps.root, env=variables, stdout=file, stderr=subprocess.STDOUT
-                    ),
-                )
-        failed = [variant for variant, (_, process) in running.items() if process.wait() != 0]
-        for variant in failed:
-            self.steps.print("\n".join(running[variant][0].read_text().splitlines()[-30:]))
-        self.steps.finish("both builds", FAILED if failed else PASSED, time.monotonic() - begin, ", ".join(failed))
-        return not failed
+        shutil.copytree(metadata, self.steps.root / METADATA, dirs_exist_ok=True)
+        return True
 
     def use(self, variant: str) -> None:
         target = self.steps.root / "fused_margin"
         for old in target.glob("_C.*.so"):
             old.unlink()
         shutil.copy(extension(self.directory, variant), target)
-
-
-def prebuild(root: Path, directory: Path, capability: str) -> None:
-    """Both builds for this interpreter's Python and a device: `--prebuilt` takes the folder on another machine."""
-    directory = directory.resolve()
-    variables = {**os.environ, "TORCH_CUDA_ARCH_LIST": architectures(capability)}
-    for variant, command in commands(sys.executable, directory).items():
-        subprocess.run(command, cwd=root, env={**variables, **environment(variant)}, check=True)
-        shutil.rmtree(directory / variant / "temp")
-    subprocess.run(
-        [sys.executable, "setup.py", "-q", "egg_info", f"--egg-base={directory}"], cwd=root, env=variables, check=True
-    )
-    for variant in (PLAIN, TRAP):
-        file = extension(directory, variant)
-        print(f"{file}: {file.stat().st_size / 1e6:.1f} MB, for {sysconfig.get_config_var('SOABI')}")

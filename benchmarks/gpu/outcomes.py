@@ -8,7 +8,6 @@ from pathlib import Path
 
 FAMILIES = ("sm90", "sm80")
 PORTABLE, SEARCH = "portable", "search"
-GROUPS = (*FAMILIES, PORTABLE, SEARCH)
 SEARCH_TESTS = ("test_exact_search", "test_certified_refresh")
 SELECTION = {  # expressions of pytest -k
     **{family: family for family in FAMILIES},

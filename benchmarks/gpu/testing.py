@@ -72,9 +72,9 @@ class Tests:
                     optional=optional, **environment,
                 )  # fmt: skip
                 begun, outcomes = len(outcomes.tests), read(record)
-                outcomes.complete |= named <= set(outcomes.tests)
                 if step.state in (TIMED_OUT, STOPPED):
                     outcomes.drop_last()
+                outcomes.complete |= named <= set(outcomes.tests)
                 no_progress = len(outcomes.tests) == begun  # a process that cannot even begin a test
                 if outcomes.complete or no_progress or step.state in (NOT_RUN, STOPPED, TIMED_OUT):
                     break

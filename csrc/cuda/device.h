@@ -145,7 +145,7 @@ template <class Value> __device__ __forceinline__ void store_16_bytes(void* to, 
     static_assert(sizeof value == 16);
     uint32_t words[4];
     memcpy(words, &value, sizeof words);
-    // by name: what is assigned to a uint4 the compiler stores in four parts, at times
+    // in assembly: the compiler sometimes splits the store of a uint4 into four
     asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(words[0]),
                  "r"(words[1]), "r"(words[2]), "r"(words[3])
                  : "memory");

@@ -269,8 +269,8 @@ private:
     // Of every 32 columns of the tile, the one whose largest product `halve` leaves in this lane.
     __device__ static int halved_column(int lane) { return ((lane >> 3) & 3) * 8 + (lane % 4) * 2 + ((lane >> 2) & 1); }
 
-    // The upper halves, which order by cosine, of the keys of those columns. All loads are under way before the first
-    // is needed, and their latency passes while the rows are compared.
+    // The upper halves, which order by cosine, of the keys of those columns. All loads are issued before the first
+    // result is used; the comparison of the rows hides their latency.
     __device__ static void load_stored(const Params& p, int begin, int lane, uint32_t (&stored)[N / 4]) {
         FM_UNROLL
         for (int n = 0; n < N / 4; ++n) {

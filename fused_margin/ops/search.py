@@ -16,8 +16,8 @@ from fused_margin.ops.backend import Kernels
 from fused_margin.ops.dispatch import constant_while_compiled
 from fused_margin.ops.plan import SMALLEST_CHUNK, whole_chunk
 
-# Of a tile of products. On the CPU they stay in cache for the two to four times they are read; on a GPU a tile is large
-# enough that its kernels take longer than their launches.
+# Of a tile of products. On the CPU it stays in cache for the two to four times it is read. On a GPU it is so large that
+# its kernels take longer than their launches.
 TILE_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}
 MOST_NEAREST = 32
 LARGEST_INT8_SIZE = (2**31 - 1) // 127**2  # of rows whose products fit an int32

@@ -48,7 +48,6 @@ class Products:
         self.family = run.family(problem.products.removesuffix(dispatch.SPLIT).strip())
         self.parts, self.width = parts_of(problem), width_of(problem)
         self.fixed = fixed_exponent(problem)
-        single = {"dtype": torch.float32, "device": problem.weight.device}
         self.buffer = self.operands(plan.chunk if plan.kept < plan.chunks else 0)
         self.other = self.operands(plan.chunk if nearest_in_chunks(problem) and plan.kept < plan.chunks - 1 else 0)
         if problem.samples:
@@ -56,7 +55,7 @@ class Products:
             self.pack(problem.embeddings, self.left, None)
             self.rows = sweep.target_cosine.new_empty(2 * problem.samples)  # 16 bytes each
             self.slots = self.family.slots()
-            self.partial = torch.zeros(self.slots, problem.samples, 2, **single)
+            self.partial = problem.weight.new_zeros(self.slots, problem.samples, 2, dtype=torch.float32)
             run.prepare_rows(
                 labels=problem.labels, scale=problem.scales, exponent=None, prepared=self.rows, samples=problem.samples
             )

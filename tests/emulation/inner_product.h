@@ -2,8 +2,9 @@
 //
 // The terms, some products and the accumulator, are aligned to the largest exponent among them and cut towards zero a
 // few bits below float32's last. Their sum is exact, and is rounded towards zero to float32. The numbers of products
-// and of extra bits are those that Khattak and Mikaitis (arXiv:2512.07004) found for each GPU. They align by the
-// exponents of the factors; here the exponents are those of the products, which cuts the same or one bit more.
+// and of extra bits are those that Khattak and Mikaitis (arXiv:2512.07004) found for each GPU. Their models
+// align by the exponents of the factors. This one aligns by those of the products: it cuts at the same bit or one
+// higher.
 #pragma once
 
 #include <cstdint>

@@ -121,7 +121,7 @@ DTYPES = {  # of the weights, and of the arithmetic
 
 
 def rows_of(count, size, dtype, layout):
-    """Random rows, with a last element that no result can do without."""
+    """Random rows whose last element is large, so that a result without it is wrong."""
     rows = torch.randn(count, size, dtype=torch.float64)
     rows[:, -1] = 2.0 + rows[:, -1].abs()
     return in_layout(rows.to(dtype), layout)
