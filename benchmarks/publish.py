@@ -137,7 +137,7 @@ def gpu_results(result: DeviceResult | None) -> str:
         "",
         f"`{result.file}`, whose times are written by",
         "",
-        f"    {content['command']}",
+        f"    {content.get('benchmark_command') or content['command']}",
     ]
     return "\n".join(lines)
 

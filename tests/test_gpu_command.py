@@ -88,7 +88,7 @@ json.dump({{'families': ['sm90', 'sm80'], 'hardware': {{'gpu': 'Stand-in 1'}}, '
     for last; do :; done
     suites=${{SUITES:-}}
     [[ -n $suites ]] || suites='{{}}'
-    printf '{{"command": "python -m benchmarks kernels", "suites": %s, "hardware": {{"cpu": "any"}}}}' "$suites" >"$last"
+    printf '{{"command": "python -m benchmarks kernels --output /some/place --rounds 5", "suites": %s, "hardware": {{"cpu": "any"}}}}' "$suites" >"$last"
     [[ "$FAULT" != "slow times" ]] || sleep 600
     ;;
 *"-m benchmarks.gpu prebuild"*)
@@ -176,7 +176,9 @@ def test_all_right(device, monkeypatch):
     assert result["hardware"] == {"cpu": "any", "gpu": "Stand-in 1", "driver": "580.1"}
     assert set(result["sanitizers"]) == {"memcheck", "racecheck", "synccheck"}
     assert result["sanitizers"]["racecheck"]["search"]["passed"] == 1
-    assert result["benchmark_command"] == "python -m benchmarks kernels"
+    assert result["benchmark_command"] == "python -m benchmarks kernels --rounds 5"
+    assert result["command"] == "python -m benchmarks.gpu check profile sanitize"
+    assert str(device.root) not in json.dumps(result)
     (times,) = device.called("benchmarks")
     assert "--no-compiled --families sm90 sm80" in times
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

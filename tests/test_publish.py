@@ -111,6 +111,9 @@ def test_readme_names_what_the_table_was_measured_on():
     assert text.endswith(
         "`benchmarks/results/h100.json`, whose times are written by\n\n    python -m benchmarks kernels --device cuda"
     )
+    measured = result()  # within a larger command
+    measured.content.update(command="python -m benchmarks.gpu", benchmark_command="python -m benchmarks kernels")
+    assert publish.gpu_results(measured).endswith("written by\n\n    python -m benchmarks kernels")
     assert "cut short" not in first
     interrupted = result()
     interrupted.content["complete"] = False

@@ -325,7 +325,9 @@ def main(arguments: Sequence[str], root: Path = ROOT) -> int:
         prebuild(root, chosen.folder, chosen.capability)
         return 0
     options = arguments_of(arguments)
-    return 0 if Run(options, root).main(shlex.join(["python", "-m", "benchmarks.gpu", *arguments])) else 1
+    families = ["--families", *options.families] if options.families else []
+    command = shlex.join(["python", "-m", "benchmarks.gpu", *options.parts, *families])  # without this machine's paths
+    return 0 if Run(options, root).main(command) else 1
 
 
 if __name__ == "__main__":

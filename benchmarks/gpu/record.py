@@ -36,6 +36,11 @@ def device_slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
+def without_output(command: str | None) -> str | None:
+    """The command that reproduces times anywhere: without the folder that this machine wrote them to."""
+    return command and re.sub(r" --output \S+", "", command)
+
+
 def merge_times(earlier: dict, later: dict) -> dict:
     """A report of `python -m benchmarks`, with those sections of an earlier one that it has not timed."""
     if not later:
@@ -100,7 +105,7 @@ class Record:
         return {
             **times,
             "command": self.command,
-            "benchmark_command": times.get("command"),
+            "benchmark_command": without_output(times.get("command")),
             "commit": self.commit,
             "kernel_sources": self.sources,
             "hardware": times.get("hardware", {}) | self.machine["hardware"],
