@@ -63,6 +63,8 @@ def test_exponent_sum(family):
 def test_losses_and_gradients(family):
     assert not os.environ.get("LOST"), "the context of this process is gone"
 
+@pytest.mark.sanitizer
+@pytest.mark.half_products
 @pytest.mark.parametrize("family", ["sm80", "sm90"])
 def test_options(family):
     if FAULT == "wrong in all": assert family != "sm90"
@@ -116,7 +118,7 @@ class StandIn:
         monkeypatch.setattr(steps, "LEAST_SECONDS", 0.5)
         monkeypatch.setattr(testing, "LEAST_SECONDS", 0.5)
         self.write("torch.py", TORCH)
-        self.write("pytest.ini", "[pytest]\nmarkers =\n    cuda\n    sanitizer\n")
+        self.write("pytest.ini", "[pytest]\nmarkers =\n    cuda\n    sanitizer\n    half_products\n")
         self.write("tests/cuda/test_products.py", CUDA_TESTS)
         self.write("csrc/kernel.cu", "")
         self.write("fused_margin/__init__.py", "")
@@ -245,6 +247,29 @@ def test_times_of_a_second_call_rest_on_the_tests_of_the_first(device):
     code, result = device.run("time", "--earlier", str(kept))
     assert code == 1 and result["tests"] == {} and not device.calls.exists()
     assert any("not passed with these sources: sm90 sm80" in step["detail"] for step in result["steps"])
+
+
+def test_a_second_call_checks_what_was_mended_and_times_the_rest(device):
+    """A family whose tests passed earlier is timed; what a sanitizer has found clean is not run under it again."""
+    _, result = device.run("check", "sanitize")
+    first = json.loads(json.dumps(result))
+    first["tests"]["search"]["failed"] = ["test_exact_search"]
+    first["sanitizers"]["racecheck"]["sm90"]["failed"] = ["test_small_integers_multiply_exactly[sm90]"]
+    del first["sanitizers"]["synccheck"]["sm80"]
+    kept = device.write("earlier.json", json.dumps(first))
+    device.calls.unlink()
+    code, result = device.run("check", "sanitize", "time", "--groups", "search", "--earlier", str(kept))
+    assert code == 0 and result["tests"]["search"]["passed"] == 1 and not result["tests"]["search"]["failed"]
+    assert result["tests"]["sm90"] == first["tests"]["sm90"]
+    (times,) = (call for call in device.called("benchmarks") if "--rounds 9" in call)
+    assert "--families sm90 sm80" in times
+    sanitized = device.called("sanitizer")
+    assert len(sanitized) == 2 and "racecheck" in sanitized[0] and "-k sm90" in sanitized[0]
+    assert "synccheck" in sanitized[1] and "-k sm80" in sanitized[1]
+    assert "not half_products" in sanitized[0] and "half_products" not in sanitized[1]
+    assert result["sanitizers"]["racecheck"]["sm90"] == {
+        "passed": 2, "failed": [], "skipped": [], "unfinished": [], "notes": ["arithmetic: sm90"],
+    }  # fmt: skip
 
 
 def test_time_that_is_over(device, monkeypatch, capsys):

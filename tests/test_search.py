@@ -121,7 +121,8 @@ def test_errors(call, error, said):
 def training(classes, size, steps, seed=0):
     """Class weights over the steps of a training with momentum, weight decay, projection and few classes a step."""
     torch.manual_seed(seed)
-    weight = leaf(torch.randn(classes // 8, size).repeat_interleave(8, 0) + 0.7 * torch.randn(classes, size))
+    centers = torch.randn(-(-classes // 8), size).repeat_interleave(8, 0)[:classes]
+    weight = leaf(centers + 0.7 * torch.randn(classes, size))
     optimizer = fm.optim.ProjectedSGD([weight], lr=0.05, momentum=0.9, weight_decay=5e-4)
     for step in range(steps):
         yield step, weight.detach()

@@ -12,10 +12,10 @@ First call, at most 430 s, with a build brought along (without one, 40 s later):
     230 s  all tests: each family, portable kernels, search          4 x 30 s, at most 90 s each
     350 s  memcheck of what failed, then compute-sanitizer on the rest with the time that is left
 
-Second call, at most 270 s: if all passed, the times with all peers; else the family that was mended.
+Second call, at most 270 s: the times with all peers, and what failed and was mended.
 
     python3 -m benchmarks.gpu time --limit 255 --earlier benchmarks/results/DEVICE.json ...as above
-    python3 -m benchmarks.gpu check profile --families sm90 --limit 255 ...as above
+    python3 -m benchmarks.gpu check sanitize time --groups search --limit 255 --earlier ...as above
 
 HASH is the full hash of the commit; without one the result cannot switch anything on. FOLDER is the one that the device's
 files come back from: the result, the log, the report of ncu and a picture.
@@ -46,7 +46,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .builds import PLAIN, TRAP, Builds, prebuild
-from .outcomes import FAMILIES, PORTABLE, SEARCH, Outcomes
+from .outcomes import FAMILIES, PORTABLE, SEARCH, Outcomes, is_clean
 from .record import Record, commit_of, device_slug, failures_of, kernel_sources
 from .steps import FAILED, PASSED, Steps
 from .testing import Tests
@@ -86,7 +86,12 @@ def arguments_of(arguments: Sequence[str]) -> argparse.Namespace:
         prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("parts", nargs="*", metavar="|".join(PARTS), help="default: all")
-    parser.add_argument("--families", nargs="+", choices=FAMILIES, help="default: all that the device runs")
+    parser.add_argument(
+        "--groups",
+        nargs="+",
+        choices=(*FAMILIES, PORTABLE, SEARCH),
+        help="what to check; default: all that the device runs",
+    )
     parser.add_argument("--limit", type=float, default=570.0, help="seconds for everything; default 570")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="folder of the results")
     parser.add_argument("--prebuilt", type=Path, help="folder made by prebuild; default: build here")
@@ -155,13 +160,16 @@ class Run:
         return not any(step.failed for step in self.steps.done)
 
     def run_parts(self) -> None:
-        groups = self.options.families or [*self.available, PORTABLE, SEARCH]
+        groups = self.options.groups or [*self.available, PORTABLE, SEARCH]
         families = [name for name in self.available if name in groups]
         others = [name for name in groups if name not in families]
         if self.wanted("check"):
             self.check(families, others)
+            self.passed += [name for name in self.passed_earlier() if name not in groups]
         else:
-            self.load_earlier_tests(families)
+            self.passed += [name for name in self.passed_earlier() if name in groups]
+            if missing := [name for name in families if name not in self.passed]:
+                self.steps.finish("earlier tests", FAILED, 0.0, f"not passed with these sources: {' '.join(missing)}")
             if self.passed and self.wanted("profile"):
                 self.profile()
         if self.wanted("sanitize"):
@@ -197,9 +205,9 @@ class Run:
         described.unlink()
         machine["hardware"]["driver"] = self.driver
         self.available: list[str] = machine.pop("families")
-        asked = self.options.families or ()
-        if absent := [name for name in asked if name not in self.available]:
-            self.steps.finish("families", FAILED, 0.0, f"not in this build or not for this device: {' '.join(absent)}")
+        asked = self.options.groups or ()
+        if absent := [name for name in asked if name in FAMILIES and name not in self.available]:
+            self.steps.finish("groups", FAILED, 0.0, f"not in this build or not for this device: {' '.join(absent)}")
             return False
         earlier = json.loads(self.options.earlier.read_text()) if self.options.earlier else {}
         commit = self.options.commit or commit_of(self.root)
@@ -215,15 +223,10 @@ class Run:
         self.record.write()
         return True
 
-    def load_earlier_tests(self, families: list[str]) -> None:
+    def passed_earlier(self) -> list[str]:
         """Families that passed in an earlier call with the same sources. The benchmarks check answers all the same."""
         tests = self.record.of_same_sources().get("tests", {})
-        for family in families:
-            found = tests.get(family, {"passed": 0})
-            if found["passed"] and not found["failed"] and not found["unfinished"]:
-                self.passed.append(family)
-        if missing := [family for family in families if family not in self.passed]:
-            self.steps.finish("earlier tests", FAILED, 0.0, f"not passed with these sources: {' '.join(missing)}")
+        return [name for name in self.available if is_clean(tests.get(name)) and tests[name]["passed"]]
 
     def check(self, families: list[str], others: list[str]) -> None:
         """Bring-up in the build that traps, first times and profiles of what passed, all tests, memcheck of what failed."""
@@ -302,9 +305,12 @@ class Run:
         self.record.write()
 
     def sanitize(self, groups: Sequence[str]) -> None:
+        """What an earlier call found clean with the same sources is not run again."""
+        earlier = self.record.of_same_sources().get("sanitizers", {})
         for tool in SANITIZERS:
             for group in groups:
-                self.add_sanitized(tool, group, self.tests.sanitize(tool, group))
+                if not is_clean(earlier.get(tool, {}).get(group)):
+                    self.add_sanitized(tool, group, self.tests.sanitize(tool, group))
 
     def add_sanitized(self, tool: str, group: str, outcomes: Outcomes | None) -> None:
         if outcomes is not None:
@@ -325,8 +331,8 @@ def main(arguments: Sequence[str], root: Path = ROOT) -> int:
         prebuild(root, chosen.folder, chosen.capability)
         return 0
     options = arguments_of(arguments)
-    families = ["--families", *options.families] if options.families else []
-    command = shlex.join(["python", "-m", "benchmarks.gpu", *options.parts, *families])  # without this machine's paths
+    groups = ["--groups", *options.groups] if options.groups else []
+    command = shlex.join(["python", "-m", "benchmarks.gpu", *options.parts, *groups])  # without this machine's paths
     return 0 if Run(options, root).main(command) else 1
 
 

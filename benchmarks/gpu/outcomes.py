@@ -63,6 +63,11 @@ class Outcomes:
         return f"{test}: {reason}" if reason else test
 
 
+def is_clean(summary: dict | None) -> bool:
+    """Whether all tests of a summary ran and none failed."""
+    return summary is not None and not summary.get("failed") and not summary.get("unfinished")
+
+
 def read(path: Path) -> Outcomes:
     """What recorder.py has written; a test that began and has no outcome is unfinished."""
     result = Outcomes()

@@ -8,10 +8,24 @@ import math
 import pytest
 import tensor_core_model
 import torch
-from on_device import ARCFACE, DEVICE, FAMILIES, HALVES, check, needs_cuda, on_device, sanitizer, single, tolerance
+from on_device import (
+    ARCFACE,
+    DEVICE,
+    FAMILIES,
+    HALVES,
+    check,
+    half_products,
+    needs_cuda,
+    on_device,
+    sanitizer,
+    single,
+    tolerance,
+)
 from problems import LAYOUTS, in_layout, leaf, loss_and_gradients, ours, problem, relative_error, truth
 
 import fused_margin as fm
+from benchmarks.kernels import Operands, Probabilities
+from benchmarks.problems import Shape, make_inputs
 from fused_margin import reference
 from fused_margin.margins import FilteredNegatives, HardNegatives
 from fused_margin.ops.backend import kernels
@@ -119,11 +133,21 @@ def test_ties_go_to_the_lowest_class(way):
         assert torch.equal(index, expected) and (cosine == 1).all()
 
 
+@pytest.mark.parametrize("shape", [Shape(129, 40, 193), Shape(300, 520, 1100)], ids=str)
+@sanitizer
+def test_probabilities(family, shape):
+    """The kernel alone, without the products of torch that a backward multiplies its results by."""
+    operands = Operands(make_inputs(shape, DEVICE))
+    assert Probabilities(family, operands).errors()["probabilities"] < 5e-4
+
+
+@half_products
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_losses_and_gradients(family, precision, shape):
     check(*single(*shape), tolerance(precision, shape[2]), label_smoothing=0.1)
 
 
+@half_products
 @pytest.mark.parametrize(
     "options",
     [
