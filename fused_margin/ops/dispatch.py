@@ -35,10 +35,11 @@ class Family:
 # The first that is compiled and on for the device serves float32, float16 and bfloat16.
 # tests/test_evidence.py refuses a file that is missing or does not show enough (benchmarks/evidence.py).
 FAMILIES = (
-    Family("sm90", (9, 0), only=True, results={}),
-    Family("sm80", (8, 0), only=False, results={}),
+    Family("sm90", (9, 0), only=True, results={(9, 0): "nvidia-h200.json"}),
+    Family("sm80", (8, 0), only=False, results={(9, 0): "nvidia-h200.json"}),
 )
-SEARCH_RESULTS: Mapping[Capability, str] = {}  # the same for the CUDA kernels of the exact search
+# The same for the CUDA kernels of the exact search.
+SEARCH_RESULTS: Mapping[Capability, str] = {(9, 0): "nvidia-h200.json"}
 _wanted: str | None = None  # by `use`
 _search_wanted = False  # by `search_on_cuda`
 # Before 2.10 torch's products of halves cannot be added to a float32 matrix in place.
