@@ -8,10 +8,12 @@ from fused_margin.losses import ARGUMENTS, MarginLoss
 from fused_margin.margins import HardNegatives, Margin
 from fused_margin.ops.normalization import target_cosines
 from fused_margin.ops.sharded import sharded_target_cosine
+from fused_margin.reductions import mean_over
 from fused_margin.reference import psi
+from fused_margin.running_state import RunningState, once_per_step
 
 
-class AdaFaceLoss(MarginLoss):
+class AdaFaceLoss(RunningState, MarginLoss):
     __doc__ = (
         "AdaFace: the norm, taken for the image's quality, moves the margin (arXiv:2204.00964, eq. 12 to 15).\n\n"
         "    With z the norm, standardised by running statistics and held to [-1, 1]::\n\n"
@@ -26,6 +28,7 @@ class AdaFaceLoss(MarginLoss):
         + "        norm_mean, norm_std: running statistics of the norm, buffers; updated in training mode.\n"
     )
     NORMS = (0.001, 100.0)
+    RUNNING = ("norm_mean", "norm_std")
 
     def __init__(
         self,
@@ -52,9 +55,11 @@ class AdaFaceLoss(MarginLoss):
         count = self.total(counts.sum())
         mean = self.total(torch.where(counts, norm, 0.0).sum()) / count
         variance = self.total(torch.where(counts, (norm - mean) ** 2, 0.0).sum()) / (count - 1)
-        momentum = torch.where(count > 1, self.momentum, 0.0)  # one sample has no deviation
         new = (mean.nan_to_num(), variance.nan_to_num().sqrt())
-        return tuple(old + momentum * (n - old) for old, n in zip((self.norm_mean, self.norm_std), new, strict=True))
+        return tuple(
+            torch.where(count > 1, old + self.momentum * (n - old), old)  # one sample has no deviation
+            for old, n in zip((self.norm_mean, self.norm_std), new, strict=True)
+        )
 
     @torch.no_grad()
     def current_margin(self, embeddings: Tensor, labels: Tensor) -> Margin:
@@ -65,6 +70,7 @@ class AdaFaceLoss(MarginLoss):
         angle = torch.minimum(torch.maximum(-self.margin * z, -theta), torch.pi - theta)
         return Margin(m2=angle, m3=self.margin + self.margin * z, **self.margin_options)
 
+    @once_per_step
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         loss = super().forward(embeddings, labels)
         if self.training:  # only now: a call that raised changes nothing
@@ -122,7 +128,7 @@ class MagFaceLoss(MarginLoss):
         counts = labels != self.ignore_index
         reward = torch.where(counts, 1 / norm + norm / self.norms[1] ** 2, 0.0)
         if self.reduction == "mean":
-            reward = self.total(reward.sum()) / self.total(counts.sum())
+            reward = mean_over(self.total(reward.sum()), self.total(counts.sum()))
         elif self.reduction == "sum":
             reward = self.total(reward.sum())
         return loss + (self.norm_weight * reward).to(loss.dtype)
@@ -174,7 +180,7 @@ class ElasticFaceLoss(MarginLoss):
         return [f"margin={self.margin}", f"std={self.std}", f"kind={self.kind!r}"]
 
 
-class CurricularFaceLoss(MarginLoss):
+class CurricularFaceLoss(RunningState, MarginLoss):
     __doc__ = (
         "CurricularFace: ArcFace in which near other classes come to weigh more as training goes on (arXiv:2004.00288).\n\n"
         "    A cosine to another class above ``cos(theta + margin)`` becomes ``cos * (t + cos)`` (eq. 6); t is the running\n"
@@ -186,6 +192,7 @@ class CurricularFaceLoss(MarginLoss):
         )
         + "        t: the running mean, a buffer; updated in training mode.\n"
     )
+    RUNNING = ("t",)
 
     def __init__(
         self,
@@ -216,6 +223,7 @@ class CurricularFaceLoss(MarginLoss):
         threshold = psi(cosine, m2=self.margin_function.m2, **self.margin_options)
         return HardNegatives(threshold, self.next_t(cosine, labels))
 
+    @once_per_step
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         loss = super().forward(embeddings, labels)
         if self.training:  # only now: a call that raised changes nothing

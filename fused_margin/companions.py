@@ -10,6 +10,8 @@ from fused_margin import checks
 from fused_margin.ops.normalization import unit_rows
 from fused_margin.ops.problem import compute_dtype
 from fused_margin.pairwise import other_class_sums
+from fused_margin.reductions import mean_over
+from fused_margin.running_state import recomputing
 
 
 class CompanionLoss(nn.Module):
@@ -32,7 +34,7 @@ class CompanionLoss(nn.Module):
         values = values.masked_fill(~counts, 0.0)
         if self.reduction == "none":
             return values
-        return values.sum() / counts.sum() if self.reduction == "mean" else values.sum()
+        return mean_over(values.sum(), counts.sum()) if self.reduction == "mean" else values.sum()
 
 
 class CenterLoss(CompanionLoss):
@@ -45,7 +47,7 @@ class CenterLoss(CompanionLoss):
 
     The paper sums over the batch; the default here is the mean. Embeddings are taken as they are, not normalised. No
     gradient reaches the centres. A sample with NaN moves none. Under activation checkpointing leave this module out
-    of what is computed again: every forward is a step of the centres.
+    of what is computed again: a forward that is run again moves no centre, but finds those that the first has moved.
 
     Args:
         num_classes: C.
@@ -88,7 +90,7 @@ class CenterLoss(CompanionLoss):
         dtype = compute_dtype(embeddings, self.centers)
         difference = F.embedding(classes, self.centers).to(dtype) - embeddings.to(dtype)
         loss = self.reduce(difference.square().sum(1) / 2, counts)
-        if self.training:  # only now: a call that raised moves nothing
+        if self.training and not recomputing():  # only now: a call that raised moves nothing
             self.move_centers(difference.detach(), classes, counts)
         return loss
 
@@ -158,7 +160,7 @@ class RingLoss(CompanionLoss):
             counts = labels.to(torch.int64) != self.ignore_index
         mean = self.mean_norm(norm, counts)
         # The loss is flat in the radius at the mean norm: the first batch's gradient of 0 is the true one.
-        loss = self.reduce((norm - self.radius.where(self.initialised.clone(), mean)).square() / 2, counts)
+        loss = self.reduce((norm - self.radius.where(self.initialised.clone(), mean.nan_to_num())).square() / 2, counts)
         if self.training:  # only now: a call that raised changes nothing
             self.initialise(mean)
         return loss

@@ -13,6 +13,7 @@ from fused_margin.ops import library, sharded_certified
 from fused_margin.ops.backend import kernels, on_device
 from fused_margin.ops.certified import NearestState, fits, new_state
 from fused_margin.ops.problem import workspace_bytes
+from fused_margin.running_state import recomputing
 from fused_margin.sharding import Shard
 
 
@@ -100,9 +101,15 @@ class ExclusiveRegularizer(nn.Module):
         if self.shard is not None:
             return self.find_among_ranks(weight, room)
         if self.refresh == "certified":
-            return NearestClass(*library.refresh_nearest(weight, *self.state(), room))
-        cosine = library.frozen_nearest(weight, self.index, self.age, self.refresh, self.training, room)
+            *kept, swept = self.state()
+            swept = swept.clone() if recomputing() else swept  # a forward that is run again counts once
+            return NearestClass(*library.refresh_nearest(weight, *kept, swept, room))
+        cosine = library.frozen_nearest(weight, self.index, self.current_age(), self.refresh, self.training, room)
         return NearestClass(cosine, self.index.clone())
+
+    def current_age(self) -> Tensor:
+        """Steps since the nearest classes were found; a forward that is run again keeps those of the first."""
+        return torch.ones_like(self.age) if recomputing() else self.age
 
     def find_among_ranks(self, weight: Tensor, room: int) -> NearestClass:
         if checks.shard(self.shard, weight, 1, 0.0) < 2:
@@ -112,7 +119,7 @@ class ExclusiveRegularizer(nn.Module):
             if self.refresh == "certified":
                 return NearestClass(*sharded_certified.refresh(run, self.shard, weight, self.state(), room))
             cosine = sharded_certified.frozen(
-                run, self.shard, weight, self.index, self.age, self.refresh, self.training, room
+                run, self.shard, weight, self.index, self.current_age(), self.refresh, self.training, room
             )
         return NearestClass(cosine, self.index.clone())
 

@@ -13,7 +13,9 @@ from fused_margin.nearest import NearestClass, Separability, exclusive_regulariz
 from fused_margin.ops import library
 from fused_margin.ops.dispatch import PORTABLE, products_of
 from fused_margin.ops.problem import Problem, Sweep, workspace_bytes
+from fused_margin.ops.rows import select_rows
 from fused_margin.ops.sharded import run_sharded_sweep
+from fused_margin.reductions import mean_over
 from fused_margin.sharding import Shard, Shared, Total
 
 __all__ = [
@@ -182,8 +184,8 @@ def linear_cross_entropy(
     own = labels.clamp(0, classes - 1)  # an ignored sample's is not used
     if shard is None:
         found = _sweep(problem, smooth, ignore_index)
-        own_bias = 0.0 if bias is None else bias[own].double()
-        own_length = None if margin is None else _norm(weight[own])
+        own_bias = 0.0 if bias is None else select_rows(bias, own, torch.float64)
+        own_length = None if margin is None else _norm(select_rows(weight, own, problem.compute))
     else:
         found = run_sharded_sweep(problem, smooth, ignore_index, shard, length=margin is not None)
         own_bias, own_length = 0.0 if bias is None else found.target_bias, found.target_length
@@ -301,4 +303,4 @@ def _reduce(loss: Tensor, row_weight: Tensor, reduction: str, shard: Shard | Non
     total = loss.sum() if shard is None else Total.apply(shard, loss.sum())
     if reduction == "sum":
         return total
-    return total / (row_weight.sum() if shard is None else shard.add_up(row_weight.detach().sum()))
+    return mean_over(total, row_weight.sum() if shard is None else shard.add_up(row_weight.detach().sum()))

@@ -10,6 +10,7 @@ from fused_margin import checks
 from fused_margin.functional import exclusive_regularization, linear_cross_entropy
 from fused_margin.losses import AnnealedMargin, ClassificationLoss
 from fused_margin.margins import Margin
+from fused_margin.running_state import once_per_step
 
 ARGUMENTS = """
 
@@ -142,6 +143,7 @@ class LSoftmaxLoss(AnnealedMargin, SoftmaxLoss):
     def margin(self) -> Margin:
         return self.annealed_margin()
 
+    @once_per_step
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         loss = super().forward(embeddings, labels)
         self.count_iteration()

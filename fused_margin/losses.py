@@ -13,6 +13,7 @@ from fused_margin import checks
 from fused_margin.exclusive import ExclusiveRegularizer, checked_refresh
 from fused_margin.functional import NearestClass, margin_cross_entropy
 from fused_margin.margins import HardNegatives, Margin, minimum_scale
+from fused_margin.running_state import RunningState, once_per_step
 from fused_margin.sharding import Shard, Shared, Total
 
 PROBABILITY = 0.9  # a sample should be able to reach for its class
@@ -338,8 +339,10 @@ class ModifiedSoftmaxLoss(MarginLoss):
         super().__init__(num_classes, embedding_size, {}, None, **options)
 
 
-class AnnealedMargin:
+class AnnealedMargin(RunningState):
     """SphereFace's annealing, for a loss with ``margin_function`` and ``weight``."""
+
+    RUNNING = ("iteration",)
 
     def set_annealing(self, annealing: bool) -> None:
         self.annealing = annealing
@@ -386,6 +389,7 @@ class SphereFaceLoss(AnnealedMargin, MarginLoss):
     def current_margin(self, embeddings: Tensor, labels: Tensor) -> Margin:
         return self.annealed_margin()
 
+    @once_per_step
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         loss = super().forward(embeddings, labels)
         self.count_iteration()

@@ -178,3 +178,24 @@ def test_what_is_refused():
         fm.SoftmaxLoss(30, 8, sub_centers=2)
     with pytest.raises(ValueError, match="labels"):
         fm.SoftmaxLoss(30, 8)(x.float(), y + 30)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_gradients_of_halves_add_up_in_float32(dtype):
+    """Many samples of few classes: a sum in half stops growing where a term is below its last bit."""
+    samples, classes, size = 4096, 4, 16
+    x = torch.randn(samples, size).to(dtype)
+    w, b = (leaf(torch.randn(*shape).to(dtype)) for shape in ((classes, size), (classes,)))
+    y = torch.randint(classes, (samples,))
+    fm.functional.linear_cross_entropy(x, w, y, b, reduction="sum").backward()
+    exact = [leaf(t.detach().double()) for t in (w, b)]
+    F.cross_entropy(x.double() @ exact[0].t() + exact[1], y, reduction="sum").backward()
+    assert relative_error(w.grad.double(), exact[0].grad) < 1e-2
+    assert relative_error(b.grad.double(), exact[1].grad) < 1e-2
+
+    lengths, expected = (leaf(w.detach().to(t)) for t in (dtype, torch.float64))
+    for weight in (lengths, expected):
+        fm.functional.linear_cross_entropy(
+            x.to(weight.dtype), weight, y, margin=fm.Margin(m1=2.0), reduction="sum"
+        ).backward()
+    assert relative_error(lengths.grad.double(), expected.grad) < 1e-2

@@ -268,3 +268,39 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.fused_margin.refresh_nearest, (weight, *state, 1 << 20))
     index, age = torch.zeros(30, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
     torch.library.opcheck(torch.ops.fused_margin.frozen_nearest, (weight, index, age, 3, True, 1 << 20))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("classes", [2, 3, 17, 129, 2049])
+def test_rows_of_one_number(classes, dtype):
+    """Cosines are 1 or -1, whatever memory held before."""
+    weight = torch.randn(classes, 1, dtype=dtype)
+    kept = torch.full((1 << 16,), -7, dtype=torch.int32)  # memory for the allocator to hand out again
+    del kept
+    cosine = fm.functional.nearest_class(weight).cosine
+    sign = weight.sign().flatten()
+    expected = (sign[:, None] * sign).fill_diagonal_(-2.0).amax(1)
+    assert torch.equal(cosine, expected)
+
+
+def test_int8_products_of_torch_are_right():
+    """They are no public function of torch: where they change, the search goes without them, and this fails."""
+    assert search.int8_products_are_right()
+
+
+def test_int8_products_that_are_wrong_are_not_used(monkeypatch):
+    search.int8_products_are_right.cache_clear()
+    monkeypatch.setattr(torch, "_int_mm", lambda left, right, out: out)
+    try:
+        assert not search.int8_products_are_right() and not search.int8_wins(torch.ones(3, 64))
+        weight = torch.randn(70, 16)
+        assert torch.equal(fm.functional.nearest_class(weight).index, fm.reference.nearest_class(weight.double())[1])
+    finally:
+        search.int8_products_are_right.cache_clear()
+
+
+@pytest.mark.parametrize("size", [1, 3, search.INT8_SIZES.stop])
+def test_certified_refresh_of_sizes_that_int8_does_not_take(size):
+    weight = torch.randn(4, size)
+    found = fm.ExclusiveRegularizer(refresh="certified").find(weight)
+    assert torch.equal(found.index, full_sweep(weight).index)

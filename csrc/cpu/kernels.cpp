@@ -113,9 +113,9 @@ inline void largest_cosines(const ExponentSum<T>& p, int64_t begin, int64_t end,
 
 // Exponentials of the classes [begin, end) in place, and every sample's sum of them. Sums of 64 classes are
 // taken in T, their total in double.
-template <class T, class Transform> inline void exponentials(const ExponentSum<T>& p, int64_t begin, int64_t end,
-                                                             Transform transform, const T* high, const T* low,
-                                                             const T* k, T* sum, double* total) {
+template <class T, class Transform, class Power> inline void exponentials(const ExponentSum<T>& p, int64_t begin,
+                                                                          int64_t end, Transform transform, Power power,
+                                                                          T* sum, double* total) {
     for (int64_t i = 0; i < p.samples; ++i) total[i] = 0.0;
     for (int64_t block = begin; block < end; block += 64) {
         for (int64_t i = 0; i < p.samples; ++i) sum[i] = 0;
@@ -126,7 +126,7 @@ template <class T, class Transform> inline void exponentials(const ExponentSum<T
             for (int64_t i = 0; i < p.samples; ++i) {
                 T slope;
                 T c = transform(i, row[i] * inverse + bias, slope);
-                T e = Exponential<T>{high[i], low[i], k[i]}(c);
+                T e = power(i, c);
                 e = row[i] == kLeftOut<T> ? static_cast<T>(0) : e;
                 sum[i] += e;
                 row[i] = e * inverse * slope;
@@ -139,7 +139,8 @@ template <class T, class Transform> inline void exponentials(const ExponentSum<T
 template <class T, class Transform> void exponent_sum(const ExponentSum<T>& p, Transform transform) {
     const int64_t samples = p.samples;
     const int threads = threads_for(samples * p.chunk);
-    Scratch<T> per_thread(threads * samples), high(samples), low(samples), k(samples);
+    Scratch<T> per_thread(threads * samples), high(samples), low(samples), k(samples), rest(samples);
+    bool wide = false;
     if (p.sub_centers > 1) {
         const int64_t groups = p.chunk / p.sub_centers;
 #pragma omp parallel for schedule(static) num_threads(threads)
@@ -166,16 +167,30 @@ template <class T, class Transform> void exponent_sum(const ExponentSum<T>& p, T
                 T other = per_thread[t * samples + i];
                 largest = other > largest ? other : largest;
             }
-            p.exponent[i] = row_exponent(scale, static_cast<double>(largest));
+            auto power = WideExponential<T>::of(scale, largest, p.exponent[i]);
+            wide |= WideExponential<T>::needed(scale, largest);
+            high[i] = power.high, low[i] = power.low, k[i] = power.k, rest[i] = power.rest;
+        } else {
+            auto power = Exponential<T>::of(scale, p.exponent[i]);
+            high[i] = power.high, low[i] = power.low, k[i] = power.k;
         }
-        auto power = Exponential<T>::of(scale, p.exponent[i]);
-        high[i] = power.high, low[i] = power.low, k[i] = power.k;
     }
     Scratch<double> totals(threads * samples);
 #pragma omp parallel for schedule(static) num_threads(threads)
-    for (int t = 0; t < threads; ++t)
-        exponentials<T>(p, p.chunk * t / threads, p.chunk * (t + 1) / threads, transform, high, low, k,
-                        per_thread + t * samples, totals + t * samples);
+    for (int t = 0; t < threads; ++t) {
+        int64_t begin = p.chunk * t / threads, end = p.chunk * (t + 1) / threads;
+        T* sum = per_thread + t * samples;
+        double* total = totals + t * samples;
+        const T *a = high, *b = low, *c = k, *d = rest;
+        if (wide)
+            exponentials(
+                p, begin, end, transform,
+                [=](int64_t i, T cosine) { return WideExponential<T>{a[i], b[i], c[i], d[i]}(cosine); }, sum, total);
+        else
+            exponentials(
+                p, begin, end, transform, [=](int64_t i, T cosine) { return Exponential<T>{a[i], b[i], c[i]}(cosine); },
+                sum, total);
+    }
     for (int64_t i = 0; i < samples; ++i) {
         p.sum[i] = 0.0;
         for (int t = 0; t < threads; ++t) p.sum[i] += totals[t * samples + i];
@@ -197,9 +212,9 @@ void margin_rows(const MarginRows& p) {
 
 // g := inverse (g - (g . u) u), where u = direction * unit
 template <class T> inline void project_out(T* g, const T* direction, T unit, T inverse, int64_t size) {
-    T along = static_cast<T>(dot(g, direction, size) * static_cast<double>(unit)) * unit;
+    T along = static_cast<T>(dot(g, direction, size) * static_cast<double>(unit));
 #pragma omp simd
-    for (int64_t d = 0; d < size; ++d) g[d] = inverse * (g[d] - along * direction[d]);
+    for (int64_t d = 0; d < size; ++d) g[d] = inverse * (g[d] - along * (unit * direction[d]));
 }
 
 template <class T> void project_weight_gradient(const ProjectWeightGradient<T>& p) {
@@ -227,12 +242,12 @@ template <class T> void project_weight_gradient(const ProjectWeightGradient<T>& 
                            p.size);
             if (p.nearest) {
                 int64_t near = p.nearest[j];
-                add_scaled(g, inverse * p.nearest_gradient[j] * p.inverse_norm[near],
+                add_scaled(g, inverse * p.nearest_gradient[j], p.inverse_norm[near],
                            load_row<T>(p.weight, near, p.size, other), p.size);
                 for (int64_t k = lower_bound(p.sorted_nearest, p.classes, j); k < p.classes && p.sorted_nearest[k] == j;
                      ++k) {
                     int64_t i = p.nearest_order[k];
-                    add_scaled(g, inverse * p.nearest_gradient[i] * p.inverse_norm[i],
+                    add_scaled(g, inverse * p.nearest_gradient[i], p.inverse_norm[i],
                                load_row<T>(p.weight, i, p.size, other), p.size);
                 }
             }

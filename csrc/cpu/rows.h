@@ -76,6 +76,11 @@ template <class T> inline void add_scaled(T* to, T scale, const T* from, int64_t
 #pragma omp simd
     for (int64_t d = 0; d < size; ++d) to[d] += scale * from[d];
 }
+// to += scale unit from. Of a very long row the product of the two factors would be too small for a T.
+template <class T> inline void add_scaled(T* to, T scale, T unit, const T* from, int64_t size) {
+#pragma omp simd
+    for (int64_t d = 0; d < size; ++d) to[d] += scale * (unit * from[d]);
+}
 
 inline double inverse_norm_of(double squares) {
     double norm = sqrt(squares);

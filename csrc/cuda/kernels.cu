@@ -104,23 +104,29 @@ template <class T> __global__ void exponent_sum(ExponentSum<T> p) {
         if (!p.hard_threshold) return c;
         return p.hard_strength ? hard_negative(c, threshold, strength, slope) : filtered_negative(c, threshold, slope);
     };
-    double k = p.fixed_exponent;
+    double k = p.fixed_exponent, top = static_cast<double>(kLeftOut<T>);
     T slope;
     if (!p.fixed) {
-        double top = static_cast<double>(kLeftOut<T>);
         for (int64_t j = threadIdx.x; j < p.chunk; j += kRowThreads) {
             double c = static_cast<double>(cosine(j, slope));
             if (!left_out(j) && c > top) top = c;
         }
-        k = row_exponent(scale, block_reduce(top, shared, [](double a, double b) { return a > b ? a : b; }));
+        top = block_reduce(top, shared, [](double a, double b) { return a > b ? a : b; });
     }
-    auto power = Exponential<T>::of(scale, k);
     double sum = 0.0;
-    for (int64_t j = threadIdx.x; j < p.chunk; j += kRowThreads) {
-        T c = cosine(j, slope);
-        T e = left_out(j) ? static_cast<T>(0) : power(c);
-        sum += static_cast<double>(e);
-        row[j] = e * p.inverse_norm[j] * slope;
+    auto exponentiate = [&](auto power) {
+        for (int64_t j = threadIdx.x; j < p.chunk; j += kRowThreads) {
+            T c = cosine(j, slope);
+            T e = left_out(j) ? static_cast<T>(0) : power(c);
+            sum += static_cast<double>(e);
+            row[j] = e * p.inverse_norm[j] * slope;
+        }
+    };
+    if (!p.fixed && WideExponential<T>::needed(scale, static_cast<T>(top))) {
+        exponentiate(WideExponential<T>::of(scale, static_cast<T>(top), k));
+    } else {
+        if (!p.fixed) k = row_exponent(scale, top);
+        exponentiate(Exponential<T>::of(scale, k));
     }
     sum = block_reduce(sum, shared, [](double a, double b) { return a + b; });
     if (threadIdx.x == 0) {
@@ -152,10 +158,10 @@ project_row(T* gradient, const Row<S>& direction, int64_t size, bool project, T 
         if (begin < last || !project) g.store(gradient, begin, size);
     }
     if (!project) return;
-    T along = static_cast<T>(warp_sum(dot) * static_cast<double>(unit)) * unit;
+    T along = static_cast<T>(warp_sum(dot) * static_cast<double>(unit));
     for (int64_t begin = last; begin >= 0; begin -= Piece::kSize) { // the last is still in registers
         if (begin < last) load(begin);
-        g.for_each(u, [&](T& value, T other) { value = inverse * (value - along * other); });
+        g.for_each(u, [&](T& value, T other) { value = inverse * (value - along * (unit * other)); });
         g.store(gradient, begin, size);
     }
 }
@@ -183,11 +189,11 @@ __global__ void project_weight_gradient(ProjectWeightGradient<typename Piece::Va
                   begin, p.size);
         if (p.nearest) {
             int64_t near = p.nearest[j];
-            g.add(inverse * p.nearest_gradient[j] * p.inverse_norm[near], Row<S>(p.weight, near), begin, p.size);
+            g.add(inverse * p.nearest_gradient[j], p.inverse_norm[near], Row<S>(p.weight, near), begin, p.size);
             for (int64_t k = warp_lower_bound(p.sorted_nearest, p.classes, j);
                  k < p.classes && p.sorted_nearest[k] == j; ++k) {
                 int64_t i = p.nearest_order[k];
-                g.add(inverse * p.nearest_gradient[i] * p.inverse_norm[i], Row<S>(p.weight, i), begin, p.size);
+                g.add(inverse * p.nearest_gradient[i], p.inverse_norm[i], Row<S>(p.weight, i), begin, p.size);
             }
         }
     };

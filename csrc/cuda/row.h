@@ -149,6 +149,13 @@ template <class T, int G, int K, Access A> struct Piece {
             for (int e = 0; e < G; ++e) value[k][e] += scale * x[e];
         });
     }
+    // Of a very long row the product of the two factors would be too small for a T.
+    template <class S> __device__ void add(T scale, T unit, const Row<S>& row, int64_t begin, int64_t size) {
+        read<T>(row, begin, size, [&](int k, const T(&x)[G]) {
+            FM_UNROLL
+            for (int e = 0; e < G; ++e) value[k][e] += scale * (unit * x[e]);
+        });
+    }
 
     // This lane's part of the inner product.
     __device__ double dot(const Piece& other) const {

@@ -48,6 +48,37 @@ FM_HD double row_exponent(double scale, double largest_cosine) {
                                                                   : rint(scale * 1.4426950408889634 * largest_cosine);
 }
 
+// The same for rows whose logits are so large that Exponential cannot round them to integers: k is then the largest
+// logit itself, a sum of two numbers, and its exponential is exactly 1.
+template <class T> struct WideExponential {
+    static constexpr double kLeast = sizeof(T) == 4 ? 4194304.0 : 1125899906842624.0; // 2^22, 2^50
+    static constexpr double kMost = 1099511627776.0; // 2^40: what a double tells of the sums of several chunks
+
+    T high, low, k, rest;
+
+    FM_HD static bool needed(double scale, T largest) {
+        return largest > kLeftOut<T> && fabs(scale * 1.4426950408889634 * static_cast<double>(largest)) > kLeast;
+    }
+    // `exponent` becomes k, or NaN where the logits are too large.
+    FM_HD static WideExponential of(double scale, T largest, double& exponent) {
+        double a = scale * 1.4426950408889634;
+        T high = static_cast<T>(a);
+        if (!needed(scale, largest)) {
+            exponent = row_exponent(scale, static_cast<double>(largest));
+            return {high, static_cast<T>(a - static_cast<double>(high)), static_cast<T>(exponent), 0};
+        }
+        T k = high * largest, rest = multiply_add(high, largest, -k);
+        exponent = static_cast<double>(k) + static_cast<double>(rest);
+        if (!(fabs(exponent) <= kMost)) exponent = static_cast<double>(NAN);
+        return {high, 0, k, rest};
+    }
+
+    FM_HD T operator()(T cosine) const {
+        T power = multiply_add(cosine, high, -k) + multiply_add(cosine, low, -rest);
+        return power < static_cast<T>(-125) ? static_cast<T>(0) : static_cast<T>(exp2(power)); // no denormals
+    }
+};
+
 // A cosine as the exponential sees it, and its derivative: CurricularFace's hard negatives (arXiv:2004.00288, eq. 6).
 template <class T> FM_HD T hard_negative(T cosine, T threshold, T strength, T& slope) {
     bool hard = cosine > threshold;

@@ -35,5 +35,6 @@ FM_HD float multiply_add(float a, float b, float c) {
     return a * b + c;
 #endif
 }
+FM_HD double multiply_add(double a, double b, double c) { return fma(a, b, c); }
 
 } // namespace fm

@@ -41,7 +41,7 @@ def capacity_for(classes: int) -> int:
 def new_state(weight: Tensor) -> NearestState:
     """Of classes that have not been looked at: the first step sweeps them all."""
     classes, device = len(weight), weight.device
-    int8 = int8_wins(device)
+    int8 = int8_wins(weight)
     lists = Lists.empty(classes, capacity_for(classes), device)
     code = torch.zeros(weight.shape, dtype=torch.int8 if int8 else compute_dtype(weight), device=device)
     return NearestState(
@@ -53,7 +53,7 @@ def new_state(weight: Tensor) -> NearestState:
 def fits(state: NearestState, weight: Tensor) -> bool:
     """Whether a state is of such weights, and as this machine would have made it."""
     alike = (state.code.shape, state.code.device) == (weight.shape, weight.device)
-    code = torch.int8 if int8_wins(weight.device) else compute_dtype(weight)
+    code = torch.int8 if int8_wins(weight) else compute_dtype(weight)
     return alike and state.code.dtype == code and state.value.dtype == state.scale.dtype == torch.float32
 
 

@@ -6,6 +6,7 @@ the rows themselves.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -14,21 +15,41 @@ from torch import Tensor
 
 from fused_margin.ops.backend import Kernels
 from fused_margin.ops.dispatch import constant_while_compiled
+from fused_margin.ops.normalization import unit_rows
 from fused_margin.ops.plan import SMALLEST_CHUNK, whole_chunk
 
 # Of a tile of products. On the CPU it stays in cache for the two to four times it is read. On a GPU it is so large that
 # its kernels take longer than their launches.
 TILE_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}
 MOST_NEAREST = 32
-LARGEST_INT8_SIZE = (2**31 - 1) // 127**2  # of rows whose products fit an int32
+LONGEST = 1e18  # of rows that are multiplied as they are, in float32
+# Torch 2.13 leaves products of rows of one element unwritten; beyond the last size a product would not fit an int32.
+INT8_SIZES = range(2, (2**31 - 1) // 127**2 + 1)
+
+
+def int8_wins(rows: Tensor) -> bool:
+    """Whether products of int8 are the fastest for such rows: on processors with instructions for them."""
+    return rows.shape[1] in INT8_SIZES and _has_int8_products(rows.device) and int8_products_are_right()
 
 
 @constant_while_compiled
-def int8_wins(device: torch.device) -> bool:
-    """Whether products of int8 are the fastest: on processors with instructions for them."""
+def _has_int8_products(device: torch.device) -> bool:
     if device.type != "cpu":
         return False
     return any(getattr(torch.cpu, name, bool)() for name in ("_is_vnni_supported", "_is_avx512_vnni_supported"))
+
+
+@functools.cache
+def int8_products_are_right() -> bool:
+    """Whether torch's products of int8, which are no public function of it, give known answers in memory that holds others."""
+    for rows, size, columns in ((1, 2, 1), (3, 7, 65), (65, 64, 17)):
+        left = (torch.arange(rows * size, dtype=torch.int64, device="cpu") * 37 % 255 - 127).view(rows, size)
+        right = (torch.arange(columns * size, dtype=torch.int64, device="cpu") * 91 % 255 - 127).view(columns, size)
+        out = torch.full((rows, columns), 0x55555555, dtype=torch.int32, device="cpu")
+        torch._int_mm(left.to(torch.int8), right.to(torch.int8).t(), out=out)
+        if not torch.equal(out.long(), (left.unsqueeze(1) * right).sum(2)):
+            return False
+    return True
 
 
 def tile_bytes(device: torch.device, workspace_bytes: int) -> int:
@@ -38,7 +59,7 @@ def tile_bytes(device: torch.device, workspace_bytes: int) -> int:
 def fits_int8(rows: Tensor, workspace_bytes: int) -> bool:
     """Whether int8 codes of the rows are worth making, and have room beside a tile."""
     room = workspace_bytes - tile_bytes(rows.device, workspace_bytes)
-    return int8_wins(rows.device) and rows.shape[1] <= LARGEST_INT8_SIZE and rows.numel() <= room
+    return int8_wins(rows) and rows.numel() <= room
 
 
 def rounding_of(code: Tensor, size: int) -> float:
@@ -73,6 +94,12 @@ class Coded:
         result = cls.around(rows, code, rows.new_empty(len(rows), dtype=torch.float32), inner_product)
         result.encode(run)
         result.measure(run)
+        if not int8 and not inner_product and rows.dtype != torch.float64:
+            very_long = (result.inverse_norm > 0) & (result.inverse_norm < 1.0 / LONGEST)
+            if bool(very_long.any()):  # their products would be infinite
+                result.code = unit_rows(rows, torch.float32)[0]
+                result.scale.fill_(1.0)
+                result.measure(run)
         return result
 
     @classmethod
@@ -247,6 +274,8 @@ class Search:
     def answers(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosines, or inner products, (Q, k) in `dtype` and the references (Q, k) int64."""
         cosine = self.cosine if self.query.inner_product else self.cosine.clamp(-1.0, 1.0)
+        if self.query.size == 1 and not self.query.inner_product:
+            cosine = cosine.round()  # -1, 0 or 1, which the products with inverse lengths miss by a bit
         return cosine.to(dtype), self.index.clamp(min=0)
 
 

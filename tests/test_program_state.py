@@ -1,0 +1,151 @@
+"""What a program sets for all of torch changes no answer: default dtype, default device, deterministic algorithms."""
+
+import contextlib
+
+import pytest
+import torch
+
+import fused_margin as fm
+
+N, C, D = 24, 300, 33
+
+
+def inputs():
+    generator = torch.Generator("cpu").manual_seed(1)
+    options = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
+    labels = torch.randint(C, (N,), generator=generator, device="cpu")
+    return torch.randn(N, D, **options), torch.randn(C, D, **options), labels
+
+
+def margin_loss(**options):
+    x, w, y = inputs()
+    x.requires_grad_(), w.requires_grad_()
+    loss = fm.functional.margin_cross_entropy(x, w, y, fm.Margin(m2=0.5), **options)
+    loss.backward()
+    return [loss.detach(), x.grad, w.grad]
+
+
+def linear_loss():
+    x, w, y = (t.requires_grad_(t.is_floating_point()) for t in inputs())
+    loss = fm.functional.linear_cross_entropy(x, w, y, margin=fm.Margin(m1=2.0))
+    loss.backward()
+    return [loss.detach(), x.grad, w.grad]
+
+
+def module(kind, **options):
+    """Made of given weights: initial ones follow the default dtype, as those of torch.nn."""
+    x, w, y = inputs()
+    loss_fn = kind(C, D, dtype=torch.float32, device="cpu", **options)
+    with torch.no_grad():
+        loss_fn.weight.copy_(w)
+    loss = loss_fn(x.requires_grad_(), y)
+    loss.backward()
+    return [loss.detach(), x.grad, loss_fn.weight.grad, *loss_fn.buffers()]
+
+
+def center_loss():
+    x, _, y = inputs()
+    loss_fn = fm.CenterLoss(C, D, dtype=torch.float32, device="cpu")
+    return [loss_fn(x, y), loss_fn(x, y), loss_fn.centers]
+
+
+def companions():
+    x, w, y = inputs()
+    return [
+        fm.IntraLoss()(x, w, y),
+        fm.InterLoss()(w, y),
+        fm.UniformLoss()(w),
+        fm.RingLoss(2.0, dtype=torch.float32, device="cpu")(x, y),
+    ]
+
+
+def refreshed():
+    regularizer = fm.ExclusiveRegularizer(refresh="certified")
+    return [regularizer(inputs()[1]), *regularizer.find(1.01 * inputs()[1])]
+
+
+def optimizer():
+    _, w, _ = inputs()
+    w.requires_grad_()
+    w.grad = torch.ones_like(w)
+    step = fm.optim.ProjectedSGD([w], lr=0.1, momentum=0.9, weight_decay=1e-4)
+    step.step(), step.step()
+    return [w.detach()]
+
+
+PATHS = {
+    "margin": margin_loss,
+    "exclusive": lambda: margin_loss(exclusive_weight=1.0, label_smoothing=0.1),
+    "recomputed": lambda: margin_loss(exclusive_weight=1.0, workspace_mb=1e-6),
+    "own scales": lambda: margin_loss(scale=None),
+    "linear": linear_loss,
+    "sub-centers": lambda: margin_sub_centers(),
+    "adaface": lambda: module(fm.AdaFaceLoss),
+    "curricular": lambda: module(fm.CurricularFaceLoss),
+    "magface": lambda: module(fm.MagFaceLoss),
+    "softmax": lambda: module(fm.SoftmaxLoss),
+    "nearest": lambda: list(fm.functional.nearest_class(inputs()[1])),
+    "nearest of others": lambda: list(fm.functional.nearest_class(inputs()[0], inputs()[1], k=3)),
+    "certified": refreshed,
+    "separability": lambda: [torch.tensor(fm.functional.separability(inputs()[1]), dtype=torch.float64, device="cpu")],
+    "center": center_loss,
+    "companions": companions,
+    "optimizer": optimizer,
+}
+
+
+def margin_sub_centers():
+    x, w, y = inputs()
+    w.requires_grad_()
+    loss = fm.functional.margin_cross_entropy(x, w, y % (C // 3), fm.Margin(m2=0.5), sub_centers=3)
+    loss.backward()
+    return [loss.detach(), w.grad]
+
+
+@contextlib.contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextlib.contextmanager
+def deterministic():
+    torch.set_deterministic_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode("default")
+
+
+STATES = {
+    "float64": lambda: default_dtype(torch.float64),
+    "float16": lambda: default_dtype(torch.float16),
+    "bfloat16": lambda: default_dtype(torch.bfloat16),
+    "default device meta": lambda: torch.device("meta"),
+    "deterministic": deterministic,  # it also fills memory that nobody has written
+}
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("path", PATHS)
+def test_answers_are_the_same(path, state):
+    expected = PATHS[path]()
+    with STATES[state]():
+        found = PATHS[path]()
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == other.dtype and torch.equal(one, other)
+
+
+def test_a_module_made_on_meta():
+    """It computes shapes, as those of torch.nn do, and refuses tensors of another device."""
+    with torch.device("meta"):
+        loss_fn = fm.ArcFaceLoss(C, D)
+        assert loss_fn.weight.is_meta
+        assert loss_fn(torch.randn(N, D), torch.zeros(N, dtype=torch.int64)).is_meta
+        embeddings, _, labels = inputs()
+        with pytest.raises(ValueError, match="expected a tensor on"):
+            loss_fn(embeddings, labels)
