@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from .data import DataError
 from .data.align import TEMPLATES, goodness_of_fit, similarity_transform, warp
-from .data.decode import SUFFIXES, UNREADABLE
+from .data.decode import SUFFIXES, UNREADABLE, read_image
 from .data.landmarks import Row, read_rows
 
 PROG = "fused-margin align"
@@ -34,8 +34,10 @@ class AlignConfig:
     """Turn, scale and cut faces so that their five landmarks come to lie on a template.
 
     The landmarks are left eye, right eye, nose, left and right corner of the mouth, as seen in the
-    image: x and y in pixels, whole numbers being the middles of pixels. An image whose output exists
-    is skipped, so that the same command continues where it was stopped.
+    image: x and y in pixels, whole numbers being the middles of pixels. They are counted in the upright
+    image, after its EXIF orientation has been applied, as detectors get it from cv2.imread or Pillow's
+    ImageOps.exif_transpose. An image whose output exists is skipped, so that the same command continues
+    where it was stopped.
     """
 
     images: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES")]
@@ -158,8 +160,7 @@ def _align_image(config: AlignConfig, row: Row) -> bool:
             "corner of the mouth, as seen"
         )
     try:
-        with Image.open(config.images / relative) as image:
-            face = warp(image if image.mode in ("L", "RGB") else image.convert("RGB"), matrix, size)
+        face = warp(read_image(config.images / relative), matrix, size)
     except UNREADABLE as error:
         raise BadRow(f"cannot be read: {error}") from error
     _save(face, target)

@@ -101,7 +101,8 @@ class TrainConfig:
     data: str = "glyphs"
     """glyphs (characters of twelve fonts), digits (handwritten), or where images are.
 
-    A folder of identities (FOLDER/identity/image.jpg), a folder with train.rec and train.idx, or a list (.txt, .lst).
+    A folder of identities (FOLDER/identity/image.jpg), a folder with train.rec and train.idx, or a list (.txt, .lst)
+    of a path and a label per line, or as mxnet's im2rec writes it.
 
     The defaults of the other options depend on it."""
     config: Path | None = None

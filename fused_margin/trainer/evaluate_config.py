@@ -34,7 +34,8 @@ class EvaluateConfig:
     data: str | None = None
     """Images for the network, as for fused-margin train; all identities of other images than it was trained on,
     the test identities of its training if not given. Or a verification set: LFW's folder with pairs.txt, YouTube
-    Faces' with splits.txt (protocol ytf), or one of InsightFace's .bin files."""
+    Faces' with splits.txt (protocol ytf), or one of InsightFace's .bin files. The images of the first two are there
+    or in the publication's folder (lfw, lfw_funneled, lfw-deepfunneled; aligned_images_DB)."""
     distractors: Path | None = None
     """For megaface with --features: distractors in a file or folder of their own (.npy, .npz, or MegaFace's .bin);
     --features then are the probes, FOLDER/identity/..., or an .npz with features and labels."""
@@ -56,7 +57,8 @@ class EvaluateConfig:
     num_pairs: int | None = None
     """Pairs to draw where none are given, half of them of one identity; as in the training, or 6,000."""
     folds: int | None = None
-    """Folds of the pairs where none are given; as in the training, or 10."""
+    """Folds of the pairs where none are given, as in a pairs.txt whose first line is one number; as in the training,
+    or 10."""
     probes: float = 0.5
     """Share of the identities that are megaface's probes where no distractors are given; the others' images are
     the distractors."""

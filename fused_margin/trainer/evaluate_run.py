@@ -21,9 +21,10 @@ from .array_checks import check_features, check_integers
 from .checkpoint import FILE_NAME
 from .config import EMBEDDED, EvaluationConfig
 from .data import DataError
+from .data.listing import describe_skipped
 from .evaluate import separation
 from .evaluate_config import EvaluateConfig
-from .feature_set import FeatureSet, TrainedNetwork, read_arrays, read_checkpoint, read_probes
+from .feature_set import EvaluationInput, FeatureSet, TrainedNetwork, read_arrays, read_checkpoint, read_probes
 from .figures import draw_evaluation
 from .folds import unshuffled_folds
 
@@ -56,18 +57,19 @@ def run_evaluation(config: EvaluateConfig, console: Console) -> dict[str, Any]:
         network = read_checkpoint(path, data, config.backbone)
     else:
         path = config.features
+    asked_folds = config.folds
     try:
         config = config.filled_in(EvaluationConfig() if network is None else network.config.evaluation)
     except ValueError as error:
         raise DataError(f"{path}: {error}") from error
     with console.status("computing features" if network else "reading features"):
         if network:
-            given, description, unreadable = network.features(
-                device, mirror=config.flip != "none", workers=config.workers
-            )
+            found = network.features(device, mirror=config.flip != "none", workers=config.workers, folds=asked_folds)
+        elif config.distractors is None:
+            found = EvaluationInput(read_arrays(path), f"features of {path}", str(path))
         else:
-            given = read_arrays(path) if config.distractors is None else read_probes(path, config.distractors)
-            description, unreadable = f"features of {path}", []
+            found = read_probes(path, config.distractors)
+    given, description = found.features, found.description
     with console.status(f"evaluating {config.name}"):
         try:
             measured = _measure(config, given, network.config.seed if network else 0, device)
@@ -75,7 +77,8 @@ def run_evaluation(config: EvaluateConfig, console: Console) -> dict[str, Any]:
         except DataError:
             raise
         except (TypeError, ValueError) as error:  # what the arrays are found to be
-            raise DataError(f"cannot evaluate {path}: {error}") from error
+            evaluated = f"{path} on {found.source}" if network else str(path)
+            raise DataError(f"cannot evaluate {evaluated}: {error}") from error
 
     summary, versions = measured.summary, {"fused_margin": fm.build_info()["version"], "torch": torch.__version__}
     output = config.output or path.parent
@@ -86,7 +89,8 @@ def run_evaluation(config: EvaluateConfig, console: Console) -> dict[str, Any]:
             "description": description,
             "rows": len(given.features),
             "dimensions": given.features.shape[1],
-            "unreadable": unreadable,
+            "unreadable": found.unreadable,
+            "skipped": dict(found.skipped),
         },
         "flip": config.flip,
         "metric": config.metric,
@@ -217,6 +221,8 @@ def _print_report(console: Console, report: dict[str, Any], headline: str, outpu
     if separability := report["separability"]:
         table.add_row("Sep of the class weights", f"{separability['mean']:.3f} ± {separability['std']:.3f}")
     console.print(table)
+    if skipped := report["input"]["skipped"]:
+        console.print(describe_skipped(skipped), highlight=False, soft_wrap=True)
     if unreadable := report["input"]["unreadable"]:
         console.print(f"left out {len(unreadable)} unreadable images, which the report names")
     name = report["protocol"]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import zipfile
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from .data.base import Splits
 from .data.benchmarks import VerificationSet
 from .data.features import read_megaface
 from .evaluate import Embedded, embed
+from .folds import folds_of_each_kind
 from .losses import stored_class_weight
 from .models import require_named, restore_backbone
 
@@ -47,10 +49,22 @@ class FeatureSet:
         return [getattr(self, name) for name in names]
 
 
-def read_probes(probes: Path, distractors: Path) -> FeatureSet:
+@dataclass(frozen=True)
+class EvaluationInput:
+    """Features to evaluate, and what the report says of them."""
+
+    features: FeatureSet
+    description: str
+    source: str  # file or folder of the features or images
+    unreadable: list[str] = field(default_factory=list)  # images that are left out
+    skipped: Mapping[str, int] = field(default_factory=dict)  # number of files, folders or lines of each kind
+
+
+def read_probes(probes: Path, distractors: Path) -> EvaluationInput:
     """MegaFace-style features of probes and distractors; raises DataError as `data.features.read_megaface`."""
     found = read_megaface(probes, distractors)
-    return FeatureSet(features=found.probes, labels=found.identity, distractors=found.distractors)
+    features = FeatureSet(features=found.probes, labels=found.identity, distractors=found.distractors)
+    return EvaluationInput(features, f"features of {probes}", str(probes), skipped=found.skipped)
 
 
 def read_arrays(path: Path) -> FeatureSet:
@@ -83,8 +97,8 @@ class TrainedNetwork:
     path: Path
     benchmark: VerificationSet | None = None  # in the place of the training's kind of data
 
-    def features(self, device: torch.device, *, mirror: bool, workers: int) -> tuple[FeatureSet, str, list[str]]:
-        """Features of the identities not trained on, what they are of, and the images left out.
+    def features(self, device: torch.device, *, mirror: bool, workers: int, folds: int | None) -> EvaluationInput:
+        """Features of the identities not trained on, or of the verification set, in `folds` where it gives none.
 
         Raises:
             BackboneError: the network cannot be built.
@@ -97,8 +111,14 @@ class TrainedNetwork:
         if self.benchmark is not None:
             images = self.benchmark.image_set(config.model.image_size, config.model.channels)
             part = embed(backbone, images, device, mirror=mirror, workers=workers)
-            found = benchmark_features(self.benchmark, part, class_weight)
-            return found, f"{len(part.labels):,} images of {self.benchmark.source}", part.unreadable
+            source = self.benchmark.source
+            return EvaluationInput(
+                benchmark_features(self.benchmark, part, class_weight, folds),
+                f"{len(part.labels):,} images of {source}",
+                source,
+                part.unreadable,
+                self.benchmark.skipped,
+            )
         splits = load_splits(
             config.data, config.model.image_size, config.model.channels, config.test_fraction, config.seed
         )
@@ -126,15 +146,27 @@ class TrainedNetwork:
             labels=np.concatenate(labels),
             class_weight=class_weight,
         )
-        return found, _describe(splits, self.seen), sorted(name for part in parts for name in part.unreadable)
+        unreadable = sorted(name for part in parts for name in part.unreadable)
+        return EvaluationInput(found, _describe(splits, self.seen), config.data, unreadable, splits.skipped)
 
 
-def benchmark_features(benchmark: VerificationSet, part: Embedded, class_weight: np.ndarray) -> FeatureSet:
+def benchmark_features(
+    benchmark: VerificationSet, part: Embedded, class_weight: np.ndarray, folds: int | None = None
+) -> FeatureSet:
     """Features of a verification set's images; a video may miss frames, an image of a pair may not.
 
+    Args:
+        folds: number of folds where the set gives none; its reader's choice if not given.
+
     Raises:
-        DataError: an image that pairs need cannot be read.
+        DataError: an image that pairs need cannot be read, or there are fewer pairs of a kind than folds.
     """
+    fold = benchmark.fold
+    if folds is not None and not benchmark.has_folds:
+        try:
+            fold = folds_of_each_kind(benchmark.same, folds)
+        except ValueError as error:
+            raise DataError(f"{benchmark.source}: {error}") from error
     videos = len(benchmark.item) > len(np.unique(benchmark.item))
     if part.unreadable and not videos:
         raise DataError(
@@ -146,7 +178,7 @@ def benchmark_features(benchmark: VerificationSet, part: Embedded, class_weight:
         part.mirrored,
         pairs=benchmark.pairs,
         same=benchmark.same,
-        fold=benchmark.fold,
+        fold=fold,
         video=benchmark.item[part.labels],
         class_weight=class_weight,
     )

@@ -20,6 +20,7 @@ from .checkpoint import FILE_NAME, CheckpointError, load_checkpoint, remove_part
 from .config import TrainConfig
 from .config_values import write_file
 from .data import Splits, load_splits
+from .data.listing import describe_skipped
 from .devices import Devices
 from .evaluate import Evaluation, evaluate
 from .figures import draw_report
@@ -134,6 +135,7 @@ def _report(
             "train": {"identities": splits.train.num_classes, "images": len(splits.train)},
             "test": {"identities": splits.test.num_classes, "images": len(splits.test)},
             "unreadable": unreadable,
+            "skipped": dict(splits.skipped),
         },
         "verification": {
             "accuracy": float(accuracy.mean()),
@@ -182,6 +184,8 @@ def _print_start(console: Console, config: TrainConfig, trainer: Trainer, splits
         f"{trainer.total_steps:,} steps on {trainer.fabric.device}",
         highlight=False,
     )
+    if splits.skipped:
+        console.print(describe_skipped(splits.skipped), highlight=False, soft_wrap=True)
     if trainer.step:
         console.print(f"continuing at step {trainer.step:,}", highlight=False)
 

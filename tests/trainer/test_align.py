@@ -217,6 +217,29 @@ def test_bad_rows_are_reported_and_the_others_aligned(photographs, tmp_path, cap
     assert sorted(p.name for p in (tmp_path / "out").rglob("*") if p.is_file()) == ["1.png", "3.png"]
 
 
+@pytest.mark.parametrize(("orientation", "stored"), [(3, "ROTATE_180"), (6, "ROTATE_90"), (8, "ROTATE_270")])
+def test_landmarks_are_those_of_the_upright_picture(photographs, tmp_path, capsys, orientation, stored):
+    images, landmarks = photographs
+    with Image.open(images / "anna/1.png") as image:
+        exif = image.getexif()
+        exif[0x112] = orientation
+        image.transpose(Image.Transpose[stored]).save(images / "anna/1.png", exif=exif)
+    file = write_csv(tmp_path / "landmarks.csv", {"anna/1.png": landmarks["anna/1.png"]})
+    assert run(capsys, images, file, tmp_path / "out")[0] == 0
+    with Image.open(tmp_path / "out/anna/1.png") as face:
+        assert face.getexif().get(0x112, 1) == 1
+        pixels = np.asarray(face.convert("L"), float)
+    for point in TEMPLATES["112x112"].points:
+        assert np.hypot(*(centroid(pixels, point) - point)) < 0.5
+
+
+def test_help_says_which_picture_the_landmarks_are_of(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["align", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "upright image" in said and "EXIF orientation" in said
+
+
 def test_what_cannot_be_started(photographs, tmp_path, capsys):
     images, landmarks = photographs
     file = write_csv(tmp_path / "landmarks.csv", landmarks)

@@ -16,6 +16,7 @@ from fused_margin.trainer.data.base import data_loader
 from fused_margin.trainer.data.benchmarks import read_bin, read_lfw, read_ytf
 from fused_margin.trainer.data.features import read_features, read_megaface
 from fused_margin.trainer.data.safe_pickle import STAND_INS, load_plain
+from fused_margin.trainer.protocols import lfw as lfw_protocol
 
 
 def picture(value, kind="PNG"):
@@ -74,7 +75,39 @@ def test_lfw_of_one_fold_and_elsewhere(lfw):
     lines = PAIRS.splitlines()
     put(lfw / "lists" / "dev.txt", "\n".join(["2", *lines[1:5]]).replace("\t", "  ").encode())  # as pairsDevTest.txt
     benchmark = read_lfw(lfw, lfw / "lists" / "dev.txt")
-    assert benchmark.fold.tolist() == [0] * 4 and benchmark.same.sum() == 2
+    assert benchmark.fold.tolist() == [0, 1] * 2 and benchmark.same.sum() == 2 and not benchmark.has_folds
+    put(lfw / "lists" / "dev.txt", "\n".join(["1", lines[1], lines[3]]).encode())
+    with pytest.raises(DataError, match="dev.txt: its first line says one pair of either kind, which cannot"):
+        read_lfw(lfw, lfw / "lists" / "dev.txt")
+
+
+def test_pairs_without_folds_are_divided_by_kind(lfw):
+    """pairsDevTest.txt has its 500 pairs of one identity first."""
+    lines = ["Ann_Lee 1 2"] * 23 + ["Ann_Lee 1 Bo 1"] * 23
+    put(lfw / "pairs.txt", "\n".join(["23", *lines]).encode())
+    benchmark = read_lfw(lfw)
+    assert np.unique(benchmark.fold).tolist() == list(range(10))
+    for kind in (benchmark.same, ~benchmark.same):
+        assert (np.diff(benchmark.fold[kind]) >= 0).all()  # by their order
+        assert set(np.bincount(benchmark.fold[kind])) == {2, 3}
+    features = np.random.default_rng(0).normal(size=(len(benchmark.images), 4)).astype(np.float32)
+    assert len(lfw_protocol(features, features, benchmark.pairs, benchmark.same, benchmark.fold).folds.accuracy) == 10
+
+
+@pytest.mark.parametrize("folder", ["lfw", "lfw_funneled", "lfw-deepfunneled"])
+def test_lfw_beside_its_list(lfw, folder):
+    """As the archive unpacks, the list beside the folder."""
+    expected = read_lfw(lfw)
+    (lfw / folder).mkdir()
+    for name in {photograph.split()[0] for photograph in PHOTOGRAPHS}:
+        (lfw / name).rename(lfw / folder / name)
+    found = read_lfw(lfw)
+    assert [os.path.relpath(image, lfw / folder) for image in found.images] == [
+        os.path.relpath(image, lfw) for image in expected.images
+    ]
+    (lfw / ("lfw" if folder != "lfw" else "lfw_funneled")).mkdir()
+    with pytest.raises(DataError, match="has lfw and lfw.*: move pairs.txt into the one to be evaluated"):
+        read_lfw(lfw)
 
 
 def test_lfw_names_what_is_missing(lfw):
@@ -145,15 +178,49 @@ def test_ytf(ytf):
     assert read_ytf(ytf, ytf / "other.txt").pairs.shape == (4, 2)
 
 
+PUBLISHED = """split number, pair number in split, first name, second name, is same:
+1, 1, Ann_Lee/0, Ann_Lee/3, 1
+1, 2, Ann_Lee/0, Bo/1, 0
+2, 1, Bo_Ek/0, Ann_Lee/3, 0
+2, 2, Bo/1, Bo/1, 1
+"""
+
+
+@pytest.mark.parametrize("heading", [True, False])
+@pytest.mark.parametrize("folder", ["", "aligned_images_DB"])
+def test_ytf_as_published(ytf, heading, folder):
+    """With the number of the pair, and with the frames where the archive has them."""
+    expected = read_ytf(ytf)
+    put(ytf / "splits.txt", PUBLISHED[0 if heading else PUBLISHED.index("\n") + 1 :].encode())
+    put(ytf / "Bo" / "1" / "._2.0.jpg", b"left by a Mac")
+    if folder:
+        (ytf / folder).mkdir()
+        for name in ("Ann_Lee", "Bo", "Bo_Ek"):
+            (ytf / name).rename(ytf / folder / name)
+    found = read_ytf(ytf)
+    assert [os.path.relpath(image, ytf / folder) for image in found.images] == [
+        os.path.relpath(image, ytf) for image in expected.images
+    ]
+    for name in ("pairs", "same", "fold", "item"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+    assert found.skipped == {"files ending in .txt": 4, "hidden or system files and folders": 1}
+
+
 def test_ytf_broken(ytf):
     for frame in (ytf / "Bo" / "1").iterdir():
         frame.unlink()
     (ytf / "Ann_Lee" / "0").rename(ytf / "Ann_Lee" / "9")
     with pytest.raises(DataError, match=r"2 of the 4 .* have no image in .*: Ann_Lee/0, Bo/1$"):
         read_ytf(ytf)
-    for line in ("1, Ann_Lee/3, Bo/1", "one, Ann_Lee/3, Bo/1, 0", "1, Ann_Lee/3, Bo/1, yes"):
+    for line in (
+        "1, Ann_Lee/3, Bo/1",
+        "one, Ann_Lee/3, Bo/1, 0",
+        "1, Ann_Lee/3, Bo/1, yes",
+        "1, first, Ann_Lee/3, Bo/1, 0",
+        "1, 1, Ann_Lee/3, Bo/1, 0, 0",
+    ):
         put(ytf / "splits.txt", f"split number, ...\n{line}\n".encode())
-        with pytest.raises(DataError, match="splits.txt, line 2: expected `split number, first name"):
+        with pytest.raises(DataError, match="splits.txt, line 2: expected `split number, pair number, first name"):
             read_ytf(ytf)
     put(ytf / "splits.txt", b"split number, first name, second name, is same\n")
     with pytest.raises(DataError, match="lists no pairs"):
@@ -348,16 +415,23 @@ def test_megaface(tmp_path):
         put(tmp_path / "probes" / name, matrix(VECTORS[row][:, None]))
     np.save(tmp_path / "probes" / "a c" / "2.npy", VECTORS[4])
     put(tmp_path / "probes" / "readme.txt", b"")
+    for folder in (".ipynb_checkpoints", "__MACOSX/b", "b/.cache"):
+        put(tmp_path / "probes" / folder / "1.bin", matrix(VECTORS[0][:, None]))
     np.save(tmp_path / "distractors.npy", VECTORS)
     found = read_megaface(tmp_path / "probes", tmp_path / "distractors.npy")
     np.testing.assert_array_equal(found.probes, VECTORS[[2, 4, 0, 1, 3]])
     assert found.identity.tolist() == [0, 0, 1, 1, 2] and found.identity.dtype == np.int64
     np.testing.assert_array_equal(found.distractors, VECTORS)
+    assert found.skipped == {"files ending in .txt": 1, "hidden or system files and folders": 3}
     np.savez(tmp_path / "probes.npz", features=VECTORS, labels=np.array([7, 7, 3, 3, 9, 9]))
     assert read_megaface(tmp_path / "probes.npz", tmp_path / "probes").identity.tolist() == [1, 1, 0, 0, 2, 2]
 
     with pytest.raises(DataError, match="distractors.npy does not say whom the features show"):
         read_megaface(tmp_path / "distractors.npy", tmp_path / "probes.npz")
+    put(tmp_path / "probes" / "9.bin", matrix(VECTORS[0][:, None]))
+    with pytest.raises(DataError, match="probes has features beside the folders of identities"):
+        read_megaface(tmp_path / "probes", tmp_path / "distractors.npy")
+    (tmp_path / "probes" / "9.bin").unlink()
     np.save(tmp_path / "other.npy", VECTORS[:, :4])
     with pytest.raises(DataError, match="has features of 5 dimensions, .*other.npy of 4"):
         read_megaface(tmp_path / "probes.npz", tmp_path / "other.npy")

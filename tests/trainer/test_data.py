@@ -1,5 +1,7 @@
 """Identities of every source: disjoint, told apart as they should be, read as promised."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -98,6 +100,41 @@ def test_unreadable_images_are_left_out_and_named(face_folder, tmp_path, workers
     assert {name for batch in batches for name in batch.unreadable} == set(map(str, broken))
     assert sum(len(batch.images) for batch in batches) == len(splits.train) - 2
     assert all(len(batch.images) == len(batch.labels) for batch in batches)
+
+
+def test_only_folders_of_images_are_identities(face_folder, tmp_path):
+    root = tmp_path / "faces"
+    shutil.copytree(face_folder, root)
+    whole = load_splits(str(root), (8, 8), 1, 0.3, seed=0)
+    assert not whole.skipped
+    for folder in (".ipynb_checkpoints", "__MACOSX", "@eaDir", ".hidden", "System Volume Information"):
+        shutil.copytree(root / "person_0", root / folder)
+    (root / "person_1" / "0.png").rename(root / "person_1" / "session.png")
+    (root / "person_1" / "0.png").mkdir()  # a network drive has such a folder of thumbnails for each image
+    (root / "person_1" / "session.png").rename(root / "person_1" / "0.jpg")
+    (root / "empty").mkdir()
+    for name in ("Thumbs.db", ".DS_Store", "list.txt"):
+        (root / name).touch()
+        (root / "person_0" / name).touch()
+    for name in ("._0.png", "1.jfif", "2.JFIF", "README"):
+        (root / "person_2" / name).touch()
+    found = load_splits(str(root), (8, 8), 1, 0.3, seed=0)
+    assert found.fingerprint() == whole.fingerprint()
+    assert found.skipped == {
+        "hidden or system files and folders": 10,
+        "files beside the folders of identities": 1,
+        "folders without an image": 1,
+        "folders inside the folder of an identity or video": 1,
+        "files ending in .txt": 1,
+        "files ending in .jfif": 2,
+        "files without a suffix": 1,
+    }
+
+
+def test_a_folder_too_many_is_told(face_folder, tmp_path):
+    (tmp_path / "faces").symlink_to(face_folder)
+    with pytest.raises(DataError, match="no identities in .*; skipped: 9 folders inside the folder of an identity"):
+        load_splits(str(tmp_path), (8, 8), 1, 0.3, seed=0)
 
 
 def test_folders_that_cannot_be_used(tmp_path):

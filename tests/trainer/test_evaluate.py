@@ -116,14 +116,19 @@ def test_protocols_on_a_trained_network(trained):
 def test_other_images_than_the_training_s(trained, face_folder, capsys):
     broken = face_folder / "person_3" / "9.jpg"
     broken.write_bytes(b"\xff\xd8 nothing more")
+    other = face_folder / "person_3" / "9.jfif"
+    other.touch()
     try:
         report = evaluate("--checkpoint", trained, "--data", face_folder, "--num-pairs", 60, "--flip", "concat")
     finally:
         broken.unlink()
+        other.unlink()
     assert report["input"]["rows"] == 8 * 4 + 1  # all identities: none was trained on
     assert report["input"]["unreadable"] == [str(broken)] and report["input"]["dimensions"] == 8
     assert "9 identities not trained on" in report["input"]["description"]
-    assert "left out 1 unreadable images" in capsys.readouterr().out
+    assert report["input"]["skipped"] == {"files ending in .jfif": 1}
+    said = capsys.readouterr().out
+    assert "left out 1 unreadable images" in said and "skipped: 1 files ending in .jfif" in said
     assert report["result"]["accuracy"] > 0.6  # even an untrained network tells these patterns apart
 
 
@@ -333,6 +338,29 @@ def test_published_verification_sets(trained):
     Path("ytf/Bo/0/Bo_0001.png").write_bytes(b"no image")  # the video has two frames left
     report = evaluate("--checkpoint", trained, "--data", "ytf", "--protocol", "ytf")
     assert report["result"]["pairs"] == 10 and report["input"]["rows"] == 17 and len(report["input"]["unreadable"]) == 1
+
+
+def test_pairs_without_folds(trained, capsys):
+    """LFW's pairsDevTest.txt: all pairs of one identity, then all others, and no folds."""
+    rng = np.random.default_rng(0)
+    names = [f"P_{number}" for number in range(12)]
+    for number, name in enumerate(names):
+        Path("lfw", name).mkdir(parents=True)
+        for photograph in (1, 2):
+            Path("lfw", name, f"{name}_{photograph:04d}.png").write_bytes(encoded_digit(rng, 15 * number))
+    lines = ["12", *(f"{name}\t1\t2" for name in names), *(f"{a}\t1\t{b}\t2" for a, b in pairwise([*names, "P_0"]))]
+    Path("lfw/pairs.txt").write_text("\n".join(lines))
+    arguments = "--checkpoint", trained, "--data", "lfw", "--protocol", "lfw"
+    assert len(evaluate(*arguments)["result"]["fold_accuracy"]) == 10
+    assert len(evaluate(*arguments, "--folds", 4)["result"]["fold_accuracy"]) == 4
+    assert "pairs.txt: pairs: expected at least 13 of either kind" in fails(capsys, 1, *arguments, "--folds", 13)
+
+
+def test_an_error_of_the_images_names_them(trained, capsys):
+    rng = np.random.default_rng(0)
+    Path("faces.bin").write_bytes(pickle.dumps(([encoded_digit(rng, 20)] * 40, [True] * 20)))
+    said = fails(capsys, 1, "--checkpoint", trained, "--data", "faces.bin")
+    assert "faces.bin: same: expected pairs of one identity and of two" in said
 
 
 def test_a_pair_without_its_image_is_an_error(trained, capsys):

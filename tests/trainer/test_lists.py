@@ -1,6 +1,7 @@
 """Image lists: what a line may be, what is wrong with others, and training from one."""
 
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -37,7 +38,46 @@ def test_lines(tmp_path):
     assert labels.tolist() == [0, 1, 0, 2, 2] and names == ["7", "Anna B", "8"]
 
 
-@pytest.mark.parametrize("line", ["a.png", "a b.png 3", "a.png\t", "a.png\t1\t2", "1 a.png 0.5 0.5"])
+def test_lines_that_are_no_images_are_no_identities(tmp_path):
+    for name in ("a.png", "#b.png", "noname"):
+        Image.new("L", (8, 8)).save(tmp_path / name, "PNG")
+    path = tmp_path / "list.txt"
+    path.write_text(
+        "# faces of 2019\n#comment made\npath label\na.png 7\n# total 3\n#b.png 8\nnoname 9\n"
+        "__MACOSX/._a.png 7\n.ipynb_checkpoints/a-checkpoint.png 5\n.cache/c.png 7\n"
+    )
+    skipped = Counter()
+    files, labels, names = read_list(path, skipped)
+    assert files.tolist() == [b"a.png", b"#b.png", b"noname", b".cache/c.png"]
+    assert labels.tolist() == [0, 1, 2, 0] and names == ["7", "8", "9"]
+    assert skipped == {"comment lines": 3, "heading lines": 1, "lines of system files": 2}
+    path.write_text("a.png 7\ntotal 500\n")
+    with pytest.raises(DataError, match="list.txt, line 2: there is no file 'total', and it has no suffix"):
+        read_list(path)
+
+
+def test_lines_of_mxnet(tmp_path):
+    Image.new("L", (8, 8)).save(tmp_path / "a.png")
+    path = tmp_path / "faces.lst"
+    path.write_text("5\t3.000000\ta.png\n7\t11\tmy photo.png\n2\t3.000000\tb/c.png\n")
+    files, labels, names = read_list(path)
+    assert files.tolist() == [b"a.png", b"my photo.png", b"b/c.png"]
+    assert labels.tolist() == [0, 1, 0] and names == ["3", "11"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "a.png",
+        "a b.png 3",
+        "a.png\t",
+        "a.png\t1\t2",
+        "1 a.png 0.5 0.5",
+        "1\t0.5\ta.png",
+        "1\t3\t4\ta.png",
+        "1\ta.png\t3",
+    ],
+)
 def test_a_line_of_another_format_is_named(tmp_path, line):
     Image.new("L", (8, 8)).save(tmp_path / "a.png")
     path = tmp_path / "list.txt"
@@ -111,9 +151,11 @@ def test_what_a_path_holds_is_recognised(listed, face_folder, tmp_path):
 def test_training_from_a_list(listed, tmp_path, tiny_options, capsys):
     (tmp_path / "corrupt.png").write_text("not an image")
     with open(listed, "a") as file:
-        file.write("corrupt.png 90\n")
+        file.write("corrupt.png 90\n# the last\n")
     options = [*tiny_options, "--data", str(listed), "--epochs", "1", "--evaluation.pairs", "20"]
     assert cli.main(["train", *options, "--output", str(tmp_path / "run")]) == 0
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["data"]["unreadable"] == [str(tmp_path / "corrupt.png")]
-    assert "corrupt.png" in capsys.readouterr().out
+    assert report["data"]["skipped"] == {"comment lines": 1}
+    said = capsys.readouterr().out
+    assert "corrupt.png" in said and "skipped: 1 comment lines" in said

@@ -278,7 +278,7 @@ def test_folder_of_faces_from_end_to_end(face_folder, tmp_path, console):
         report = run(config, console)
     finally:
         broken.unlink()
-    assert report["data"]["unreadable"] == [str(broken)]
+    assert report["data"]["unreadable"] == [str(broken)] and report["data"]["skipped"] == {}
     assert report["data"]["train"]["identities"] + report["data"]["test"]["identities"] == 9
     assert np.isfinite(report["training"]["last_loss"])
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -77,6 +77,7 @@ class Splits:
     test: ImageSet
     description: str
     test_distortion: AugmentationConfig | None  # where distortion is part of what an image is
+    skipped: Mapping[str, int] = field(default_factory=dict)  # number of files, folders or lines of each kind
 
     def fingerprint(self) -> str:
         return f"{self.train.fingerprint()}-{self.test.fingerprint()}"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -11,12 +13,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..folds import unshuffled_folds
+from ..folds import folds_of_each_kind, unshuffled_folds
 from .base import DataError
 from .decode import SUFFIXES, DecodedImages
+from .listing import image_names
 from .safe_pickle import load_plain
 
 NAMED = 10  # missing files that an error lists
+# Folders of images that the publications have beside their lists.
+LFW_FOLDERS = ("lfw", "lfw_funneled", "lfw-deepfunneled")
+YTF_FOLDER = "aligned_images_DB"
+FOLDS = 10  # where a list gives none
 
 
 @dataclass(frozen=True)
@@ -29,6 +36,8 @@ class VerificationSet:
     fold: np.ndarray  # (num_pairs,) from 0
     images: list[str] | list[bytes]  # files, or encoded images
     item: np.ndarray  # (num_images,) item that an image belongs to
+    has_folds: bool = True  # the publication gives the folds; if not, `fold` is a choice
+    skipped: Mapping[str, int] = field(default_factory=dict)  # number of files of each kind
 
     def image_set(self, image_size: tuple[int, int], channels: int) -> BenchmarkImages:
         """The images to be read by batch."""
@@ -54,12 +63,17 @@ class BenchmarkImages(DecodedImages):
 def read_lfw(root: Path, pairs: Path | None = None) -> VerificationSet:
     """Labeled Faces in the Wild: root/Some_Name/Some_Name_0001.jpg, and pairs.txt, by default in root.
 
+    The folders of names may also be in root/lfw, root/lfw_funneled or root/lfw-deepfunneled, if only
+    one of these exists.
+
     The first line of pairs.txt has the number of folds and that of pairs of either kind in a fold,
     or the latter alone; a pair is `name number number` or `name number name number`. Images may end
-    in any of `decode.SUFFIXES`.
+    in any of `decode.SUFFIXES`. With the number of pairs alone, as in pairsDevTest.txt, the pairs of
+    each kind are divided by their order, into ten folds or as many as there are pairs of a kind.
 
     Raises:
-        DataError: a line is not of the format, lines are missing, or images are.
+        DataError: a line is not of the format, lines or images are missing, there are several folders
+            to take the images from, or there is a single pair of either kind.
     """
     pairs = pairs or root / "pairs.txt"
     lines = _read_lines(pairs)
@@ -85,43 +99,60 @@ def read_lfw(root: Path, pairs: Path | None = None) -> VerificationSet:
             f"its first line says {folds * of_a_kind} of either kind"
         )
 
+    if not any((root / name).parent.is_dir() for names in listed for name in names):
+        folders = [folder for folder in LFW_FOLDERS if (root / folder).is_dir()]
+        if len(folders) > 1:
+            raise DataError(f"{root} has {' and '.join(folders)}: move {pairs.name} into the one to be evaluated")
+        root = root.joinpath(*folders)
+
     def image(name: str) -> list[str]:
         files = (f"{root / name}{suffix}" for suffix in SUFFIXES)
         return [file for file in files if Path(file).is_file()][:1]
 
-    fold = [row // (2 * of_a_kind) for row in range(len(same))]
-    return _with_files(pairs, root, listed, same, fold, image)
+    if len(header) == 2:
+        fold = [row // (2 * of_a_kind) for row in range(len(same))]
+    elif of_a_kind > 1:
+        fold = folds_of_each_kind(np.array(same), min(FOLDS, of_a_kind)).tolist()
+    else:
+        raise DataError(f"{pairs}: its first line says one pair of either kind, which cannot be divided into folds")
+    found = _with_files(pairs, root, listed, same, fold, image)
+    return dataclasses.replace(found, has_folds=len(header) == 2)
 
 
 def read_ytf(root: Path, splits: Path | None = None) -> VerificationSet:
     """YouTube Faces: frames in root/Some_Name/0/, and splits.txt, by default in root.
 
-    After its first line splits.txt has `split number, first name, second name, is same` in each,
-    where a name is Some_Name/0. An item is a video.
+    After its heading splits.txt has `split number, pair number, first name, second name, is same` in
+    each line, where a name is Some_Name/0; the pair number may be left out. An item is a video. Its
+    frames may also be in root/aligned_images_DB/Some_Name/0/, where the publication has them.
 
     Raises:
         DataError: a line is not of the format, or videos have no frames.
     """
     splits = splits or root / "splits.txt"
     listed, same, fold = [], [], []
-    for number, fields in list(_read_lines(splits, ","))[1:]:
-        if len(fields) != 4 or not fields[0].isdecimal() or fields[3] not in ("0", "1"):
+    for row, (number, fields) in enumerate(_read_lines(splits, ",")):
+        if row == 0 and not fields[0].isdecimal():
+            continue  # the heading
+        *numbers, first, second, is_same = fields if len(fields) in (4, 5) else [""] * 4
+        if not all(field.isdecimal() for field in numbers) or is_same not in ("0", "1"):
             raise DataError(
-                f"{splits}, line {number}: expected `split number, first name, second name, is same`, "
+                f"{splits}, line {number}: expected `split number, pair number, first name, second name, is same`, "
                 f"got {', '.join(fields)!r}"
             )
-        listed.append((fields[1], fields[2]))
-        same.append(fields[3] == "1")
-        fold.append(int(fields[0]) - 1)
+        listed.append((first, second))
+        same.append(is_same == "1")
+        fold.append(int(numbers[0]) - 1)
     if not listed:
         raise DataError(f"{splits} lists no pairs")
 
-    def frames(video: str) -> list[str]:
-        folder = root / video
-        files = folder.iterdir() if folder.is_dir() else ()
-        return sorted(str(file) for file in files if file.suffix.lower() in SUFFIXES)
+    skipped: Counter[str] = Counter()
 
-    return _with_files(splits, root, listed, same, fold, frames)
+    def frames(video: str) -> list[str]:
+        folder = next((folder for folder in (root / video, root / YTF_FOLDER / video) if folder.is_dir()), None)
+        return [str(folder / name) for name in image_names(folder, skipped)] if folder else []
+
+    return dataclasses.replace(_with_files(splits, root, listed, same, fold, frames), skipped=skipped)
 
 
 def read_bin(path: Path) -> VerificationSet:
@@ -143,7 +174,7 @@ def read_bin(path: Path) -> VerificationSet:
     if not all(isinstance(image, bytes) for image in images) or not all(flag in (0, 1) for flag in flags):
         raise DataError(f"{path}: expected encoded images, and flags that are true or false")
     try:
-        fold = unshuffled_folds(len(flags))
+        fold = unshuffled_folds(len(flags), FOLDS)
     except ValueError as error:
         raise DataError(f"{path}: {error}") from error
     rows = np.arange(len(images))

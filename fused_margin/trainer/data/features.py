@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import struct
 import zipfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from .base import DataError
+from .listing import HIDDEN, is_hidden
 
 # MegaFace's matrices are OpenCV's: rows, columns, bytes from row to row, type; then the values.
 MATRIX = struct.Struct("<4i")
@@ -32,6 +34,7 @@ class MegafaceSet:
     probes: np.ndarray  # (num_probes, D) float32
     identity: np.ndarray  # (num_probes,) int64, from 0
     distractors: np.ndarray  # (num_distractors, D) float32
+    skipped: Mapping[str, int] = field(default_factory=dict)  # number of files of each kind
 
 
 def read_megaface(probes: Path, distractors: Path) -> MegafaceSet:
@@ -40,27 +43,30 @@ def read_megaface(probes: Path, distractors: Path) -> MegafaceSet:
     Raises:
         DataError: a file is broken, the probes have no identities, or the two do not go together.
     """
-    probe, distractor = read_features(probes), read_features(distractors)
+    skipped: Counter[str] = Counter()
+    probe, distractor = read_features(probes, skipped), read_features(distractors, skipped)
     if probe.identities is None:
         raise DataError(
             f"{probes} does not say whom the features show: expected a folder, FOLDER/identity/..., or an .npz "
             "with arrays `features` and `labels`"
         )
+    if probes.is_dir() and "." in probe.identities:
+        raise DataError(f"{probes} has features beside the folders of identities: expected FOLDER/identity/...")
     if probe.vectors.shape[1] != distractor.vectors.shape[1]:
         raise DataError(
             f"{probes} has features of {probe.vectors.shape[1]} dimensions, {distractors} of "
             f"{distractor.vectors.shape[1]}"
         )
     _, identity = np.unique(probe.identities, return_inverse=True)
-    return MegafaceSet(probe.vectors, identity.astype(np.int64), distractor.vectors)
+    return MegafaceSet(probe.vectors, identity.astype(np.int64), distractor.vectors, skipped)
 
 
-def read_features(path: Path) -> Features:
+def read_features(path: Path, skipped: Counter[str] | None = None) -> Features:
     """Read a file of features, or all in a folder and below, in order of their names.
 
     .npy: (num_vectors, D), or one vector (D,). .npz: `features` and, where they are known, `labels`.
     .bin: MegaFace's matrix of float32, a single column being one vector. In a folder the identity is
-    the file's own folder.
+    the file's own folder. Hidden and system files, and files of other kinds, are counted in `skipped`.
 
     Raises:
         DataError: a file is broken, a value is not finite, or the dimensions differ.
@@ -68,7 +74,7 @@ def read_features(path: Path) -> Features:
     if not path.is_dir():
         features = _read_file(path)
     else:
-        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in READERS and file.is_file())
+        files = _feature_files(path, Counter() if skipped is None else skipped)
         if not files:
             raise DataError(f"no features in {path}: expected files ending in {', '.join(READERS)}")
         parts = [_read_file(file).vectors for file in files]
@@ -78,6 +84,18 @@ def read_features(path: Path) -> Features:
         folders = [str(file.parent.relative_to(path)) for file in files]
         features = Features(np.concatenate(parts), np.repeat(folders, [len(part) for part in parts]))
     return features
+
+
+def _feature_files(folder: Path, skipped: Counter[str]) -> list[Path]:
+    found = []
+    for file in sorted(file for file in folder.rglob("*") if file.is_file()):
+        if any(map(is_hidden, file.relative_to(folder).parts)):
+            skipped[HIDDEN] += 1
+        elif file.suffix.lower() in READERS:
+            found.append(file)
+        else:
+            skipped[f"files ending in {file.suffix.lower()}" if file.suffix else "files without a suffix"] += 1
+    return found
 
 
 def _read_file(path: Path) -> Features:

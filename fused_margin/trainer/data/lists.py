@@ -1,16 +1,18 @@
-"""A list of images, `path label` or `path<TAB>label` per line, paths relative to the list's folder."""
+"""A list of images, `path label`, `path<TAB>label` or mxnet's `number<TAB>label<TAB>path`, relative to its folder."""
 
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 from torch import Tensor
 
 from .base import DataError, Splits, split_listed
 from .decode import DecodedImages
+from .listing import SYSTEM_NAMES
 
 LOOKED_FOR = 100  # files of a list whose existence is checked before the training
 
@@ -21,23 +23,28 @@ def list_splits(path: str, image_size: tuple[int, int], channels: int, test_frac
     Raises:
         DataError: a line is not of the format, no image is found, or the identities are too few.
     """
-    files, labels, names = read_list(Path(path))
+    skipped: Counter[str] = Counter()
+    files, labels, names = read_list(Path(path), skipped)
     root = Path(path).parent
     train, test = (
         ListImages(root, files[part.rows], part.labels, part.identities, image_size, channels)
         for part in split_listed(path, labels, names, test_fraction, seed)
     )
-    return Splits(train, test, description=f"images listed in {path}", test_distortion=None)
+    return Splits(train, test, description=f"images listed in {path}", test_distortion=None, skipped=skipped)
 
 
-def read_list(path: Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
+def read_list(path: Path, skipped: Counter[str] | None = None) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """Relative paths (num_images,) as encoded names, labels (num_images,), and the name of each label.
 
-    A label is any text; labels are numbered in the order in which they first appear.
+    A label is any text; labels are numbered in the order in which they first appear. Lines that begin
+    with # are comments, unless they name a file. A first line whose path is no file and has no suffix
+    is a heading. Both, and files that a system or a program left, are counted in `skipped`.
 
     Raises:
         DataError: a line is not of the format, or none of the files looked for exists.
     """
+    skipped = Counter() if skipped is None else skipped
+    first = True
     files: list[bytes] = []
     labels: list[int] = []
     numbers: dict[str, int] = {}
@@ -48,11 +55,27 @@ def read_list(path: Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
             if not line:
                 continue
             fields = [field.strip() for field in (line.split("\t") if "\t" in line else line.split())]
+            if line.startswith("#") and not (path.parent / fields[0]).is_file():
+                skipped["comment lines"] += 1
+                continue
+            if len(fields) == 3 and (label := _whole_number(fields[1])) and fields[0].isdecimal():
+                fields = [fields[2], label]  # a list that mxnet's im2rec makes and reads
             if len(fields) != 2 or not all(fields):
                 raise DataError(
                     f"{path}, line {number}: expected a path and a label, with a tab between them if the path "
                     f"has spaces, got {line[:200]!r}"
                 )
+            heading, first = first, False
+            if not PurePath(fields[0]).suffix and not (path.parent / fields[0]).is_file():
+                if not heading:
+                    raise DataError(
+                        f"{path}, line {number}: there is no file {fields[0][:200]!r}, and it has no suffix"
+                    )
+                skipped["heading lines"] += 1
+                continue
+            if _is_left_over(fields[0]):
+                skipped["lines of system files"] += 1
+                continue
             files.append(os.fsencode(fields[0]))
             labels.append(numbers.setdefault(fields[1], len(numbers)))
     if not files:
@@ -65,6 +88,18 @@ def read_list(path: Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
         )
     # One array of names: workers share it, where a list would be copied page by page.
     return np.array(files), np.array(labels), list(numbers)
+
+
+def _whole_number(text: str) -> str | None:
+    """A label of mxnet's, 3.000000, as 3; None for anything else."""
+    whole, _, fraction = text.partition(".")
+    return whole if whole.isdecimal() and not fraction.strip("0") else None
+
+
+def _is_left_over(name: str) -> bool:
+    """Whether a listed path was not meant to be: a list may name other hidden files, a tool's listing names these."""
+    parts = PurePath(name).parts
+    return bool({".ipynb_checkpoints", *SYSTEM_NAMES} & set(parts)) or parts[-1].startswith("._")
 
 
 class ListImages(DecodedImages):
