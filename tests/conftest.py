@@ -19,6 +19,22 @@ def ranks(tmp_path_factory):
     started.close()
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--deterministic", action="store_true", help="deterministic algorithms: torch fills new memory with NaN"
+    )
+
+
+@pytest.fixture(autouse=True)
+def deterministic_algorithms(request):
+    if not request.config.getoption("--deterministic"):
+        yield
+        return
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
