@@ -11,7 +11,7 @@ from importlib.metadata import version
 COMMANDS = {
     "info": ("show the version and what this build can do", "fused_margin.info", "main"),
     "train": (
-        "train and verify a network; without options, in minutes on two CPU cores",
+        "train and verify a network; without options in minutes on two CPU cores",
         "fused_margin.trainer.cli",
         "main",
     ),
@@ -22,16 +22,16 @@ COMMANDS = {
     ),
     "export": ("write a trained network as PyTorch weights and as ONNX", "fused_margin.trainer.export", "main"),
     "compare": (
-        "train several losses alike and write the table of what becomes of them",
+        "train several losses with the same settings and write a table of their results",
         "fused_margin.trainer.compare",
         "main",
     ),
     "consolidate": (
-        "write a checkpoint that several ranks have written as one file",
+        "merge a checkpoint that several ranks have written into one file",
         "fused_margin.consolidate",
         "main",
     ),
-    "figure": ("draw what losses make of a few digits in two dimensions", "fused_margin.trainer.toy", "main"),
+    "figure": ("draw the 2-d embeddings that losses learn for a few digits", "fused_margin.trainer.toy", "main"),
     "align": ("bring faces onto a template by their five landmarks", "fused_margin.trainer.align", "main"),
 }  # help, module and function, which takes the arguments and returns the exit code
 

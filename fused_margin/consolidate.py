@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import pickle
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+# What a damaged file raises in the unpickler and its users.
+DAMAGED = (AssertionError, AttributeError, EOFError, LookupError, TypeError, ValueError, pickle.UnpicklingError)
 PROG = "fused-margin consolidate"
 
 
@@ -15,8 +18,8 @@ def main(args: Sequence[str]) -> int:
     """Run the command; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog=PROG,
-        description="Write a folder that torch.distributed.checkpoint has made (a sharded_state_dict of a loss, or more) "
-        "as one file for torch.load. All of it goes through this machine's memory.",
+        description="Merge a folder that torch.distributed.checkpoint has written, such as the sharded_state_dict of a loss, "
+        "into one file for torch.load. The whole checkpoint must fit into this machine's memory.",
     )
     parser.add_argument("checkpoint", type=Path, help="folder of the checkpoint")
     parser.add_argument("file", type=Path, help="file to write")
@@ -24,14 +27,16 @@ def main(args: Sequence[str]) -> int:
     if not (given.checkpoint / ".metadata").is_file():
         print(f"error: {given.checkpoint} is no checkpoint of torch.distributed.checkpoint", file=sys.stderr)
         return 1
+    from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
     temporary = given.file.with_name(f"{given.file.name}.{os.getpid()}.tmp")
     try:
         dcp_to_torch_save(given.checkpoint, temporary)
         os.replace(temporary, given.file)
-    except (OSError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (*DAMAGED, CheckpointException, OSError, RuntimeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        print(f"error: cannot read the checkpoint {given.checkpoint} or write {given.file}: {reason}", file=sys.stderr)
         return 1
     finally:
         temporary.unlink(missing_ok=True)

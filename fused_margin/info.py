@@ -40,7 +40,9 @@ def build_info() -> dict:
 
 def main(args: Sequence[str]) -> int:
     """Print `build_info`; returns the exit code."""
-    argparse.ArgumentParser(prog="fused-margin info", description="What this build is.").parse_args(args)
+    argparse.ArgumentParser(
+        prog="fused-margin info", description="Show the version and what this build can do."
+    ).parse_args(args)
     _print_nested(build_info())
     return 0
 

@@ -347,3 +347,15 @@ def test_sparse_steps_leave_other_rows_alone():
     one.grad = values[0][[0]]
     dense.step()
     torch.testing.assert_close(weight[[1]], one)
+
+
+@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp"])
+@pytest.mark.parametrize("kept", [0, 0.5])
+def test_consolidate_names_a_damaged_checkpoint(tmp_path, capsys, name, kept):
+    folder = tmp_path / "sharded"
+    dcp.save({"weight": torch.ones(50, 4)}, checkpoint_id=folder)
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(content[: int(kept * len(content))])
+    assert consolidate([str(folder), str(tmp_path / "one.pt")]) == 1
+    assert f"error: cannot read the checkpoint {folder}" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["sharded"]

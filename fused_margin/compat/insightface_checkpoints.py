@@ -12,6 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fused_margin.sharding import slice_of
+from fused_margin.tensor_files import UnreadableFileError, load_tensors
+
 if TYPE_CHECKING:
     from fused_margin.compat.insightface import PartialFC_V2
 
@@ -30,6 +33,9 @@ KEYS = {
     "state_optimizer",
     "state_lr_scheduler",
 }
+STATES = KEYS - {"epoch", "global_step"}
+# Entries of an optimizer's state that have the shape of their parameter.
+ELEMENTWISE = ("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 
 def save_checkpoint(
@@ -94,13 +100,17 @@ def load_checkpoint(
         lr_scheduler: None leaves its state.
 
     Raises:
-        ValueError: for files that are missing, of different steps, or not of these classes or this optimizer.
+        ValueError: for files that are missing, truncated, of different steps or of something else, or that do not
+            match these classes, this backbone or this optimizer in full. Nothing is loaded then.
     """
-    files = read_all(Path(folder), partial_fc.num_classes)
+    files = read_all(Path(folder), partial_fc)
     own = files[partial_fc.rank % len(files)]
+    path = Path(folder) / CHECKPOINT.format(partial_fc.rank % len(files))
     weight = own_rows([file["state_dict_softmax_fc"]["weight"] for file in files], partial_fc)
     state = None if optimizer is None else optimizer_state(files, own, optimizer, partial_fc)
-    unwrapped(backbone).load_state_dict(own["state_dict_backbone"])
+    if lr_scheduler is not None:
+        check_scheduler(own["state_lr_scheduler"], lr_scheduler, path)
+    load_backbone(own["state_dict_backbone"], unwrapped(backbone), path)
     partial_fc.load_state_dict({"weight": weight})
     if optimizer is not None:
         optimizer.load_state_dict(state)
@@ -109,24 +119,101 @@ def load_checkpoint(
     return Progress(own["epoch"], own["global_step"])
 
 
-def read_all(folder: Path, num_classes: int) -> list[dict[str, Any]]:
+def read_all(folder: Path, partial_fc: PartialFC_V2) -> list[dict[str, Any]]:
     """The files of the ranks that wrote together: the first so many as hold all classes."""
-    files, classes = [], 0
+    files, classes, num_classes = [], 0, partial_fc.num_classes
     while classes < num_classes:
         path = folder / CHECKPOINT.format(len(files))
         if not path.exists():
             raise ValueError(f"folder: expected checkpoints of {num_classes} classes, got {classes} and no file {path}")
-        file = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # reads what is then used
-        if not isinstance(file, dict) or not KEYS <= file.keys() or "weight" not in file["state_dict_softmax_fc"]:
-            raise ValueError(f"folder: expected a checkpoint of arcface_torch, got {path}")
-        files.append(file)
-        classes += len(file["state_dict_softmax_fc"]["weight"])
+        files.append(read_file(path, partial_fc.embedding_size))
+        classes += len(files[-1]["state_dict_softmax_fc"]["weight"])
     if classes != num_classes:
+        sizes = [len(file["state_dict_softmax_fc"]["weight"]) for file in files]
+        classes += sum(further_ranks(folder, sizes, files[0]["global_step"], partial_fc.embedding_size))
         raise ValueError(f"folder: expected checkpoints of {num_classes} classes, got {classes} in {folder}")
     steps = [file["global_step"] for file in files]
     if len(set(steps)) > 1:
         raise ValueError(f"folder: expected checkpoints of one step, got steps {steps} in {folder}")
+    sizes = [len(file["state_dict_softmax_fc"]["weight"]) for file in files]
+    if sizes != division(num_classes, len(files)):
+        raise ValueError(
+            f"folder: expected {num_classes} classes divided among {len(files)} ranks as "
+            f"{division(num_classes, len(files))}, got {sizes} in {folder}: the files are of different runs"
+        )
+    if further := further_ranks(folder, sizes, steps[0], partial_fc.embedding_size):
+        total = sum(sizes + further)
+        raise ValueError(
+            f"folder: expected checkpoints of {num_classes} classes, got {total} in {folder}, "
+            f"written by {len(sizes + further)} ranks at step {steps[0]}"
+        )
     return files
+
+
+def read_file(path: Path, embedding_size: int) -> dict[str, Any]:
+    """One rank's file, whose class weights have this embedding size."""
+    try:
+        file = load_tensors(path, mmap=True)  # only what is used later is read from disk
+    except UnreadableFileError as error:
+        raise ValueError(f"folder: expected a checkpoint of arcface_torch, cannot read {error}") from error
+    if not isinstance(file, dict) or not file.keys() >= KEYS or not all(isinstance(file[key], dict) for key in STATES):
+        raise ValueError(f"folder: expected a checkpoint of arcface_torch, got {path}")
+    if not all(isinstance(file[key], int) for key in KEYS - STATES):
+        raise ValueError(f"folder: expected a checkpoint of arcface_torch, got {path} with no number of steps")
+    weight = file["state_dict_softmax_fc"].get("weight")
+    if not isinstance(weight, Tensor) or set(file["state_dict_softmax_fc"]) != {"weight"}:
+        raise ValueError(f"folder: expected a checkpoint of arcface_torch, got {path} without class weights")
+    if weight.dim() != 2 or weight.shape[1] != embedding_size:
+        shape = tuple(weight.shape)
+        raise ValueError(f"folder: expected class weights (classes, {embedding_size}), got {shape} in {path}")
+    return file
+
+
+def division(num_classes: int, ranks: int) -> list[int]:
+    """Classes of each rank."""
+    slices = (slice_of(num_classes, rank, ranks) for rank in range(ranks))
+    return [end - begin for begin, end in slices]
+
+
+def further_ranks(folder: Path, sizes: list[int], step: int, embedding_size: int) -> list[int]:
+    """Classes of further ranks that wrote together with the first ones, whose classes are `sizes`; mostly none.
+
+    An earlier run on more ranks leaves files with higher numbers. Those have another step, or do not continue the
+    division of the classes among the first ranks.
+    """
+    found: list[int] = []
+    while (path := folder / CHECKPOINT.format(len(sizes) + len(found))).exists():
+        try:
+            file = read_file(path, embedding_size)
+        except ValueError:  # a file that is not needed may be damaged
+            break
+        if file["global_step"] != step:
+            break
+        found.append(len(file["state_dict_softmax_fc"]["weight"]))
+    for number in range(len(found), 0, -1):
+        together = sizes + found[:number]
+        if together == division(sum(together), len(together)):
+            return found[:number]
+    return []
+
+
+def load_backbone(state: dict[str, Any], backbone: nn.Module, path: Path) -> None:
+    """Load a state dict that fits in full; otherwise raise and leave the backbone as it was."""
+    before = copy.deepcopy(backbone.state_dict())
+    try:
+        backbone.load_state_dict(state)
+    except (AttributeError, RuntimeError, TypeError) as error:
+        backbone.load_state_dict(before)
+        raise ValueError(f"backbone: the weights in {path} do not fit it: {error}") from error
+
+
+def check_scheduler(saved: dict[str, Any], lr_scheduler: torch.optim.lr_scheduler.LRScheduler, path: Path) -> None:
+    """A schedule of as many parameter groups; its other entries depend on PyTorch's version."""
+    expected, rates = getattr(lr_scheduler, "base_lrs", None), saved.get("base_lrs")
+    if rates is not None and expected is not None and len(rates) != len(expected):
+        raise ValueError(
+            f"lr_scheduler: expected a schedule of {len(expected)} parameter groups, got one of {len(rates)} in {path}"
+        )
 
 
 def own_rows(parts: Iterable[Tensor], partial_fc: PartialFC_V2) -> Tensor:
@@ -148,12 +235,28 @@ def optimizer_state(
             f"optimizer: expected {len(saved['param_groups'])} parameter groups as in the checkpoint, got {len(groups)}"
         )
     state, merged_groups = dict(saved["state"]), []
-    for group, saved_group in zip(groups, saved["param_groups"], strict=True):
+    for index, (group, saved_group) in enumerate(zip(groups, saved["param_groups"], strict=True)):
         merged_groups.append({**group, **saved_group})  # an option that another optimizer did not have stays
-        for parameter, number in zip(group["params"], saved_group["params"], strict=False):
-            if parameter is partial_fc.weight and number in state:
-                parts = [file["state_optimizer"]["state"][number] for file in files]
+        if len(group["params"]) != len(saved_group["params"]):
+            raise ValueError(
+                f"optimizer: expected {len(saved_group['params'])} parameters in group {index} as in the checkpoint, "
+                f"got {len(group['params'])}"
+            )
+        for parameter, number in zip(group["params"], saved_group["params"], strict=True):
+            if number not in state:
+                continue
+            if parameter is partial_fc.weight:
+                parts = [file["state_optimizer"]["state"].get(number, {}) for file in files]
+                if any(part.keys() != state[number].keys() for part in parts):
+                    raise ValueError("optimizer: expected the same state of the class weights in all ranks' files")
                 state[number] = {name: of_classes(name, parts, partial_fc) for name in state[number]}
+            for name in ELEMENTWISE:
+                value = state[number].get(name)
+                if isinstance(value, Tensor) and value.shape != parameter.shape:
+                    raise ValueError(
+                        f"optimizer: expected {name} of shape {tuple(parameter.shape)} for parameter {number}, got "
+                        f"{tuple(value.shape)} in the checkpoint"
+                    )
     return copy.deepcopy({"state": state, "param_groups": merged_groups})  # nothing of it stays in the files
 
 

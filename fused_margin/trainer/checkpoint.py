@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
-import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from fused_margin.tensor_files import UnreadableFileError, load_tensors
 
 FORMAT = 2  # raised when a checkpoint of an older version can no longer be read
-FILE_NAME = "checkpoint.pt"
+FILE_NAME, WEIGHTS_NAME = "checkpoint.pt", "backbone.pt"  # of a run, and of its exported backbone
+# Entries of every run's checkpoint; `identities`, the names of the classes, came later.
+RUN_ENTRIES = (
+    "config", "data", "step", "model", "optimizer", "average", "precision", "seconds", "losses", "unreadable",
+)  # fmt: skip
 
 
 class CheckpointError(Exception):
@@ -58,15 +63,68 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         CheckpointError: there is none, it is damaged, or another version wrote it.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = load_tensors(path)
     except FileNotFoundError:
         raise CheckpointError(f"no checkpoint at {path}") from None
-    except (OSError, RuntimeError, EOFError, LookupError, ValueError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise CheckpointError(f"cannot read the checkpoint {path}: {reason[0]}") from error
+    except UnreadableFileError as error:
+        raise CheckpointError(f"cannot read the checkpoint {error}") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a checkpoint of this version of the trainer")
     return state
+
+
+def load_run(path: Path, purpose: str) -> dict[str, Any]:
+    """Read the checkpoint of a run, with everything that a `purpose` such as "resume" or "export" needs.
+
+    Raises:
+        CheckpointError: as `load_checkpoint`, or parts of it are missing.
+    """
+    state = load_checkpoint(path)
+    missing = [name for name in RUN_ENTRIES if name not in state]
+    missing += [name for name in ("config", "model", "optimizer") if not isinstance(state.get(name, {}), dict)]
+    if missing:
+        raise CheckpointError(
+            f"cannot {purpose} {path}: it is not the checkpoint of a run, because it has no usable {', '.join(missing)}"
+        )
+    return state
+
+
+def load_backbone_weights(path: Path) -> dict[str, Tensor]:
+    """State dict of the backbone of an earlier run, from its folder or checkpoint, or from an exported backbone.pt.
+
+    Raises:
+        CheckpointError: there is no such file, or it holds no weights of a backbone.
+    """
+    if path.is_dir():
+        exported = path / WEIGHTS_NAME
+        path = exported if exported.exists() and not (path / FILE_NAME).exists() else path / FILE_NAME
+    expected = (
+        f"expected the folder of a run, its {FILE_NAME}, or a {WEIGHTS_NAME} that fused-margin export has written"
+    )
+    try:
+        state = load_tensors(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"no weights at {path}: {expected}") from None
+    except UnreadableFileError as error:
+        raise CheckpointError(f"cannot read the weights {error}; {expected}") from error
+    if isinstance(state, dict) and "format" in state:
+        return backbone_state(load_run(path, "start from"))
+    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointError(f"{path} holds no weights of a backbone: {expected}")
+    return state
+
+
+def load_into_backbone(weights: dict[str, Tensor], backbone: nn.Module, path: Path) -> None:
+    """Load a state dict that was read from `path`.
+
+    Raises:
+        CheckpointError: it does not fit in full.
+    """
+    try:
+        backbone.load_state_dict(weights)
+    except (AttributeError, RuntimeError, TypeError) as error:
+        reasons = " ".join(str(error).split())
+        raise CheckpointError(f"the weights in {path} do not fit the network: {reasons}") from error
 
 
 def backbone_state(state: dict[str, Any]) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from typing import Any
 import tyro
 from rich.console import Console
 
-from .checkpoint import FILE_NAME, CheckpointError, latest_run, load_checkpoint
+from .checkpoint import FILE_NAME, CheckpointError, latest_run, load_run
 from .config import EMBEDDED, TrainConfig
 from .config_values import ConfigError, overlay, read_file
 from .data import DataError
@@ -113,7 +113,7 @@ def parse(args: Sequence[str]) -> TrainConfig:
     if given.resume and len(first) == len(args):
         output = given.output or find_latest_run("resume", "--output")
         try:
-            started_with = TrainConfig.from_dict(load_checkpoint(output / FILE_NAME)["config"])
+            started_with = TrainConfig.from_dict(load_run(output / FILE_NAME, "resume")["config"])
         except ValueError as error:
             raise CheckpointError(f"cannot resume {output}: {error}") from error
         require_named(started_with, given.backbone, output / FILE_NAME)
@@ -126,6 +126,8 @@ def parse(args: Sequence[str]) -> TrainConfig:
     if not given.resume:
         output = given.output or RUNS / f"{Path(data).name}-{time.strftime('%Y%m%d-%H%M%S')}"
     config = dataclasses.replace(config, data=data, output=output)
+    if config.weights is not None:
+        config = dataclasses.replace(config, weights=config.weights.resolve())
     if given.resume and (differences := config.differences(started_with)):
         raise CheckpointError(f"cannot resume {output} with other options: {'; '.join(differences)}")
     return config

@@ -27,28 +27,32 @@ TAKES = {
 
 @dataclass(frozen=True)
 class CompanionConfig:
-    """Weights of losses added to the main one; 0: none."""
+    """Losses that are added to the main one, and their weights. A weight of 0 adds none."""
 
     center: float = 0.0
-    """Center loss: embeddings to the moving centre of their class (its paper, with softmax: 0.003)."""
+    """Weight of center loss: pulls embeddings to the moving center of their class. Its paper: 0.003, with softmax."""
     ring: float = 0.0
-    """Ring loss: the embeddings' norms to a learned radius (its paper: 0.01)."""
+    """Weight of ring loss: pulls the norms of the embeddings to a learned radius. Its paper: 0.01."""
     intra: float = 0.0
-    """Intra-loss: embeddings to their class weight, by angle (ArcFace's paper: 1)."""
+    """Weight of intra-loss: pulls embeddings to their class weight, by angle. ArcFace's paper: 1."""
     inter: float = 0.0
-    """Inter-loss: the batch's class weights away from all others, by angle (ArcFace's paper: 1)."""
+    """Weight of inter-loss: pushes the batch's class weights away from all others, by angle. ArcFace's paper: 1."""
     uniform: float = 0.0
-    """Uniform loss: all class weights away from each other."""
+    """Weight of uniform loss: pushes all class weights away from each other."""
     triplet: float = 0.0
-    """Triplet loss on the squared distances of unit-length embeddings (FaceNet); scratch is the cube of the batch."""
+    """Weight of triplet loss on the squared distances of unit-length embeddings (FaceNet).
+    Its scratch memory grows with the cube of the batch size."""
     contrastive: float = 0.0
-    """Contrastive loss on the distances of unit-length embeddings (DeepID2, with softmax: 0.05)."""
+    """Weight of contrastive loss on the distances of unit-length embeddings. DeepID2: 0.05, with softmax."""
     triplet_margin: float = 0.2
-    """By how much an anchor's squared distance to another identity should be larger."""
+    """Margin of the triplet loss, between an anchor's squared distances to another and to its own identity."""
     triplet_mining: Literal["all", "hard", "semihard"] = "semihard"
-    """Which triplets within the margin: all, or those whose negative is nearer than the positive, or farther."""
+    """Triplets within the margin that count. all: every one.
+    hard: those whose negative is nearer than the positive.
+    semihard: those whose negative is farther than the positive."""
     contrastive_margins: tuple[float, float] = (0.0, 1.0)
-    """Distance up to which a pair of one identity costs nothing, and from which one of two does. Plain: 0 and a margin."""
+    """Distances of the contrastive loss: up to the first a pair of one identity costs nothing,
+    from the second on a pair of two identities does. The plain loss has 0 and a margin."""
 
     def __post_init__(self) -> None:
         for name in (*TAKES, "triplet_margin"):

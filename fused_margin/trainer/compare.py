@@ -11,17 +11,18 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 import tyro
+from rich.cells import cell_len
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 import fused_margin as fm
 
-from .checkpoint import FILE_NAME, CheckpointError, load_checkpoint, save_checkpoint
+from .checkpoint import FILE_NAME, CheckpointError, load_run, save_checkpoint
 from .cli import INTERRUPTED, failed, termination_as_interrupt
 from .companions import TAKES
 from .config import TrainConfig
@@ -45,6 +46,11 @@ MEASURES = {
     "sep_mean": "Sep mean",
     "sep_std": "Sep std",
 }
+LOSSES_HELP = (
+    "Losses to compare, by their names: " + ", ".join(LOSSES) + f".\n {RANDOM} is the network before training."
+    "\n A + adds a term with its weight: arcface+exclusive, softmax+center=0.003."
+    f"\n Terms with their default weights: {', '.join(f'{name}={ADDED.get(name, 1.0):g}' for name in (EXCLUSIVE, *TAKES))}."
+)
 PERCENT = ("accuracy", "tar", "rank1")
 STEP_TIME = "ms per step"
 TIMED_STEPS = 20  # a loss, one after the other in turns, so that the machine's moods are everyone's
@@ -53,27 +59,26 @@ FAR = 1e-3
 
 @dataclass(frozen=True)
 class CompareConfig:
-    """Train several losses alike, from several seeds, and write a table of what becomes of them.
+    """Train several losses with the same settings, from several seeds, and write a table of their results.
 
-    What is finished is not done again: the same command goes on where it was stopped.
+    Finished runs are kept: the same command continues where it was stopped.
     """
 
-    losses: tuple[str, ...] = (
+    losses: Annotated[tuple[str, ...], tyro.conf.arg(help=LOSSES_HELP)] = (
         RANDOM, "softmax", "normface", "sphereface", "sphereface+exclusive", "cosface", "cosface+exclusive", "arcface",
         "arcface+exclusive",
     )  # fmt: skip
-    """Names of --loss.name of the training, each with what is added to it: arcface+exclusive, softmax+center=0.003.
-    random-weights: a network as it is before training."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Each draws its own identities for the test, initial weights, order and augmentation, the same for all losses."""
+    """Seeds of the runs of each loss.
+    Each seed draws its own test identities, initial weights, order and augmentation, the same for all losses."""
     epochs: int = 5
     """Passes over the training images."""
     data: Literal["glyphs", "digits"] = "glyphs"
-    """Images that need no download; the losses' margins and scales are set for them."""
+    """Images to train on. Both need no download; the margins and scales of the losses are set for them."""
     output: Path = Path("runs/compare")
     """Folder for the runs, compare.json and compare.md."""
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
-    """Device; auto: a GPU where there is one and the kernels are built for it."""
+    """Device. auto takes a GPU if there is one and the kernels are built for it."""
 
     def __post_init__(self) -> None:
         for name, given in (("losses", self.losses), ("seeds", self.seeds)):
@@ -175,14 +180,21 @@ def compare(config: CompareConfig, console: Console) -> dict[str, Any]:
     }  # fmt: skip
     (config.output / "compare.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     header, lines = table(rows, {loss: report["losses"][loss]["step_ms"] for loss in rows})
-    (config.output / "compare.md").write_text(markdown(header, lines), encoding="utf-8")
+    note = unresolved_note(rows)
+    (config.output / "compare.md").write_text(
+        markdown(header, lines) + (f"\n{note}\n" if note else ""), encoding="utf-8"
+    )
     shown = Table(
-        *header,
+        # Names stay whole on a narrow screen, where numbers are wrapped.
+        Column(header[0], min_width=max(cell_len(loss) for loss in rows), overflow="fold"),
+        *(Column(name, overflow="fold", justify="right") for name in header[1:]),
         title=f"{config.data}, {config.epochs} {'epoch' if config.epochs == 1 else 'epochs'}, mean and std over {len(config.seeds)} seeds",
     )
     for line in lines:
         shown.add_row(*line)
     console.print(shown)
+    if note:
+        console.print(note, highlight=False)
     console.print(
         f"files in {config.output}: compare.json, compare.md, a folder a run", highlight=False, soft_wrap=True
     )
@@ -194,7 +206,7 @@ def measure(config: TrainConfig, *, trained: bool) -> dict[str, float]:
     quiet, done = Console(quiet=True), config.output / "measured.json"
     checkpoint = config.output / FILE_NAME
     if checkpoint.exists():
-        started_with = TrainConfig.from_dict(load_checkpoint(checkpoint)["config"])
+        started_with = TrainConfig.from_dict(load_run(checkpoint, "continue")["config"])
         if differences := config.differences(started_with):
             raise CheckpointError(f"{config.output} holds a run with other options: {'; '.join(differences)}")
     if done.exists():
@@ -214,6 +226,8 @@ def measure(config: TrainConfig, *, trained: bool) -> dict[str, float]:
     measured = {
         "accuracy": pairs["result"]["accuracy"],
         "tar": pairs["scores"]["tar_at_far"],
+        "far_resolved": pairs["scores"]["far_resolved"],
+        "impostors": pairs["scores"]["impostors"],
         "rank1": last["rate"],
         "distractors": last["distractors"],
         "sep_mean": pairs["separability"]["mean"],
@@ -260,6 +274,15 @@ def table(
             line.append(f"{values.mean():.{digits}f}{spread}")
         lines.append([*line, "" if step_ms[loss] is None else f"{step_ms[loss]:.1f}"])
     return ["loss", *MEASURES.values(), STEP_TIME], lines
+
+
+def unresolved_note(rows: dict[str, list[dict[str, float]]]) -> str:
+    """Says where there are too few impostors for the false accept rate of the table; empty where there are enough."""
+    # Runs that were measured by an older version do not tell.
+    few = {run["impostors"] for seeds in rows.values() for run in seeds if not run.get("far_resolved", True)}
+    if not few:
+        return ""
+    return f"TAR at FAR = {FAR:g}: none of {' or '.join(f'{number:,}' for number in sorted(few))} impostors may pass."
 
 
 def markdown(header: list[str], lines: list[list[str]]) -> str:

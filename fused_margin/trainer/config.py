@@ -20,37 +20,44 @@ EMBEDDED = ("glyphs", "digits")
 # What a resumed run may do differently without becoming another run.
 RUNTIME_FIELDS = ("output", "config", "resume", "accelerator", "devices", "workers", "checkpoint_every", "log_every")
 # What the configuration file of a run leaves out, so that it may start another.
+# Options that checkpoints of older versions do not have; they take their default.
+LATER_OPTIONS = ("weights",)
 LAUNCH_FIELDS = ("output", "config", "resume")
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """SGD; the class weights are put back on the unit sphere after every step."""
+    """SGD. Class weights whose norm does not count are projected onto the unit sphere after every step."""
 
     lr: float = 0.05
     """Largest learning rate of the backbone."""
     class_lr: float = 0.5
     """Largest learning rate of class weights that are kept on the unit sphere."""
     momentum: float = 0.9
-    """Momentum of both."""
+    """Momentum of the backbone and of the class weights."""
     weight_decay: float = 5e-4
-    """Weight decay of the backbone and of class weights whose norm counts (softmax and its kin)."""
+    """Weight decay of the backbone.
+    It also applies to class weights whose norm counts (softmax, l2-softmax, l-softmax)."""
     warmup: float = 0.1
-    """Share of the steps in which the learning rate rises linearly from 0."""
+    """Share of the steps at the start in which the learning rate rises linearly from 0."""
     schedule: Literal["poly", "step"] = "poly"
-    """What follows: a polynomial decay, or constant rates between milestones."""
+    """How the learning rate falls after the warmup.
+    poly: polynomial decay (--optimizer.decay-power).
+    step: constant between milestones (--optimizer.milestones, --optimizer.gamma)."""
     decay_power: float = 1.0
-    """poly: the learning rate falls as (1 - progress) to this power; 0: constant."""
+    """Power of the schedule poly: the learning rate falls as (1 - progress) to this power.
+    0 keeps it constant."""
     milestones: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8)
-    """step: shares of the run after which the learning rate falls. RegularFace: every 6 of 30 epochs, as
-    here; SphereFace: after 16,000 and 24,000 of 28,000 steps, 0.571 0.857 with a gamma of 0.1."""
+    """Milestones of the schedule step: shares of the run after which the learning rate falls.
+    The default is RegularFace's, every 6 of 30 epochs.
+    SphereFace's are 0.571 0.857 with a gamma of 0.1: after 16,000 and 24,000 of 28,000 steps."""
     gamma: float = 0.5
-    """step: factor of the learning rate at each milestone."""
+    """Factor of the learning rate at each milestone of the schedule step."""
     clip_norm: float = 5.0
-    """Largest norm of the backbone's gradient."""
+    """Largest norm of the backbone's gradient. A larger gradient is scaled down to it."""
     ema: float = 0.0
-    """Decay per step of a moving average of the backbone's weights, such as 0.999, which is then what is
-    evaluated and exported; 0: none."""
+    """Decay per step of a moving average of the backbone's weights, such as 0.999.
+    The average is then evaluated and exported. 0 keeps no average."""
 
     def __post_init__(self) -> None:
         for name in ("lr", "class_lr", "clip_norm"):
@@ -75,11 +82,12 @@ class EvaluationConfig:
     pairs: int = 6000
     """Number of pairs, half of them of one identity."""
     folds: int = 10
-    """Folds of the cross-validation that chooses the threshold."""
+    """Number of folds of the cross-validation that chooses the threshold."""
     far: float = 1e-3
     """False accept rate at which the true accept rate is reported."""
     flip: Literal["none", "concat"] = "none"
-    """concat: embed the mirror image too and concatenate both embeddings (faces)."""
+    """concat: embed the mirror image too, and concatenate both embeddings. Suits faces.
+    none: embed the image only."""
 
     def __post_init__(self) -> None:
         if self.folds < 2:
@@ -99,16 +107,18 @@ class TrainConfig:
     """
 
     data: str = "glyphs"
-    """glyphs (characters of twelve fonts), digits (handwritten), or where images are.
-
-    A folder of identities (FOLDER/identity/image.jpg), a folder with train.rec and train.idx, or a list (.txt, .lst)
-    of a path and a label per line, or as mxnet's im2rec writes it.
-
+    """Images to train and verify on: glyphs, digits, or a path.
+    glyphs are characters of twelve fonts, digits are scikit-learn's handwritten ones. Both need no download.
+    A folder of identities is read as FOLDER/identity/image.jpg.
+    A folder with train.rec and train.idx can be named too.
+    So can a list (.txt, .lst) with a path and a label in each line, or as mxnet's im2rec writes it.
     The defaults of the other options depend on it."""
     config: Path | None = None
-    """YAML file with values in place of the defaults, such as the config.yaml that a run leaves in its output."""
+    """YAML file with values that replace the defaults, such as the config.yaml of an earlier run.
+    Options on the command line take precedence."""
     output: Path | None = None
-    """Folder for checkpoint, configuration, logs, report and figure; runs/<data>-<time> if not given."""
+    """Folder for checkpoint, configuration, logs, report and figure.
+    If not given, runs/<data>-<time>."""
     resume: bool = False
     """Continue the run in --output, or the latest in runs/, with the options it was started with."""
     epochs: int = 5
@@ -116,32 +126,43 @@ class TrainConfig:
     batch_size: int = 128
     """Images per step."""
     accumulate: int = 1
-    """Parts that a step's images are worked on in, one after the other: the same step with less memory, but
-    for what looks at the whole batch (batch norm, mined triplets, adaptive margins), which sees one part."""
+    """Number of gradient-accumulation micro-batches per step. More of them need less memory.
+    The step stays the same, except where it depends on the batch: what does, sees one micro-batch.
+    Batch norm, mined triplets and adaptive margins do."""
     seed: int = 0
     """Seed of the identities' split, the initial weights, the order and the augmentation."""
     test_fraction: float = 0.2
-    """Share of the identities that are kept for verification."""
+    """Share of the identities that are kept for verification.
+    0 trains on all identities and verifies on none."""
     network: Network = "small"
-    """Where the --model options start from. small, paper: SphereFace's and RegularFace's ResNet, in a size
-    for two CPU cores or as published (512-d); lenet: the center-loss paper's LeNet++ (2-d, to be drawn)."""
+    """Network whose settings are the defaults of the --model options.
+    small: ResNet of SphereFace and RegularFace, in a size for two CPU cores.
+    paper: the same ResNet as published, with 512-d embeddings.
+    lenet: LeNet++ of the center-loss paper, with 2-d embeddings that can be drawn."""
     backbone: str | None = None
-    """A network of your own in its place, package.module.factory: called with --backbone-options, it returns
-    a module from images (N, channels, H, W) to embeddings (N, D). To resume, evaluate or export name it
-    again: a checkpoint alone imports and calls nothing."""
+    """Network of your own in place of --network, as package.module.factory.
+    The factory is called with --backbone-options.
+    It returns a module from images (N, channels, H, W) to embeddings (N, D).
+    Name it again to resume, evaluate or export: a checkpoint alone imports and calls nothing."""
     backbone_options: NamedOptions = field(default_factory=dict)
-    """Keyword arguments of --backbone, such as model_name=resnet18 num_classes=128: Python literals, or text."""
+    """Keyword arguments of --backbone, such as model_name=resnet18 num_classes=128.
+    Values are Python literals, or text where they are not."""
+    weights: Path | None = None
+    """Trained weights that the backbone starts from, instead of random ones.
+    The folder or the checkpoint of an earlier run, or a backbone.pt of fused-margin export.
+    Class weights still start at random."""
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
-    """Device; auto: a GPU where there is one and the kernels are built for it."""
+    """Device. auto takes a GPU if there is one and the kernels are built for it."""
     devices: int = 1
-    """Processes, with a GPU or a part of the CPU each: a step's images are divided among them, and so are the
-    classes. A run may go on with another number."""
+    """Number of processes. Each has a GPU, or a part of the CPU.
+    The images of a step and the classes are divided among them.
+    A resumed run may have another number."""
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
-    """Precision of the backbone; 16-mixed needs a GPU."""
+    """Precision of the backbone. 16-mixed needs a GPU."""
     workers: int = 0
-    """Processes that read images ahead (for images in files)."""
+    """Number of processes that read images ahead, for images in files."""
     checkpoint_every: int = 100
-    """Steps between checkpoints; one is left at the end and on Ctrl-C in any case."""
+    """Steps between checkpoints. One is always written at the end and on Ctrl-C."""
     log_every: int = 10
     """Steps between rows of log.csv and points of TensorBoard's curves."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -164,8 +185,8 @@ class TrainConfig:
         for name in ("workers", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        if not 0 < self.test_fraction < 1:
-            raise ValueError(f"test_fraction must be between 0 and 1, got {self.test_fraction}")
+        if not 0 <= self.test_fraction < 1:
+            raise ValueError(f"test_fraction must be between 0 and 1, or 0 for none, got {self.test_fraction}")
 
     @classmethod
     def defaults(cls, data: str = "glyphs", network: Network = "small", loss: str = "arcface") -> TrainConfig:
@@ -207,7 +228,8 @@ class TrainConfig:
         """
         try:
             config = overlay(cls(), values)
-            if missing := missing_options(cls().to_dict(), values):
+            missing = [name for name in missing_options(cls().to_dict(), values) if name not in LATER_OPTIONS]
+            if missing:
                 raise ConfigError(f"{', '.join(missing)}: not given")
         except ConfigError as error:
             raise ValueError(f"not a configuration of this version: {error}") from error

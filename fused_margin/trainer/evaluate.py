@@ -32,25 +32,23 @@ class Embedded(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """What was measured on the unseen identities, and on the class weights."""
+class Verification:
+    """What was measured on pairs of images of the unseen identities."""
 
     accuracy: verification.FoldAccuracy
     summary: verification.ScoreSummary
     num_pairs: int
     folds_disjoint: bool
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured on the unseen identities, and on the class weights."""
+
+    verification: Verification | None  # None: all identities were trained on
     nearest_cosine: np.ndarray  # (num_classes,) cosine of each class weight to its nearest
     separability: tuple[float, float]  # mean and standard deviation of it
     unreadable: list[str]
-
-    @property
-    def auc(self) -> float:
-        return self.summary.auc
-
-    @property
-    def tar(self) -> float:
-        """At the configured false accept rate."""
-        return self.summary.tar.tar
 
 
 @torch.no_grad()
@@ -100,7 +98,10 @@ def evaluate(
     config: TrainConfig,
     device: torch.device,
 ) -> Evaluation:
-    """Verify the backbone on pairs of the test images."""
+    """Verify the backbone on pairs of the test images, if there are any, and measure the class weights."""
+    nearest_cosine, separability = separation(class_weight)
+    if not len(splits.test):
+        return Evaluation(None, nearest_cosine, separability, [])
     options = config.evaluation
     embedded = embed(
         backbone,
@@ -114,16 +115,9 @@ def evaluate(
     pairs = verification.make_pairs(embedded.labels, options.pairs, options.folds, config.seed)
     features = join_mirror(embedded.features, embedded.mirrored, options.flip)
     result = cosine_pairs(features, pairs.indices, pairs.same, pairs.fold)
-    nearest_cosine, separability = separation(class_weight)
-    return Evaluation(
-        accuracy=result.folds,
-        summary=verification.summarize_pairs(result.scores, pairs.same, options.far),
-        num_pairs=len(pairs.same),
-        folds_disjoint=pairs.folds_disjoint,
-        nearest_cosine=nearest_cosine,
-        separability=separability,
-        unreadable=embedded.unreadable,
-    )
+    summary = verification.summarize_pairs(result.scores, pairs.same, options.far)
+    verified = Verification(result.folds, summary, len(pairs.same), pairs.folds_disjoint)
+    return Evaluation(verified, nearest_cosine, separability, embedded.unreadable)
 
 
 def separation(class_weight: Tensor) -> tuple[np.ndarray, tuple[float, float]]:

@@ -24,50 +24,62 @@ class EvaluateConfig:
     """
 
     checkpoint: Path | None = None
-    """Checkpoint of fused-margin train, or the folder it is in; the latest run in runs/ if not given."""
+    """Checkpoint of fused-margin train, or the folder it is in.
+    If not given, the latest run in runs/."""
     backbone: str | None = None
-    """The checkpoint's own --backbone, if it has one, named again: it is imported and called."""
+    """The --backbone that the checkpoint was trained with, named again, if it has one.
+    It is imported and called."""
     features: Path | None = None
-    """Instead of a network an .npz of arrays: features (n, D), and as the protocol needs mirrored (n, D),
-    labels (n,), pairs (p, 2), same (p,) bool, fold (p,), video (n,), distractors (k, D),
-    mirrored_distractors (k, D); class_weight (C, D) for the separability."""
+    """File of features (.npz) to evaluate in place of a network, with the arrays that the protocol needs.
+    Always: features (n, D). With --flip: mirrored (n, D). Of identities: labels (n,).
+    Of pairs: pairs (p, 2), same (p,) bool, fold (p,). Of videos: video (n,).
+    Of megaface: distractors (k, D), mirrored_distractors (k, D). For the separability: class_weight (C, D)."""
     data: str | None = None
-    """Images for the network, as for fused-margin train; all identities of other images than it was trained on,
-    the test identities of its training if not given. Or a verification set: LFW's folder with pairs.txt, YouTube
-    Faces' with splits.txt (protocol ytf), or one of InsightFace's .bin files. The images of the first two are there
-    or in the publication's folder (lfw, lfw_funneled, lfw-deepfunneled; aligned_images_DB)."""
+    """Images to evaluate the network on. If not given, the test identities of its training.
+    Other images, as for fused-margin train, are evaluated with all their identities.
+    A verification set is a folder of LFW (pairs.txt) or YouTube Faces (splits.txt, for --protocol ytf).
+    Their images are beside the list or in the folder of the publication: lfw, lfw_funneled, lfw-deepfunneled,
+    aligned_images_DB. InsightFace's .bin files are verification sets too."""
     distractors: Path | None = None
-    """For megaface with --features: distractors in a file or folder of their own (.npy, .npz, or MegaFace's .bin);
-    --features then are the probes, FOLDER/identity/..., or an .npz with features and labels."""
+    """Distractors in a file or folder of their own, for --protocol megaface with --features.
+    A .npy, an .npz, MegaFace's .bin, or a folder of these.
+    Then --features has the probes: FOLDER/identity/..., or an .npz with features and labels."""
     protocol: Protocol = "pairs"
-    """pairs: threshold at every cosine, over folds; lfw: as the variant; ytf: videos, their frames' features
-    averaged; megaface: rank-1 among distractors, and TAR at FAR."""
+    """pairs: accuracy over folds, at the best threshold of the other folds.
+    lfw: LFW's protocol in one of its variants (--variant).
+    ytf: as pairs, on videos whose frames' features are averaged.
+    megaface: rank-1 rate among distractors, and TAR at FAR."""
     variant: LfwVariant = "insightface"
-    """Of lfw. insightface: mirror features summed, squared distance; regularface (and SphereFace): concatenated,
-    less the mean of the other folds, cosine."""
+    """Variant of --protocol lfw.
+    insightface: features of image and mirror image summed, squared distance.
+    regularface: the features concatenated, the mean of the other folds subtracted, cosine (also SphereFace)."""
     metric: Metric = "cosine"
-    """Of pairs and ytf. weighted-l1: DeepFace's, absolute differences of the normalised features, weighted by a
-    logistic regression on the pairs of the other folds."""
+    """Score of a pair in the protocols pairs and ytf.
+    cosine: the cosine of both features.
+    weighted-l1: DeepFace's, weighted absolute differences of the normalised features.
+    A logistic regression on the pairs of the other folds gives the weights."""
     flip: Flip | None = None
-    """What becomes of the mirror image's features, but for lfw, which prescribes it; as in the training, or
-    none."""
+    """How to combine the features of an image and its mirror image. It is fixed for --protocol lfw.
+    If not given, as in the training; none for --features."""
     far: float | None = None
-    """False accept rate at which the true accept rate is reported; 1e-6 for megaface, else as in the training,
-    or 1e-3."""
+    """False accept rate at which the true accept rate is reported.
+    If not given, 1e-6 for megaface, otherwise as in the training; 1e-3 for --features."""
     num_pairs: int | None = None
-    """Pairs to draw where none are given, half of them of one identity; as in the training, or 6,000."""
+    """Number of pairs to draw where none are given, half of them of one identity.
+    If not given, as in the training; 6,000 for --features."""
     folds: int | None = None
-    """Folds of the pairs where none are given, as in a pairs.txt whose first line is one number; as in the training,
-    or 10."""
+    """Number of folds of the pairs where none are given, as in a pairs.txt whose first line is one number.
+    If not given, as in the training; 10 for --features."""
     probes: float = 0.5
-    """Share of the identities that are megaface's probes where no distractors are given; the others' images are
-    the distractors."""
+    """Share of the identities that are probes of megaface where no distractors are given.
+    The images of the other identities are the distractors."""
     output: Path | None = None
-    """Folder for report and picture; that of the checkpoint or features if not given."""
+    """Folder for report and figure.
+    If not given, the folder of the checkpoint or of the features."""
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
-    """Device; auto: a GPU where there is one and the kernels are built for it."""
+    """Device. auto takes a GPU if there is one and the kernels are built for it."""
     workers: int = 0
-    """Processes that read images ahead (for images in files)."""
+    """Number of processes that read images ahead, for images in files."""
 
     def __post_init__(self) -> None:
         if self.features is not None and not (self.checkpoint is None and self.data is None):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import platform
 import time
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from rich.console import Console
-from rich.table import Table
 
 import fused_margin as fm
 
@@ -95,16 +93,7 @@ def run_evaluation(config: EvaluateConfig, console: Console) -> dict[str, Any]:
         "flip": config.flip,
         "metric": config.metric,
         "result": measured.result,
-        "scores": {
-            "genuine": len(summary.genuine),
-            "impostors": round(1 / summary.tar.smallest_far),
-            "auc": summary.auc,
-            "equal_error_rate": summary.equal_error_rate,
-            "far": summary.tar.far,
-            "tar_at_far": summary.tar.tar,
-            "threshold_at_far": summary.tar.threshold if math.isfinite(summary.tar.threshold) else None,
-            "far_resolved": summary.tar.resolved,
-        },
+        "scores": verification.score_values(summary),
         "separability": separability,
         "versions": {**versions, "python": platform.python_version()},
         "device": str(device),
@@ -209,15 +198,14 @@ def _separation(given: FeatureSet, device: torch.device) -> tuple[np.ndarray | N
 def _print_report(console: Console, report: dict[str, Any], headline: str, output: Path) -> None:
     scores, result = report["scores"], report["result"]
     console.print(report["input"]["description"], highlight=False)
-    table = Table(title=headline, show_header=False)
+    table = verification.results_table(headline)
     for row in result.get("rank1", ()):
         table.add_row(f"rank-1 among {row['distractors']:,} distractors", f"{row['rate']:.2%}")
     if tar := result.get("tar_over_folds"):
-        table.add_row(f"TAR at FAR = {tar['far']:g}, over folds", f"{tar['mean']:.2%} ± {tar['std']:.2%}")
-    unresolved = "" if scores["far_resolved"] else f" (none of {scores['impostors']:,} impostors may pass)"
-    table.add_row(f"TAR at FAR = {scores['far']:g}", f"{scores['tar_at_far']:.2%}{unresolved}")
-    table.add_row("equal error rate", f"{scores['equal_error_rate']:.2%}")
-    table.add_row("area under the ROC curve", f"{scores['auc']:.4f}")
+        unresolved = "" if tar["far_resolved"] else f" (under {1 / tar['far']:,.0f} impostors)"
+        table.add_row(f"TAR at FAR = {tar['far']:g}, over folds", f"{tar['mean']:.2%} ± {tar['std']:.2%}{unresolved}")
+    for row in verification.score_rows(scores):
+        table.add_row(*row)
     if separability := report["separability"]:
         table.add_row("Sep of the class weights", f"{separability['mean']:.3f} ± {separability['std']:.3f}")
     console.print(table)

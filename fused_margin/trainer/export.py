@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import onnxruntime
@@ -17,13 +18,14 @@ import tyro
 from rich.console import Console
 from torch import Tensor, nn
 
-from .checkpoint import FILE_NAME, CheckpointError, load_checkpoint
+from .checkpoint import FILE_NAME, WEIGHTS_NAME, CheckpointError, criterion_state, load_run
 from .cli import failed, find_latest_run
 from .config import TrainConfig
+from .losses import stored_class_weight
 from .models import BackboneError, build_backbone, describe_backbone, require_named, restore_backbone
 
 PROG = "fused-margin export"
-WEIGHTS_NAME, ONNX_NAME = "backbone.pt", "backbone.onnx"
+ONNX_NAME, CLASSES_NAME, IDENTITIES_NAME = "backbone.onnx", "class_weight.npy", "identities.json"
 INPUT = "images (batch, channels, height, width): pixels as (value - 127.5) / 127.5, that is -1 to 1, RGB or gray"
 OUTPUT = "embeddings (batch, size): not normalised; compare them by their cosine"
 # Relative to the largest feature. Kernels of another library add in another order; 20 layers of float32 differ by 1e-6.
@@ -37,19 +39,23 @@ class ExportError(Exception):
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """Write a trained network as backbone.pt, PyTorch weights, and backbone.onnx, and check both.
+    """Write a trained network as PyTorch weights (backbone.pt) and as ONNX (backbone.onnx), and check both.
 
-    Input of either are pixels from -1 to 1, (value - 127.5) / 127.5, as (batch, channels, height, width); the batch may
-    have any size. Output are embeddings (batch, size), not normalised. A run that keeps a moving average of the weights
-    gives that.
+    The input of both is pixels from -1 to 1, (value - 127.5) / 127.5, as (batch, channels, height, width), with a batch
+    of any size. The output is embeddings (batch, size), not normalised. If the run keeps a moving average of the
+    weights, the average is exported.
+
+    The class weights are written as class_weight.npy (classes, size), and the identity of each row as identities.json,
+    a list of names.
     """
 
     run: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="[RUN]")] = None
-    """Folder of the run, or its checkpoint; the latest run in runs/ if not given."""
+    """Folder of the run, or its checkpoint. If not given, the latest run in runs/."""
     output: Path | None = None
-    """Folder for both files; that of the checkpoint if not given."""
+    """Folder for the files. If not given, the folder of the checkpoint."""
     backbone: str | None = None
-    """The checkpoint's own --backbone, if it has one, named again: it is imported and called."""
+    """The --backbone that the checkpoint was trained with, named again, if it has one.
+    It is imported and called."""
 
 
 def main(args: Sequence[str]) -> int:
@@ -74,7 +80,7 @@ def export(checkpoint: Path, output: Path | None, console: Console, own_backbone
         ExportError: the network cannot be written as ONNX, or a file does not give the same features.
     """
     output = output or checkpoint.parent
-    state = load_checkpoint(checkpoint)
+    state = load_run(checkpoint, "export")
     try:
         config = TrainConfig.from_dict(state["config"])
     except (KeyError, ValueError) as error:
@@ -92,16 +98,31 @@ def export(checkpoint: Path, output: Path | None, console: Console, own_backbone
     with console.status("writing ONNX"):
         _write_onnx(output / ONNX_NAME, backbone, torch.zeros(2, *shape), name)
         error = _check_onnx(output / ONNX_NAME, backbone, batches)
+    classes = _write_classes(output, config, state)
     height, width = config.model.image_size
     console.print(
         f"{describe_backbone(config)}: pixels from -1 to 1, (batch, {config.model.channels}, {height}, {width}), to "
         f"embeddings (batch, {_features(backbone, batches[0]).shape[1]})\n"
         f"{output / WEIGHTS_NAME}: gives the same features\n"
-        f"{output / ONNX_NAME}: features differ by {error:.1e} of the largest at most (allowed: {TOLERANCE:g})",
+        f"{output / ONNX_NAME}: features differ by {error:.1e} of the largest at most (allowed: {TOLERANCE:g})\n"
+        f"{classes}",
         highlight=False,
         soft_wrap=True,
     )
     return error
+
+
+def _write_classes(output: Path, config: TrainConfig, state: dict[str, Any]) -> str:
+    """Write the class weights and the name of each row's identity; returns what to say of them."""
+    weight = stored_class_weight(config.loss, criterion_state(state)).float().numpy()
+    np.save(output / CLASSES_NAME, weight)
+    said = f"{output / CLASSES_NAME}: class weights {weight.shape}"
+    if "identities" not in state:
+        (output / IDENTITIES_NAME).unlink(missing_ok=True)  # of another export: the rows are other ones
+        return f"{said}; the checkpoint is of an older version, without the names of the identities"
+    # ASCII, because names of files may be in any encoding.
+    (output / IDENTITIES_NAME).write_text(json.dumps(state["identities"], indent=0) + "\n", encoding="ascii")
+    return f"{said}\n{output / IDENTITIES_NAME}: the identity of each of their rows"
 
 
 @torch.no_grad()

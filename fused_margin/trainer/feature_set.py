@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .checkpoint import CheckpointError, criterion_state, load_checkpoint
+from .checkpoint import CheckpointError, criterion_state, load_run
 from .config import TrainConfig
 from .data import DataError, find_benchmark_reader, load_splits
 from .data.base import Splits
@@ -127,6 +127,11 @@ class TrainedNetwork:
                 f"the identities or images of {config.data!r} have changed since the training, so the test "
                 "identities may be among those trained on"
             )
+        if self.seen and not len(splits.test):
+            raise DataError(
+                f"all identities of {config.data!r} were trained on, so there is none to evaluate on: name other images "
+                "with --data"
+            )
         parts = [
             embed(
                 backbone,
@@ -192,7 +197,7 @@ def read_checkpoint(path: Path, data: str | None, backbone: str | None) -> Train
             `backbone`.
         DataError: `data` is a verification set that is broken.
     """
-    state = load_checkpoint(path)
+    state = load_run(path, "evaluate")
     try:
         values = state["config"]
         trained_on = values["data"]

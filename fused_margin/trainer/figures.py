@@ -30,12 +30,14 @@ STYLE = {
 
 
 def draw_report(path: Path, title: str, evaluation: Evaluation, losses: list[float], epochs: int) -> None:
-    """Write the three panels of a training to `path`."""
+    """Write the three panels of a training to `path`; without a verification there is no ROC curve."""
+    verified = evaluation.verification
     with matplotlib.rc_context(STYLE):
-        figure, axes = _panels(3)
-        _draw_roc(axes[0], evaluation.summary)
-        _draw_separability(axes[1], evaluation.nearest_cosine)
-        _draw_loss(axes[2], losses, epochs)
+        figure, axes = _panels(2 if verified is None else 3)
+        if verified is not None:
+            _draw_roc(axes[0], verified.summary)
+        _draw_separability(axes[-2], evaluation.nearest_cosine)
+        _draw_loss(axes[-1], losses, epochs)
         _save(figure, path, title)
 
 

@@ -61,12 +61,21 @@ class LoggedStep(NamedTuple):
 class Trainer:
     """Owns everything that changes from step to step."""
 
-    def __init__(self, config: TrainConfig, splits: Splits, devices: Devices | None = None) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        splits: Splits,
+        devices: Devices | None = None,
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """`weights`: state dict that the backbone starts from, in place of random numbers."""
         self.config, self.splits = config, splits
         self.devices = devices or Devices(config)
         num_classes, world = splits.train.num_classes, self.devices.world
         torch.manual_seed(config.seed)
         backbone = build_backbone(config)
+        if weights is not None:
+            backbone.load_state_dict(weights)
         if self.devices.rank:  # the same backbone everywhere, but other classes
             torch.manual_seed(self._seed(MODEL_STREAM))
         criterion = Criterion(config.loss, num_classes, embedding_size(backbone, config.model), self.devices.group)
@@ -255,6 +264,7 @@ class Trainer:
             "seconds": self.seconds,
             "losses": torch.tensor(self.losses, dtype=torch.float64),
             "unreadable": sorted(unreadable),
+            "identities": list(self.splits.train.identities),  # of the rows of the class weights
         }
 
     def _divided(self) -> dict[str, int]:
@@ -280,7 +290,10 @@ class Trainer:
             if momentum := optimizer["state"].get(number):
                 own = {key: self.shard.part_of(value) for key, value in momentum.items() if value is not None}
                 optimizer["state"][number] = {**momentum, **own}
-        self.model.load_state_dict(model)
+        try:
+            self.model.load_state_dict(model)
+        except RuntimeError as error:
+            raise CheckpointError(f"the weights in the checkpoint do not fit the network: {error}") from error
         self.optimizer.load_state_dict(optimizer)
         if self.average is not None:
             self.average.load_state_dict(state["average"])

@@ -6,8 +6,9 @@ import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+import tyro
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -74,18 +75,15 @@ NOT_OPTIONS = {  # fields of LossConfig, facts of the data, or nothing that trai
 
 @dataclass(frozen=True)
 class LossConfig:
-    """The loss, with its paper's settings where none are given."""
+    """The loss and its settings."""
 
     name: Literal[tuple(LOSSES)] = "arcface"
-    """Which one. The defaults of the other options depend on it."""
-    margin: float | None = None
-    """Additive angular margin in radians (arcface and its kin), cosine (cosface) or factor (sphereface); None: the paper's."""
-    scale: float | None = None
-    """Scale of the cosines; None: the paper's."""
+    """Name of the loss. The defaults of the other options depend on it."""
+    margin: Annotated[float | None, tyro.conf.arg(help=MARGIN_HELP)] = None
+    scale: Annotated[float | None, tyro.conf.arg(help=SCALE_HELP)] = None
     exclusive_weight: float = 0.0
-    """Weight of RegularFace's exclusive term, which pushes the nearest class weights apart; 0: none."""
-    options: NamedOptions = field(default_factory=dict)
-    """What else the loss takes, such as std=0.1 by_difficulty=True or margins=0.3,0.6; replaces the default ones."""
+    """Weight of RegularFace's exclusive term, which pushes the nearest class weights apart. 0 adds none."""
+    options: Annotated[NamedOptions, tyro.conf.arg(help=OPTIONS_HELP)] = field(default_factory=dict)
     companions: CompanionConfig = field(default_factory=CompanionConfig)
 
     def __post_init__(self) -> None:
@@ -139,6 +137,67 @@ def accepted_arguments(make: type[nn.Module]) -> dict[str, inspect.Parameter]:
 def kind_of(value: Any) -> str:
     kinds = {bool: "True or False", str: "a word", tuple: "numbers with commas between"}
     return kinds.get(type(value), "a number")  # None too: the default of a number that may be learned
+
+
+def options_by_loss() -> dict[str, dict[str, Any]]:
+    """What `LossConfig.options` may give to each loss, with the default values."""
+    found = {}
+    for name, recipe in LOSSES.items():
+        accepted = accepted_arguments(recipe.make)
+        found[name] = {
+            option: recipe.settings.get(option, accepted[option].default)
+            for option in accepted
+            if option not in NOT_OPTIONS
+        }
+    return found
+
+
+def _described_options() -> str:
+    """Help of `LossConfig.options`: the options of all losses, of most, and of each alone."""
+    options = options_by_loss()
+    angular = options["arcface"]
+    shared = {name: value for name, value in angular.items() if all(name in own for own in options.values())}
+    most = {name: value for name, value in angular.items() if name not in shared}
+    without = [loss for loss, own in options.items() if not most.keys() <= own.keys()]
+    lines = [
+        "Other arguments of the loss, such as std=0.1 by_difficulty=True or margins=0.3,0.6. They replace the default ones.",
+        "The classes of fused_margin document them. Options and their defaults:",
+        f"all losses: {_assignments(shared)}",
+        f"all but {', '.join(without)}: {_assignments(most)}",
+    ]
+    alone: dict[str, list[str]] = {}
+    for loss, own in options.items():
+        special = {name: value for name, value in own.items() if name not in angular or angular[name] != value}
+        if special:
+            alone.setdefault(_assignments(special), []).append(loss)
+    lines += [f"{', '.join(losses)}: {words}" for words, losses in alone.items()]
+    return "\n ".join(lines)
+
+
+def _assignments(options: Mapping[str, Any]) -> str:
+    words = ((name, ",".join(map(str, v)) if isinstance(v, tuple) else v) for name, v in options.items())
+    return " ".join(f"{name}={value}" for name, value in words)
+
+
+def _papers_values(name: str) -> str:
+    """An argument's default in each loss that has it: what the loss's paper uses."""
+    found: dict[Any, list[str]] = {}
+    for loss, recipe in LOSSES.items():
+        accepted = accepted_arguments(recipe.make)
+        if name in accepted and accepted[name].default is not None:
+            found.setdefault(accepted[name].default, []).append(loss)
+    return "; ".join(f"{value} for {', '.join(losses)}" for value, losses in found.items())
+
+
+MARGIN_HELP = (
+    "Margin of the loss: an angle in radians, a cosine for cosface, a factor on the angle for l-softmax and sphereface."
+    f" None takes the value of the loss's paper: {_papers_values('margin')}."
+)
+SCALE_HELP = (
+    "Scale of the cosines. None takes the value of the loss's paper:"
+    f" {_papers_values('scale')}; the norm of the embedding for sphereface."
+)
+OPTIONS_HELP = _described_options()
 
 
 def make_loss(config: LossConfig, num_classes: int, embedding_size: int, **placement: Any) -> nn.Module:

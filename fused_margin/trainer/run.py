@@ -12,23 +12,32 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 import fused_margin as fm
 
-from .checkpoint import FILE_NAME, CheckpointError, load_checkpoint, remove_partial_checkpoints, save_checkpoint
+from .checkpoint import (
+    FILE_NAME,
+    CheckpointError,
+    load_backbone_weights,
+    load_into_backbone,
+    load_run,
+    remove_partial_checkpoints,
+    save_checkpoint,
+)
 from .config import TrainConfig
 from .config_values import write_file
 from .data import Splits, load_splits
 from .data.listing import describe_skipped
 from .devices import Devices
-from .evaluate import Evaluation, evaluate
+from .evaluate import Evaluation, Verification, evaluate
 from .figures import draw_report
 from .logs import CURVES_NAME, LOG_NAME, RunLog
 from .loop import Trainer
 from .models import build_backbone, describe_backbone, embedding_size
+from .verification import results_table, score_rows, score_values
 
 CONFIG_NAME = "config.yaml"
+LARGEST_AVERAGE = 20  # steps at either end of a run that the shown losses are means of
 NAMED_FILES = 5  # unreadable images that are listed; the report has all
 
 
@@ -46,12 +55,18 @@ def run(config: TrainConfig, console: Console) -> dict[str, Any]:
     if not config.resume and checkpoint.exists():
         raise CheckpointError(f"{config.output} holds a run: continue it with --resume or name another --output")
     remove_partial_checkpoints(checkpoint)
-    embedding_size(build_backbone(config), config.model)  # what is wrong is told before images are read
+    # What is wrong is told before images are read.
+    backbone = build_backbone(config)
+    embedding_size(backbone, config.model)
+    weights = None
+    if config.weights is not None and not config.resume:
+        weights = load_backbone_weights(config.weights)
+        load_into_backbone(weights, backbone, config.weights)
     devices = Devices(config)
     console, speaks = devices.own_console(console), devices.rank == 0
     config = dataclasses.replace(config, output=Path(devices.same(str(config.output))))  # its name may be the time's
     output, checkpoint = config.output, config.output / FILE_NAME
-    state = load_checkpoint(checkpoint) if config.resume else None
+    state = load_run(checkpoint, "resume") if config.resume else None
 
     started = time.monotonic()
     with console.status("reading the images"):
@@ -63,7 +78,7 @@ def run(config: TrainConfig, console: Console) -> dict[str, Any]:
             config.seed,
         )
     data_seconds = time.monotonic() - started
-    trainer = Trainer(config, splits, devices)
+    trainer = Trainer(config, splits, devices, weights)
     if state is not None:
         trainer.load_state_dict(state)
     _print_start(console, config, trainer, splits)
@@ -102,10 +117,14 @@ def _verify(
     devices.fabric.barrier()
     report = _report(config, trainer, splits, evaluation, unreadable)
     log.write(trainer.step, _logged(report))
+    if report["verification"] is None:
+        title = f"{config.data}: trained on all {splits.train.num_classes:,} identities"
+    else:
+        accuracy = report["verification"]["accuracy"]
+        title = f"{config.data}: {splits.test.num_classes:,} unseen identities, accuracy {accuracy:.2%}"
     draw_report(
         output / "report.png",
-        f"{config.data}: {len(splits.test.identities)} unseen identities, "
-        f"accuracy {report['verification']['accuracy']:.2%}",
+        title,
         evaluation,
         trainer.losses,
         config.epochs,
@@ -127,8 +146,8 @@ def _report(
     evaluation: Evaluation,
     unreadable: list[str],
 ) -> dict[str, Any]:
-    accuracy = evaluation.accuracy.accuracy
     mean, std = evaluation.separability
+    averaged = averaged_steps(len(trainer.losses))
     return {
         "data": {
             "description": splits.description,
@@ -137,22 +156,13 @@ def _report(
             "unreadable": unreadable,
             "skipped": dict(splits.skipped),
         },
-        "verification": {
-            "accuracy": float(accuracy.mean()),
-            "accuracy_std": float(accuracy.std()),
-            "fold_accuracy": accuracy.tolist(),
-            "fold_threshold": evaluation.accuracy.threshold.tolist(),
-            "auc": evaluation.auc,
-            "far": config.evaluation.far,
-            "tar_at_far": evaluation.tar,
-            "pairs": evaluation.num_pairs,
-            "folds_share_no_identity": evaluation.folds_disjoint,
-        },
+        "verification": None if evaluation.verification is None else _verification_values(evaluation.verification),
         "separability": {"mean": mean, "std": std},
         "training": {
             "steps": trainer.step,
-            "first_loss": _mean(trainer.losses[:20]),
-            "last_loss": _mean(trainer.losses[-20:]),
+            "first_loss": _mean(trainer.losses[:averaged]),
+            "last_loss": _mean(trainer.losses[-averaged:]),
+            "averaged_steps": averaged,
             "backbone_parameters": trainer.num_parameters,
         },
         "versions": {
@@ -166,8 +176,27 @@ def _report(
     }
 
 
+def _verification_values(verified: Verification) -> dict[str, Any]:
+    accuracy = verified.accuracy.accuracy
+    return {
+        "accuracy": float(accuracy.mean()),
+        "accuracy_std": float(accuracy.std()),
+        "fold_accuracy": accuracy.tolist(),
+        "fold_threshold": verified.accuracy.threshold.tolist(),
+        "pairs": verified.num_pairs,
+        "folds_share_no_identity": verified.folds_disjoint,
+        **score_values(verified.summary),
+    }
+
+
+def averaged_steps(steps: int) -> int:
+    """How many steps at either end of a run the shown losses are means of: at most an eighth of the run."""
+    return max(1, min(LARGEST_AVERAGE, steps // 8))
+
+
 def _logged(report: dict[str, Any]) -> dict[str, float]:
-    numbers = {f"verification/{name}": report["verification"][name] for name in ("accuracy", "auc", "tar_at_far")}
+    measured = ("accuracy", "auc", "tar_at_far") if report["verification"] is not None else ()
+    numbers = {f"verification/{name}": report["verification"][name] for name in measured}
     return numbers | {f"separability/{name}": value for name, value in report["separability"].items()}
 
 
@@ -176,16 +205,20 @@ def _mean(values: list[float]) -> float | None:
 
 
 def _print_start(console: Console, config: TrainConfig, trainer: Trainer, splits: Splits) -> None:
+    verified = f"verify: {splits.test.num_classes:,} others, {len(splits.test):,} images"
+    if not len(splits.test):
+        verified = "no identity is kept for verification"
     console.print(
         f"[bold]{splits.description}[/bold]\n"
-        f"train: {splits.train.num_classes:,} identities, {len(splits.train):,} images; "
-        f"verify: {splits.test.num_classes:,} others, {len(splits.test):,} images\n"
+        f"train: {splits.train.num_classes:,} identities, {len(splits.train):,} images; {verified}\n"
         f"{describe_backbone(config)} with {trainer.num_parameters:,} parameters, "
         f"{trainer.total_steps:,} steps on {trainer.fabric.device}",
         highlight=False,
     )
     if splits.skipped:
         console.print(describe_skipped(splits.skipped), highlight=False, soft_wrap=True)
+    if config.weights is not None and not config.resume:
+        console.print(f"starting from the weights of {config.weights}", highlight=False, soft_wrap=True)
     if trainer.step:
         console.print(f"continuing at step {trainer.step:,}", highlight=False)
 
@@ -193,18 +226,24 @@ def _print_start(console: Console, config: TrainConfig, trainer: Trainer, splits
 def _print_report(console: Console, report: dict[str, Any], output: Path) -> None:
     verification, separability = report["verification"], report["separability"]
     seconds, training = report["seconds"], report["training"]
-    table = Table(title="Verification on identities not trained on", show_header=False)
-    table.add_row(
-        f"accuracy, {len(verification['fold_accuracy'])} folds, {verification['pairs']:,} pairs",
-        f"{verification['accuracy']:.2%} ± {verification['accuracy_std']:.2%}",
-    )
-    table.add_row("area under the ROC curve", f"{verification['auc']:.4f}")
-    table.add_row(f"TAR at FAR = {verification['far']:g}", f"{verification['tar_at_far']:.2%}")
+    title = "Trained on all identities: none is left to verify on"
+    if verification is not None:
+        title = "Verification on identities not trained on"
+    table = results_table(title)
+    if verification is not None:
+        table.add_row(
+            f"accuracy, {len(verification['fold_accuracy'])} folds, {verification['pairs']:,} pairs",
+            f"{verification['accuracy']:.2%} ± {verification['accuracy_std']:.2%}",
+        )
+        for row in score_rows(verification):
+            table.add_row(*row)
     table.add_row("Sep of the class weights", f"{separability['mean']:.3f} ± {separability['std']:.3f}")
     if training["last_loss"] is not None:
-        table.add_row("loss, first to last", f"{training['first_loss']:.2f} to {training['last_loss']:.2f}")
+        averaged = training["averaged_steps"]
+        steps = f"{averaged} steps" if averaged > 1 else "step"
+        table.add_row(f"loss, first to last {steps}", f"{training['first_loss']:.2f} to {training['last_loss']:.2f}")
     table.add_row(
-        "seconds: data, training, verification",
+        "seconds to read, train, verify",
         " + ".join(f"{seconds[part]:.0f}" for part in ("data", "training", "evaluation")),
     )
     console.print(table)

@@ -60,7 +60,7 @@ PANELS = {
 
 @dataclass(frozen=True)
 class FigureConfig:
-    """Draw what losses make of a few digits in two dimensions, as the papers do: a LeNet, a panel for each loss.
+    """Draw the 2-d embeddings that losses learn for a few digits, as the papers do: a LeNet, a panel for each loss.
 
     All losses start from one network, trained with softmax for a few epochs, and train with one optimizer for equally
     many epochs. Half of the digits' images are held out: the numbers below the panels are measured on those. Writes
@@ -68,18 +68,18 @@ class FigureConfig:
     """
 
     digits: tuple[int, ...] = (0, 1, 2)
-    """Which of the ten digits of scikit-learn; more of them need more epochs."""
+    """Digits of scikit-learn's data set to draw, 0 to 9. More digits need more epochs."""
     losses: tuple[Literal[tuple(PANELS)], ...] = tuple(PANELS)
-    """Which losses, in the order of the panels."""
+    """Losses to draw, in the order of the panels."""
     epochs: int = 40
     """Passes over the training images with each loss."""
     softmax_epochs: int = 10
-    """Passes with softmax before them, shared by all; 0: every loss starts from random weights, from which margins in
-    the plane often end with two class weights on top of each other."""
+    """Passes with softmax before that, shared by all losses. 0 starts every loss from random weights.
+    From those, margins in the plane often leave two class weights on top of each other."""
     seed: int = 0
     """Seed of the held-out images, the initial weights, the order and the augmentation."""
     output: Path = Path("runs/figure")
-    """Folder for the picture and its numbers."""
+    """Folder for figure.png and figure.json."""
 
     def __post_init__(self) -> None:
         if len(set(self.digits)) < max(2, len(self.digits)) or not set(self.digits) <= set(range(len(NAMES))):

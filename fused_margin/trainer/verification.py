@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from rich.table import Table
 from sklearn.metrics import auc, roc_curve
 
 from .array_checks import check_folds, check_scores
@@ -145,6 +147,39 @@ def summarize_pairs(scores: np.ndarray, same: np.ndarray, far: float) -> ScoreSu
     """All measures of the scores (num_pairs,) of pairs of one identity, `same`, and of two; TAR at `far`."""
     genuine, impostor = scores[same], scores[~same]
     return summarize(genuine, impostor, tar_at_far(genuine, impostor, far))
+
+
+def score_values(summary: ScoreSummary) -> dict[str, Any]:
+    """What the reports of a training and of an evaluation say of the scores, as plain values."""
+    tar = summary.tar
+    return {
+        "genuine": len(summary.genuine),
+        "impostors": round(1 / tar.smallest_far),
+        "auc": summary.auc,
+        "equal_error_rate": summary.equal_error_rate,
+        "far": tar.far,
+        "tar_at_far": tar.tar,
+        "threshold_at_far": tar.threshold if math.isfinite(tar.threshold) else None,
+        "far_resolved": tar.resolved,
+    }
+
+
+def score_rows(scores: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Rows of the printed tables for `score_values`."""
+    unresolved = "" if scores["far_resolved"] else f" (none of {scores['impostors']:,} impostors may pass)"
+    return [
+        (f"TAR at FAR = {scores['far']:g}", f"{scores['tar_at_far']:.2%}{unresolved}"),
+        ("equal error rate", f"{scores['equal_error_rate']:.2%}"),
+        ("area under the ROC curve", f"{scores['auc']:.4f}"),
+    ]
+
+
+def results_table(title: str) -> Table:
+    """An empty table of names and values; on a narrow screen only the names are wrapped."""
+    table = Table(title=title, show_header=False)
+    table.add_column()
+    table.add_column(no_wrap=True)
+    return table
 
 
 def roc(genuine: np.ndarray, impostor: np.ndarray, impostor_count: np.ndarray | None = None) -> RocCurve:

@@ -205,3 +205,100 @@ def test_checkpoints_that_cannot_be_read(tmp_path):
     torch.save(file, tmp_path / "checkpoint_gpu_1.pt")
     refused("optimizer: expected momentum_buffer of all 10 classes in the checkpoint, got 7 rows", optimizer)
     load_checkpoint(tmp_path, backbone, fc)
+
+
+@pytest.mark.parametrize("classes", [25, 50, 60, 75])
+def test_files_of_more_classes_are_refused(tmp_path, classes):
+    """The first files alone hold 25, 50 or 75 classes, but the four ranks wrote 100."""
+    write_files(tmp_path, [25, 25, 25, 25])
+    fc = PartialFC_V2(ArcFace(), SIZE, classes)
+    before = fc.weight.detach().clone()
+    with pytest.raises(ValueError, match=f"expected checkpoints of {classes} classes, got 100 in"):
+        load_checkpoint(tmp_path, nn.Linear(3, SIZE, bias=False), fc)
+    assert torch.equal(fc.weight, before)
+
+
+def test_files_of_different_divisions_are_refused(tmp_path):
+    """Rows of 2 ranks and of 4 ranks add up to all classes but are not all classes."""
+    write_files(tmp_path, [4, 3, 3])
+    torch.save(torch.load(tmp_path / "checkpoint_gpu_0.pt"), tmp_path / "checkpoint_gpu_2.pt")
+    torch.save(torch.load(tmp_path / "checkpoint_gpu_1.pt"), tmp_path / "checkpoint_gpu_0.pt")
+    backbone, fc, _ = small()
+    with pytest.raises(ValueError, match=re.escape("as [4, 3, 3], got [3, 3, 4] in")):
+        load_checkpoint(tmp_path, backbone, fc)
+
+
+def test_an_earlier_run_saved_at_the_same_step_is_passed_over(tmp_path):
+    write_files(tmp_path, [3, 3, 2, 2], step=5)
+    write_files(tmp_path, [5, 5], step=5)
+    backbone, fc, _ = small()
+    load_checkpoint(tmp_path, backbone, fc)
+    assert fc.weight[:, 0].tolist() == list(range(10))
+
+
+@pytest.mark.parametrize("damage", ["empty", "truncated", "text", "folder", "other"])
+def test_damaged_files_are_named(tmp_path, damage):
+    write_files(tmp_path, [5, 5])
+    path = tmp_path / "checkpoint_gpu_1.pt"
+    content = path.read_bytes()
+    path.unlink()
+    if damage == "folder":
+        path.mkdir()
+    elif damage == "other":
+        torch.save(dict.fromkeys(torch.load(tmp_path / "checkpoint_gpu_0.pt"), 3), path)
+    else:
+        path.write_bytes({"empty": b"", "truncated": content[: len(content) // 2], "text": b"epoch 3"}[damage])
+    backbone, fc, optimizer = small()
+    before = [value.clone() for value in (backbone.weight.detach(), fc.weight.detach())]
+    with pytest.raises(ValueError, match="folder: expected a checkpoint of arcface_torch, .*checkpoint_gpu_1.pt"):
+        load_checkpoint(tmp_path, backbone, fc, optimizer)
+    assert torch.equal(backbone.weight, before[0]) and torch.equal(fc.weight, before[1])
+
+
+def edit(folder, change):
+    for path in sorted(folder.iterdir()):
+        file = torch.load(path)
+        change(file)
+        torch.save(file, path)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            lambda file: file["state_dict_softmax_fc"].update(weight=torch.ones(5, SIZE + 1)),
+            r"folder: expected class weights \(classes, 6\), got \(5, 7\) in .*checkpoint_gpu_0.pt",
+        ),
+        (
+            lambda file: file["state_dict_backbone"].update(weight=torch.ones(SIZE, 4)),
+            "backbone: the weights in .*checkpoint_gpu_0.pt do not fit it",
+        ),
+        (
+            lambda file: file["state_dict_backbone"].update(bias=torch.ones(SIZE)),
+            "backbone: the weights in .*checkpoint_gpu_0.pt do not fit it",
+        ),
+        (
+            lambda file: file["state_optimizer"]["state"][0].update(momentum_buffer=torch.ones(SIZE, 4)),
+            r"optimizer: expected momentum_buffer of shape \(6, 3\) for parameter 0, got \(6, 4\)",
+        ),
+        (
+            lambda file: file["state_optimizer"]["param_groups"][0]["params"].append(7),
+            "optimizer: expected 2 parameters in group 0 as in the checkpoint, got 1",
+        ),
+        (
+            lambda file: file["state_lr_scheduler"].update(base_lrs=[0.1] * 3),
+            "lr_scheduler: expected a schedule of 2 parameter groups, got one of 3 in .*checkpoint_gpu_0.pt",
+        ),
+    ],
+    ids=["embedding size", "backbone shape", "backbone names", "momentum", "group", "scheduler"],
+)
+def test_what_does_not_match_in_full_is_refused(tmp_path, change, message):
+    write_files(tmp_path, [5, 5])
+    edit(tmp_path, change)
+    backbone, fc, optimizer = small()
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2)
+    before = [value.clone() for value in (backbone.weight.detach(), fc.weight.detach())]
+    with pytest.raises(ValueError, match=message):
+        load_checkpoint(tmp_path, backbone, fc, optimizer, scheduler)
+    assert torch.equal(backbone.weight, before[0]) and torch.equal(fc.weight, before[1])
+    assert not optimizer.state and optimizer.param_groups[0]["lr"] == 0.1

@@ -13,6 +13,7 @@ import pytest
 import fused_margin as fm
 from fused_margin import cli
 from fused_margin.trainer.checkpoint import FILE_NAME
+from fused_margin.trainer.losses import options_by_loss
 
 TRAIN = [sys.executable, "-m", "fused_margin.cli", "train"]
 
@@ -80,8 +81,36 @@ def test_every_option_is_explained(capsys):
         cli.main(["train", "--help"])
     assert exit_.value.code == 0
     help_text = capsys.readouterr().out
-    for words in ("--resume", "--optimizer.class-lr", "Additive angular margin in radians", "FOLDER/identity"):
+    for words in ("--resume", "--optimizer.class-lr", "an angle in radians", "FOLDER/identity"):
         assert words in help_text
+
+
+def test_help_says_what_each_loss_takes(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    help_text = " ".join(capsys.readouterr().out.replace("\u2502", " ").split())
+    for loss, options in options_by_loss().items():
+        assert loss in help_text
+        for name in options:
+            assert f"{name}=" in help_text, (loss, name)
+    assert "all but softmax, l2-softmax, l-softmax: beyond_pi=" in help_text
+    assert "magface: margins=0.45,0.8" in help_text and "0.35 for cosface" in help_text
+
+
+@pytest.mark.parametrize("command", sorted(cli.COMMANDS))
+def test_help_is_made_of_sentences(command, capsys, monkeypatch):
+    """Each help text begins as a sentence or with a choice and a colon, and ends with a full stop."""
+    monkeypatch.setenv("COLUMNS", "100000")
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    lines = [line.strip(" \u2502") for line in capsys.readouterr().out.splitlines()]
+    for line in lines:
+        if line.endswith(")") and "(default: " in line and not line.startswith("--"):
+            text = line[: line.rindex("(default: ")].strip()
+            assert text.endswith(".") or "=" in text, line
+        for fragment in ("Of lfw", "Of pairs and", "What follows", "Which one", "None: the", "; 0: none", "but for"):
+            assert fragment not in line, line
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The comparison of losses: its table, what it does not do twice, and what it refuses."""
 
 import dataclasses
+import io
 import json
 
 import pytest
@@ -52,7 +53,8 @@ def test_comparison_goes_on_where_it_was_stopped(config, monkeypatch):
     assert json.loads((config.output / "compare.json").read_text())["losses"].keys() == set(config.losses)
 
     lines = (config.output / "compare.md").read_text().splitlines()
-    assert len(lines) == 4 and lines[2].startswith(f"| {RANDOM} |") and lines[2].endswith("|  |")  # no step, no time
+    assert len(lines) == 6 and lines[2].startswith(f"| {RANDOM} |") and lines[2].endswith("|  |")  # no step, no time
+    assert lines[5] == "TAR at FAR = 0.001: none of 100 impostors may pass."
     for name in config.losses:
         for seed, measured in zip(config.seeds, report["losses"][name]["seeds"], strict=True):
             folder = config.output / f"{name}-{seed}"
@@ -82,6 +84,26 @@ def test_table():
     ]
     assert lines[1] == ["b", "90.00", "50.00", "100.00", "0.250", "0.125", "20.0"] and lines[2][-1] == ""
     assert markdown(["x", "y"], [["1", "2"]]) == "| x | y |\n| --- | ---: |\n| 1 | 2 |\n"
+
+
+def test_loss_names_are_whole_on_a_narrow_screen(config, monkeypatch):
+    name = "elasticface-plus+exclusive=0.125+contrastive"
+    row = {"accuracy": 0.9, "tar": 0.5, "rank1": 1.0, "distractors": 9, "sep_mean": 0.25, "sep_std": 0.125}
+    monkeypatch.setattr(module, "measure", lambda *arguments, **options: row)
+    monkeypatch.setattr(module, "time_steps", lambda trainings: {})
+    console = Console(width=80, record=True, file=io.StringIO())
+    compare(dataclasses.replace(config, losses=(RANDOM, name)), console)
+    said = console.export_text()
+    shown = said[said.index("\u250f") :]  # the table
+    assert name in shown and RANDOM in shown and "\u2026" not in shown
+    assert "impostors may pass" not in said  # runs of an older version do not tell
+
+
+def test_help_names_what_may_be_added(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    said = " ".join(capsys.readouterr().out.replace("\u2502", " ").split())
+    assert "subcenter-arcface" in said and "contrastive=1" in said and "center=0.003" in said
 
 
 def test_names():

@@ -1,6 +1,8 @@
 """What is exported computes what was trained, and says so when it does not."""
 
 import dataclasses
+import io
+import json
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from rich.console import Console
 
 pytest.importorskip("onnxscript", reason="the export extra is not installed")
 
+import numpy as np
 import onnx
 import onnxruntime
 
@@ -76,7 +79,12 @@ def test_command(tiny_config, tmp_path, monkeypatch, capsys):
     said = " ".join(capsys.readouterr().out.split())
     assert "pixels from -1 to 1, (batch, 1, 8, 8), to embeddings (batch, 8)" in said
     assert "features differ by" in said and "allowed: 0.0001" in said
-    assert sorted(path.name for path in (tmp_path / "files").iterdir()) == ["backbone.onnx", "backbone.pt"]
+    assert sorted(path.name for path in (tmp_path / "files").iterdir()) == [
+        "backbone.onnx",
+        "backbone.pt",
+        "class_weight.npy",
+        "identities.json",
+    ]
     assert cli.main(["export", "nowhere"]) == 1
     assert "no checkpoint at nowhere" in capsys.readouterr().err
 
@@ -105,3 +113,42 @@ def test_networks_that_cannot_be_exported(tiny_config, name, message):
     path = trained(dataclasses.replace(tiny_config, backbone=f"own_networks.{name}"), steps=0)
     with pytest.raises(ExportError, match=message):
         export(path, None, CONSOLE, f"own_networks.{name}")
+
+
+def test_identities_of_the_class_weights(tiny_config):
+    path = trained(tiny_config)
+    export(path, None, CONSOLE)
+    state = load_checkpoint(path)
+    names = json.loads((tiny_config.output / "identities.json").read_text())
+    weight = np.load(tiny_config.output / "class_weight.npy")
+    splits = load_splits("digits", (8, 8), 1, 0.3, seed=0)
+    assert names == splits.train.identities == state["identities"] and len(names) == 7
+    np.testing.assert_array_equal(weight, state["model"]["criterion.loss_fn.weight"].numpy())
+
+
+def test_checkpoint_of_an_older_version_has_no_names(tiny_config):
+    path = trained(tiny_config)
+    state = load_checkpoint(path)
+    del state["identities"], state["config"]["weights"]
+    save_checkpoint(path, state)
+    (tiny_config.output / "identities.json").write_text('["of another run"]')
+    console = Console(record=True, file=io.StringIO(), width=200)
+    export(path, None, console)
+    assert "without the names of the identities" in console.export_text()
+    assert not (tiny_config.output / "identities.json").exists()
+    assert (tiny_config.output / "class_weight.npy").exists()
+
+
+@pytest.mark.parametrize("damage", ["empty", "truncated", "text", "weights", "half"])
+def test_what_cannot_be_exported_is_named(tiny_config, tmp_path, damage, capsys):
+    path = trained(tiny_config)
+    if damage == "weights":
+        torch.save({"weight": torch.ones(2)}, path)
+    elif damage == "half":
+        save_checkpoint(path, {"step": 3, "config": {}})
+    else:
+        content = path.read_bytes()
+        path.write_bytes({"empty": b"", "truncated": content[: len(content) // 2], "text": b"step 3"}[damage])
+    assert cli.main(["export", str(path), "--output", str(tmp_path / "files")]) == 1
+    assert str(path) in "".join(capsys.readouterr().err.split("\n"))
+    assert not (tmp_path / "files").exists()

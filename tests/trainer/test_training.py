@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 
@@ -20,7 +21,9 @@ from fused_margin.trainer.checkpoint import (
     CheckpointError,
     backbone_state,
     criterion_state,
+    load_backbone_weights,
     load_checkpoint,
+    load_run,
     save_checkpoint,
 )
 from fused_margin.trainer.cli import parse
@@ -34,7 +37,7 @@ from fused_margin.trainer.loop import Trainer
 from fused_margin.trainer.losses import LossConfig, stored_class_weight
 from fused_margin.trainer.models import ModelConfig
 from fused_margin.trainer.optimisation import learning_rate_factor
-from fused_margin.trainer.run import run
+from fused_margin.trainer.run import averaged_steps, run
 
 
 @pytest.fixture
@@ -335,6 +338,117 @@ def test_damaged_checkpoints(tmp_path, content):
     torch.save({"step": 3}, path)
     with pytest.raises(CheckpointError, match="not a checkpoint of this version"):
         load_checkpoint(path)
+
+
+def test_any_cut_is_a_checkpoint_error(tmp_path):
+    """Wherever the file ends, and for any bytes in its place, the error names it."""
+    path = tmp_path / FILE_NAME
+    save_checkpoint(path, {"weights": torch.randn(100), "step": 3})
+    content = path.read_bytes()
+    rng = np.random.default_rng(0)
+    cuts = [content[:end] for end in range(0, len(content), max(1, len(content) // 60))]
+    random = [rng.integers(0, 256, 100, dtype=np.uint8).tobytes() for _ in range(100)]
+    for broken in cuts + random + [b"\x80\x02" + part for part in random]:
+        path.write_bytes(broken)
+        with pytest.raises(CheckpointError, match=re.escape(str(path))):
+            load_checkpoint(path)
+
+
+@pytest.mark.parametrize("missing", ["config", "model", "average", "losses"])
+def test_part_of_a_checkpoint_is_no_run(tiny_config, splits, tmp_path, missing):
+    path = tmp_path / FILE_NAME
+    state = Trainer(tiny_config, splits).state_dict()
+    save_checkpoint(path, {name: value for name, value in state.items() if name != missing})
+    with pytest.raises(CheckpointError, match=f"cannot resume .*{FILE_NAME}: .* no usable {missing}"):
+        load_run(path, "resume")
+
+
+def test_all_identities_can_be_trained_on(tiny_config, console):
+    config = dataclasses.replace(tiny_config, test_fraction=0.0, epochs=1)
+    report = run(config, console)
+    assert report["verification"] is None
+    assert json.loads((config.output / "report.json").read_text())["verification"] is None
+    assert report["data"]["train"] == {"identities": 10, "images": 1797}
+    assert report["data"]["test"] == {"identities": 0, "images": 0}
+    state = load_checkpoint(config.output / FILE_NAME)
+    assert state["identities"] == list("0123456789") and state["model"]["criterion.loss_fn.weight"].shape == (10, 8)
+    with Image.open(config.output / "report.png") as picture:
+        assert picture.width > 1000
+    with pytest.raises(DataError, match="all identities of 'digits' were trained on"):
+        run_evaluation(EvaluateConfig(checkpoint=config.output, accelerator="cpu"), console)
+
+
+def test_all_identities_of_a_folder(face_folder, tmp_path):
+    """Identities with one image too, which verification could not use."""
+    splits = load_splits(str(face_folder), (8, 8), 1, 0.0, 0)
+    assert splits.train.num_classes == 9 and len(splits.train) == 33
+    assert splits.test.num_classes == 0 and len(splits.test) == 0
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "alone" / "0.png").write_bytes((face_folder / "person_0" / "0.png").read_bytes())
+    with pytest.raises(DataError, match="has 1 identities; at least two are needed to train on"):
+        load_splits(str(tmp_path), (8, 8), 1, 0.0, 0)
+
+
+@pytest.mark.parametrize("source", ["folder", "checkpoint", "export"])
+def test_training_starts_from_weights(tiny_config, splits, console, tmp_path, source):
+    earlier = dataclasses.replace(
+        tiny_config, output=tmp_path / "earlier", optimizer=OptimizerConfig(ema=0.9), test_fraction=0.5
+    )
+    fit(earlier, load_splits("digits", (8, 8), 1, 0.5, 0), console)
+    expected = backbone_state(load_checkpoint(earlier.output / FILE_NAME))
+    path = earlier.output if source == "folder" else earlier.output / FILE_NAME
+    if source == "export":
+        path = tmp_path / "backbone.pt"
+        torch.save(expected, path)
+    weights = load_backbone_weights(path)
+    trainer = Trainer(tiny_config, splits, weights=weights)
+    for name, value in trainer.backbone.state_dict().items():
+        assert torch.equal(value, expected[name]), name
+    # The run does it, and its first loss is that of a network which was trained before.
+    config = dataclasses.replace(tiny_config, weights=path, epochs=1)
+    run(config, console)
+    state = load_checkpoint(config.output / FILE_NAME)
+    batch = splits.train.__getitems__(next(iter(trainer.batches)))
+    assert state["losses"][0].item() == pytest.approx(trainer.train_step(batch.images, batch.labels).loss.item())
+    if source == "export":  # to resume, the file is not needed
+        path.unlink()
+        run(dataclasses.replace(config, resume=True), console)
+
+
+def test_weights_that_cannot_be_started_from(tiny_config, console, tmp_path):
+    path = tmp_path / "backbone.pt"
+    config = dataclasses.replace(tiny_config, weights=path)
+
+    def refused(message):
+        with pytest.raises(CheckpointError, match=message):
+            run(config, console)
+        assert not config.output.exists()
+
+    refused("no weights at .*backbone.pt: expected the folder of a run")
+    path.write_bytes(b"")
+    refused("cannot read the weights .*backbone.pt: the file is empty")
+    torch.save([1, 2], path)
+    refused("backbone.pt holds no weights of a backbone")
+    torch.save({"weight": torch.ones(3)}, path)
+    refused("the weights in .*backbone.pt do not fit the network.*Missing key")
+
+
+@pytest.mark.parametrize(("steps", "expected"), [(1, 1), (7, 1), (20, 2), (40, 5), (160, 20), (5000, 20)])
+def test_losses_at_both_ends_share_no_step(steps, expected):
+    assert averaged_steps(steps) == expected and 2 * averaged_steps(steps) <= max(steps, 2)
+
+
+def test_a_rate_below_one_impostor_is_said(tiny_config):
+    console = Console(record=True, file=io.StringIO(), width=80)
+    report = run(dataclasses.replace(tiny_config, epochs=1), console)  # 20 steps
+    verification, said = report["verification"], console.export_text()
+    assert verification["impostors"] == 100 and verification["far_resolved"] is False
+    assert "(none of 100 impostors may pass)" in said
+    losses = load_checkpoint(tiny_config.output / FILE_NAME)["losses"]
+    training = report["training"]
+    assert training["first_loss"] == pytest.approx(losses[:2].mean().item())
+    assert training["last_loss"] == pytest.approx(losses[-2:].mean().item())
+    assert "first to last 2 steps" in said and f"{losses[:2].mean():.2f} to {losses[-2:].mean():.2f}" in said
 
 
 def test_learning_rate():

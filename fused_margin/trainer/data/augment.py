@@ -11,22 +11,22 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class AugmentationConfig:
-    """Strength of the random changes; zero switches one off."""
+    """Strength of the random changes of the training images. 0 switches a change off."""
 
     rotation: float = 10.0
-    """Largest rotation in degrees, either way."""
+    """Largest rotation in degrees, in either direction."""
     scale: float = 0.1
-    """Largest relative change of size, either way, of each axis alone."""
+    """Largest relative change of size, larger or smaller, of each axis on its own."""
     shear: float = 0.1
-    """Largest shear: horizontal shift over vertical distance, either way."""
+    """Largest shear in either direction: horizontal shift over vertical distance."""
     shift: float = 0.06
-    """Largest translation over the image side, either way, of each axis alone."""
+    """Largest translation over the image side in either direction, of each axis on its own."""
     blur: float = 0.8
     """Largest standard deviation of the Gaussian blur, in pixels."""
     noise: float = 0.15
-    """Largest standard deviation of the Gaussian noise, where black to white is 2."""
+    """Largest standard deviation of the Gaussian noise. Black to white is 2."""
     mirror: bool = False
-    """Mirror half of the images left to right (faces; a mirrored letter is another letter)."""
+    """Mirror half of the images left to right. Suits faces; a mirrored letter is another letter."""
 
     def __post_init__(self) -> None:
         for name in ("rotation", "scale", "shear", "shift", "blur", "noise"):

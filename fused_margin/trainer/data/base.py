@@ -148,10 +148,13 @@ def seeded_generator(*entropy: int, device: str | torch.device = "cpu") -> torch
 def split_identities(
     num_identities: int, test_fraction: float, seed: int, eligible: Sequence[int] | None = None
 ) -> tuple[list[int], list[int]]:
-    """Train and test identities, in ascending order; only `eligible` ones go to the test set."""
+    """Train and test identities, in ascending order; only `eligible` ones go to the test set.
+
+    A fraction of 0 keeps none for the test.
+    """
     candidates = np.arange(num_identities) if eligible is None else np.asarray(eligible)
     # Two of each at least: a verification pair of unlike identities, a class and its rival.
-    num_test = min(max(2, round(test_fraction * num_identities)), len(candidates))
+    num_test = min(max(2, round(test_fraction * num_identities)), len(candidates)) if test_fraction else 0
     test = np.random.default_rng(seed).permutation(candidates)[:num_test]
     train = np.setdiff1d(np.arange(num_identities), test)
     return train.tolist(), sorted(test.tolist())
@@ -164,10 +167,15 @@ def split_by_images(source: str, counts: np.ndarray, test_fraction: float, seed:
         DataError: `source` has too few identities to train and verify on.
     """
     paired = np.flatnonzero(counts >= 2)
+    if not test_fraction:
+        if len(counts) < 2:
+            raise DataError(f"{source} has {len(counts)} identities; at least two are needed to train on")
+        return split_identities(len(counts), test_fraction, seed)
     if len(counts) < 4 or len(paired) < 2:
         raise DataError(
             f"{source} has {len(counts)} identities, {len(paired)} of them with two images or more; "
-            "at least two are needed to train on and two more with two images to verify on"
+            "at least two are needed to train on and two more with two images to verify on "
+            "(--test-fraction 0 trains on all and verifies on none)"
         )
     train, test = split_identities(len(counts), test_fraction, seed, eligible=paired)
     if len(train) < 2:

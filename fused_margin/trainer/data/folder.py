@@ -54,7 +54,7 @@ class FolderImages(DecodedImages):
         image_size: tuple[int, int],
         channels: int,
     ) -> None:
-        counts = torch.tensor([len(names) for names in files])
+        counts = torch.tensor([len(names) for names in files], dtype=torch.int64)
         super().__init__(torch.arange(len(files)).repeat_interleave(counts), identities, image_size, channels)
         # One array of relative names: workers share it, where a list would be copied page by page.
         self.files = np.array([name for names in files for name in names])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint import CheckpointError, backbone_state
+from ..checkpoint import CheckpointError, backbone_state, load_into_backbone
 from .config import BackboneError, ModelConfig, Network
 from .custom import make_backbone
 from .lenet import LeNet
@@ -63,10 +63,7 @@ def restore_backbone(config: TrainConfig, state: dict[str, Any], path: Path) -> 
         CheckpointError: the weights do not fit it.
     """
     backbone = build_backbone(config)
-    try:
-        backbone.load_state_dict(backbone_state(state))
-    except RuntimeError as error:
-        raise CheckpointError(f"the weights in {path} do not fit the network of this version") from error
+    load_into_backbone(backbone_state(state), backbone, path)
     return backbone.eval()
 
 

@@ -16,20 +16,21 @@ class BackboneError(ValueError):
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Input and size of the network; stages and activations are the papers'."""
+    """Input and size of the network. Stages and activations are those of the papers."""
 
     channels: int = 1
     """Image channels: 1 (grayscale) or 3 (RGB)."""
     image_size: tuple[int, int] = (24, 24)
-    """Height and width of the input in pixels; images are rendered at or resized to it."""
+    """Height and width of the input in pixels. Images are rendered at or resized to it."""
     depth: Depth = 20
-    """Convolutions of the ResNet, as SphereFace's paper has them; RegularFace's has 20."""
+    """Number of convolutions of the ResNet, as in SphereFace's paper. RegularFace's has 20."""
     width: float = 0.25
-    """Channels of the stages over the published ones: 64, 128, 256, 512 in the ResNet, 32, 64, 128 in LeNet."""
+    """Factor on the published channels of the stages:
+    64, 128, 256, 512 in the ResNet; 32, 64, 128 in LeNet++."""
     widths: tuple[int, ...] | None = None
-    """Channels of the stages, one number each, in place of width."""
+    """Channels of the stages, one number each, in place of --model.width."""
     embedding_size: int = 128
-    """Dimensions of the embedding; a backbone of your own has its own."""
+    """Dimensions of the embedding. A --backbone has its own, whatever is given here."""
 
     def __post_init__(self) -> None:
         if self.channels not in (1, 3):
