@@ -1,9 +1,11 @@
 """Losses that follow the sample: AdaFace and MagFace read its norm, ElasticFace draws, CurricularFace looks around it."""
 
+from typing import Any, ClassVar
+
 import torch
 from torch import Tensor
 
-from fused_margin import checks
+from fused_margin import settings
 from fused_margin.losses import ARGUMENTS, MarginLoss
 from fused_margin.margins import HardNegatives, Margin
 from fused_margin.ops.normalization import target_cosines
@@ -27,6 +29,11 @@ class AdaFaceLoss(RunningState, MarginLoss):
         )
         + "        norm_mean, norm_std: running statistics of the norm, buffers; updated in training mode.\n"
     )
+    SETTINGS: ClassVar = {
+        "margin": settings.angle(0.0),
+        "concentration": settings.number(0.0, open_low=True),
+        "momentum": settings.number(0.0, 1.0),
+    }
     NORMS = (0.001, 100.0)
     RUNNING = ("norm_mean", "norm_std")
 
@@ -40,9 +47,6 @@ class AdaFaceLoss(RunningState, MarginLoss):
         momentum: float = 0.01,
         **options,
     ):
-        checks.number("margin", margin, 0.0)
-        checks.number("concentration", concentration, 0.0, open_low=True)
-        checks.number("momentum", momentum, 0.0, 1.0)
         super().__init__(num_classes, embedding_size, {}, scale, **options)
         self.margin, self.concentration, self.momentum = margin, concentration, momentum
         self.register_buffer("norm_mean", running_value(self, 20.0))
@@ -97,6 +101,8 @@ class MagFaceLoss(MarginLoss):
         )
     )
 
+    SETTINGS: ClassVar = {"margins": settings.angles, "norms": settings.norms, "norm_weight": settings.number(0.0)}
+
     def __init__(
         self,
         num_classes: int,
@@ -107,14 +113,17 @@ class MagFaceLoss(MarginLoss):
         scale: float = 64.0,
         **options,
     ):
-        margins = checks.interval("margins", margins, 0.0)
-        norms = checks.interval("norms", norms, 0.0, open_low=True)
-        checks.number("norm_weight", norm_weight, 0.0)
         super().__init__(num_classes, embedding_size, {}, scale, **options)
         self.margins, self.norms, self.norm_weight = margins, norms, norm_weight
 
+    def setting_changed(self, name: str) -> None:
+        super().setting_changed(name)
+        if name == "margins":  # torch.compile takes numbers for variables, and a tuple of them for a constant
+            self.smallest_margin, self.largest_margin = self.margins
+
     def current_margin(self, embeddings: Tensor, labels: Tensor) -> Margin:
-        (low, high), (shortest, longest) = self.margins, self.norms
+        low, high = self.smallest_margin, self.largest_margin
+        shortest, longest = self.norms
         # a NaN embedding makes the loss NaN by its cosines; the margin stays a number
         norm = embedding_norm(embeddings, shortest, longest).nan_to_num(shortest)
         return Margin(m2=low + (high - low) * (norm - shortest) / (longest - shortest), **self.margin_options)
@@ -148,6 +157,13 @@ class ElasticFaceLoss(MarginLoss):
         )
     )
 
+    SETTINGS: ClassVar = {
+        "margin": settings.number(0.0),
+        "std": settings.number(0.0),
+        "kind": settings.one_of("arc", "cos"),
+        "by_difficulty": settings.switch,
+    }
+
     def __init__(
         self,
         num_classes: int,
@@ -159,16 +175,18 @@ class ElasticFaceLoss(MarginLoss):
         scale: float = 64.0,
         **options,
     ):
-        checks.number("margin", margin, 0.0)
-        checks.number("std", std, 0.0)
-        if kind not in ("arc", "cos"):
-            raise ValueError(f"kind: expected 'arc' or 'cos', got {kind!r}")
         super().__init__(num_classes, embedding_size, {}, scale, **options)
-        self.margin, self.std, self.kind, self.by_difficulty = margin, std, kind, by_difficulty
+        self.kind, self.margin, self.std, self.by_difficulty = kind, margin, std, by_difficulty
+
+    def keep_setting(self, name: str, value: Any) -> None:
+        if name == "margin" and self.kind == "arc":
+            settings.warn_of_degrees(name, value)
+        super().keep_setting(name, value)
 
     @torch.no_grad()
     def current_margin(self, embeddings: Tensor, labels: Tensor) -> Margin:
-        margin = torch.full((len(labels),), self.margin, dtype=torch.float64, device=embeddings.device)
+        # a product, because torch.compile makes a constant of the value that a tensor is filled with
+        margin = self.margin * torch.ones(len(labels), dtype=torch.float64, device=embeddings.device)
         if self.training:
             margin = margin + self.std * torch.randn_like(margin)
             if self.by_difficulty:
@@ -194,6 +212,9 @@ class CurricularFaceLoss(RunningState, MarginLoss):
     )
     RUNNING = ("t",)
 
+    SETTINGS: ClassVar = {"margin": settings.angle(0.0), "momentum": settings.number(0.0, 1.0)}
+    NUMBERS: ClassVar = {"margin": "m2"}
+
     def __init__(
         self,
         num_classes: int,
@@ -203,10 +224,8 @@ class CurricularFaceLoss(RunningState, MarginLoss):
         momentum: float = 0.01,
         **options,
     ):
-        checks.number("margin", margin, 0.0)
-        checks.number("momentum", momentum, 0.0, 1.0)
-        super().__init__(num_classes, embedding_size, {"m2": margin}, scale, **options)
-        self.momentum = momentum
+        super().__init__(num_classes, embedding_size, {}, scale, **options)
+        self.margin, self.momentum = margin, momentum
         self.register_buffer("t", running_value(self, 0.0))
 
     @torch.no_grad()
@@ -215,7 +234,7 @@ class CurricularFaceLoss(RunningState, MarginLoss):
         count = self.total(counts.sum())
         mean = self.total(torch.where(counts, cosine, 0.0).sum()) / count
         momentum = self.momentum if self.training else 0.0
-        return torch.where(count > 0, torch.lerp(self.t, mean, momentum), self.t)
+        return torch.where(count > 0, torch.lerp(self.t, mean, momentum * torch.ones_like(self.t)), self.t)
 
     @torch.no_grad()
     def hard_negatives(self, embeddings: Tensor, labels: Tensor) -> HardNegatives:

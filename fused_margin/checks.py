@@ -169,8 +169,11 @@ def hard_negatives(
         if value.threshold == 1:
             return None, None  # only rounding is above it
         return embeddings.new_full(embeddings.shape[:1], value.threshold, dtype=torch.float64), None
-    if not is_number(scale):
-        raise TypeError(f"scale: expected a number with HardNegatives, got {kind(scale)}")
+    fixed = isinstance(scale, Tensor) and scale.dim() == 0 and not scale.requires_grad
+    if not (is_number(scale) or fixed):
+        raise TypeError(
+            f"scale: expected a number with HardNegatives, or a 0-d tensor without gradient, got {kind(scale)}"
+        )
     if not isinstance(value.threshold, Tensor) or value.threshold.dim() != 1:
         raise TypeError(f"hard_negatives.threshold: expected a tensor of shape (N,), got {kind(value.threshold)}")
     threshold = per_sample("hard_negatives.threshold", value.threshold.detach(), embeddings)

@@ -1,12 +1,13 @@
 """Losses that accompany a margin loss, added to it with a weight: of norms, centres and class weights."""
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fused_margin import checks
+from fused_margin import checks, settings
 from fused_margin.ops.normalization import unit_rows
 from fused_margin.ops.problem import compute_dtype
 from fused_margin.pairwise import other_class_sums
@@ -14,13 +15,17 @@ from fused_margin.reductions import mean_over
 from fused_margin.running_state import recomputing
 
 
-class CompanionLoss(nn.Module):
-    """What the companions share: which samples count, and their reduction."""
+class CompanionLoss(settings.Settings):
+    """What the companions share: which samples count, and their reduction. Arguments may be set between steps."""
+
+    SETTINGS: ClassVar = {
+        "reduction": settings.REDUCTION,
+        "ignore_index": settings.index,
+        "workspace_mb": settings.WORKSPACE_MB,
+    }
 
     def __init__(self, reduction: str, ignore_index: int):
         super().__init__()
-        checks.reduction(reduction, 0.0)
-        checks.index("ignore_index", ignore_index)
         self.reduction, self.ignore_index = reduction, ignore_index
 
     def classes(self, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
@@ -66,6 +71,8 @@ class CenterLoss(CompanionLoss):
         ValueError, TypeError: naming the argument, what was expected and what came.
     """
 
+    SETTINGS: ClassVar = {"alpha": settings.number(0.0, 1.0)}
+
     def __init__(
         self,
         num_classes: int,
@@ -80,7 +87,6 @@ class CenterLoss(CompanionLoss):
         super().__init__(reduction, ignore_index)
         num_classes = checks.positive_index("num_classes", num_classes)
         embedding_size = checks.positive_index("embedding_size", embedding_size)
-        checks.number("alpha", alpha, 0.0, 1.0)
         self.alpha = alpha
         self.register_buffer("centers", torch.zeros(num_classes, embedding_size, device=device, dtype=dtype))
 
@@ -229,7 +235,6 @@ class InterLoss(CompanionLoss):
 
     def __init__(self, *, reduction: str = "mean", ignore_index: int = -100, workspace_mb: float = 256):
         super().__init__(reduction, ignore_index)
-        checks.number("workspace_mb", workspace_mb, 0.0, open_low=True)
         self.workspace_mb = workspace_mb
 
     def forward(self, weight: Tensor, labels: Tensor) -> Tensor:
@@ -264,9 +269,10 @@ class UniformLoss(CompanionLoss):
         ValueError, TypeError: naming the argument, what was expected and what came.
     """
 
+    SETTINGS: ClassVar = {"batch_classes": settings.switch}
+
     def __init__(self, *, batch_classes: bool = False, ignore_index: int = -100, workspace_mb: float = 256):
         super().__init__("mean", ignore_index)
-        checks.number("workspace_mb", workspace_mb, 0.0, open_low=True)
         self.batch_classes, self.workspace_mb = batch_classes, workspace_mb
 
     def forward(self, weight: Tensor, labels: Tensor | None = None) -> Tensor:

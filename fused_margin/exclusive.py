@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fused_margin import checks
+from fused_margin import checks, settings
 from fused_margin.nearest import NearestClass, exclusive_regularization
 from fused_margin.ops import library, sharded_certified
 from fused_margin.ops.backend import kernels, on_device
@@ -24,7 +24,7 @@ def checked_refresh(name: str, value: str | int) -> str | int:
     return checks.positive_index(name, value)
 
 
-class ExclusiveRegularizer(nn.Module):
+class ExclusiveRegularizer(settings.Settings):
     """RegularFace's exclusive term as a module: the mean cosine of the classes to their nearest other class.
 
     Use it beside a loss of your own; the losses of this package take ``exclusive_weight`` and ``exclusive_refresh``.
@@ -39,7 +39,7 @@ class ExclusiveRegularizer(nn.Module):
             **not exact** (their cosines are).
         shard: which of the classes ``weight`` holds, if they are divided among ranks, each of which keeps what belongs
             to its own; every rank makes every call, and gets the mean over all classes.
-        workspace_mb: bound on scratch memory in MiB; what is kept comes on top.
+        workspace_mb: bound on scratch memory in MiB; what is kept comes on top. It and ``refresh`` may be set between steps.
 
     Shape:
         weight (C, D), C >= 2 -> scalar.
@@ -58,13 +58,20 @@ class ExclusiveRegularizer(nn.Module):
         RuntimeError: for weights on a CUDA device, unless ``refresh`` is ``"every_step"``: not there yet.
     """
 
+    SETTINGS: ClassVar = {"refresh": checked_refresh, "workspace_mb": settings.WORKSPACE_MB}
+
     def __init__(self, *, refresh: str | int = "every_step", shard: Shard | None = None, workspace_mb: float = 256):
         super().__init__()
-        checks.number("workspace_mb", workspace_mb, 0.0, open_low=True)
-        self.refresh, self.workspace_mb = checked_refresh("refresh", refresh), workspace_mb
         self.shard = shard
-        for name in self.kept_names():
-            self.register_buffer(name, None, persistent=shard is None)
+        self.refresh, self.workspace_mb = refresh, workspace_mb
+
+    def setting_changed(self, name: str) -> None:
+        if name == "refresh":
+            for old in set(self._buffers) - set(self.kept_names()):
+                delattr(self, old)
+            for new in self.kept_names():
+                if new not in self._buffers:
+                    self.register_buffer(new, None, persistent=self.shard is None)
 
     def kept_names(self) -> tuple[str, ...]:
         """Buffers, None before the first call."""

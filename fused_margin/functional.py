@@ -208,7 +208,7 @@ def linear_cross_entropy(
             biases = bias.double().sum() if class_weight is None else own_class_weight.dot(bias.double())
             uniform = uniform + (biases if shard is None else Shared.apply(shard, Total.apply(shard, biases)))
         smoothed = ((target + nll) * weights - uniform) / classes
-        loss = torch.lerp(loss, smoothed, float(label_smoothing))
+        loss = torch.lerp(loss, smoothed, label_smoothing * torch.ones_like(loss))
     counts = labels != ignore_index
     loss, row_weight = torch.where(counts, loss, 0.0), torch.where(counts, row_weight, 0.0)
     return _reduce(loss, row_weight, reduction, shard).to(problem.compute)
@@ -285,16 +285,27 @@ def _margin_loss(
 ) -> Tensor:
     """The loss, reduced, float64, from what a sweep has found."""
     numbers = {"m1": margin.m1, "m2": margin.m2, "m3": margin.m3, "annealing": margin.annealing}
+    if torch.compiler.is_compiling():  # numbers would be constants of the graph: one compilation for every value
+        defaults = zip(numbers.items(), (1.0, 0.0, 0.0, 0.0), strict=True)
+        numbers = {name: _variable(value, default, problem) for (name, value), default in defaults}
     per_sample = [checks.per_sample(f"margin.{name}", value, problem.embeddings) for name, value in numbers.items()]
     values = [0.0 if isinstance(value, Tensor) else float(value) for value in numbers.values()]
     loss, row_weight, _ = library.margin_rows(
         negative_logsumexp, target_cosine, uniform_cosine, problem.labels, class_weight,
         None if class_weight is None or uniform_cosine is None else class_weight.sum(),
         problem.scale, *per_sample, [problem.scale_value, *values], BEYOND_PI.index(margin.beyond_pi), margin.easy,
-        margin.gradient == "straight_through", math.sqrt(torch.finfo(problem.compute).eps), float(label_smoothing),
+        margin.gradient == "straight_through", math.sqrt(torch.finfo(problem.compute).eps),
+        None if uniform_cosine is None else label_smoothing * torch.ones((), dtype=torch.float64),
         classes, ignore_index,
     )  # fmt: skip
     return _reduce(loss, row_weight, reduction, shard)
+
+
+def _variable(value: float | Tensor, default: float, problem: Problem) -> float | Tensor:
+    """A number as a tensor of all samples, unless it is the default."""
+    if isinstance(value, Tensor) or value == default:
+        return value
+    return value * torch.ones(problem.samples, dtype=torch.float64, device=problem.labels.device)
 
 
 def _reduce(loss: Tensor, row_weight: Tensor, reduction: str, shard: Shard | None = None) -> Tensor:

@@ -1,12 +1,13 @@
 """Losses over inner products, with class weights whose length matters: softmax, L2-softmax, L-softmax."""
 
 import math
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fused_margin import checks
+from fused_margin import checks, settings
 from fused_margin.functional import exclusive_regularization, linear_cross_entropy
 from fused_margin.losses import AnnealedMargin, ClassificationLoss
 from fused_margin.margins import Margin
@@ -21,10 +22,12 @@ ARGUMENTS = """
         exclusive_weight: lambda of RegularFace's exclusive term, added to the loss in a sweep of its own.
         class_weight: (C,) factors, as ``weight`` in ``torch.nn.CrossEntropyLoss``. A buffer.
         reduction, ignore_index, label_smoothing: as in ``torch.nn.CrossEntropyLoss``{smoothing}.
-        process_group, sample_rate: as in :class:`fused_margin.ArcFaceLoss`; a bias is divided as ``weight`` is, and its
-            gradient is dense.
+        process_group, sample_rate, sparse: as in :class:`fused_margin.ArcFaceLoss`; a bias is divided as ``weight`` is,
+            and its gradient is dense.
         workspace_mb: bound on scratch memory in MiB, whatever C is.
         device, dtype: of the parameters.
+
+    Arguments can be set as attributes between steps, see :class:`fused_margin.ArcFaceLoss`; ``bias`` is a parameter.
 
     Shape:
         embeddings (N, D), labels (N,) integers -> scalar, or (N,) with ``reduction="none"``.
@@ -60,10 +63,10 @@ class SoftmaxLoss(ClassificationLoss):
         checks.batch(embeddings, self.weight, labels, at_least=1 if self.shard is None else 0)
         loss = linear_cross_entropy(
             self.features(embeddings),
-            self.weight,
+            self.weight_of_step(),
             labels,
             self.bias,
-            self.margin(),
+            self.target_margin(),
             shard=self.current_shard(),
             **self.cross_entropy_options(),
         )
@@ -80,8 +83,8 @@ class SoftmaxLoss(ClassificationLoss):
         """What the class weights are multiplied with."""
         return embeddings
 
-    def margin(self) -> Margin | None:
-        """Of the target, in this step."""
+    def target_margin(self) -> Margin | None:
+        """The margin of this step, on the target."""
         return None
 
     def logits(self, embeddings: Tensor) -> Tensor:
@@ -102,14 +105,22 @@ class L2SoftmaxLoss(SoftmaxLoss):
         )
     )
 
+    SETTINGS: ClassVar = {"alpha": settings.length}
+
     def __init__(self, num_classes: int, embedding_size: int, alpha: float | None = None, bias: bool = True, **options):
         if alpha is not None:
             checks.number("alpha", alpha, 0.0, open_low=True)
         super().__init__(num_classes, embedding_size, bias, **options)
         if alpha is None:
-            self.alpha = nn.Parameter(self.weight.new_tensor(lower_bound(self.num_classes), requires_grad=False))
+            alpha = nn.Parameter(self.weight.new_tensor(lower_bound(self.num_classes), requires_grad=False))
+        self.alpha = alpha
+
+    def keep_setting(self, name: str, value: Any) -> None:
+        if name == "alpha" and "alpha" in self._parameters and not isinstance(value, nn.Parameter):
+            with torch.no_grad():
+                self.alpha.fill_(value)  # it stays learned
         else:
-            self.alpha = alpha
+            super().keep_setting(name, value)
 
     def features(self, embeddings: Tensor) -> Tensor:
         norm = torch.linalg.vector_norm(embeddings, dim=1, keepdim=True, dtype=torch.float64)
@@ -134,13 +145,25 @@ class LSoftmaxLoss(AnnealedMargin, SoftmaxLoss):
     )
 
     def __init__(self, num_classes: int, embedding_size: int, margin: float = 4, annealing: bool = True, **options):
-        checks.number("margin", margin, 1.0)
         super().__init__(num_classes, embedding_size, bias=False, **options)
-        checks.absent("a margin", label_smoothing=self.label_smoothing)
-        self.margin_function = Margin(m1=margin)
-        self.set_annealing(annealing)
+        self.margin, self.annealing = margin, annealing
 
-    def margin(self) -> Margin:
+    def check_together(self, values: dict[str, Any]) -> None:
+        super().check_together(values)
+        checks.absent("a margin", label_smoothing=values.get("label_smoothing", 0.0))
+
+    @property
+    def margin_function(self) -> Margin:
+        return Margin(m1=self.margin)
+
+    @margin_function.setter
+    def margin_function(self, value: Margin) -> None:
+        checks.margin(value)
+        if value != Margin(m1=value.m1):
+            raise ValueError(f"margin_function: expected m1 alone in LSoftmaxLoss, got {value}")
+        self.margin = value.m1
+
+    def target_margin(self) -> Margin:
         return self.annealed_margin()
 
     @once_per_step
@@ -150,7 +173,7 @@ class LSoftmaxLoss(AnnealedMargin, SoftmaxLoss):
         return loss
 
     def own_repr(self) -> list[str]:
-        return [f"margin={self.margin_function.m1}"]
+        return [f"margin={self.margin}"]
 
 
 def lower_bound(num_classes: int, probability: float = 0.9) -> float:

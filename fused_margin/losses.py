@@ -1,20 +1,20 @@
 """The margin losses as modules that own their class weights."""
 
 import math
-import warnings
 from dataclasses import replace
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fused_margin import checks
+from fused_margin import checks, settings
 from fused_margin.exclusive import ExclusiveRegularizer, checked_refresh
 from fused_margin.functional import NearestClass, margin_cross_entropy
-from fused_margin.margins import HardNegatives, Margin, minimum_scale
+from fused_margin.margins import HardNegatives, Margin, is_number, minimum_scale
 from fused_margin.running_state import RunningState, once_per_step
-from fused_margin.sharding import Shard, Shared, Total
+from fused_margin.sharding import DenseGradient, Shard, Shared, Total
 
 PROBABILITY = 0.9  # a sample should be able to reach for its class
 
@@ -36,10 +36,20 @@ ARGUMENTS = """
             that. DistributedDataParallel divides the backbone's gradients by the number of ranks: multiply the
             embeddings' by it, ``embeddings.register_hook(lambda g: g * world_size)``.
         sample_rate: share of the classes that take part in a step of training: those of the samples and others drawn by
-            torch's generator (PartialFC, arXiv:2203.15565). The gradient of ``weight`` is then sparse;
-            :class:`fused_margin.optim.ProjectedSGD` leaves rows and momentum of the others alone.
+            torch's generator (PartialFC, arXiv:2203.15565).
+        sparse: with a sample_rate below 1, the gradient of ``weight`` is sparse, as that of ``torch.nn.Embedding``. False:
+            it is dense, and any optimizer, ``clip_grad_norm_`` and DistributedDataParallel take it; weight decay and
+            momentum move all classes. :class:`fused_margin.optim.ProjectedSGD` takes sparse gradients (with
+            ``project=False`` it steps as ``torch.optim.SGD``), and leaves rows and momentum of the others alone.
         workspace_mb: bound on scratch memory in MiB, whatever C is.
         device, dtype: of ``weight``.
+
+    Arguments are attributes that can be set between steps: a margin schedule is ``loss_fn.margin = 0.3``. A new value is
+    checked as here, and nothing changes where the check raises. num_classes, embedding_size, sub_centers, process_group,
+    device and dtype are fixed. A number set as ``scale`` fills a scale that is a tensor. All ranks of a group must set the
+    same values. Under torch.compile the second value of a number, such as the margin or the scale, compiles once more, and
+    further values do not. ``workspace_mb``, ``sample_rate``, MagFace's ``norms`` and arguments that are not numbers
+    compile for every value, so set those before.
 
     Shape:
         embeddings (N, D), labels (N,) integers -> scalar, or (N,) with ``reduction="none"``.
@@ -52,8 +62,20 @@ ARGUMENTS = """
 """
 
 
-class ClassificationLoss(nn.Module):
+class ClassificationLoss(settings.Settings):
     """What all losses share: the class weights, and the options of a cross-entropy over the classes."""
+
+    SETTINGS: ClassVar = {
+        "sample_rate": settings.number(0.0, 1.0, open_low=True),
+        "sparse": settings.switch,
+        "exclusive_weight": settings.number(0.0),
+        "exclusive_refresh": checked_refresh,
+        "reduction": settings.REDUCTION,
+        "ignore_index": settings.index,
+        "label_smoothing": settings.LABEL_SMOOTHING,
+        "workspace_mb": settings.WORKSPACE_MB,
+    }
+    FIXED = ("num_classes", "embedding_size", "sub_centers")
 
     def __init__(
         self,
@@ -63,6 +85,7 @@ class ClassificationLoss(nn.Module):
         sub_centers: int = 1,
         process_group: dist.ProcessGroup | None = None,
         sample_rate: float = 1.0,
+        sparse: bool = False,
         exclusive_weight: float = 0.0,
         exclusive_refresh: str | int = "every_step",
         class_weight: Tensor | None = None,
@@ -75,33 +98,61 @@ class ClassificationLoss(nn.Module):
     ):
         super().__init__()
         self.num_classes = checks.positive_index("num_classes", num_classes)
-        checks.number("sample_rate", sample_rate, 0.0, 1.0, open_low=True)
-        divided = process_group is not None or sample_rate < 1
-        self.shard = shard = Shard(self.num_classes, process_group, sample_rate) if divided else None
         self.embedding_size = checks.positive_index("embedding_size", embedding_size)
         self.sub_centers = checks.positive_index("sub_centers", sub_centers)
-        checks.number("exclusive_weight", exclusive_weight, 0.0)
-        checks.cross_entropy_options(reduction, exclusive_weight, ignore_index, label_smoothing, workspace_mb)
-        self.exclusive_weight, self.reduction, self.ignore_index = exclusive_weight, reduction, ignore_index
+        self.exclusive = None
+        self.shard = None if process_group is None else Shard(self.num_classes, process_group)
+        self.sample_rate, self.sparse = sample_rate, sparse
+        self.reduction, self.ignore_index = reduction, ignore_index
         self.label_smoothing, self.workspace_mb = label_smoothing, workspace_mb
-        rows = (self.num_classes if shard is None else shard.size) * self.sub_centers
+        rows = (self.num_classes if self.shard is None else self.shard.size) * self.sub_centers
         weight = torch.empty(rows, self.embedding_size, device=device, dtype=dtype)
-        least = 2 if exclusive_weight > 0 else 1
-        checks.class_weights(weight, at_least=least if shard is None else 0)
-        if self.num_classes < least:
-            raise ValueError(f"num_classes: expected at least 2 for the exclusive term, got {self.num_classes}")
-        checks.sub_centers(self.sub_centers, weight, exclusive_weight, label_smoothing)
+        checks.class_weights(weight, at_least=1 if self.shard is None else 0)
         self.weight = nn.Parameter(weight)
+        self.exclusive_weight = exclusive_weight
+        self.exclusive_refresh = exclusive_refresh
         if class_weight is not None:
             class_weight = torch.as_tensor(class_weight, device=self.weight.device)
             checks.per_class("class_weight", class_weight, self.weight, self.num_classes)
         self.register_buffer("class_weight", class_weight)
-        self.exclusive = None
-        if checked_refresh("exclusive_refresh", exclusive_refresh) != "every_step" and exclusive_weight > 0:
-            self.exclusive = ExclusiveRegularizer(
-                refresh=exclusive_refresh, shard=None if process_group is None else shard, workspace_mb=workspace_mb
+
+    def check_together(self, values: dict[str, Any]) -> None:
+        exclusive_weight = values.get("exclusive_weight", 0.0)
+        checks.reduction(values.get("reduction", "mean"), exclusive_weight)
+        if exclusive_weight > 0 and self.num_classes < 2:
+            raise ValueError(
+                f"num_classes: expected at least 2 classes, got {self.num_classes}, for the exclusive term"
             )
-            self.exclusive.start(self.weight)
+        if self.sub_centers > 1:
+            checks.absent(
+                "sub_centers above 1",
+                exclusive_weight=exclusive_weight,
+                label_smoothing=values.get("label_smoothing", 0.0),
+            )
+        refresh = values.get("exclusive_refresh", "every_step")
+        if exclusive_weight > 0 and refresh != "every_step" and getattr(self.exclusive, "refresh", None) != refresh:
+            checks.searched_device("weight", self.weight)
+
+    def setting_changed(self, name: str) -> None:
+        if name == "sample_rate":
+            group = None if self.shard is None else self.shard.group
+            divided = group is not None or self.sample_rate < 1
+            self.shard = Shard(self.num_classes, group, self.sample_rate) if divided else None
+        elif name == "workspace_mb" and self.exclusive is not None:
+            self.exclusive.workspace_mb = self.workspace_mb
+        elif name == "exclusive_refresh" or (name == "exclusive_weight" and "exclusive_refresh" in self.__dict__):
+            self.start_exclusive()
+
+    def start_exclusive(self) -> None:
+        """Makes what keeps nearest classes from step to step, if it is needed and not there yet."""
+        refresh = self.exclusive_refresh
+        if self.exclusive is not None and self.exclusive.refresh != refresh:
+            self.exclusive = None
+        if self.exclusive is None and self.exclusive_weight > 0 and refresh != "every_step":
+            group = None if self.shard is None else self.shard.group
+            shard = None if group is None else Shard(self.num_classes, group)
+            self.exclusive = ExclusiveRegularizer(refresh=refresh, shard=shard, workspace_mb=self.workspace_mb)
+            self.exclusive.train(self.training).start(self.weight)
 
     def cross_entropy_options(self) -> dict:
         """What the functional forms of all losses take."""
@@ -116,6 +167,12 @@ class ClassificationLoss(nn.Module):
     def current_shard(self) -> Shard | None:
         """In evaluation mode every class takes part."""
         return self.shard if self.training or self.shard is None else replace(self.shard, sample_rate=1.0)
+
+    def weight_of_step(self) -> Tensor:
+        """`weight`, whose gradient is dense unless a sparse one is asked for."""
+        shard = self.current_shard()
+        drawn = shard is not None and shard.sample_rate < 1
+        return DenseGradient.apply(self.weight) if drawn and not self.sparse else self.weight
 
     def sharded_state_dict(self, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Tensor]:
         """The state of all ranks, for ``torch.distributed.checkpoint``: saved by any number of ranks, loaded by any other.
@@ -154,7 +211,8 @@ class ClassificationLoss(nn.Module):
 
     def nearest(self) -> NearestClass | None:
         """Every class's nearest other, if `exclusive_refresh` keeps them; None: to be found."""
-        return None if self.exclusive is None else self.exclusive.find(self.weight)
+        wanted = self.exclusive is not None and self.exclusive_weight > 0
+        return self.exclusive.find(self.weight) if wanted else None
 
     def own_repr(self) -> list[str]:
         """What tells one loss from another, as name=value."""
@@ -173,13 +231,20 @@ class MarginLoss(ClassificationLoss):
     """What the margin losses share: the margin, the scale, and how they meet the embeddings.
 
     A scale given as a 0-d tensor becomes a buffer, as a ``torch.nn.Parameter`` a parameter that is learned.
+
+    Attributes:
+        NUMBERS: the settings that are numbers of :class:`fused_margin.Margin`, and which they are.
     """
+
+    SETTINGS: ClassVar = {**settings.MARGIN_OPTIONS, "scale": settings.scale}
+    NUMBERS: ClassVar[dict[str, str]] = {}
+    scale_varies = False  # whether it has been changed
 
     def __init__(
         self,
         num_classes: int,
         embedding_size: int,
-        numbers: dict[str, float],  # Margin's m1, m2, m3
+        numbers: dict[str, float],  # Margin's m1, m2, m3, where they are not settings
         scale: float | Tensor | None,
         *,
         beyond_pi: str = "monotone",
@@ -189,25 +254,37 @@ class MarginLoss(ClassificationLoss):
     ):
         checks.scale(scale)
         super().__init__(num_classes, embedding_size, **options)
-        self.margin_options = {"beyond_pi": beyond_pi, "easy": easy, "gradient": gradient}  # of whatever margin
-        self.margin_function = Margin(**numbers, **self.margin_options)
-        if isinstance(scale, Tensor):
-            if scale.dim() != 0:
-                raise ValueError(f"scale: expected a number or a 0-d tensor, got shape {tuple(scale.shape)}")
-            if not isinstance(scale, nn.Parameter):
-                self.register_buffer("scale", None)
-        elif scale is not None:
-            self.warn_of_small(scale)
+        Margin(**numbers)  # raises
+        self.numbers = numbers
+        self.beyond_pi, self.easy, self.gradient = beyond_pi, easy, gradient
         self.scale = scale
         self.reset_parameters()
+
+    def keep_setting(self, name: str, value: Any) -> None:
+        if name != "scale":
+            super().keep_setting(name, value)
+            return
+        if is_number(value):
+            self.warn_of_small(value)
+        old = getattr(self, "scale", None)
+        if isinstance(old, Tensor) and is_number(value):  # it stays a buffer, or a parameter
+            with torch.no_grad():
+                old.fill_(value)
+            return
+        self.scale_varies = self.scale_varies or "scale" in self.__dict__
+        if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and "scale" not in self._buffers:
+            self.__dict__.pop("scale", None)
+            self._parameters.pop("scale", None)
+            self.register_buffer("scale", value)
+        else:
+            super().keep_setting(name, value)
 
     def warn_of_small(self, scale: float) -> None:
         least = minimum_scale(self.num_classes, PROBABILITY) if self.num_classes > 1 else 0.0
         if scale < least:
-            warnings.warn(
+            settings.warn(
                 f"scale {scale:g} is below {least:.2f}: with {self.num_classes} classes no sample can reach a "
-                f"probability of {PROBABILITY} for its class (see fused_margin.margins.minimum_scale)",
-                stacklevel=4,  # where the loss is made
+                f"probability of {PROBABILITY} for its class (see fused_margin.margins.minimum_scale)"
             )
 
     def reset_parameters(self) -> None:
@@ -218,10 +295,10 @@ class MarginLoss(ClassificationLoss):
         checks.batch(embeddings, self.weight, labels, at_least=1 if self.shard is None else 0)
         return margin_cross_entropy(
             embeddings,
-            self.weight,
+            self.weight_of_step(),
             labels,
             self.current_margin(embeddings, labels),
-            self.shared(self.scale),
+            self.current_scale(labels.device),
             exclusive_weight=self.exclusive_weight,
             sub_centers=self.sub_centers,
             hard_negatives=self.hard_negatives(embeddings, labels),
@@ -230,9 +307,42 @@ class MarginLoss(ClassificationLoss):
             **self.cross_entropy_options(),
         )
 
+    @property
+    def margin_options(self) -> dict[str, Any]:
+        """Options of whatever margin."""
+        return {"beyond_pi": self.beyond_pi, "easy": self.easy, "gradient": self.gradient}
+
+    @property
+    def margin_function(self) -> Margin:
+        """The margin that all samples have in common. Setting it sets the attributes that it is made of."""
+        numbers = {number: getattr(self, setting) for setting, number in self.NUMBERS.items()}
+        return Margin(**{**self.numbers, **numbers}, **self.margin_options)
+
+    @margin_function.setter
+    def margin_function(self, value: Margin) -> None:
+        checks.margin(value)
+        names = {number: setting for setting, number in self.NUMBERS.items()}
+        for number, default in (("m1", 1.0), ("m2", 0.0), ("m3", 0.0), ("annealing", 0.0)):
+            if number in names or number in self.numbers:
+                continue
+            if getattr(value, number) is not default and getattr(value, number) != default:
+                raise ValueError(
+                    f"margin_function: expected {number}={default:g} in {type(self).__name__}, got {getattr(value, number)}"
+                )
+        self.numbers = {number: getattr(value, number) for number in self.numbers}
+        for number, setting in (*names.items(), *((name, name) for name in self.margin_options)):
+            setattr(self, setting, getattr(value, number))
+
     def current_margin(self, embeddings: Tensor, labels: Tensor) -> Margin:
         """The margin of this step."""
         return self.margin_function
+
+    def current_scale(self, device: torch.device) -> float | Tensor | None:
+        """The scale of this step."""
+        if torch.compiler.is_compiling() and self.scale_varies and is_number(self.scale):
+            # a number would be a constant of the graph, and every value compiled for
+            return torch.ones((), dtype=torch.float64, device=device) * self.scale
+        return self.shared(self.scale)
 
     def hard_negatives(self, embeddings: Tensor, labels: Tensor) -> HardNegatives | None:
         """What becomes of near classes in this step."""
@@ -263,9 +373,12 @@ class ArcFaceLoss(MarginLoss):
         + ARGUMENTS.format(own="        margin: angle in radians.\n        scale: s of the logits.")
     )
 
+    SETTINGS: ClassVar = {"margin": settings.angle(-math.inf)}
+    NUMBERS: ClassVar = {"margin": "m2"}
+
     def __init__(self, num_classes: int, embedding_size: int, margin: float = 0.5, scale: float = 64.0, **options):
-        checks.number("margin", margin, -math.inf)
-        super().__init__(num_classes, embedding_size, {"m2": margin}, scale, **options)
+        super().__init__(num_classes, embedding_size, {}, scale, **options)
+        self.margin = margin
 
 
 class SubCenterArcFaceLoss(MarginLoss):
@@ -278,6 +391,9 @@ class SubCenterArcFaceLoss(MarginLoss):
         )
     )
 
+    SETTINGS: ClassVar = {"margin": settings.angle(-math.inf)}
+    NUMBERS: ClassVar = {"margin": "m2"}
+
     def __init__(
         self,
         num_classes: int,
@@ -287,8 +403,8 @@ class SubCenterArcFaceLoss(MarginLoss):
         sub_centers: int = 3,
         **options,
     ):
-        checks.number("margin", margin, -math.inf)
-        super().__init__(num_classes, embedding_size, {"m2": margin}, scale, sub_centers=sub_centers, **options)
+        super().__init__(num_classes, embedding_size, {}, scale, sub_centers=sub_centers, **options)
+        self.margin = margin
 
 
 class CosFaceLoss(MarginLoss):
@@ -297,9 +413,12 @@ class CosFaceLoss(MarginLoss):
         + ARGUMENTS.format(own="        margin: cosine.\n        scale: s of the logits.")
     )
 
+    SETTINGS: ClassVar = {"margin": settings.number(-math.inf)}
+    NUMBERS: ClassVar = {"margin": "m3"}
+
     def __init__(self, num_classes: int, embedding_size: int, margin: float = 0.35, scale: float = 64.0, **options):
-        checks.number("margin", margin, -math.inf)
-        super().__init__(num_classes, embedding_size, {"m3": margin}, scale, **options)
+        super().__init__(num_classes, embedding_size, {}, scale, **options)
+        self.margin = margin
 
 
 class NormFaceLoss(MarginLoss):
@@ -316,6 +435,9 @@ class CombinedMarginLoss(MarginLoss):
         own="        m1: factor on the angle.\n        m2: angle in radians.\n        m3: cosine.\n        scale: s of the logits."
     )
 
+    SETTINGS: ClassVar = dict.fromkeys(("m1", "m2", "m3"), settings.margin_number)
+    NUMBERS: ClassVar = {"m1": "m1", "m2": "m2", "m3": "m3"}
+
     def __init__(
         self,
         num_classes: int,
@@ -326,7 +448,8 @@ class CombinedMarginLoss(MarginLoss):
         scale: float = 64.0,
         **options,
     ):
-        super().__init__(num_classes, embedding_size, {"m1": m1, "m2": m2, "m3": m3}, scale, **options)
+        super().__init__(num_classes, embedding_size, {}, scale, **options)
+        self.m1, self.m2, self.m3 = m1, m2, m3
 
 
 class ModifiedSoftmaxLoss(MarginLoss):
@@ -343,10 +466,11 @@ class AnnealedMargin(RunningState):
     """SphereFace's annealing, for a loss with ``margin_function`` and ``weight``."""
 
     RUNNING = ("iteration",)
+    SETTINGS: ClassVar = {"margin": settings.number(1.0), "annealing": settings.switch}
 
-    def set_annealing(self, annealing: bool) -> None:
-        self.annealing = annealing
-        if annealing:
+    def setting_changed(self, name: str) -> None:
+        super().setting_changed(name)
+        if name == "annealing" and self.annealing and "iteration" not in self._buffers:
             self.register_buffer("iteration", torch.zeros((), dtype=torch.int64, device=self.weight.device))
 
     def annealed_margin(self) -> Margin:
@@ -373,6 +497,8 @@ class SphereFaceLoss(AnnealedMargin, MarginLoss):
         + "        iteration: int64 buffer (only with annealing), saved in the state dict.\n"
     )
 
+    NUMBERS: ClassVar = {"margin": "m1"}
+
     def __init__(
         self,
         num_classes: int,
@@ -382,9 +508,8 @@ class SphereFaceLoss(AnnealedMargin, MarginLoss):
         annealing: bool = True,
         **options,
     ):
-        checks.number("margin", margin, 1.0)
-        super().__init__(num_classes, embedding_size, {"m1": margin}, scale, **options)
-        self.set_annealing(annealing)
+        super().__init__(num_classes, embedding_size, {}, scale, **options)
+        self.margin, self.annealing = margin, annealing
 
     def current_margin(self, embeddings: Tensor, labels: Tensor) -> Margin:
         return self.annealed_margin()

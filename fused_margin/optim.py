@@ -28,7 +28,7 @@ class ProjectedSGD(torch.optim.SGD):
 
     For the (C, D) class weights of a margin loss. Parameters of a group with ``project=False`` take a plain
     SGD step, so that one optimizer can serve backbone and class weights. Where a gradient is sparse (a loss with
-    ``sample_rate < 1``) only its rows, and their momentum, take part in the step.
+    ``sample_rate < 1`` and ``sparse=True``) only its rows, and their momentum, take part in the step.
 
     Args:
         params: parameters or groups, as in ``torch.optim.SGD``.

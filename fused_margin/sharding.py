@@ -216,3 +216,15 @@ class Shared(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[None, Tensor]:
         return None, ctx.shard.add_up(gradient.to(torch.float64, copy=True)).to(gradient.dtype)
+
+
+class DenseGradient(torch.autograd.Function):
+    """Its input; a gradient of some rows continues as one of all of them."""
+
+    @staticmethod
+    def forward(ctx, weight: Tensor) -> Tensor:
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return gradient.to_dense() if gradient.is_sparse else gradient

@@ -249,7 +249,7 @@ class TestExtremes:
         none = (None,) * 5
         _, _, derivatives = library.margin_rows(
             one * 50, cosine.reshape(1), None, torch.tensor([0]), None, None, *none, values,
-            BEYOND_PI.index(settings.beyond_pi), settings.easy, settings.gradient == "straight_through", 1e-8, 0.0, 2, -100,
+            BEYOND_PI.index(settings.beyond_pi), settings.easy, settings.gradient == "straight_through", 1e-8, None, 2, -100,
         )  # fmt: skip
         return -derivatives[library.DERIVATIVES.index("target_cosine"), 0]
 

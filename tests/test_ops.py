@@ -71,7 +71,7 @@ def test_opcheck_margin_rows():
     torch.library.opcheck(
         library.margin_rows,
         (*statistics, labels, class_weight, class_weight.sum(), None, None, m2, None, None, [64.0, 1.0, 0.0, 0.0, 0.0],
-         0, False, False, 1e-8, 0.1, 20, -100),
+         0, False, False, 1e-8, torch.tensor(0.1, dtype=torch.float64), 20, -100),
     )  # fmt: skip
     torch.library.opcheck(
         library.margin_rows_backward, (statistics[0].detach(), torch.randn(8, 7, dtype=torch.float64))

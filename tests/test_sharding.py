@@ -232,7 +232,7 @@ def test_bad_input_is_said_on_every_rank(ranks):
 def sampled(group, num_classes, weight, batches, rate):
     torch.manual_seed(0)
     loss_fn = fm.ArcFaceLoss(
-        num_classes, weight.shape[1], scale=8.0, process_group=group, sample_rate=rate, dtype=torch.float64
+        num_classes, weight.shape[1], scale=8.0, process_group=group, sample_rate=rate, sparse=True, dtype=torch.float64
     )
     with torch.no_grad():
         loss_fn.weight.copy_(weight)
@@ -316,7 +316,7 @@ def test_consolidate_says_what_is_wrong(tmp_path, capsys):
 
 
 def test_sampling_without_a_group():
-    loss_fn = fm.CosFaceLoss(50, 6, scale=8.0, sample_rate=0.2)
+    loss_fn = fm.CosFaceLoss(50, 6, scale=8.0, sample_rate=0.2, sparse=True)
     loss_fn(torch.randn(4, 6), torch.tensor([1, 1, 7, 30])).backward()
     assert loss_fn.weight.grad.is_sparse and loss_fn.weight.grad._nnz() == 10
     with pytest.raises(ValueError, match="label_smoothing: expected 0 with a sample_rate below 1"):

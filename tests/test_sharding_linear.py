@@ -171,7 +171,7 @@ def test_modules_train_alike(ranks, name, num_classes):
 
 
 def sampled(group, name, num_classes, weight, batches, rate, options):
-    loss_fn, _ = make(group, name, num_classes, weight, sample_rate=rate, **options)
+    loss_fn, _ = make(group, name, num_classes, weight, sample_rate=rate, sparse=True, **options)
     results = []
     for x, y in batches:
         loss_fn.zero_grad()

@@ -14,17 +14,18 @@ from __future__ import annotations
 
 import math
 import warnings
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fused_margin import checks
+from fused_margin import checks, settings
 from fused_margin.compat.insightface_checkpoints import Progress, load_checkpoint, save_checkpoint
 from fused_margin.functional import margin_cross_entropy
 from fused_margin.margins import FilteredNegatives, Margin
 from fused_margin.reference import psi
-from fused_margin.sharding import Shard
+from fused_margin.sharding import DenseGradient, Shard
 
 __all__ = ["ArcFace", "CombinedMarginLoss", "CosFace", "PartialFC_V2", "Progress", "load_checkpoint", "save_checkpoint"]
 
@@ -32,9 +33,13 @@ MODE = {"beyond_pi": "none", "gradient": "straight_through"}  # theirs: no guard
 ELSEWHERE = -1  # label of a sample whose class is another rank's
 
 
-class LogitMargin(nn.Module):
+class LogitMargin(settings.Settings):
     """A margin on cosines: what PartialFC_V2 takes as ``margin_loss``. Its numbers may change between steps."""
 
+    SETTINGS: ClassVar = {
+        "s": settings.number(0.0, open_low=True),
+        "interclass_filtering_threshold": settings.number(0.0),
+    }
     s: float
     interclass_filtering_threshold: float = 0
 
@@ -89,13 +94,12 @@ class CombinedMarginLoss(LogitMargin):
         ValueError, TypeError: for numbers out of range.
     """
 
+    SETTINGS: ClassVar = dict.fromkeys(("m1", "m2", "m3"), settings.margin_number)
+
     def __init__(self, s: float, m1: float, m2: float, m3: float, interclass_filtering_threshold: float = 0):
         super().__init__()
-        checks.number("s", s, 0.0, open_low=True)
-        checks.number("interclass_filtering_threshold", interclass_filtering_threshold, 0.0)
         self.s, self.m1, self.m2, self.m3 = s, m1, m2, m3
         self.interclass_filtering_threshold = interclass_filtering_threshold
-        self.fused()  # raises
         if m3 > 0 and (m1 != 1 or m2 != 0):
             warnings.warn(
                 f"m1={m1}, m2={m2} and m3={m3} are applied together; insightface applies m3 alone, "
@@ -118,10 +122,10 @@ class ArcFace(LogitMargin):
         ValueError, TypeError: for numbers out of range.
     """
 
+    SETTINGS: ClassVar = {"margin": settings.angle(-math.inf)}
+
     def __init__(self, s: float = 64.0, margin: float = 0.5):
         super().__init__()
-        checks.number("s", s, 0.0, open_low=True)
-        checks.number("margin", margin, -math.inf)
         self.s, self.margin = s, margin
 
     def numbers(self) -> dict[str, float]:
@@ -139,29 +143,17 @@ class CosFace(LogitMargin):
         ValueError, TypeError: for numbers out of range.
     """
 
+    SETTINGS: ClassVar = {"m": settings.number(-math.inf)}
+
     def __init__(self, s: float = 64.0, m: float = 0.40):
         super().__init__()
-        checks.number("s", s, 0.0, open_low=True)
-        checks.number("m", m, -math.inf)
         self.s, self.m = s, m
 
     def numbers(self) -> dict[str, float]:
         return {"m3": self.m}
 
 
-class DenseGradient(torch.autograd.Function):
-    """Its input; what comes back as some rows goes on as all of them."""
-
-    @staticmethod
-    def forward(ctx, weight: Tensor) -> Tensor:
-        return weight.view_as(weight)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
-        return gradient.to_dense() if gradient.is_sparse else gradient
-
-
-class PartialFC_V2(nn.Module):
+class PartialFC_V2(settings.Settings):
     """Margin softmax over classes that are divided among ranks, of which a share may be drawn at every step.
 
     (Partial FC, arXiv:2203.15565.) Every rank calls it with its own samples, however many; without torch.distributed
@@ -188,11 +180,20 @@ class PartialFC_V2(nn.Module):
 
     Attributes:
         weight: (num_local, D) parameter, initialised N(0, 0.01): this rank's classes, class_start and those after it.
-        rank, world_size, class_start, num_local, num_sample, margin_softmax, and the arguments.
+        rank, world_size, class_start, num_local, num_sample, margin_softmax, and the arguments, of which sample_rate,
+            fp16, sparse and workspace_mb may change between steps.
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
     """
+
+    SETTINGS: ClassVar = {
+        "sample_rate": settings.number(0.0, 1.0, open_low=True),
+        "fp16": settings.switch,
+        "sparse": settings.switch,
+        "workspace_mb": settings.WORKSPACE_MB,
+    }
+    FIXED = ("num_classes", "embedding_size")
 
     def __init__(
         self,
@@ -212,19 +213,23 @@ class PartialFC_V2(nn.Module):
                 "margin_loss: expected CombinedMarginLoss, ArcFace or CosFace of fused_margin.compat.insightface, got "
                 f"{type(margin_loss).__module__}.{type(margin_loss).__qualname__}"
             )
-        checks.number("sample_rate", sample_rate, 0.0, 1.0, open_low=True)
-        checks.number("workspace_mb", workspace_mb, 0.0, open_low=True)
         self.num_classes = checks.positive_index("num_classes", num_classes)
         self.embedding_size = checks.positive_index("embedding_size", embedding_size)
         if process_group is None and dist.is_available() and dist.is_initialized():
             process_group = dist.group.WORLD
-        shard = Shard(self.num_classes, process_group, sample_rate)
+        self.shard = shard = Shard(self.num_classes, process_group)
         self.rank, self.world_size = shard.rank, shard.world
-        self.class_start, self.num_local, self.num_sample = shard.begin, shard.size, int(sample_rate * shard.size)
-        self.shard = None if shard.world == 1 and sample_rate == 1 else shard
+        self.class_start, self.num_local = shard.begin, shard.size
         self.sample_rate, self.fp16, self.sparse, self.workspace_mb = sample_rate, fp16, sparse, workspace_mb
         self.margin_softmax = margin_loss
         self.weight = nn.Parameter(torch.normal(0, 0.01, (self.num_local, self.embedding_size)))
+
+    def setting_changed(self, name: str) -> None:
+        if name == "sample_rate":
+            self.num_sample = int(self.sample_rate * self.num_local)
+            group = None if self.shard is None else self.shard.group
+            divided = self.world_size > 1 or self.sample_rate < 1
+            self.shard = Shard(self.num_classes, group, self.sample_rate) if divided else None
 
     def forward(self, local_embeddings: Tensor, local_labels: Tensor) -> Tensor:
         embeddings, weight = local_embeddings, self.weight

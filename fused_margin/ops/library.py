@@ -188,11 +188,14 @@ def margin_rows(
     easy: bool,
     straight_through: bool,
     smallest_sine: float,
-    label_smoothing: float,
+    label_smoothing: Tensor | None,
     classes: int,
     ignore_index: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, class weight of the label, and derivatives of every row. values stand in for scale ... annealing where None."""
+    """Loss, class weight of the label, and derivatives of every row. values stand in for scale ... annealing where None.
+
+    label_smoothing is on the CPU: a number would be a constant of a compiled graph.
+    """
     samples, device = labels.shape[0], labels.device
     loss, row_weight = torch.empty_like(negative_logsumexp), torch.empty_like(negative_logsumexp)
     derivatives = negative_logsumexp.new_empty(len(DERIVATIVES), samples)
@@ -213,7 +216,8 @@ def margin_rows(
         kernels(device).margin_rows(
             negative_logsumexp=negative_logsumexp, target_cosine=target_cosine, uniform_cosine=uniform_cosine,
             labels=labels, class_weight=class_weight, scale=scale, m1=m1, m2=m2, m3=m3, annealing=annealing,
-            beyond_pi=beyond_pi, easy=easy, straight_through=straight_through, smallest_sine=smallest_sine, label_smoothing=label_smoothing,
+            beyond_pi=beyond_pi, easy=easy, straight_through=straight_through, smallest_sine=smallest_sine,
+            label_smoothing=0.0 if label_smoothing is None else label_smoothing.item(),
             class_weight_sum=class_weight_sum, loss=loss, row_weight=row_weight, derivatives=derivatives,
             samples=samples, classes=classes, ignore_index=ignore_index,
         )  # fmt: skip

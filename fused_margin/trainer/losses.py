@@ -69,7 +69,7 @@ SMALL_DATA: dict[str, dict[str, Any]] = {
 
 NOT_OPTIONS = {  # fields of LossConfig, facts of the data, or nothing that training needs
     "num_classes", "embedding_size", "margin", "scale", "exclusive_weight", "class_weight", "reduction", "ignore_index",
-    "device", "dtype", "process_group", "sample_rate",
+    "device", "dtype", "process_group", "sample_rate", "sparse",
 }  # fmt: skip
 
 

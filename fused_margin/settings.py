@@ -1,0 +1,155 @@
+"""Constructor arguments that may be changed between steps, checked as the constructor checks them."""
+
+import sys
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any, ClassVar
+
+import numpy as np
+from torch import Tensor, nn
+
+from fused_margin import checks
+from fused_margin.margins import BEYOND_PI, GRADIENT, Margin, is_number
+
+Check = Callable[[str, Any], Any]  # raises, or returns the value to keep
+
+
+class Settings(nn.Module):
+    """A module whose settings are checked wherever they are set: in the constructor, and later on.
+
+    A setting that fails its check raises, and the module keeps its old one. Settings are ordinary attributes, so they
+    are read, copied and pickled as such, and torch.compile traces them.
+
+    Attributes:
+        SETTINGS: the check of each setting, with those of the base classes.
+        FIXED: attributes that the shape of the parameters depends on: they can be set once.
+    """
+
+    SETTINGS: ClassVar[dict[str, Check]] = {}
+    FIXED: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls, **options):
+        super().__init_subclass__(**options)
+        bases = reversed(cls.__mro__)
+        cls.SETTINGS = {name: check for base in bases for name, check in vars(base).get("SETTINGS", {}).items()}
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.FIXED and name in self.__dict__:
+            raise AttributeError(f"{name}: cannot be changed, because the parameters depend on it; make a new loss")
+        if name not in self.SETTINGS:
+            super().__setattr__(name, value)
+            return
+        value = self.SETTINGS[name](name, value)
+        given = {known: self.__dict__[known] for known in self.SETTINGS if known in self.__dict__}
+        self.check_together({**given, name: value})
+        self.keep_setting(name, value)
+        self.setting_changed(name)
+
+    def check_together(self, values: dict[str, Any]) -> None:
+        """Raises where settings exclude each other. During construction some are still missing."""
+
+    def keep_setting(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+
+    def setting_changed(self, name: str) -> None:
+        """Updates what was derived from a setting. Called in construction too."""
+
+
+def warn(message: str) -> None:
+    """Warns about the line outside this package that made or changed a loss."""
+    level = 2
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "fused_margin":
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
+
+
+def number(low: float, high: float = np.inf, *, open_low: bool = False) -> Check:
+    return partial(_number, low=low, high=high, open_low=open_low)
+
+
+def _number(name: str, value: float, low: float, high: float, open_low: bool) -> float:
+    checks.number(name, value, low, high, open_low=open_low)
+    return real(value)
+
+
+def angle(low: float) -> Check:
+    """An angular margin; one that is hardly radians triggers a warning."""
+    return partial(_angle, low=low)
+
+
+def _angle(name: str, value: float, low: float) -> float:
+    checks.number(name, value, low)
+    warn_of_degrees(name, value)
+    return real(value)
+
+
+def angles(name: str, value: tuple[float, float]) -> tuple[float, float]:
+    """Two angular margins, ascending."""
+    value = interval(name, value, 0.0)
+    warn_of_degrees(f"{name}[1]", value[1])
+    return value
+
+
+def interval(name: str, value: tuple[float, float], low: float, *, open_low: bool = False) -> tuple[float, float]:
+    return tuple(map(real, checks.interval(name, value, low, open_low=open_low)))
+
+
+def norms(name: str, value: tuple[float, float]) -> tuple[float, float]:
+    return interval(name, value, 0.0, open_low=True)
+
+
+def margin_number(name: str, value: float | Tensor) -> float | Tensor:
+    """m1, m2 or m3, as :class:`fused_margin.Margin` takes it."""
+    Margin(**{name: value})  # raises
+    if name == "m2" and is_number(value):
+        warn_of_degrees(name, value)
+    return real(value)
+
+
+def scale(name: str, value: float | Tensor | None) -> float | Tensor | None:
+    checks.scale(value)
+    if isinstance(value, Tensor) and value.dim() != 0:
+        raise ValueError(f"scale: expected a number or a 0-d tensor, got shape {tuple(value.shape)}")
+    return real(value)
+
+
+def length(name: str, value: float | nn.Parameter) -> float | nn.Parameter:
+    """alpha of L2-softmax; a parameter is learned."""
+    if not isinstance(value, nn.Parameter):
+        checks.number(name, value, 0.0, open_low=True)
+    return real(value)
+
+
+def one_of(*allowed: str) -> Check:
+    return partial(checks.one_of, allowed=allowed)
+
+
+def switch(name: str, value: bool) -> bool:
+    return bool(value)
+
+
+def index(name: str, value: int) -> int:
+    checks.index(name, value)
+    return value
+
+
+def real(value: Any) -> Any:
+    """A number as a float: torch.compile takes those for variables, and integers and NumPy's numbers for constants."""
+    return float(value) if is_number(value) else value
+
+
+def warn_of_degrees(name: str, value: float) -> None:
+    if abs(value) > np.pi:
+        warn(
+            f"{name} {value:g} is an angle above pi: margins are in radians "
+            f"({value:g} degrees are {np.radians(value):.4g} radians)"
+        )
+
+
+# the options of torch.nn.CrossEntropyLoss, and of the scratch memory
+REDUCTION = one_of(*checks.REDUCTIONS)
+LABEL_SMOOTHING = number(0.0, 1.0)
+WORKSPACE_MB = number(0.0, open_low=True)
+MARGIN_OPTIONS = {"beyond_pi": one_of(*BEYOND_PI), "easy": switch, "gradient": one_of(*GRADIENT)}
