@@ -5,8 +5,17 @@ import torch as _torch  # noqa: F401 - before the extension, so that both share 
 try:
     from fused_margin import _C  # noqa: F401
 except ImportError as error:
+    from pathlib import Path as _Path
+
+    _folder = _Path(__file__).resolve().parents[1]
+    if (_folder / "setup.py").exists() and (_folder / "csrc").exists():
+        raise ImportError(
+            f"{_folder} is fused_margin's source folder, and Python imports from it before the installed package. It has "
+            "no compiled kernels for this Python. Leave the folder to use the installed package, or run "
+            "`pip install -e .` in it to use the source."
+        ) from error
     raise ImportError(
-        "fused_margin's compiled kernels are not there: run `pip install .`, or `pip install -e .` to use the source tree"
+        f"fused_margin's compiled kernels could not be loaded from {_folder / 'fused_margin'}: {error}. Install it again."
     ) from error
 
 from fused_margin import functional, optim, reference

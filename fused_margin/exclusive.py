@@ -13,6 +13,7 @@ from fused_margin.ops import library, sharded_certified
 from fused_margin.ops.backend import kernels, on_device
 from fused_margin.ops.certified import NearestState, fits, new_state
 from fused_margin.ops.problem import workspace_bytes
+from fused_margin.ops.registration import refuse_transforms
 from fused_margin.running_state import recomputing
 from fused_margin.sharding import Shard
 
@@ -119,6 +120,7 @@ class ExclusiveRegularizer(settings.Settings):
         return torch.ones_like(self.age) if recomputing() else self.age
 
     def find_among_ranks(self, weight: Tensor, room: int) -> NearestClass:
+        refuse_transforms(weight)
         if checks.shard(self.shard, weight, 1, 0.0) < 2:
             checks.class_weights(weight, at_least=2)
         with torch.no_grad(), on_device(weight.device), torch.autocast(weight.device.type, enabled=False):

@@ -9,6 +9,7 @@ from fused_margin import checks
 from fused_margin.ops import library
 from fused_margin.ops.dispatch import products_of
 from fused_margin.ops.problem import Problem, compute_dtype, workspace_bytes
+from fused_margin.ops.registration import refuse_transforms
 from fused_margin.ops.search import MOST_NEAREST
 from fused_margin.ops.sharded_nearest import ShardedNearest, find
 from fused_margin.sharding import Shard, Total
@@ -69,6 +70,7 @@ def nearest_class(
             raise ValueError("shard: expected None with a reference, k > 1 or inner products: those are of one device")
         if checks.shard(shard, query, 1, 0.0) < 2:
             checks.class_weights(query, at_least=2)
+        refuse_transforms(query)
         cosine, index = find(shard, query.detach(), workspace_bytes(workspace_mb))
         return NearestClass(ShardedNearest.apply(shard, query, cosine, index), index)
     if reference is None:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from fused_margin import checks
-from fused_margin.ops.library import first_order_only
 from fused_margin.ops.normalization import through_normalization, unit_rows
 from fused_margin.ops.plan import CHUNK_BYTES, whole_chunk
 from fused_margin.ops.problem import compute_dtype
+from fused_margin.ops.registration import refuse_second_order, register
 
 
 class Function(NamedTuple):
@@ -153,35 +153,33 @@ def backward(
     return d_rows.to(rows.dtype), d_weight.to(weight.dtype)
 
 
-@torch.library.custom_op("fused_margin::pairwise_sums", mutates_args=())
-def pairwise_sums(
+def _pairwise_sums(
     rows: Tensor | None, weight: Tensor, own: Tensor | None, function: str, workspace_bytes: int
 ) -> Tensor:
     with torch.autocast(weight.device.type, enabled=False):
         return forward(rows, weight, own, function, workspace_bytes)
 
 
-@pairwise_sums.register_fake
-def _(rows, weight, *_):
+def _pairwise_sums_fake(rows, weight, *_):
     return weight.new_empty((weight if rows is None else rows).shape[0], dtype=torch.float64)
 
 
-@torch.library.custom_op("fused_margin::pairwise_sums_backward", mutates_args=())
-def pairwise_sums_backward(
+def _pairwise_sums_backward(
     upstream: Tensor, rows: Tensor | None, weight: Tensor, own: Tensor | None, function: str, workspace_bytes: int
 ) -> tuple[Tensor, Tensor]:
     with torch.autocast(weight.device.type, enabled=False):
         return backward(upstream, rows, weight, own, function, workspace_bytes)
 
 
-@pairwise_sums_backward.register_fake
-def _(_upstream, rows, weight, *_):
+def _pairwise_sums_backward_fake(_upstream, rows, weight, *_):
     contiguous = torch.contiguous_format
     d_rows = weight.new_empty(0) if rows is None else torch.empty_like(rows, memory_format=contiguous)
     return d_rows, torch.empty_like(weight, memory_format=contiguous)
 
 
-first_order_only(pairwise_sums_backward)
+pairwise_sums_backward = register(
+    "pairwise_sums_backward", _pairwise_sums_backward, _pairwise_sums_backward_fake, backward=refuse_second_order
+)
 
 
 def _context(ctx, inputs, output):
@@ -194,4 +192,6 @@ def _gradient(ctx, upstream):
     return None if ctx.saved_tensors[0] is None else d_rows, d_weight, None, None, None
 
 
-pairwise_sums.register_autograd(_gradient, setup_context=_context)
+pairwise_sums = register(
+    "pairwise_sums", _pairwise_sums, _pairwise_sums_fake, backward=_gradient, setup_context=_context
+)

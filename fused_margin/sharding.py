@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fused_margin.ops.registration import FirstOrderFunction
+
 
 def slice_of(num_classes: int, rank: int, world: int) -> tuple[int, int]:
     """First class of a rank and the first that is not its: contiguous, the first C % world ranks have one more."""
@@ -193,7 +195,7 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-class Total(torch.autograd.Function):
+class Total(FirstOrderFunction):
     """The sum of a number over all ranks, of which each one's own part is differentiated on its rank."""
 
     @staticmethod
@@ -205,7 +207,7 @@ class Total(torch.autograd.Function):
         return None, gradient
 
 
-class Shared(torch.autograd.Function):
+class Shared(FirstOrderFunction):
     """A number that is the same on every rank and that each uses for its own samples: its gradient is that of all."""
 
     @staticmethod
@@ -219,12 +221,22 @@ class Shared(torch.autograd.Function):
 
 
 class DenseGradient(torch.autograd.Function):
-    """Its input; a gradient of some rows continues as one of all of them."""
+    """Its input; what comes back as some rows goes on as all of them."""
+
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(ctx, weight: Tensor) -> Tensor:
+    def forward(weight: Tensor) -> Tensor:
         return weight.view_as(weight)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        pass
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> Tensor:
         return gradient.to_dense() if gradient.is_sparse else gradient
+
+    @staticmethod
+    def jvp(ctx, tangent: Tensor) -> Tensor:
+        return tangent.view_as(tangent)

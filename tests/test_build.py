@@ -81,3 +81,32 @@ def test_tensor_cores_are_built_for_architectures_that_have_them():
     assert "sm_75" not in ampere[ampere.index("build cuda_sm80.o") :].split("build ")[1]
     turing = build_rules(TORCH_CUDA_ARCH_LIST="7.5").stdout
     assert "build cuda_kernels.o" in turing and "FM_SM80" not in turing and "tensor_module.o" not in turing
+
+
+def import_without_kernels(folder: Path, *copied: str) -> str:
+    """What `import fused_margin` prints in a folder with parts of the repository, none of them compiled."""
+    shutil.copytree(ROOT / "fused_margin", folder / "fused_margin", ignore=shutil.ignore_patterns("_C*", "__pycache__"))
+    for name in copied:
+        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, folder / name)
+    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONSAFEPATH")}
+    code = (  # without the finder of an editable installation, which adds the repository's kernels to any folder's package
+        "import sys; sys.meta_path[:] = [f for f in sys.meta_path if '__editable__' not in getattr(f, '__module__', '')];"
+        "import fused_margin"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=env, check=False, capture_output=True, text=True
+    )
+    assert result.returncode != 0
+    return result.stderr.splitlines()[-1]
+
+
+def test_importing_the_source_folder_says_so(tmp_path):
+    said = import_without_kernels(tmp_path, "setup.py", "csrc")
+    assert f"{tmp_path} is fused_margin's source folder" in said
+    assert "Leave the folder" in said and "`pip install -e .`" in said
+
+
+def test_a_broken_installation_is_not_called_a_source_folder(tmp_path):
+    said = import_without_kernels(tmp_path)
+    assert f"could not be loaded from {tmp_path / 'fused_margin'}" in said
+    assert "source folder" not in said and "pip install -e" not in said

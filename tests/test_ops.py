@@ -1,14 +1,22 @@
 """The operators as torch sees them: schemas, fakes, compilation, autocast, repeatability."""
 
+import json
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
+import torch.distributed as dist
 from problems import leaf, ours, problem
 
 import fused_margin as fm
-from fused_margin.compat.insightface import CombinedMarginLoss, PartialFC_V2
-from fused_margin.ops import library
+from fused_margin.compat.insightface import CombinedMarginLoss, DenseGradient, PartialFC_V2
+from fused_margin.ops import certified, library
 from fused_margin.ops.dispatch import PORTABLE
 from fused_margin.ops.problem import Problem
+from fused_margin.pairwise import other_class_sums
+from fused_margin.sharding import Shard
 
 
 def single(samples, classes, size):
@@ -58,9 +66,7 @@ def test_opcheck_sweep_backward():
         saved = library.sweep(*arguments, False, -100, True)
         if "bias" in options:
             upstream[3] = None
-        torch.library.opcheck(
-            library.sweep_backward, (*arguments, upstream, list(saved), True, True, "bias" in options)
-        )
+        torch.library.opcheck(library.sweep_backward, (*arguments, *upstream, *saved, True, True, "bias" in options))
 
 
 def test_opcheck_margin_rows():
@@ -180,6 +186,168 @@ def test_second_derivatives_are_refused():
         (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
         with pytest.raises(RuntimeError, match="second derivatives are not supported"):
             gradient.square().sum().backward()
+
+
+def test_first_call_does_not_import_the_compiler():
+    """It takes seconds, and a process that compiles nothing does not need it."""
+    code = """
+import json, sys
+import torch, fused_margin as fm
+from fused_margin import functional
+x, labels = torch.randn(8, 16, requires_grad=True), torch.arange(8)
+for refresh in ("every_step", "certified", 3):
+    loss_fn = fm.ArcFaceLoss(90, 16, exclusive_weight=0.5, exclusive_refresh=refresh, label_smoothing=0.1)
+    loss_fn(x, labels).backward()
+    loss_fn(x, labels).backward()
+fm.SoftmaxLoss(90, 16)(x, labels).backward()
+fm.UniformLoss()(loss_fn.weight).backward()
+functional.nearest_class(x.detach(), torch.randn(20, 16), k=2)
+print(json.dumps([name for name in ("torch._dynamo", "torch._inductor", "sympy") if name in sys.modules]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=os.environ)
+    assert json.loads(done.stdout) == []
+
+
+def test_a_state_that_an_op_writes_to_counts_as_modified():
+    """As after any in-place operation: autograd must not use what it saved of it."""
+    state = certified.new_state(torch.randn(30, 6))
+    weight, index, age = torch.randn(30, 6), torch.zeros(30, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    before = [t._version for t in (*state, index, age, weight)]
+    library.refresh_nearest(weight, *state, 1 << 20)
+    library.frozen_nearest(weight, index, age, 3, True, 1 << 20)
+    after = [t._version for t in (*state, index, age, weight)]
+    assert all(a > b for a, b in zip(after[:-1], before[:-1], strict=True)) and after[-1] == before[-1]
+    with torch.inference_mode():  # tensors made here have no version
+        library.frozen_nearest(weight, index.clone(), age.clone(), 3, True, 1 << 20)
+
+
+def test_ops_without_a_derivative_say_so():
+    weight = leaf(torch.randn(30, 6))
+    cosine, _ = library.nearest_rows(weight, None, 1, False, 1 << 20)
+    with pytest.raises(RuntimeError, match="nearest_rows has no derivative"):
+        cosine.sum().backward()
+    with pytest.raises(RuntimeError, match="refresh_nearest has no derivative"):
+        library.refresh_nearest(weight, *certified.new_state(weight.detach()), 1 << 20)
+
+
+X, W, Y = problem(6, 20, 8)
+DIFFERENTIATED = {
+    "margin": lambda x, w: fm.functional.margin_cross_entropy(x, w, Y, fm.Margin(m2=0.5)),
+    "margin rows only": lambda x, w: fm.functional.margin_cross_entropy(
+        x.detach(), w.detach(), Y, fm.Margin(m2=x.square().mean(1) + 0 * w.sum())
+    ),
+    "logsumexp": lambda x, w: fm.functional.cosine_logsumexp(x, w, Y)[0].sum(),
+    "linear": lambda x, w: fm.functional.linear_cross_entropy(x, w, Y, w.sum(1)),
+    "exclusive": lambda x, w: fm.functional.exclusive_regularization(w) * x.square().sum(),
+    "pairs": lambda x, w: other_class_sums(x, w, Y, "angle").sum(),
+}
+FORWARD_MODE, SECOND_ORDER = "forward-mode derivatives .* are not supported", "second derivatives are not supported"
+TRANSFORM = "gradients inside torch.func .* are not supported"
+DERIVATIVES = {
+    "torch.func.jvp": (FORWARD_MODE, lambda f: torch.func.jvp(f, (X, W), (X, W))),
+    "torch.func.jvp, both modes": (FORWARD_MODE, lambda f: torch.func.jvp(f, (leaf(X), leaf(W)), (X, W))),
+    "torch.func.jacfwd": (FORWARD_MODE, lambda f: torch.func.jacfwd(f, (0, 1))(X, W)),
+    "dual numbers": (FORWARD_MODE, lambda f: of_dual_numbers(f)),
+    "torch.autograd.functional.jvp": (SECOND_ORDER, lambda f: torch.autograd.functional.jvp(f, (X, W), (X, W))),
+    "torch.autograd.functional.hessian": (SECOND_ORDER, lambda f: torch.autograd.functional.hessian(f, (X, W))),
+    "torch.autograd.functional.jacobian": (
+        FORWARD_MODE,
+        lambda f: torch.autograd.functional.jacobian(f, (X, W), vectorize=True, strategy="forward-mode"),
+    ),
+    "torch.func.grad": (TRANSFORM, lambda f: torch.func.grad(f, (0, 1))(X, W)),
+    "torch.func.hessian": (FORWARD_MODE + "|" + TRANSFORM, lambda f: torch.func.hessian(f, (0, 1))(X, W)),
+    "vmap of grad": (
+        TRANSFORM,
+        lambda f: torch.vmap(torch.func.grad(f, (0, 1)))(X.expand(2, -1, -1), W.expand(2, -1, -1)),
+    ),
+}
+
+
+def of_dual_numbers(function):
+    with torch.autograd.forward_ad.dual_level():
+        return function(*(torch.autograd.forward_ad.make_dual(t, t) for t in (X, W)))
+
+
+@pytest.mark.parametrize("derivative", DERIVATIVES)
+@pytest.mark.parametrize("function", DIFFERENTIATED)
+def test_derivatives_that_cannot_be_served_say_so(function, derivative):
+    """Never a silent 0."""
+    said, differentiate = DERIVATIVES[derivative]
+    with pytest.raises(RuntimeError, match=said):
+        differentiate(DIFFERENTIATED[function])
+
+
+def test_the_reference_has_the_derivatives_that_errors_send_to_it():
+    def function(x):
+        return fm.reference.margin_cross_entropy(x, W, Y, {"m2": 0.5})
+
+    gradient = torch.func.grad(function)(X)
+    tangent = torch.func.jvp(function, (X,), (W[:6],))[1]
+    torch.testing.assert_close(tangent, (gradient * W[:6]).sum())
+    assert torch.func.hessian(function)(X).abs().sum() > 0
+
+
+@pytest.fixture
+def one_rank(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'rendezvous'}", rank=0, world_size=1)
+    yield Shard(len(W), dist.group.WORLD)
+    dist.destroy_process_group()
+
+
+def test_derivatives_over_divided_classes_that_cannot_be_served_say_so(one_rank):
+    functions = [
+        lambda x, w: fm.functional.margin_cross_entropy(x, w, Y, fm.Margin(m2=0.5), shard=one_rank),
+        lambda x, w: fm.functional.linear_cross_entropy(x, w, Y, w.sum(1), label_smoothing=0.1, shard=one_rank),
+        lambda x, w: fm.functional.exclusive_regularization(w, shard=one_rank) * x.square().sum(),
+    ]
+    for function in functions:
+        for said, differentiate in DERIVATIVES.values():
+            with pytest.raises(RuntimeError, match=f"{said}|the transforms of torch.func are not supported"):
+                differentiate(function)
+        with pytest.raises(RuntimeError, match="the transforms of torch.func are not supported"):
+            torch.vmap(function, (0, None))(X.expand(2, -1, -1), W)
+
+
+def test_second_derivative_of_divided_classes_by_what_was_saved_is_refused(one_rank):
+    """Also where the upstream gradient is a constant."""
+    w = leaf(W)
+    loss = fm.functional.exclusive_regularization(w, shard=one_rank)
+    (gradient,) = torch.autograd.grad(loss, w, create_graph=True)
+    with pytest.raises(RuntimeError, match=SECOND_ORDER):
+        (gradient.square().sum() + w.sum()).backward()
+
+
+@pytest.mark.parametrize("function", DIFFERENTIATED)
+def test_vmap_equals_a_loop(function):
+    f = DIFFERENTIATED[function]
+    xs = torch.stack([X, 2 - X, X.flip(0)])
+    torch.testing.assert_close(torch.vmap(f, (0, None))(xs, W), torch.stack([f(x, W) for x in xs]))
+    torch.testing.assert_close(torch.vmap(f)(xs, W.expand(3, -1, -1)), torch.stack([f(x, W) for x in xs]))
+
+
+@pytest.mark.parametrize("function", DIFFERENTIATED)
+def test_several_gradients_at_once_equal_a_loop(function):
+    x, w = leaf(X), leaf(W)
+    value = DIFFERENTIATED[function](x, w)
+    upstream = torch.tensor([1.0, -2.0, 0.5], dtype=value.dtype)
+    at_once = torch.autograd.grad(value, (x, w), upstream, is_grads_batched=True, retain_graph=True)
+    for i, g in enumerate(upstream):
+        for several, one in zip(at_once, torch.autograd.grad(value, (x, w), g, retain_graph=True), strict=True):
+            torch.testing.assert_close(several[i], one)
+
+
+def test_the_dense_gradient_has_every_derivative():
+    def function(w):
+        return DenseGradient.apply(w).square().sum()
+
+    tangent = torch.ones_like(W)
+    for jvp in (torch.func.jvp, torch.autograd.functional.jvp):
+        torch.testing.assert_close(jvp(function, (W,), (tangent,))[1], 2 * W.sum())
+    torch.testing.assert_close(torch.func.grad(function)(W), 2 * W)
+    torch.testing.assert_close(torch.vmap(torch.func.grad(function))(W), 2 * W)
+    torch.testing.assert_close(
+        torch.autograd.functional.hessian(function, W).sum(), 2.0 * torch.tensor(W.numel()).double()
+    )
 
 
 def test_no_gradient_keeps_nothing():

@@ -83,8 +83,14 @@ def _capability(device: torch.device) -> Capability:
 
 
 @constant_while_compiled
-def _half_is_enough() -> bool:
-    return torch.get_float32_matmul_precision() != "highest"
+def rounds_float32(device: torch.device) -> bool:
+    """Whether the user lets torch round the operands of float32 products on a device, to TF32 or bfloat16."""
+    backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
+    # torch.get_float32_matmul_precision raises an error once fp32_precision was set; older versions have only the former.
+    precision = getattr(getattr(backend, "matmul", None), "fp32_precision", None)
+    if precision is None:
+        return torch.get_float32_matmul_precision() != "highest"
+    return precision not in ("none", "ieee")
 
 
 def searches(device: torch.device) -> bool:
@@ -97,7 +103,7 @@ def searches(device: torch.device) -> bool:
 def products_of(embeddings: torch.Tensor | None, weight: torch.Tensor) -> str:
     """PORTABLE, or a family's name, followed by SPLIT where float32 inputs must be multiplied as such.
 
-    They are not where either input is half, under autocast, and where torch.set_float32_matmul_precision says so.
+    They are not where either input is half, under autocast, and where `rounds_float32` says so.
     """
     candidates = [f for f in FAMILIES if (f.results if _wanted is None else f.name == _wanted)]
     empty = embeddings is not None and embeddings.shape[0] == 0
@@ -115,7 +121,7 @@ def products_of(embeddings: torch.Tensor | None, weight: torch.Tensor) -> str:
     elif _wanted is None:
         return PORTABLE
     halves = any(t is not None and t.dtype != torch.float32 for t in (embeddings, weight))
-    if halves or torch.is_autocast_enabled(weight.device.type) or _half_is_enough():
+    if halves or torch.is_autocast_enabled(weight.device.type) or rounds_float32(weight.device):
         return candidates[0].name
     return f"{candidates[0].name} {SPLIT}"
 

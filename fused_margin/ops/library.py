@@ -1,6 +1,7 @@
 """The torch.library ops: schemas, fakes for torch.compile, and their gradients."""
 
 from dataclasses import fields
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -9,6 +10,7 @@ from fused_margin.ops import certified, search
 from fused_margin.ops import sweep as _sweep
 from fused_margin.ops.backend import kernels, on_device
 from fused_margin.ops.problem import Gradients, Problem, Sweep, SweepGradients, compute_dtype
+from fused_margin.ops.registration import refuse_second_order, register
 
 # A problem's fields are the first arguments of the ops on it, in their order.
 FIELDS = fields(Problem)
@@ -21,27 +23,23 @@ _PROBLEM = ", ".join(f"{_SCHEMA_TYPE[field.type]} {field.name}" for field in FIE
 DERIVATIVES = ("negative_logsumexp", "target_cosine", "uniform_cosine", "scale", "m1", "m2", "m3", "annealing")
 
 
-def first_order_only(op) -> None:
-    """A backward op is not differentiated again: an error, never a silently wrong second derivative."""
-
-    def refuse(ctx, *_):
-        raise RuntimeError("fused_margin: second derivatives are not supported; use fused_margin.reference for them")
-
-    op.register_autograd(refuse)
-
-
 def _outputs(kind: type) -> str:
     return f"({', '.join(['Tensor'] * len(kind._fields))})"
 
 
-@torch.library.custom_op(
-    "fused_margin::sweep",
-    mutates_args=(),
-    schema=f"({_PROBLEM}, bool uniform, SymInt ignore_index, bool keep) -> {_outputs(Sweep)}",
-)
-def sweep(*arguments):
+def _inputs(kind: type, prefix: str = "") -> str:
+    """An argument for each field: autograd and vmap do not see the tensors of a list in which there may be None."""
+    return ", ".join(f"{_SCHEMA_TYPE[kind.__annotations__[name]]} {prefix}{name}" for name in kind._fields)
+
+
+def _sweep_kernel(*arguments):
     *problem, uniform, ignore_index, keep = arguments
     return tuple(_sweep.forward(Problem(*problem), uniform, ignore_index, keep))
+
+
+def _sweep_fake(*arguments):
+    *problem, uniform, _ignore_index, keep = arguments
+    return tuple(_sweep.empty_sweep(Problem(*problem), uniform, keep)[1])
 
 
 def arguments(problem: Problem) -> tuple:
@@ -53,28 +51,19 @@ def run_sweep(problem: Problem, uniform: bool, ignore_index: int, keep: bool) ->
     return Sweep(*sweep(*arguments(problem), uniform, ignore_index, keep))
 
 
-@sweep.register_fake
-def _(*arguments):
-    *problem, uniform, _ignore_index, keep = arguments
-    return tuple(_sweep.empty_sweep(Problem(*problem), uniform, keep)[1])
+def _backward_arguments(values: tuple) -> tuple[Problem, SweepGradients, Sweep, tuple[bool, bool, bool]]:
+    values = iter(values)
+    kinds = [(Problem, len(FIELDS)), (SweepGradients, len(SweepGradients._fields)), (Sweep, len(Sweep._fields))]
+    return *(kind(*islice(values, number)) for kind, number in kinds), tuple(values)
 
 
-@torch.library.custom_op(
-    "fused_margin::sweep_backward",
-    mutates_args=(),
-    schema=f"({_PROBLEM}, Tensor?[] upstream, Tensor[] saved, bool need_embeddings, bool need_weight, bool need_bias) "
-    f"-> {_outputs(Gradients)}",
-)
-def sweep_backward(*arguments):
-    *problem, upstream, saved, need_embeddings, need_weight, need_bias = arguments
-    upstream, saved = SweepGradients(*upstream), Sweep(*saved)
-    return tuple(_sweep.backward(Problem(*problem), upstream, saved, need_embeddings, need_weight, need_bias))
+def _sweep_backward_kernel(*values):
+    problem, upstream, saved, needs = _backward_arguments(values)
+    return tuple(_sweep.backward(problem, upstream, saved, *needs))
 
 
-@sweep_backward.register_fake
-def _(*arguments):
-    *problem, _upstream, _saved, need_embeddings, need_weight, need_bias = arguments
-    problem = Problem(*problem)
+def _sweep_backward_fake(*values):
+    problem, _, _, (need_embeddings, need_weight, need_bias) = _backward_arguments(values)
     embeddings, weight, bias, scale = problem.embeddings, problem.weight, problem.bias, problem.scale
     return (
         torch.empty_like(embeddings, memory_format=torch.contiguous_format) if need_embeddings else weight.new_empty(0),
@@ -84,7 +73,16 @@ def _(*arguments):
     )
 
 
-first_order_only(sweep_backward)
+# torch.compile's cache on disk knows an op by its name alone: one whose arguments change needs another name, as does the
+# op whose backward calls it.
+sweep_backward = register(
+    "backward_chunks",
+    _sweep_backward_kernel,
+    _sweep_backward_fake,
+    schema=f"({_PROBLEM}, {_inputs(SweepGradients, 'd_')}, {_inputs(Sweep)}, "
+    f"bool need_embeddings, bool need_weight, bool need_bias) -> {_outputs(Gradients)}",
+    backward=refuse_second_order,
+)
 _IS_TENSOR = [field.type in (Tensor, Tensor | None) for field in FIELDS]
 
 
@@ -109,16 +107,22 @@ def _sweep_gradient(ctx, d_nlse, d_target, d_uniform, d_nearest, *_):
     result = dict.fromkeys(needed)
     if any(g is not None for g in upstream):
         asked = [needed[name] for name in ("embeddings", "weight", "bias")]
-        gradients = Gradients(*sweep_backward(*arguments(problem), upstream, list(saved), *asked))
+        gradients = Gradients(*sweep_backward(*arguments(problem), *upstream, *saved, *asked))
         result |= {name: value for name, value in gradients._asdict().items() if needed[name]}
     return (*result.values(), None, None, None)
 
 
-sweep.register_autograd(_sweep_gradient, setup_context=_sweep_context)
+sweep = register(
+    "forward_chunks",
+    _sweep_kernel,
+    _sweep_fake,
+    schema=f"({_PROBLEM}, bool uniform, SymInt ignore_index, bool keep) -> {_outputs(Sweep)}",
+    backward=_sweep_gradient,
+    setup_context=_sweep_context,
+)
 
 
-@torch.library.custom_op("fused_margin::nearest_rows", mutates_args=())
-def nearest_rows(
+def _nearest_rows(
     query: Tensor, reference: Tensor | None, number: int, inner_product: bool, workspace_bytes: int
 ) -> tuple[Tensor, Tensor]:
     """Cosines, or inner products, (Q, number) of queries to their nearest references, or others, and which these are."""
@@ -128,14 +132,15 @@ def nearest_rows(
     return found.answers(dtype)
 
 
-@nearest_rows.register_fake
-def _(query, reference, number, *_):
+def _nearest_rows_fake(query, reference, number, *_):
     shape = (query.shape[0], number)
     return query.new_empty(shape, dtype=compute_dtype(query, reference)), query.new_empty(shape, dtype=torch.int64)
 
 
-@torch.library.custom_op("fused_margin::refresh_nearest", mutates_args=certified.NearestState._fields)
-def refresh_nearest(
+nearest_rows = register("nearest_rows", _nearest_rows, _nearest_rows_fake)
+
+
+def _refresh_nearest(
     weight: Tensor,
     code: Tensor,
     scale: Tensor,
@@ -151,13 +156,16 @@ def refresh_nearest(
         return certified.refresh(kernels(weight.device), weight, state, workspace_bytes)
 
 
-@refresh_nearest.register_fake
-def _(weight, *_):
+def _refresh_nearest_fake(weight, *_):
     return weight.new_empty(weight.shape[0], dtype=torch.float64), weight.new_empty(weight.shape[0], dtype=torch.int64)
 
 
-@torch.library.custom_op("fused_margin::frozen_nearest", mutates_args=("index", "age"))
-def frozen_nearest(
+refresh_nearest = register(
+    "refresh_nearest", _refresh_nearest, _refresh_nearest_fake, mutates=certified.NearestState._fields
+)
+
+
+def _frozen_nearest(
     weight: Tensor, index: Tensor, age: Tensor, every: int, counts: bool, workspace_bytes: int
 ) -> Tensor:
     """Cosine (C,) float64 of every class with its nearest of some steps ago: `index`, looked for every so many."""
@@ -165,13 +173,14 @@ def frozen_nearest(
         return certified.frozen(kernels(weight.device), weight, index, age, every, counts, workspace_bytes)
 
 
-@frozen_nearest.register_fake
-def _(weight, *_):
+def _frozen_nearest_fake(weight, *_):
     return weight.new_empty(weight.shape[0], dtype=torch.float64)
 
 
-@torch.library.custom_op("fused_margin::margin_rows", mutates_args=())
-def margin_rows(
+frozen_nearest = register("frozen_nearest", _frozen_nearest, _frozen_nearest_fake, mutates=("index", "age"))
+
+
+def _margin_rows(
     negative_logsumexp: Tensor,
     target_cosine: Tensor,
     uniform_cosine: Tensor | None,
@@ -224,8 +233,7 @@ def margin_rows(
     return loss, row_weight, derivatives
 
 
-@margin_rows.register_fake
-def _(negative_logsumexp, *_):
+def _margin_rows_fake(negative_logsumexp, *_):
     return (
         torch.empty_like(negative_logsumexp),
         torch.empty_like(negative_logsumexp),
@@ -233,18 +241,17 @@ def _(negative_logsumexp, *_):
     )
 
 
-@torch.library.custom_op("fused_margin::margin_rows_backward", mutates_args=())
-def margin_rows_backward(upstream: Tensor, derivatives: Tensor) -> Tensor:
+def _margin_rows_backward(upstream: Tensor, derivatives: Tensor) -> Tensor:
     return upstream * derivatives
 
 
-@margin_rows_backward.register_fake
-def _(upstream, derivatives):
+def _margin_rows_backward_fake(upstream, derivatives):
     return torch.empty_like(derivatives)
 
 
-first_order_only(margin_rows_backward)
-
+margin_rows_backward = register(
+    "margin_rows_backward", _margin_rows_backward, _margin_rows_backward_fake, backward=refuse_second_order
+)
 
 # position of an input of margin_rows: row of its derivatives
 _MARGIN_ROWS_DERIVATIVE_OF = {0: 0, 1: 1, 2: 2, 6: 3, 7: 4, 8: 5, 9: 6, 10: 7}
@@ -265,4 +272,10 @@ def _margin_rows_gradient(ctx, d_loss, *_):
     return tuple(result)
 
 
-margin_rows.register_autograd(_margin_rows_gradient, setup_context=_margin_rows_context)
+margin_rows = register(
+    "margin_rows",
+    _margin_rows,
+    _margin_rows_fake,
+    backward=_margin_rows_gradient,
+    setup_context=_margin_rows_context,
+)

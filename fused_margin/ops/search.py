@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fused_margin.ops.backend import Kernels
-from fused_margin.ops.dispatch import constant_while_compiled
+from fused_margin.ops.dispatch import constant_while_compiled, rounds_float32
 from fused_margin.ops.normalization import unit_rows
 from fused_margin.ops.plan import SMALLEST_CHUNK, whole_chunk
 
@@ -67,9 +67,7 @@ def rounding_of(code: Tensor, size: int) -> float:
     own = 1e-6  # of a product that becomes a float32, is scaled, and compared with a bound
     if code.dtype in (torch.int8, torch.float64):
         return own
-    products = torch.backends.cuda if code.is_cuda else torch.backends.mkldnn
-    precision = getattr(getattr(products, "matmul", None), "fp32_precision", "none")
-    if torch.get_float32_matmul_precision() != "highest" or precision not in ("none", "ieee"):
+    if rounds_float32(code.device):
         return own + 2.0**-7 + size * 2.0**-23  # operands rounded to bfloat16
     return own + size * 2.0**-23  # any order of additions, a bit each
 

@@ -18,6 +18,7 @@ from fused_margin.ops import bad_labels, sweep
 from fused_margin.ops.dispatch import PORTABLE
 from fused_margin.ops.normalization import target_cosines
 from fused_margin.ops.problem import DTYPES, Gradients, Problem, SweepGradients
+from fused_margin.ops.registration import FirstOrderFunction
 from fused_margin.ops.sharded_targets import add_target_gradients, target_values
 from fused_margin.sharding import Shard
 
@@ -124,7 +125,7 @@ class Found(NamedTuple):
     target_length: Tensor | None  # of its weight
 
 
-class ShardedSweep(torch.autograd.Function):
+class ShardedSweep(FirstOrderFunction):
     """The fields of `Found`."""
 
     @staticmethod
@@ -165,7 +166,6 @@ class ShardedSweep(torch.autograd.Function):
         return tuple(next(results) if wanted else None for wanted in asked)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, *upstream):
         shard, (problem, _, most, rows), found = ctx.shard, ctx.everyone, ctx.found
         embeddings, weight, _, bias = ctx.saved_tensors  # an error if somebody has changed them

@@ -13,6 +13,7 @@ from fused_margin.ops.dispatch import PORTABLE, searches
 from fused_margin.ops.normalization import through_normalization, unit_rows
 from fused_margin.ops.plan import CHUNK_BYTES, whole_chunk
 from fused_margin.ops.problem import Problem, compute_dtype
+from fused_margin.ops.registration import FirstOrderFunction
 from fused_margin.ops.sharded_search import owners
 from fused_margin.sharding import Shard
 
@@ -48,7 +49,7 @@ def find_by_products(run: Kernels, shard: Shard, weight: Tensor, workspace_bytes
     return best.masked_fill(best < -2.0, math.nan).clamp_(-1.0, 1.0), index
 
 
-class ShardedNearest(torch.autograd.Function):
+class ShardedNearest(FirstOrderFunction):
     """Cosines (C_rank,) of the own classes to the ones, of any rank, that `index` (C_rank,) names: given, and differentiated."""
 
     @staticmethod
@@ -58,7 +59,6 @@ class ShardedNearest(torch.autograd.Function):
         return cosine.to(compute_dtype(weight), copy=True)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, upstream: Tensor):
         """Every class takes its nearest's direction from that one's rank, and sends it its own."""
         (weight, index), shard = ctx.saved_tensors, ctx.shard

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import fused_margin as fm
+import fused_margin_command
 from fused_margin import cli
 from fused_margin.trainer.checkpoint import FILE_NAME
 from fused_margin.trainer.losses import options_by_loss
@@ -46,6 +47,33 @@ def test_usage(capsys):
     assert "invalid choice: 'trian'" in fails(capsys, 2, "trian")
     assert "unrecognized arguments: --verbose" in fails(capsys, 2, "info", "--verbose")
     assert fails(capsys, 0, "--version") == f"fused-margin {fm.__version__}"
+
+
+@pytest.mark.parametrize("chosen", [{}, {"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "active"}])
+def test_the_program_shortens_openmps_spinning_before_torch_is_imported(chosen):
+    """Unless the user has chosen how threads wait."""
+    code = """
+import json, os, sys, types
+import fused_margin_command
+assert "torch" not in sys.modules
+def record():
+    print(json.dumps({name: os.environ.get(name) for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}))
+    return 3
+sys.modules["fused_margin.cli"] = types.SimpleNamespace(main=record)
+sys.modules["fused_margin"] = types.SimpleNamespace(cli=sys.modules["fused_margin.cli"])
+sys.exit(fused_margin_command.main())
+"""
+    env = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")} | chosen
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=env)
+    assert done.returncode == 3, done.stderr
+    found = {name: value for name, value in json.loads(done.stdout).items() if value is not None}
+    assert found == (chosen or {"GOMP_SPINCOUNT": fused_margin_command.SPIN_COUNT})
+
+
+def test_the_installed_program_is_that_module():
+    project = (Path(cli.__file__).parents[1] / "pyproject.toml").read_text()
+    assert 'fused-margin = "fused_margin_command:main"' in project
+    assert 'py-modules = ["fused_margin_command"]' in project
 
 
 def test_info_needs_no_extra():

@@ -1,0 +1,19 @@
+"""The program `fused-margin`: sets what has to be set before torch is imported, and runs fused_margin.cli.
+
+A module of its own, because importing anything of the package imports torch, whose OpenMP reads its variables then.
+"""
+
+import os
+
+SPIN_COUNT = "3000"  # tens of microseconds; by default it is 300,000, which is milliseconds
+
+
+def main() -> int:
+    """Run the command line; returns the exit code."""
+    # An OpenMP thread spins while it waits for the others. Where another process needs the core, that keeps the thread
+    # waited for from running. Sleeping at once (OMP_WAIT_POLICY=passive) costs more time where the cores are free.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
+    from fused_margin.cli import main
+
+    return main()
