@@ -84,7 +84,9 @@ def margin_cross_entropy(
             backward, the others are computed again. At least 64 classes are always taken at a time.
 
     Returns:
-        Scalar, or (N,) for ``reduction="none"``; float64 if an input is, else float32.
+        Scalar, or (N,) for ``reduction="none"``; float64 if an input is, else float32. A mean over no sample is NaN, with
+        gradients of 0. On the CPU, logits up to 7e11 and class weights of lengths from 1e-12 to 1e37 are computed as
+        accurately as any; shorter class weights count as zero, and a larger logit gives NaN.
 
     Raises:
         ValueError, TypeError: for wrong shapes, dtypes, devices or values. Labels on a CUDA device are
@@ -162,7 +164,8 @@ def linear_cross_entropy(
         workspace_mb: as in :func:`margin_cross_entropy`.
 
     Returns:
-        Scalar, or (N,) for ``reduction="none"``; float64 if an input is, else float32.
+        Scalar, or (N,) for ``reduction="none"``; float64 if an input is, else float32. A mean over no sample is NaN, with
+        gradients of 0. On the CPU, a logit above 7e11 gives NaN.
 
     Raises:
         ValueError, TypeError, RuntimeError: as :func:`margin_cross_entropy`.

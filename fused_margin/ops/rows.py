@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from fused_margin.ops.registration import FirstOrderFunction
+
 
 def select_rows(rows: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
     """``rows[index]`` in `dtype`; rows (R, ...), index (N,) int64. Indexing would add the gradients of a row in its own dtype."""
@@ -11,7 +13,7 @@ def select_rows(rows: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
     return _SelectRows.apply(rows, index, dtype)
 
 
-class _SelectRows(torch.autograd.Function):
+class _SelectRows(FirstOrderFunction):
     @staticmethod
     def forward(ctx, rows: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(index)
@@ -19,7 +21,6 @@ class _SelectRows(torch.autograd.Function):
         return rows[index].to(dtype)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, upstream: Tensor):
         (index,) = ctx.saved_tensors
         # The sum of a row is where its first sample would be if the samples were in the order of the rows.
