@@ -298,7 +298,7 @@ def _margin_loss(
         None if class_weight is None or uniform_cosine is None else class_weight.sum(),
         problem.scale, *per_sample, [problem.scale_value, *values], BEYOND_PI.index(margin.beyond_pi), margin.easy,
         margin.gradient == "straight_through", math.sqrt(torch.finfo(problem.compute).eps),
-        None if uniform_cosine is None else label_smoothing * torch.ones((), dtype=torch.float64),
+        None if uniform_cosine is None else label_smoothing * torch.ones((), dtype=torch.float64, device="cpu"),
         classes, ignore_index,
     )  # fmt: skip
     return _reduce(loss, row_weight, reduction, shard)

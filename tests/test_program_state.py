@@ -1,6 +1,8 @@
 """What a program sets for all of torch changes no answer: default dtype, default device, deterministic algorithms."""
 
+import ast
 import contextlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -149,3 +151,41 @@ def test_a_module_made_on_meta():
         embeddings, _, labels = inputs()
         with pytest.raises(ValueError, match="expected a tensor on"):
             loss_fn(embeddings, labels)
+
+
+FACTORIES = (
+    "tensor",
+    "full",
+    "zeros",
+    "ones",
+    "empty",
+    "arange",
+    "linspace",
+    "logspace",
+    "rand",
+    "randn",
+    "randint",
+    "eye",
+)
+
+
+def test_no_tensor_of_the_package_is_made_by_the_defaults():
+    """The trainer makes its own; all else names device and dtype."""
+    package, found = Path(fm.__file__).parent, []
+    for path in sorted(package.rglob("*.py")):
+        if "trainer" in path.parts:
+            continue
+        for call in ast.walk(ast.parse(path.read_text())):
+            if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute)):
+                continue
+            if ast.unparse(call.func.value) != "torch" or call.func.attr not in FACTORIES:
+                continue
+            named = {keyword.arg for keyword in call.keywords}
+            integers = call.func.attr in (
+                "arange",
+                "randint",
+                "tensor",
+            )  # int64 by torch's rules, where it is given integers
+            if None not in named and not {"device", *(() if integers else ("dtype",))} <= named:
+                found.append(f"{path.relative_to(package)}:{call.lineno}: {ast.unparse(call)}")
+    assert not found

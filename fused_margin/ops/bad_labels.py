@@ -18,9 +18,9 @@ def set_debug(enabled: bool) -> None:
 def flag(device: torch.device) -> torch.Tensor:
     """Where kernels report: one int64 the host and the device both see, 0 while all is well."""
     if device.type != "cuda":
-        return torch.zeros(1, dtype=torch.int64)
+        return torch.zeros(1, dtype=torch.int64, device="cpu")
     if device not in _flags:  # setdefault: host threads that find none at the same time use the same one
-        _flags.setdefault(device, torch.zeros(1, dtype=torch.int64, pin_memory=True))
+        _flags.setdefault(device, torch.zeros(1, dtype=torch.int64, device="cpu", pin_memory=True))
     reported = _flags[device]
     raise_if_set(reported, "in an earlier call (fused_margin.set_debug(True) reports it in its own call)")
     return reported

@@ -204,6 +204,7 @@ def merge(lists: Lists, places: Tensor, parts: Tensor) -> None:
 def owners(shard: Shard, index: Tensor) -> tuple[Tensor, Tensor]:
     """The order (R,) that sorts classes by their owners, and how many each rank owns of them (world,)."""
     order = index.argsort(stable=True)  # ranks' classes ascend
-    ends = torch.tensor([slice_of(shard.num_classes, rank, shard.world)[1] for rank in range(shard.world)])
-    owner = torch.bucketize(index[order], ends.to(index.device), right=True)
+    ends = [slice_of(shard.num_classes, rank, shard.world)[1] for rank in range(shard.world)]
+    ends = torch.tensor(ends, dtype=torch.int64, device=index.device)
+    owner = torch.bucketize(index[order], ends, right=True)
     return order, torch.bincount(owner, minlength=shard.world)
