@@ -116,7 +116,7 @@ class ExclusiveRegularizer(settings.Settings):
         return NearestClass(cosine, self.index.clone())
 
     def current_age(self) -> Tensor:
-        """Steps since the nearest classes were found; a forward that is run again keeps those of the first."""
+        """Steps since the nearest classes were found; 1 while a forward is recomputed, so that it does not search again."""
         return torch.ones_like(self.age) if recomputing() else self.age
 
     def find_among_ranks(self, weight: Tensor, room: int) -> NearestClass:

@@ -22,7 +22,7 @@ class Settings(nn.Module):
     are read, copied and pickled as such, and torch.compile traces them.
 
     Attributes:
-        SETTINGS: the check of each setting, with those of the base classes.
+        SETTINGS: the check of each setting, including the settings of the base classes.
         FIXED: attributes that the shape of the parameters depends on: they can be set once.
     """
 

@@ -35,7 +35,7 @@ def linear_loss():
 
 
 def module(kind, **options):
-    """Made of given weights: initial ones follow the default dtype, as those of torch.nn."""
+    """With given weights, because initial weights follow the default dtype, as in torch.nn."""
     x, w, y = inputs()
     loss_fn = kind(C, D, dtype=torch.float32, device="cpu", **options)
     with torch.no_grad():
@@ -128,7 +128,7 @@ STATES = {
     "float16": lambda: default_dtype(torch.float16),
     "bfloat16": lambda: default_dtype(torch.bfloat16),
     "default device meta": lambda: torch.device("meta"),
-    "deterministic": deterministic,  # it also fills memory that nobody has written
+    "deterministic": deterministic,  # torch then also fills new memory
 }
 
 
@@ -143,7 +143,7 @@ def test_answers_are_the_same(path, state):
 
 
 def test_a_module_made_on_meta():
-    """It computes shapes, as those of torch.nn do, and refuses tensors of another device."""
+    """It computes shapes, as torch.nn modules do, and refuses tensors of another device."""
     with torch.device("meta"):
         loss_fn = fm.ArcFaceLoss(C, D)
         assert loss_fn.weight.is_meta

@@ -133,7 +133,7 @@ def _in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
         except (ImageCms.PyCMSError, OSError):
             pass
     image = image.convert(kind)
-    image.info = {}  # profile and transparency are not those of the new numbers
+    image.info = {}  # profile and transparency no longer apply
     return image
 
 
