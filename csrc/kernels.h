@@ -147,13 +147,12 @@ template <class T> struct ProjectEmbeddingGradient {
     bool inner_product; // then normalized_embeddings are not, inverse_norm is 1 and there is no Jacobian
 };
 
-// Offers one tile of W W^T to the best class of each of its rows and, off the diagonal, of each of its
+// Offers one tile of cosines to the best class of each of its rows and, off the diagonal, of each of its
 // columns. Tiles must come in ascending class order: then `greater` alone gives ties to the lowest index.
 template <class T> struct NearestTile {
-    const T* products;     // [rows, columns]
-    const T* inverse_norm; // [C]
-    T* cosine;             // [C], best so far, below -1 at the start
-    int64_t* index;        // [C]
+    const T* products; // [rows, columns], of unit rows
+    T* cosine;         // [C], best so far, below -1 at the start
+    int64_t* index;    // [C]
     int64_t rows, columns, row_begin, column_begin;
 };
 

@@ -219,16 +219,15 @@ template <class Backend> void define_kernels(py::module_ m) {
 
     m.def(
         "nearest_tile",
-        [](uintptr_t stream, Tensor products, Tensor inverse_norm, Tensor cosine, Tensor index, int64_t rows,
-           int64_t columns, int64_t row_begin, int64_t column_begin) {
+        [](uintptr_t stream, Tensor products, Tensor cosine, Tensor index, int64_t rows, int64_t columns,
+           int64_t row_begin, int64_t column_begin) {
             run_as<Backend>(products, stream, [&](auto t) {
-                return NearestTile<decltype(t)>{
-                    Address(products), Address(inverse_norm), Address(cosine), Address(index), rows, columns,
-                    row_begin,         column_begin};
+                return NearestTile<decltype(t)>{Address(products), Address(cosine), Address(index), rows,
+                                                columns,           row_begin,       column_begin};
             });
         },
-        py::arg("stream"), py::kw_only(), py::arg("products"), py::arg("inverse_norm"), py::arg("cosine"),
-        py::arg("index"), py::arg("rows"), py::arg("columns"), py::arg("row_begin"), py::arg("column_begin"));
+        py::arg("stream"), py::kw_only(), py::arg("products"), py::arg("cosine"), py::arg("index"), py::arg("rows"),
+        py::arg("columns"), py::arg("row_begin"), py::arg("column_begin"));
 }
 
 } // namespace

@@ -85,8 +85,9 @@ def margin_cross_entropy(
 
     Returns:
         Scalar, or (N,) for ``reduction="none"``; float64 if an input is, else float32. A mean over no sample is NaN, with
-        gradients of 0. On the CPU, logits up to 7e11 and class weights of lengths from 1e-12 to 1e37 are computed as
-        accurately as any; shorter class weights count as zero, and a larger logit gives NaN.
+        gradients of 0. Logits up to 2e38 and class weights of norms from 1e-12 to 1e37 are computed as accurately as
+        smaller ones; shorter class weights count as zero, and a larger logit gives NaN. So does, on tensor cores, one
+        above 2e6 where each sample has its own scale.
 
     Raises:
         ValueError, TypeError: for wrong shapes, dtypes, devices or values. Labels on a CUDA device are
@@ -109,10 +110,11 @@ def margin_cross_entropy(
     labels, class_weight = labels.to(torch.int64).contiguous(), _double(class_weight)
     scales, scale_value = _scales(scale, embeddings)
     portable = sub_centers > 1 or threshold is not None
+    products = PORTABLE if portable else products_of(embeddings, weight, scale_value)
     known = checks.nearest(nearest, weight, shard) if exclusive else (None, None)
     own_class_weight = class_weight if shard is None or class_weight is None else shard.part_of(class_weight)
     problem = Problem(
-        embeddings, weight, workspace_bytes(workspace_mb), PORTABLE if portable else products_of(embeddings, weight), labels,
+        embeddings, weight, workspace_bytes(workspace_mb), products, labels,
         scales, scale_value, own_class_weight if smooth else None, exclusive and shard is None, *known,
         sub_centers, threshold, strength,
     )  # fmt: skip
@@ -165,7 +167,7 @@ def linear_cross_entropy(
 
     Returns:
         Scalar, or (N,) for ``reduction="none"``; float64 if an input is, else float32. A mean over no sample is NaN, with
-        gradients of 0. On the CPU, a logit above 7e11 gives NaN.
+        gradients of 0. Logits may be as large as float32 allows; beyond, the loss is inf or NaN.
 
     Raises:
         ValueError, TypeError, RuntimeError: as :func:`margin_cross_entropy`.
@@ -243,8 +245,8 @@ def cosine_logsumexp(
     checks.number("workspace_mb", workspace_mb, 0.0, open_low=True)
     scales, scale_value = _scales(scale, embeddings)
     problem = Problem(
-        embeddings, weight, workspace_bytes(workspace_mb), products_of(embeddings, weight), labels.to(torch.int64).contiguous(),
-        scales, scale_value,
+        embeddings, weight, workspace_bytes(workspace_mb), products_of(embeddings, weight, scale_value),
+        labels.to(torch.int64).contiguous(), scales, scale_value,
     )  # fmt: skip
     nothing_ignored = torch.iinfo(torch.int64).min
     found = _sweep(problem, False, nothing_ignored)

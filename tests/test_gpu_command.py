@@ -428,4 +428,4 @@ def test_profile_runs_each_kernel_and_a_step():
     from benchmarks.gpu import profile
     from benchmarks.problems import Shape
 
-    assert "fused_margin::forward_chunks" in profile.table_of_step("portable", "cpu", Shape(8, 32, 200))
+    assert "fused_margin::forward_class_chunks" in profile.table_of_step("portable", "cpu", Shape(8, 32, 200))

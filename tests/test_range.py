@@ -1,10 +1,14 @@
-"""How large logits and class weights may be: right as float32 is, and NaN beyond, never a wrong number."""
+"""How large logits and class weights may be: as large as float32 is, and inf or NaN beyond, never a wrong number."""
+
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch.nn import functional as F
 
 import fused_margin as fm
+from fused_margin.ops import certified, search
+from fused_margin.sharding import Shard, slice_of
 
 N, C, D = 16, 50, 8
 KEPT = [256, 1e-6]
@@ -25,7 +29,7 @@ def leaves(embedding_size, weight_size, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("workspace_mb", KEPT, ids=["kept", "recomputed"])
-@pytest.mark.parametrize("size", [1e3, 1e6, 1e7, 1e9, 1e10])
+@pytest.mark.parametrize("size", [1e3, 1e6, 1e7, 1e9, 1e12, 1e20, 1e30, 1e37])
 def test_large_logits(size, workspace_mb):
     (x, w), y = leaves(size, 1.0)
     exact = [t.detach().double().requires_grad_() for t in (x, w)]
@@ -40,15 +44,65 @@ def test_large_logits(size, workspace_mb):
         assert error(measured, right) < 1e-6
 
 
+@pytest.mark.parametrize("logit", [10.0, 1e8, 1e12, 1e14, 1e16, 1e30])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_logits_beyond_the_range_are_no_number(dtype):
-    (x, w), y = leaves(1e15, 1.0, dtype)
-    for loss in (
-        fm.functional.linear_cross_entropy(x, w, y),
-        fm.functional.margin_cross_entropy(x, w, y, fm.Margin(), None),
-    ):
-        found = gradients_and_loss(loss, x, w)
-        assert found[0].isnan()
+@pytest.mark.parametrize("workspace_mb", KEPT, ids=["kept", "recomputed"])
+def test_equal_logits_share_the_probability(workspace_mb, dtype, logit):
+    """The three largest logits are the same, in two chunks of 64 classes; the label's is the smallest."""
+    x = torch.tensor([[logit, 0.0]], dtype=dtype)
+    w = torch.tensor([[-1.0, 0.0]], dtype=dtype).repeat(128, 1)
+    w[[3, 7, 70]] = torch.tensor([1.0, 0.0], dtype=dtype)
+    w.requires_grad_()
+    loss = fm.functional.linear_cross_entropy(x, w, torch.tensor([127]), workspace_mb=workspace_mb)
+    (gradient,) = torch.autograd.grad(loss, w)
+    expected = torch.zeros(128, dtype=torch.float64)
+    expected[[3, 7, 70]], expected[127] = 1 / 3, -1.0
+    torch.testing.assert_close(gradient[:, 0].double() / logit, expected, rtol=1e-6, atol=1e-8)
+
+
+def test_a_chunk_that_has_only_the_class_of_the_label():
+    """Its sum is empty, and the other chunk's logits are far below those of an empty sum."""
+    (x, w), _ = leaves(1.0, 1.0)
+    w, bias, y = w[:1].detach().repeat(65, 1).requires_grad_(), torch.full((65,), -2000.0), torch.full((N,), 64)
+    exact = [t.detach().double().requires_grad_() for t in (x, w)]
+    expected = gradients_and_loss(F.cross_entropy(exact[0] @ exact[1].t() + bias.double(), y), *exact)
+    loss = fm.functional.linear_cross_entropy(x, w, y, bias, workspace_mb=1e-6)
+    for measured, right in zip(gradients_and_loss(loss, x, w), expected, strict=True):
+        torch.testing.assert_close(measured.double(), right, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 1e38), (torch.float64, 1e308)], ids=str)
+def test_logits_beyond_the_range_are_no_number(dtype, size):
+    (x, w), y = leaves(1.0, 1.0, dtype)
+    x = (F.normalize(x.detach()) * size * 1.7).requires_grad_()
+    w = (F.normalize(w.detach()) * 4).requires_grad_()
+    found = gradients_and_loss(fm.functional.linear_cross_entropy(x, w, y), x, w)
+    assert not found[0].isfinite()
+
+
+def on_a_rank(group, weight, classes, x, y):
+    """Loss and gradients of this rank's samples and classes."""
+    begin, end = slice_of(classes, group.rank(), group.size())
+    x, weight = x.clone().requires_grad_(), weight[begin:end].clone().requires_grad_()
+    loss = fm.functional.linear_cross_entropy(x, weight, y, shard=Shard(classes, group))
+    return gradients_and_loss(loss, x, weight)
+
+
+@pytest.mark.parametrize("size", [1e3, 1e16, 1e37])
+def test_large_logits_of_divided_classes(ranks, size):
+    (x, w), y = leaves(size, 1.0)
+    w = w.detach().clone()
+    w[[7, 40, 41]] = 3 * w[7]  # the same logits on both ranks
+    w.requires_grad_()
+    expected = gradients_and_loss(fm.functional.linear_cross_entropy(x, w, y), x, w)
+    parts = [(w.detach(), C, x.detach()[rank::2], y[rank::2]) for rank in range(2)]
+    found = ranks.run(on_a_rank, parts)
+    d_x = torch.empty_like(x)
+    for rank, (loss, of_x, _) in enumerate(found):
+        assert error(loss, expected[0].double()) < 1e-6
+        d_x[rank::2] = of_x
+    assert error(d_x, expected[1].double()) < 1e-6
+    assert error(torch.cat([of_w for *_, of_w in found]), expected[2].double()) < 1e-6
 
 
 @pytest.mark.parametrize("workspace_mb", KEPT, ids=["kept", "recomputed"])
@@ -63,3 +117,30 @@ def test_lengths_of_class_weights(size, workspace_mb):
     loss = fm.functional.margin_cross_entropy(x, w, y, fm.Margin(), exclusive_weight=1.0, workspace_mb=workspace_mb)
     for measured, right in zip(gradients_and_loss(loss, x, w), expected, strict=True):
         assert error(measured.double() * size, right * size) < 2e-6
+
+
+def nearest_of_long_weights(group, weight, classes):
+    """The nearest classes by every way there is, screened by products of floating point numbers."""
+    begin, end = slice_of(classes, group.rank(), group.size())
+    part, found = weight[begin:end], []
+    with (
+        patch.object(search, "int8_wins", lambda rows: False),
+        patch.object(certified, "int8_wins", lambda rows: False),
+    ):
+        for shard in [Shard(classes, group)] if group.size() > 1 else [Shard(classes, group), None]:
+            found.append(fm.functional.nearest_class(part, shard=shard))
+            found += [fm.ExclusiveRegularizer(refresh=how, shard=shard).find(part) for how in ("certified", 2)]
+    return [tuple(each) for each in found]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("size", [1e-12, 1e19, 1e24, 1e36])
+def test_nearest_of_long_class_weights(ranks, size, world):
+    torch.manual_seed(0)
+    unit = F.normalize(torch.randn(C, D, dtype=torch.float64))
+    weight = (unit * torch.logspace(0, 1, C, dtype=torch.float64).unsqueeze(1) * size * 1.01).float()
+    cosine, index = (unit @ unit.t()).fill_diagonal_(-2.0).max(1)
+    found = ranks.run(nearest_of_long_weights, [(weight, C)] * world)
+    for parts in zip(*found, strict=True):
+        assert torch.equal(torch.cat([at for _, at in parts]), index)
+        torch.testing.assert_close(torch.cat([c for c, _ in parts]).double(), cosine, rtol=0, atol=1e-6)

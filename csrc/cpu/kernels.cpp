@@ -139,7 +139,7 @@ template <class T, class Transform, class Power> inline void exponentials(const 
 template <class T, class Transform> void exponent_sum(const ExponentSum<T>& p, Transform transform) {
     const int64_t samples = p.samples;
     const int threads = threads_for(samples * p.chunk);
-    Scratch<T> per_thread(threads * samples), high(samples), low(samples), k(samples), rest(samples);
+    Scratch<T> per_thread(threads * samples), high(samples), low(samples), k(samples), base(samples);
     bool wide = false;
     if (p.sub_centers > 1) {
         const int64_t groups = p.chunk / p.sub_centers;
@@ -169,7 +169,7 @@ template <class T, class Transform> void exponent_sum(const ExponentSum<T>& p, T
             }
             auto power = WideExponential<T>::of(scale, largest, p.exponent[i]);
             wide |= WideExponential<T>::needed(scale, largest);
-            high[i] = power.high, low[i] = power.low, k[i] = power.k, rest[i] = power.rest;
+            high[i] = power.high, low[i] = power.low, k[i] = power.k, base[i] = power.base;
         } else {
             auto power = Exponential<T>::of(scale, p.exponent[i]);
             high[i] = power.high, low[i] = power.low, k[i] = power.k;
@@ -181,7 +181,7 @@ template <class T, class Transform> void exponent_sum(const ExponentSum<T>& p, T
         int64_t begin = p.chunk * t / threads, end = p.chunk * (t + 1) / threads;
         T* sum = per_thread + t * samples;
         double* total = totals + t * samples;
-        const T *a = high, *b = low, *c = k, *d = rest;
+        const T *a = high, *b = low, *c = k, *d = base;
         if (wide)
             exponentials(
                 p, begin, end, transform,
@@ -287,8 +287,8 @@ template <class T> struct Best {
 
 // One row of a tile: its own best column, and its offer to every column's best. The lanes keep the
 // first best they see; merging prefers the lower column.
-template <class T> inline Best<T> scan_row(const T* products, const T* inverse_norm, T own, int64_t begin, int64_t end,
-                                           int32_t row, T* column_best, int32_t* column_row) {
+template <class T> inline Best<T> scan_row(const T* products, int64_t begin, int64_t end, int32_t row, T* column_best,
+                                           int32_t* column_row) {
     constexpr int lanes = 16;
     T best[lanes];
     int32_t at[lanes];
@@ -297,7 +297,7 @@ template <class T> inline Best<T> scan_row(const T* products, const T* inverse_n
     for (; j + lanes <= end; j += lanes) {
 #pragma omp simd
         for (int l = 0; l < lanes; ++l) {
-            T c = products[j + l] * (own * inverse_norm[j + l]);
+            T c = products[j + l];
             bool more = c > best[l];
             best[l] = more ? c : best[l];
             at[l] = more ? static_cast<int32_t>(j) + l : at[l];
@@ -307,7 +307,7 @@ template <class T> inline Best<T> scan_row(const T* products, const T* inverse_n
         }
     }
     for (int l = 0; j < end; ++j, ++l) {
-        T c = products[j] * (own * inverse_norm[j]);
+        T c = products[j];
         if (c > best[l]) best[l] = c, at[l] = static_cast<int32_t>(j);
         if (c > column_best[j]) column_best[j] = c, column_row[j] = row;
     }
@@ -326,7 +326,6 @@ template <class T> inline void offer(const NearestTile<T>& p, int64_t to, T cosi
 
 template <class T> void nearest_tile(const NearestTile<T>& p) {
     const bool diagonal = p.row_begin == p.column_begin;
-    const T* column_norm = p.inverse_norm + p.column_begin;
     const int threads = threads_for(p.rows * p.columns);
     // every thread's best row of every column, merged in ascending row order afterwards
     Scratch<T> best(threads * p.columns);
@@ -338,11 +337,10 @@ template <class T> void nearest_tile(const NearestTile<T>& p) {
         int32_t* column_row = best_row + t * p.columns;
         for (int64_t r = p.rows * t / threads; r < p.rows * (t + 1) / threads; ++r) {
             const T* row = p.products + r * p.columns;
-            T own = p.inverse_norm[p.row_begin + r];
             int64_t end = diagonal ? r : p.columns;
             for (int half = 0; half < (diagonal ? 2 : 1); ++half) { // both sides of the diagonal
-                Best<T> b = scan_row(row, column_norm, own, half ? r + 1 : 0, half ? p.columns : end,
-                                     static_cast<int32_t>(r), column_best, column_row);
+                Best<T> b = scan_row(row, half ? r + 1 : 0, half ? p.columns : end, static_cast<int32_t>(r),
+                                     column_best, column_row);
                 offer(p, p.row_begin + r, b.cosine, b.column < 0 ? b.column : p.column_begin + b.column);
             }
         }

@@ -252,11 +252,10 @@ template <class T> __global__ void nearest_of_rows(NearestTile<T> p) {
     __shared__ int64_t indices[kRowThreads];
     int64_t row = p.row_begin + blockIdx.x;
     const T* products = p.products + static_cast<int64_t>(blockIdx.x) * p.columns;
-    T own = p.inverse_norm[row];
     Best<T> best;
     for (int64_t j = threadIdx.x; j < p.columns; j += kRowThreads) {
         int64_t column = p.column_begin + j;
-        if (column != row) best.see(products[j] * (own * p.inverse_norm[column]), column);
+        if (column != row) best.see(products[j], column);
     }
     cosines[threadIdx.x] = best.cosine;
     indices[threadIdx.x] = best.index;
@@ -280,11 +279,8 @@ template <class T> __global__ void nearest_of_columns(NearestTile<T> p) {
     int64_t j = static_cast<int64_t>(blockIdx.x) * kWarp + lane();
     int group = static_cast<int>(threadIdx.x) / kWarp;
     Best<T> best;
-    if (j < p.columns) {
-        T own = p.inverse_norm[p.column_begin + j];
-        for (int64_t r = group; r < p.rows; r += groups)
-            best.see(p.products[r * p.columns + j] * (p.inverse_norm[p.row_begin + r] * own), p.row_begin + r);
-    }
+    if (j < p.columns)
+        for (int64_t r = group; r < p.rows; r += groups) best.see(p.products[r * p.columns + j], p.row_begin + r);
     cosines[group][lane()] = best.cosine;
     indices[group][lane()] = best.index;
     __syncthreads();

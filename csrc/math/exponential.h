@@ -49,32 +49,30 @@ FM_HD double row_exponent(double scale, double largest_cosine) {
 }
 
 // The same for rows whose logits are so large that Exponential cannot round them to integers: k is then the largest
-// logit itself, a sum of two numbers, and its exponential is exactly 1.
+// logit itself, whose exponential is exactly 1. Right as long as a is finite in T.
 template <class T> struct WideExponential {
     static constexpr double kLeast = sizeof(T) == 4 ? 4194304.0 : 1125899906842624.0; // 2^22, 2^50
-    static constexpr double kMost = 1099511627776.0; // 2^40: what a double tells of the sums of several chunks
 
-    T high, low, k, rest;
+    T high, low, k, base; // base is subtracted from the cosine: the largest, or 0
 
     FM_HD static bool needed(double scale, T largest) {
         return largest > kLeftOut<T> && fabs(scale * 1.4426950408889634 * static_cast<double>(largest)) > kLeast;
     }
-    // `exponent` becomes k, or NaN where the logits are too large.
+    // `exponent` becomes k.
     FM_HD static WideExponential of(double scale, T largest, double& exponent) {
         double a = scale * 1.4426950408889634;
-        T high = static_cast<T>(a);
+        T high = static_cast<T>(a), low = static_cast<T>(a - static_cast<double>(high));
         if (!needed(scale, largest)) {
             exponent = row_exponent(scale, static_cast<double>(largest));
-            return {high, static_cast<T>(a - static_cast<double>(high)), static_cast<T>(exponent), 0};
+            return {high, low, static_cast<T>(exponent), 0};
         }
-        T k = high * largest, rest = multiply_add(high, largest, -k);
-        exponent = static_cast<double>(k) + static_cast<double>(rest);
-        if (!(fabs(exponent) <= kMost)) exponent = static_cast<double>(NAN);
-        return {high, 0, k, rest};
+        exponent = a * static_cast<double>(largest);
+        return {high, low, 0, largest};
     }
 
     FM_HD T operator()(T cosine) const {
-        T power = multiply_add(cosine, high, -k) + multiply_add(cosine, low, -rest);
+        T below = cosine - base;
+        T power = multiply_add(below, high, -k) + below * low;
         return power < static_cast<T>(-125) ? static_cast<T>(0) : static_cast<T>(exp2(power)); // no denormals
     }
 };

@@ -12,6 +12,7 @@ from fused_margin.ops.problem import compute_dtype
 PORTABLE = "portable"
 SPLIT = "split"  # ending of a family's name: operands in two halves, accurate to float32
 SIZES = range(32, 4097)  # embedding sizes the families take
+LARGEST_LOGIT = 2.0**21  # the families compute larger ones, as powers of two, with too few digits after the point
 Capability = tuple[int, int]  # compute capability of a device, such as (9, 0)
 
 
@@ -100,7 +101,7 @@ def searches(device: torch.device) -> bool:
     return _search_wanted or (bool(SEARCH_RESULTS) and _capability(device) in SEARCH_RESULTS)
 
 
-def products_of(embeddings: torch.Tensor | None, weight: torch.Tensor) -> str:
+def products_of(embeddings: torch.Tensor | None, weight: torch.Tensor, scale: float = 0.0) -> str:
     """PORTABLE, or a family's name, followed by SPLIT where float32 inputs must be multiplied as such.
 
     They are not where either input is half, under autocast, and where `rounds_float32` says so.
@@ -108,6 +109,8 @@ def products_of(embeddings: torch.Tensor | None, weight: torch.Tensor) -> str:
     candidates = [f for f in FAMILIES if (f.results if _wanted is None else f.name == _wanted)]
     empty = embeddings is not None and embeddings.shape[0] == 0
     if not candidates or empty or weight.shape[1] not in SIZES or compute_dtype(embeddings, weight) == torch.float64:
+        return PORTABLE
+    if scale > LARGEST_LOGIT:
         return PORTABLE
     if weight.device.type == "cuda":
         if not _TORCH_ADDS_TO_FLOAT32:

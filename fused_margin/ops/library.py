@@ -76,7 +76,7 @@ def _sweep_backward_fake(*values):
 # torch.compile's cache on disk knows an op by its name alone: one whose arguments change needs another name, as does the
 # op whose backward calls it.
 sweep_backward = register(
-    "backward_chunks",
+    "backward_class_chunks",
     _sweep_backward_kernel,
     _sweep_backward_fake,
     schema=f"({_PROBLEM}, {_inputs(SweepGradients, 'd_')}, {_inputs(Sweep)}, "
@@ -93,7 +93,7 @@ def _sweep_context(ctx, inputs, output):
     ctx.settings = [value for value, tensor in zip(problem, _IS_TENSOR, strict=True) if not tensor]
 
 
-def _sweep_gradient(ctx, d_nlse, d_target, d_uniform, d_nearest, *_):
+def _sweep_gradient(ctx, _d_largest, d_nlse, d_target, d_uniform, d_nearest, *_):
     tensors, settings = list(ctx.saved_tensors), iter(ctx.settings)
     saved = Sweep(*tensors[sum(_IS_TENSOR) :])
     problem = Problem(*(tensors.pop(0) if tensor else next(settings) for tensor in _IS_TENSOR))
@@ -113,7 +113,7 @@ def _sweep_gradient(ctx, d_nlse, d_target, d_uniform, d_nearest, *_):
 
 
 sweep = register(
-    "forward_chunks",
+    "forward_class_chunks",
     _sweep_kernel,
     _sweep_fake,
     schema=f"({_PROBLEM}, bool uniform, SymInt ignore_index, bool keep) -> {_outputs(Sweep)}",

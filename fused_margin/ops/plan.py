@@ -68,7 +68,9 @@ def portable_plan(problem: Problem, keep: bool) -> Plan:
     target = min(CHUNK_BYTES[device], room)
     # what a class of a chunk takes: its products, and a copy of its weights and of their gradient where
     # the caller's own memory cannot hold them in the compute type
-    per_class = item * (max(samples, 1) + (0 if gradient_in_place(problem) else 2 * size))
+    copies = 0 if gradient_in_place(problem) else 2
+    copies += 2 if nearest_in_chunks(problem) else 0  # unit rows of the two sides of a tile
+    per_class = item * (max(samples, 1) + copies * size)
     chunk = target // max(per_class, item * size)
     if nearest_in_chunks(problem):  # chunks are then the sides of tiles
         chunk = min(chunk, math.isqrt(min(TILE_BYTES[device], room) // item))
@@ -76,11 +78,11 @@ def portable_plan(problem: Problem, keep: bool) -> Plan:
     chunks = -(-classes // chunk)
     kept = 0
     if keep and samples:
-        copies = chunk * (per_class - item * samples) + (chunk * chunk * item if nearest_in_chunks(problem) else 0)
-        if samples * classes * item <= workspace - copies:  # then no chunk needs a buffer of its own
+        beside = chunk * (per_class - item * samples) + (chunk * chunk * item if nearest_in_chunks(problem) else 0)
+        if samples * classes * item <= workspace - beside:  # then no chunk needs a buffer of its own
             kept = chunks
         else:
-            kept = max(workspace - max(target, chunk * per_class + copies), 0) // (samples * chunk * item)
+            kept = max(workspace - max(target, chunk * per_class + beside), 0) // (samples * chunk * item)
     return Plan(classes, chunk, min(kept, chunks))
 
 

@@ -102,34 +102,54 @@ class Products:
         if self.problem.samples:
             self.exponentiate(k, operand)
         if nearest_in_chunks(self.problem):
-            self.offer(k, operand)
+            self.offer(k)
 
-    def offer(self, column: int, columns: Tensor) -> None:
+    def unit_rows(self, k: int) -> Tensor:
+        """A chunk's class weights, normalised: products of longer ones can be infinite."""
+        begin, end = self.plan.bounds(k)
+        return self.rows(begin, end) * self.sweep.weight_inverse_norm[begin:end].unsqueeze(1)
+
+    def offer(self, column: int) -> None:
         """Compares a chunk with all classes up to its end. Ascending order gives ties to the lowest index."""
         sweep, (column_begin, column_end) = self.sweep, self.plan.bounds(column)
         if column == 0:
             sweep.nearest_cosine.fill_(-4.0)  # below every cosine; a row of NaN finds no class
             sweep.nearest_index.zero_()
             sweep.nearest_index[:1] = 1
+        columns = self.unit_rows(column)
         buffer = columns.new_empty(self.plan.chunk * len(columns))
         for k in range(column + 1):
             begin, end = self.plan.bounds(k)
             products = buffer[: (end - begin) * len(columns)].view(end - begin, len(columns))
-            torch.mm(columns if k == column else self.rows(begin, end), columns.t(), out=products)
+            torch.mm(columns if k == column else self.unit_rows(k), columns.t(), out=products)
             self.run.nearest_tile(
-                products=products, inverse_norm=sweep.weight_inverse_norm, cosine=sweep.nearest_cosine,
-                index=sweep.nearest_index, rows=end - begin, columns=column_end - column_begin, row_begin=begin,
-                column_begin=column_begin,
+                products=products, cosine=sweep.nearest_cosine, index=sweep.nearest_index, rows=end - begin,
+                columns=column_end - column_begin, row_begin=begin, column_begin=column_begin,
             )  # fmt: skip
 
     def finish(self) -> None:
         """Results of the forward, from those of its chunks."""
         sweep = self.sweep
         if self.problem.samples:
-            torch.logsumexp(self.sums.log_().add_(self.exponents, alpha=LN2), dim=0, out=sweep.negative_logsumexp)
-            sweep.exponent.copy_(self.exponents[: len(sweep.exponent)])
+            self.add_up()
         if nearest_in_chunks(self.problem):
             sweep.nearest_cosine.masked_fill_(sweep.nearest_cosine < -2.0, math.nan).clamp_(-1.0, 1.0)
+
+    def add_up(self) -> None:
+        """The chunks' sums as one logsumexp of every row."""
+        sweep = self.sweep
+        if self.fixed is not None:
+            sweep.exponent.fill_(self.fixed)
+            sweep.largest_logit.fill_(self.fixed * LN2)
+            torch.sum(self.sums, dim=0, out=sweep.relative_logsumexp).log_()
+            return
+        # a chunk without another class than the label's has no largest logit
+        torch.where(self.sums == 0, sweep.exponent.new_full((), -math.inf), self.exponents, out=sweep.exponent)
+        logits = sweep.exponent * LN2
+        torch.amax(logits, dim=0, out=sweep.largest_logit)
+        sweep.largest_logit.masked_fill_(sweep.largest_logit == -math.inf, 0.0)
+        parts = self.sums.log_().add_(logits.sub_(sweep.largest_logit))
+        torch.logsumexp(parts, dim=0, out=sweep.relative_logsumexp)
 
     def prepare(self, row_scale: Tensor, need_embeddings: bool, need_weight: bool) -> None:
         """Before the chunks of the backward. row_scale: (chunks or 1, N), dL / d logit over exponential."""

@@ -62,9 +62,10 @@ class Problem:
 
 
 class Sweep(NamedTuple):
-    """What a sweep finds. The first five are its results, the others what its backward needs."""
+    """What a sweep finds. The first six are its results, the others what its backward needs."""
 
-    negative_logsumexp: Tensor  # (N,) float64, over the classes that are not the label's
+    largest_logit: Tensor  # (N,) float64, about that of the classes that are not the label's; it has no gradient
+    relative_logsumexp: Tensor  # (N,) float64, of their logits less the largest
     target_cosine: Tensor  # (N,) float64; an inner product without its bias, where those are asked for
     uniform_cosine: Tensor  # (N,) float64, sum_j class_weight_j cos_ij, or (0,)
     nearest_cosine: Tensor  # (C,) or (0,)
@@ -76,6 +77,11 @@ class Sweep(NamedTuple):
     exponent: Tensor  # (chunks, N) float64, or (1, N) where one exponent of a row serves all chunks
     uniform_weight: Tensor  # (D,), sum_j class_weight_j w_hat_j, or (0,)
     kept: Tensor  # what the forward has room to keep for the backward, chunk after chunk
+
+    @property
+    def negative_logsumexp(self) -> Tensor:
+        """(N,) float64, over the classes that are not the label's. Where it is huge, the sum hides its second term."""
+        return self.largest_logit + self.relative_logsumexp
 
 
 class Gradients(NamedTuple):

@@ -77,7 +77,7 @@ class Coded:
     """Rows (R, D), and what stands for them: Coded of csrc/search.h."""
 
     rows: Tensor  # (R, D), any dtype and strides
-    code: Tensor  # (R, D) int8, or the rows
+    code: Tensor  # (R, D) int8, the rows, or a float copy of them with length one
     scale: Tensor  # (R,) float32
     inner_product: bool
     inverse_norm: Tensor  # (R,) float64
@@ -88,17 +88,20 @@ class Coded:
     @classmethod
     def of(cls, run: Kernels, rows: Tensor, int8: bool, inner_product: bool = False) -> Coded:
         """Codes made anew."""
-        code = torch.empty(rows.shape, dtype=torch.int8, device=rows.device) if int8 else rows
-        result = cls.around(rows, code, rows.new_empty(len(rows), dtype=torch.float32), inner_product)
+        result = cls.unmade(rows, int8, inner_product)
         result.encode(run)
         result.measure(run)
-        if not int8 and not inner_product and rows.dtype != torch.float64:
-            very_long = (result.inverse_norm > 0) & (result.inverse_norm < 1.0 / LONGEST)
-            if bool(very_long.any()):  # their products would be infinite
-                result.code = unit_rows(rows, torch.float32)[0]
-                result.scale.fill_(1.0)
-                result.measure(run)
         return result
+
+    @classmethod
+    def unmade(cls, rows: Tensor, int8: bool, inner_product: bool = False) -> Coded:
+        """Room for codes: int8, or the rows themselves, unless their products would be infinite."""
+        code = torch.empty(rows.shape, dtype=torch.int8, device=rows.device) if int8 else rows
+        if not int8 and not inner_product and rows.dtype != torch.float64:
+            longest = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).nan_to_num_(0.0, 0.0)
+            if bool((longest > LONGEST).any()):
+                code = torch.empty(rows.shape, dtype=torch.float32, device=rows.device)
+        return cls.around(rows, code, rows.new_empty(len(rows), dtype=torch.float32), inner_product)
 
     @classmethod
     def around(cls, rows: Tensor, code: Tensor, scale: Tensor, inner_product: bool = False) -> Coded:
@@ -119,7 +122,8 @@ class Coded:
         if self.code.dtype != torch.int8:
             at = slice(None) if selected is None else selected
             if self.code is not self.rows:
-                self.code[at] = self.rows[at].to(self.code.dtype)
+                self.code[at], self.scale[at] = unit_rows(self.rows[at], self.code.dtype)[0], 1.0
+                return
             norm = torch.linalg.vector_norm(self.rows[at], dim=1, dtype=torch.float64)
             scale = torch.ones_like(norm) if self.inner_product else torch.where(norm > 0, 1.0 / norm, 0.0)
             self.scale[at] = scale.nan_to_num_(0.0, 0.0, 0.0).float()

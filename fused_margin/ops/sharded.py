@@ -146,21 +146,24 @@ class ShardedSweep(FirstOrderFunction):
         everyone = gather(problem, shard, ignore_index, needs)
         if shard.size:
             found = sweep.forward(everyone.problem, uniform, NO_CLASS, needs, everyone.arrive)
-            parts = [found.negative_logsumexp, found.target_cosine, *([found.uniform_cosine] if uniform else [])]
+            own_largest = torch.where(found.relative_logsumexp == -math.inf, -math.inf, found.largest_logit)
+            relative = found.relative_logsumexp
+            parts = [found.target_cosine, *([found.uniform_cosine] if uniform else [])]
             parts += target_values(everyone.problem, length)
         else:  # more ranks than classes
             everyone.arrive()
             found = None
-            parts = [weight.new_zeros(len(everyone.problem.labels), dtype=torch.float64)] * sum(asked)
-            parts[0] = parts[0] - math.inf
-        largest = shard.largest(parts[0].clone())
-        reach = torch.where(parts[0] == -math.inf, 0.0, (parts[0] - largest).exp_())
-        by_rank = [t.view(shard.world, everyone.most) for t in (reach, *parts[1:])]
+            relative = weight.new_zeros(len(everyone.problem.labels), dtype=torch.float64)
+            own_largest = torch.full_like(relative, -math.inf)
+            parts = [relative] * (sum(asked) - 1)
+        largest = shard.largest(own_largest.clone())
+        reach = torch.where(own_largest == -math.inf, 0.0, (own_largest - largest + relative).exp_())
+        by_rank = [t.view(shard.world, everyone.most) for t in (reach, *parts)]
         total, *others = shard.scatter_sums(torch.stack(by_rank, dim=1))
         nlse = total.log() + largest.view(shard.world, everyone.most)[shard.rank]
         nlse = torch.where(total == 0, -math.inf, nlse)
-        ctx.shard, ctx.everyone, ctx.found, ctx.nlse, ctx.count = shard, everyone, found, nlse, len(embeddings)
-        ctx.asked = asked
+        ctx.shard, ctx.everyone, ctx.found, ctx.count, ctx.asked = shard, everyone, found, len(embeddings), asked
+        ctx.reach, ctx.total = reach, total  # of this rank's classes, for all samples; of all, for this rank's
         ctx.save_for_backward(embeddings, weight, scale, bias)
         results = (t[: len(embeddings)].clone() for t in (nlse, *others))
         return tuple(next(results) if wanted else None for wanted in asked)
@@ -171,18 +174,17 @@ class ShardedSweep(FirstOrderFunction):
         embeddings, weight, _, bias = ctx.saved_tensors  # an error if somebody has changed them
         need_embeddings, need_weight, need_scale, need_bias = ctx.needs_input_grad[5:]
         upstream = [g for g, wanted in zip(upstream, ctx.asked, strict=True) if wanted]
-        told = shard.gather(torch.stack([ctx.nlse, *(padded(g.contiguous(), most) for g in upstream)]))
-        nlse, *told = (t.flatten().contiguous() for t in told.unbind(dim=1))
+        told = shard.gather(torch.stack([ctx.total, *(padded(g.contiguous(), most) for g in upstream)]))
+        total, *told = (t.flatten().contiguous() for t in told.unbind(dim=1))
         told = iter(told)
         d_nlse, d_target, d_uniform, d_target_bias, d_length = (next(told) if wanted else None for wanted in ctx.asked)
         if found is None:
             no_bias = None if bias is None else torch.zeros_like(bias)
             gradients = Gradients(
-                torch.zeros_like(problem.embeddings), torch.zeros_like(weight), no_bias, torch.zeros_like(nlse)
+                torch.zeros_like(problem.embeddings), torch.zeros_like(weight), no_bias, torch.zeros_like(total)
             )
         else:
-            share = (found.negative_logsumexp - nlse).exp_()  # of this rank's classes in the sum over all
-            d_nlse = torch.where(d_nlse == 0, 0.0, d_nlse * share)
+            d_nlse = torch.where(d_nlse == 0, 0.0, d_nlse * (ctx.reach / total))
             asked = SweepGradients(d_nlse, d_target, d_uniform, None)
             gradients = sweep.backward(problem, asked, found, need_embeddings, need_weight, need_bias)
             gradients = add_target_gradients(

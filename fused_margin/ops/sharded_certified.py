@@ -89,10 +89,8 @@ def find_nearest(run: Kernels, shard: Shard, weight: Tensor, workspace_bytes: in
     too_large = torch.tensor(not search.fits_int8(weight, workspace_bytes), dtype=torch.int64, device=weight.device)
     int8 = not shard.largest(too_large).item()
     agree(shard, weight, int8, too_large.new_zeros(0))
-    rows = weight.to(compute_dtype(weight))
-    code = torch.empty(rows.shape, dtype=torch.int8, device=rows.device) if int8 else rows
-    coded = Coded.around(rows, code, rows.new_empty(len(rows), dtype=torch.float32))
-    lists = Lists.empty(len(rows), capacity_of(1, shard.num_classes, int8), rows.device)
+    coded = Coded.unmade(weight.to(compute_dtype(weight)), int8)
+    lists = Lists.empty(len(weight), capacity_of(1, shard.num_classes, int8), weight.device)
     found = ShardedSearch(run, shard, coded, lists, workspace_bytes)
     found.sweep_all()
     cosine, index = found.search.answers(torch.float64)

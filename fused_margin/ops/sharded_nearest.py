@@ -82,8 +82,8 @@ def nearest_between(run: Kernels, query: Tensor, reference: Tensor, workspace_by
     """Cosine (Q,) of unit rows to the nearest of others (R, D), and its row; ties to the lowest."""
     # The kernel compares parts of one list with itself: here references come first, and queries after them.
     rows, columns, item = len(query), len(reference), query.element_size()
-    ones = query.new_ones(columns + rows)
-    cosine, index = torch.full_like(ones, -4.0), torch.zeros(columns + rows, dtype=torch.int64, device=query.device)
+    cosine = query.new_full((columns + rows,), -4.0)
+    index = torch.zeros(columns + rows, dtype=torch.int64, device=query.device)
     room = min(CHUNK_BYTES[query.device.type], workspace_bytes)
     side = whole_chunk(max(rows, columns), math.isqrt(room // item))
     buffer = query.new_empty(side * side)
@@ -94,7 +94,7 @@ def nearest_between(run: Kernels, query: Tensor, reference: Tensor, workspace_by
             products = buffer[: height * width].view(height, width)
             torch.mm(query[top : top + height], reference[left : left + width].t(), out=products)
             run.nearest_tile(
-                products=products, inverse_norm=ones, cosine=cosine, index=index, rows=height, columns=width,
-                row_begin=columns + top, column_begin=left,
+                products=products, cosine=cosine, index=index, rows=height, columns=width, row_begin=columns + top,
+                column_begin=left,
             )  # fmt: skip
     return cosine[columns:], index[columns:]

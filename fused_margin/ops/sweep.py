@@ -37,7 +37,8 @@ def empty_sweep(problem: Problem, uniform: bool, keep: bool) -> tuple[Plan, Swee
     kept, kept_dtype = module.kept_elements(problem, plan)
     statistic = torch.float64
     return plan, Sweep(
-        negative_logsumexp=weight.new_empty(samples, dtype=statistic),
+        largest_logit=weight.new_empty(samples, dtype=statistic),
+        relative_logsumexp=weight.new_empty(samples, dtype=statistic),
         target_cosine=weight.new_empty(samples, dtype=statistic),
         uniform_cosine=weight.new_empty(samples if uniform else 0, dtype=statistic),
         nearest_cosine=weight.new_empty(classes if problem.nearest else 0, dtype=compute),
@@ -198,9 +199,9 @@ def target_rows(problem: Problem, saved: Sweep) -> Tensor | None:
 
 def row_scales(gradient: Tensor, saved: Sweep) -> Tensor:
     """What turns a chunk's exponentials into dL / d logit: gradient * 2^exponent / exp(negative_logsumexp)."""
-    scales = gradient * torch.exp(saved.exponent * LN2 - saved.negative_logsumexp)
+    scales = gradient * torch.exp(saved.exponent * LN2 - saved.largest_logit - saved.relative_logsumexp)
     # a row that is ignored, or has no other class, has no gradient; its exponentials may be anything
-    return scales.masked_fill_((gradient == 0) | (saved.negative_logsumexp == -math.inf), 0.0)
+    return scales.masked_fill_((gradient == 0) | (saved.relative_logsumexp == -math.inf), 0.0)
 
 
 def sparse_terms(

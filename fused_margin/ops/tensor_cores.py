@@ -5,13 +5,15 @@ makes the exponentials again, relative to each row's own sum, so that fp16 holds
 products with them to torch.mm.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
 from fused_margin.ops import dispatch
 from fused_margin.ops.backend import Kernels
 from fused_margin.ops.plan import Plan, nearest_in_chunks, tensor_plan
-from fused_margin.ops.portable import fixed_exponent
+from fused_margin.ops.portable import LN2, fixed_exponent
 from fused_margin.ops.problem import Problem, Sweep
 
 WIDTH_MULTIPLE = 64  # kWidthMultiple of csrc/cuda/tensor.h: an operand's row comes in lines of 128 bytes
@@ -110,9 +112,14 @@ class Products:
         sweep, weight = self.sweep, self.problem.weight
         if self.problem.samples:
             self.run.combine_partials(
-                partial=self.partial, negative_logsumexp=sweep.negative_logsumexp, exponent=sweep.exponent,
+                partial=self.partial, negative_logsumexp=sweep.relative_logsumexp, exponent=sweep.exponent,
                 slots=self.slots, samples=self.problem.samples,
             )  # fmt: skip
+            torch.mul(sweep.exponent[0], LN2, out=sweep.largest_logit)
+            if self.problem.scale is not None:  # else products_of has looked at it
+                too_large = sweep.largest_logit.abs() > dispatch.LARGEST_LOGIT
+                sweep.relative_logsumexp.masked_fill_(too_large, math.nan)
+            sweep.relative_logsumexp.sub_(sweep.largest_logit)
         if nearest_in_chunks(self.problem):
             self.run.unpack_nearest(best=self.best, index=sweep.nearest_index, count=self.problem.classes)
             cosine = torch.empty_like(sweep.nearest_cosine, dtype=torch.float64)

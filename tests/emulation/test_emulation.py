@@ -9,8 +9,10 @@ from problems import LAYOUTS, in_layout, leaf, ours, problem, relative_error
 
 import fused_margin as fm
 from fused_margin.margins import FilteredNegatives, HardNegatives
-from fused_margin.ops import library, sweep
+from fused_margin.ops import library, plan, sweep
 from fused_margin.ops.backend import Kernels
+from fused_margin.ops.dispatch import PORTABLE
+from fused_margin.ops.problem import Problem
 
 
 @pytest.fixture
@@ -75,6 +77,41 @@ def test_inner_products(compare, dtype, workspace_mb):
 
     for options in ({"label_smoothing": 0.1}, {"margin": fm.Margin(m1=4.0)}):
         compare(lambda o=options: run(workspace_mb=workspace_mb, **o), 2e-6 if dtype == torch.float32 else 1e-12)
+
+
+@pytest.mark.parametrize("workspace_mb", [256, 1e-6], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("size", [1e6, 1e9, 1e16, 1e37])
+def test_large_logits(compare, size, workspace_mb):
+    x, w, y = (t.float() if t.is_floating_point() else t for t in problem(7, 333, 45))
+    x = F.normalize(x) * size
+
+    def run():
+        leaves = [leaf(t) for t in (x, w)]
+        loss = fm.functional.linear_cross_entropy(*leaves, y, workspace_mb=workspace_mb)
+        loss = (
+            loss / size + fm.functional.margin_cross_entropy(*leaves, y, scale=None, workspace_mb=workspace_mb) / size
+        )
+        return loss.detach(), *torch.autograd.grad(loss, leaves)
+
+    compare(run, 1e-6)
+
+
+@pytest.mark.parametrize("size", [1.0, 1e24])
+@pytest.mark.parametrize("workspace_mb", [256, 1e-6])
+def test_nearest_classes_in_chunks(emulated, monkeypatch, size, workspace_mb):
+    """As on a GPU, where a loss does not wait for a search."""
+    for module in (sweep, plan):
+        monkeypatch.setattr(module, "is_searched", lambda problem: False)
+    monkeypatch.setattr(library, "kernels", lambda device: Kernels(emulated.cuda, 0))
+    monkeypatch.setattr(sweep, "kernels", lambda device: Kernels(emulated.cuda, 0))
+    torch.manual_seed(0)
+    for unit in (torch.eye(5)[torch.arange(301) % 5], F.normalize(torch.randn(301, 12))):
+        w = unit * size
+        found = sweep.forward(Problem(None, w, int(workspace_mb * 2**20), PORTABLE, nearest=True), False, -100, True)
+        cosine = (unit.double() @ unit.double().t()).fill_diagonal_(-2.0).amax(1)
+        torch.testing.assert_close(found.nearest_cosine.double(), cosine, rtol=0, atol=1e-6)
+        torch.testing.assert_close((unit * unit[found.nearest_index]).double().sum(1), cosine, rtol=0, atol=1e-6)
+        assert (found.nearest_index != torch.arange(301)).all()
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 3), (33, 257, 31), (3, 1025, 130)], ids=str)

@@ -190,6 +190,27 @@ def test_options(family, options):
     check(x, w, y, 1e-5, **options)
 
 
+@pytest.mark.parametrize("size", [1e3, 1e5, 1.9e6])
+def test_large_logits(family, size):
+    """The exponent of every row is exact: what is left is the rounding of the products, of logits that large."""
+    x, w, y = single(40, 300, 48)
+    x = torch.nn.functional.normalize(x) * size
+    y[3] = -100
+    expected = truth(x, w, y, {"m2": 0.5}, scale=None)
+    for m, e in zip(ours(x, w, y, {"m2": 0.5}, scale=None), expected, strict=True):
+        assert relative_error(m, e) < 1e-5
+
+
+def test_logits_beyond_the_range_are_no_number(family):
+    """Of a fixed scale the portable kernels take care."""
+    x, w, y = single(40, 300, 48)
+    x[5] *= 1e9 / x[5].norm()
+    loss = fm.functional.margin_cross_entropy(x, w, y, scale=None, reduction="none")
+    assert loss[5].isnan() and loss.isfinite().sum() == 39
+    check(x, w, y, 1e-5, scale=1e9)
+    assert fm.functional.margin_cross_entropy(x[:1], w[:1], y[:1] * 0, scale=None) == 0  # no other class
+
+
 @pytest.mark.parametrize("size", [512, 600], ids=["rows stay", "rows are streamed"])
 @pytest.mark.parametrize("precision", ["high"], indirect=True)
 def test_enough_tiles_to_wrap_the_ring(family, precision, size):
