@@ -1,6 +1,6 @@
 """The program `fused-margin`: sets what has to be set before torch is imported, and runs fused_margin.cli.
 
-A module of its own, because importing anything of the package imports torch, whose OpenMP reads its variables then.
+It is a separate module, because importing the package imports torch, and OpenMP reads its environment variables then.
 """
 
 import os

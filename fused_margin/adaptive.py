@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fused_margin import settings
 from fused_margin.losses import ARGUMENTS, MarginLoss
-from fused_margin.margins import HardNegatives, Margin
+from fused_margin.margins import HardNegatives, Margin, warn_of_degrees
 from fused_margin.ops.normalization import target_cosines
 from fused_margin.ops.sharded import sharded_target_cosine
 from fused_margin.reductions import mean_over
@@ -180,7 +180,7 @@ class ElasticFaceLoss(MarginLoss):
 
     def keep_setting(self, name: str, value: Any) -> None:
         if name == "margin" and self.kind == "arc":
-            settings.warn_of_degrees(name, value)
+            warn_of_degrees(name, value)
         super().keep_setting(name, value)
 
     @torch.no_grad()

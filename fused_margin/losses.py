@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from fused_margin import checks, settings
 from fused_margin.exclusive import ExclusiveRegularizer, checked_refresh
 from fused_margin.functional import NearestClass, margin_cross_entropy
-from fused_margin.margins import HardNegatives, Margin, is_number, minimum_scale
+from fused_margin.margins import HardNegatives, Margin, is_number, minimum_scale, warn
 from fused_margin.running_state import RunningState, once_per_step
 from fused_margin.sharding import DenseGradient, Shard, Shared, Total
 
@@ -282,7 +282,7 @@ class MarginLoss(ClassificationLoss):
     def warn_of_small(self, scale: float) -> None:
         least = minimum_scale(self.num_classes, PROBABILITY) if self.num_classes > 1 else 0.0
         if scale < least:
-            settings.warn(
+            warn(
                 f"scale {scale:g} is below {least:.2f}: with {self.num_classes} classes no sample can reach a "
                 f"probability of {PROBABILITY} for its class (see fused_margin.margins.minimum_scale)"
             )

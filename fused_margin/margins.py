@@ -1,9 +1,12 @@
 """What a loss does to cosines, as values: the margin psi(theta) = cos(m1 * theta + m2) - m3, and hard negatives."""
 
 import math
+import sys
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 NUMBERS = (int, float, np.integer, np.floating)
@@ -13,6 +16,23 @@ GRADIENT = ("exact", "straight_through")
 
 def is_number(value) -> bool:
     return isinstance(value, NUMBERS) and not isinstance(value, bool)
+
+
+def warn(message: str) -> None:
+    """Warns about the line outside this package that led here."""
+    level = 2
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "fused_margin":
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
+
+
+def warn_of_degrees(name: str, value: float) -> None:
+    if abs(value) > math.pi:
+        warn(
+            f"{name} {value:g} is an angle above pi: margins are in radians "
+            f"({value:g} degrees are {math.radians(value):.4g} radians)"
+        )
 
 
 def minimum_scale(num_classes: int, probability: float) -> float:
@@ -118,3 +138,7 @@ class Margin:
                 raise ValueError(
                     f"{name}: expected one of {', '.join(map(repr, allowed))}, got {getattr(self, name)!r}"
                 )
+        if is_number(self.m2) and abs(self.m2) > math.pi and not torch.compiler.is_compiling():
+            maker = sys._getframe(2).f_globals.get("__name__", "")  # frame 1 is the generated __init__
+            if maker.partition(".")[0] != "fused_margin":  # a loss has warned when its margin was set
+                warn_of_degrees("m2", self.m2)

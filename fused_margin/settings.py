@@ -1,7 +1,5 @@
 """Constructor arguments that may be changed between steps, checked as the constructor checks them."""
 
-import sys
-import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
@@ -10,7 +8,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from fused_margin import checks
-from fused_margin.margins import BEYOND_PI, GRADIENT, Margin, is_number
+from fused_margin.margins import BEYOND_PI, GRADIENT, Margin, is_number, warn_of_degrees
 
 Check = Callable[[str, Any], Any]  # raises, or returns the value to keep
 
@@ -54,15 +52,6 @@ class Settings(nn.Module):
 
     def setting_changed(self, name: str) -> None:
         """Updates what was derived from a setting. Called in construction too."""
-
-
-def warn(message: str) -> None:
-    """Warns about the line outside this package that made or changed a loss."""
-    level = 2
-    frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "fused_margin":
-        frame, level = frame.f_back, level + 1
-    warnings.warn(message, stacklevel=level)
 
 
 def number(low: float, high: float = np.inf, *, open_low: bool = False) -> Check:
@@ -138,14 +127,6 @@ def index(name: str, value: int) -> int:
 def real(value: Any) -> Any:
     """A number as a float: torch.compile takes those for variables, and integers and NumPy's numbers for constants."""
     return float(value) if is_number(value) else value
-
-
-def warn_of_degrees(name: str, value: float) -> None:
-    if abs(value) > np.pi:
-        warn(
-            f"{name} {value:g} is an angle above pi: margins are in radians "
-            f"({value:g} degrees are {np.radians(value):.4g} radians)"
-        )
 
 
 # the options of torch.nn.CrossEntropyLoss, and of the scratch memory

@@ -70,7 +70,7 @@ def twins(module, *others):
 
 @pytest.mark.parametrize(("module", "name", "value"), CHANGES)
 def test_setting_is_constructing(module, name, value):
-    """The loss and the printed form are those of a module that was constructed so; there, and in the middle of a training."""
+    """The loss and the printed form equal those of a module constructed with the value."""
     x, y = inputs()
     changed, constructed = twins(module, {}, {name: value})
     for loss_fn in (changed, constructed):
@@ -307,6 +307,17 @@ def test_degrees_warn(name):
     with pytest.warns(UserWarning, match="28.6 is an angle above pi") as caught:
         setattr(loss_fn, attribute, (0.1, 28.6) if attribute == "margins" else 28.6)
     assert len(caught) == 1 and caught[0].filename == __file__
+
+
+def test_degrees_in_a_margin_warn():
+    with pytest.warns(UserWarning, match="m2 28.6 is an angle above pi") as caught:
+        margin = fm.Margin(m2=28.6)
+    assert len(caught) == 1 and caught[0].filename == __file__
+    x, y = inputs()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fm.functional.margin_cross_entropy(x, torch.randn(30, 8, dtype=torch.float64), y, margin)
+        fm.Margin(m2=3.1, m3=4.0)
 
 
 def test_numbers_that_are_no_angles_do_not_warn():

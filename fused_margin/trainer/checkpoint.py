@@ -62,15 +62,20 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: there is none, it is damaged, or another version wrote it.
     """
-    try:
-        state = load_tensors(path)
-    except FileNotFoundError:
-        raise CheckpointError(f"no checkpoint at {path}") from None
-    except UnreadableFileError as error:
-        raise CheckpointError(f"cannot read the checkpoint {error}") from error
+    state = _load(path, "checkpoint")
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a checkpoint of this version of the trainer")
     return state
+
+
+def _load(path: Path, contents: str, expected: str = "") -> Any:
+    """Read a file of torch.save; `contents` and `expected` are parts of the error messages."""
+    try:
+        return load_tensors(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"no {contents} at {path}{expected}") from None
+    except UnreadableFileError as error:
+        raise CheckpointError(f"cannot read the {contents} {error}{expected}") from error
 
 
 def load_run(path: Path, purpose: str) -> dict[str, Any]:
@@ -99,18 +104,13 @@ def load_backbone_weights(path: Path) -> dict[str, Tensor]:
         exported = path / WEIGHTS_NAME
         path = exported if exported.exists() and not (path / FILE_NAME).exists() else path / FILE_NAME
     expected = (
-        f"expected the folder of a run, its {FILE_NAME}, or a {WEIGHTS_NAME} that fused-margin export has written"
+        f"; expected the folder of a run, its {FILE_NAME}, or a {WEIGHTS_NAME} that fused-margin export has written"
     )
-    try:
-        state = load_tensors(path)
-    except FileNotFoundError:
-        raise CheckpointError(f"no weights at {path}: {expected}") from None
-    except UnreadableFileError as error:
-        raise CheckpointError(f"cannot read the weights {error}; {expected}") from error
+    state = _load(path, "weights", expected)
     if isinstance(state, dict) and "format" in state:
         return backbone_state(load_run(path, "start from"))
     if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise CheckpointError(f"{path} holds no weights of a backbone: {expected}")
+        raise CheckpointError(f"{path} holds no weights of a backbone{expected}")
     return state
 
 

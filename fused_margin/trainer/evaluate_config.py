@@ -123,6 +123,8 @@ class EvaluateConfig:
         Raises:
             ValueError: they contradict each other.
         """
+        if self.protocol == "megaface" and not (self.folds is None and self.num_pairs is None):
+            raise ValueError("folds, num-pairs: the protocol megaface has neither folds nor drawn pairs")
         prescribed = LFW_FLIP[self.variant] if self.protocol == "lfw" else None
         far = 1e-6 if self.protocol == "megaface" else trained.far
         return dataclasses.replace(

@@ -55,19 +55,23 @@ def run_evaluation(config: EvaluateConfig, console: Console) -> dict[str, Any]:
         network = read_checkpoint(path, data, config.backbone)
     else:
         path = config.features
-    asked_folds = config.folds
+    asked = config
     try:
         config = config.filled_in(EvaluationConfig() if network is None else network.config.evaluation)
     except ValueError as error:
         raise DataError(f"{path}: {error}") from error
+    if network and (benchmark := network.benchmark):
+        _refuse_unused(asked, benchmark.pairs, benchmark.fold if benchmark.has_folds else None, benchmark.source)
     with console.status("computing features" if network else "reading features"):
         if network:
-            found = network.features(device, mirror=config.flip != "none", workers=config.workers, folds=asked_folds)
+            found = network.features(device, mirror=config.flip != "none", workers=config.workers, folds=asked.folds)
         elif config.distractors is None:
             found = EvaluationInput(read_arrays(path), f"features of {path}", str(path))
         else:
             found = read_probes(path, config.distractors)
     given, description = found.features, found.description
+    if not network:
+        _refuse_unused(asked, given.pairs, given.fold, found.source)
     with console.status(f"evaluating {config.name}"):
         try:
             measured = _measure(config, given, network.config.seed if network else 0, device)
@@ -105,6 +109,14 @@ def run_evaluation(config: EvaluateConfig, console: Console) -> dict[str, Any]:
     (output / f"{config.name}.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     _print_report(console, report, measured.headline, output)
     return report
+
+
+def _refuse_unused(asked: EvaluateConfig, pairs: np.ndarray | None, fold: np.ndarray | None, source: str) -> None:
+    """Raises DataError for options of drawn pairs or folds, where `source` gives them."""
+    if asked.num_pairs is not None and pairs is not None and asked.num_pairs != len(pairs):
+        raise DataError(f"num-pairs: {source} gives {len(pairs):,} pairs, so none are drawn; leave out the option")
+    if asked.folds is not None and fold is not None and asked.folds != (folds := len(np.unique(fold))):
+        raise DataError(f"folds: {source} gives {folds} folds, not {asked.folds}; leave out the option")
 
 
 def _measure(config: EvaluateConfig, given: FeatureSet, seed: int, device: torch.device) -> Measured:

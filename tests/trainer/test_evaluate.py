@@ -356,6 +356,26 @@ def test_pairs_without_folds(trained, capsys):
     assert "pairs.txt: pairs: expected at least 13 of either kind" in fails(capsys, 1, *arguments, "--folds", 13)
 
 
+def test_options_that_the_input_leaves_no_choice_for(trained, capsys):
+    rng = np.random.default_rng(0)
+    for name in ("A", "B", "C", "D"):
+        Path("lfw", name).mkdir(parents=True)
+        for photograph in (1, 2):
+            Path("lfw", name, f"{name}_{photograph:04d}.png").write_bytes(encoded_digit(rng, 0))
+    lines = ["2\t2", "A\t1\t2", "B\t1\t2", "A\t1\tB\t1", "B\t1\tA\t2"]
+    lines += [line.translate(str.maketrans("AB", "CD")) for line in lines[1:]]
+    Path("lfw/pairs.txt").write_text("\n".join(lines))
+    features = np.eye(8, dtype=np.float32)
+    pairs, same = np.array([[0, 1], [0, 2], [4, 5], [4, 6]]), np.array([True, False] * 2)
+    np.savez("given.npz", features=features, pairs=pairs, same=same, fold=np.array([0, 0, 1, 1]))
+    for arguments, number in ((("--checkpoint", trained, "--data", "lfw"), 8), (("--features", "given.npz"), 4)):
+        assert "gives 2 folds, not 3" in fails(capsys, 1, *arguments, "--folds", 3)
+        assert f"gives {number} pairs" in fails(capsys, 1, *arguments, "--num-pairs", 400)
+        evaluate(*arguments, "--folds", 2, "--num-pairs", number)  # as they are
+        said = fails(capsys, 1, *arguments, "--protocol", "megaface", "--folds", 5)
+        assert "folds, num-pairs: the protocol megaface has neither" in said
+
+
 def test_an_error_of_the_images_names_them(trained, capsys):
     rng = np.random.default_rng(0)
     Path("faces.bin").write_bytes(pickle.dumps(([encoded_digit(rng, 20)] * 40, [True] * 20)))

@@ -424,7 +424,7 @@ def test_weights_that_cannot_be_started_from(tiny_config, console, tmp_path):
             run(config, console)
         assert not config.output.exists()
 
-    refused("no weights at .*backbone.pt: expected the folder of a run")
+    refused("no weights at .*backbone.pt; expected the folder of a run")
     path.write_bytes(b"")
     refused("cannot read the weights .*backbone.pt: the file is empty")
     torch.save([1, 2], path)

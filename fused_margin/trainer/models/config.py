@@ -16,7 +16,7 @@ class BackboneError(ValueError):
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Input and size of the network. Stages and activations are those of the papers."""
+    """Input and size of the network. Its stages and activations follow the papers."""
 
     channels: int = 1
     """Image channels: 1 (grayscale) or 3 (RGB)."""
