@@ -27,6 +27,8 @@ NO_RESULT = (
     "GPU: no result from a device is committed yet, so the families of tensor-core kernels are off.\n"
     "`python -m benchmarks.gpu` builds, checks and times everything where there is a device."
 )
+HEADER = ["what", "time", "predicted", "ratio to the reference", "peak extra memory", "error"]
+PREDICTED = HEADER.index("predicted")
 STEPS = (kernels.STEP, kernels.LARGE[0])
 # Of each kind of peer the fastest is shown, beside the loss of ours that it computes.
 PEERS = (
@@ -68,7 +70,13 @@ def _row(section: Section, result: DeviceResult, name: str, what: str, ratio: tu
         cells[4] = failure or (ABSENT if entry.peak_bytes is None else f"{mebibytes(entry.peak_bytes)} MiB")
         error = entry.largest_error if section.suite in kernels.KERNELS else entry.gradient_error
         cells[5] = ABSENT if error is None else f"{error:.1e}"
-    return f"| {' | '.join(cells)} |"
+    return _line(result, cells)
+
+
+def _line(result: DeviceResult, cells: list[str]) -> str:
+    """A row of the table, without the column of predictions where they are for another device."""
+    shown = cells if predictions.made_for(result.gpu) else cells[:PREDICTED] + cells[PREDICTED + 1 :]
+    return f"| {' | '.join(shown)} |"
 
 
 def _rows(result: DeviceResult) -> Iterator[str]:
@@ -118,21 +126,22 @@ def gpu_results(result: DeviceResult | None) -> str:
         return NO_RESULT
     content, shape = result.content, kernels.STEP
     versions, hardware = content["versions"], content["hardware"]
+    predicted = "Predictions were made before the first run. " if predictions.made_for(result.gpu) else ""
     text = (
         f"{result.gpu}, driver {hardware.get('driver', 'unknown')}, torch {versions['torch']}, CUDA {versions['cuda']}, "
         f"{content.get('date', 'undated')[:10]}, commit `{(content.get('commit') or 'unknown')[:12]}`: kernels of `{result.backend}`, N = "
         f"{shape.rows:,}, D = {shape.dim}. The ratio is the time of the reference over ours within the same round; in a "
-        "peer's row the peer is the reference. Predictions were made before the first run. Memory is the peak above "
-        "embeddings, weights and their gradients. Errors are against float64: of the logsumexp, of the cosine to the class "
-        f"found, of the loss, and in a step of the gradients. {_switched_on(result)}"
+        f"peer's row the peer is the reference. {predicted}Memory is the peak above embeddings, weights and their gradients. "
+        "Errors are against float64: of the logsumexp, of the cosine to the class found, of the loss, and in a step of "
+        f"the gradients. {_switched_on(result)}"
     )
     if not content.get("complete"):
         text += " The run was cut short; what it did not reach is missing."
     lines = [
         textwrap.fill(text, scaling.WIDTH, break_on_hyphens=False, break_long_words=False),
         "",
-        "| what | time | predicted | ratio to the reference | peak extra memory | error |",
-        "|---|---|---|---|---|---|",
+        _line(result, HEADER),
+        _line(result, ["---"] * len(HEADER)).replace(" ", ""),
         *_rows(result),
         "",
         f"`{result.file}`, whose times are written by",

@@ -131,7 +131,8 @@ def test_readme_says_what_a_result_switches_on(monkeypatch):
 def test_predictions_are_for_their_device_and_kernels_alone(options):
     table = rows(publish.gpu_results(result(**options)))
     assert table["exponent-sum kernel, C = 100,000"][0] == "150 µs"
-    assert {cells[1] for cells in table.values()} == {"–"}
+    predicted = {cells[1] for cells in table.values() if len(cells) == 5}
+    assert predicted == (set() if "gpu" in options else {"–"})
 
 
 def test_what_was_not_measured_is_a_dash_and_what_failed_says_so():
