@@ -2,6 +2,7 @@
 
 import copy
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -286,6 +287,14 @@ def test_rows_of_one_number(classes, dtype):
 def test_int8_products_of_torch_are_right():
     """They are no public function of torch: where they change, the search goes without them, and this fails."""
     assert search.int8_products_are_right()
+
+
+def test_processors_with_instructions_for_int8_are_known():
+    """A private function of torch tells it; where that changes, the search is slower, and this fails."""
+    processor = Path("/proc/cpuinfo")
+    if not (processor.exists() and "avx512_vnni" in processor.read_text(encoding="utf-8")):
+        pytest.skip("a processor without AVX512-VNNI, or one that does not tell")
+    assert search.int8_wins(torch.ones(3, 64))
 
 
 def test_int8_products_that_are_wrong_are_not_used(monkeypatch):
