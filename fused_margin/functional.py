@@ -290,9 +290,10 @@ def _margin_loss(
 ) -> Tensor:
     """The loss, reduced, float64, from what a sweep has found."""
     numbers = {"m1": margin.m1, "m2": margin.m2, "m3": margin.m3, "annealing": margin.annealing}
-    if torch.compiler.is_compiling():  # numbers would be constants of the graph: one compilation for every value
-        defaults = zip(numbers.items(), (1.0, 0.0, 0.0, 0.0), strict=True)
-        numbers = {name: _variable(value, default, problem) for (name, value), default in defaults}
+    if torch.compiler.is_compiling():
+        # Numbers would be constants of the graph, with one compilation for every value. Comparing one with its default
+        # makes a constant of it too, and for good.
+        numbers = {name: _variable(value, problem) for name, value in numbers.items()}
     per_sample = [checks.per_sample(f"margin.{name}", value, problem.embeddings) for name, value in numbers.items()]
     values = [0.0 if isinstance(value, Tensor) else float(value) for value in numbers.values()]
     loss, row_weight, _ = library.margin_rows(
@@ -306,9 +307,9 @@ def _margin_loss(
     return _reduce(loss, row_weight, reduction, shard)
 
 
-def _variable(value: float | Tensor, default: float, problem: Problem) -> float | Tensor:
-    """A number as a tensor of all samples, unless it is the default."""
-    if isinstance(value, Tensor) or value == default:
+def _variable(value: float | Tensor, problem: Problem) -> Tensor:
+    """A number as a tensor of all samples."""
+    if isinstance(value, Tensor):
         return value
     return value * torch.ones(problem.samples, dtype=torch.float64, device=problem.labels.device)
 
