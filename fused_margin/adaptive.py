@@ -79,8 +79,8 @@ class AdaFaceLoss(RunningState, MarginLoss):
         loss = super().forward(embeddings, labels)
         if self.training:  # only now: a call that raised changes nothing
             mean, std = self.statistics(embedding_norm(embeddings.detach(), *self.NORMS), labels)
-            self.norm_mean.copy_(mean)
-            self.norm_std.copy_(std)
+            self.update_state("norm_mean", mean)
+            self.update_state("norm_std", std)
         return loss
 
     def margin_repr(self) -> list[str]:
@@ -246,7 +246,7 @@ class CurricularFaceLoss(RunningState, MarginLoss):
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         loss = super().forward(embeddings, labels)
         if self.training:  # only now: a call that raised changes nothing
-            self.t.copy_(self.next_t(target_cosine(self, embeddings, labels), labels))
+            self.update_state("t", self.next_t(target_cosine(self, embeddings, labels), labels))
         return loss
 
 

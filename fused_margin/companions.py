@@ -12,7 +12,7 @@ from fused_margin.ops.normalization import unit_rows
 from fused_margin.ops.problem import compute_dtype
 from fused_margin.pairwise import other_class_sums
 from fused_margin.reductions import mean_over
-from fused_margin.running_state import recomputing
+from fused_margin.running_state import RunningState, once_per_step
 
 
 class CompanionLoss(settings.Settings):
@@ -42,7 +42,7 @@ class CompanionLoss(settings.Settings):
         return mean_over(values.sum(), counts.sum()) if self.reduction == "mean" else values.sum()
 
 
-class CenterLoss(CompanionLoss):
+class CenterLoss(RunningState, CompanionLoss):
     """Center loss: half the squared distance of an embedding to its class's centre (Wen et al., ECCV 2016, eq. 2).
 
     Every forward in training mode then moves the centres (eq. 4); its loss is that of the centres before::
@@ -51,15 +51,14 @@ class CenterLoss(CompanionLoss):
         c_j   <- c_j - alpha * sum_{i: y_i = j} (c_j - x_i) / (1 + n_j)         n_j: samples of class j in the batch
 
     The paper sums over the batch; the default here is the mean. Embeddings are taken as they are, not normalised. No
-    gradient reaches the centres. A sample with NaN moves none. Under activation checkpointing leave this module out
-    of what is computed again: a forward that is run again moves no centre, but finds those that the first has moved.
+    gradient reaches the centres. A sample with NaN moves none.
 
     Args:
         num_classes: C.
         embedding_size: D.
         alpha: share of the way that a centre goes, in [0, 1].
         reduction, ignore_index: as in ``torch.nn.CrossEntropyLoss``.
-        device, dtype: of ``centers``.
+        device, dtype: of ``centers``, which are float32 or float64: a small move would be rounded away in a half.
 
     Shape:
         embeddings (N, D), labels (N,) -> scalar, or (N,) with ``reduction="none"``; float64 if an input is, else float32.
@@ -72,6 +71,8 @@ class CenterLoss(CompanionLoss):
     """
 
     SETTINGS: ClassVar = {"alpha": settings.number(0.0, 1.0)}
+    RUNNING = ("centers",)
+    REMEMBERED = 4  # each is (N, D)
 
     def __init__(
         self,
@@ -88,15 +89,24 @@ class CenterLoss(CompanionLoss):
         num_classes = checks.positive_index("num_classes", num_classes)
         embedding_size = checks.positive_index("embedding_size", embedding_size)
         self.alpha = alpha
+        dtype = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
         self.register_buffer("centers", torch.zeros(num_classes, embedding_size, device=device, dtype=dtype))
 
+    def state_before(self, labels: Tensor) -> list[Tensor]:
+        return [self.centers[self.classes(labels, len(self.centers))[0]]]
+
+    @torch.no_grad()
+    def restore_state(self, labels: Tensor, state: list[Tensor]) -> None:
+        self.centers[self.classes(labels, len(self.centers))[0]] = state[0]
+
+    @once_per_step
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         checks.batch(embeddings, self.centers, labels)
         classes, counts = self.classes(labels, len(self.centers))
         dtype = compute_dtype(embeddings, self.centers)
         difference = F.embedding(classes, self.centers).to(dtype) - embeddings.to(dtype)
         loss = self.reduce(difference.square().sum(1) / 2, counts)
-        if self.training and not recomputing():  # only now: a call that raised moves nothing
+        if self.training:  # only now: a call that raised moves nothing
             self.move_centers(difference.detach(), classes, counts)
         return loss
 
@@ -112,14 +122,14 @@ class CenterLoss(CompanionLoss):
         number.index_put_((place,), counts.double(), accumulate=True)
         total.index_put_((place,), difference.double().masked_fill(~counts, 0.0), accumulate=True)
         move = -self.alpha * total / (1.0 + number)  # 0 where nothing is
-        self.centers.index_put_((ordered,), move.to(self.centers.dtype), accumulate=True)
+        self.update_state("centers", move.to(self.centers.dtype), ordered)
 
     def extra_repr(self) -> str:
         num_classes, embedding_size = self.centers.shape
         return f"num_classes={num_classes}, embedding_size={embedding_size}, alpha={self.alpha}"
 
 
-class RingLoss(CompanionLoss):
+class RingLoss(RunningState, CompanionLoss):
     """Ring loss: embeddings are drawn to a norm that is learned (Zheng et al., CVPR 2018, arXiv:1803.00130, eq. 2).
 
     ``loss_i = (|x_i| - radius)^2 / 2``. The paper's lambda is the weight that it is added with.
@@ -141,6 +151,8 @@ class RingLoss(CompanionLoss):
         ValueError, TypeError: naming the argument, what was expected and what came.
     """
 
+    RUNNING = ("initialised",)
+
     def __init__(
         self,
         radius: float | None = None,
@@ -156,6 +168,7 @@ class RingLoss(CompanionLoss):
         self.radius = nn.Parameter(torch.tensor(float(radius or 0.0), device=device, dtype=dtype))
         self.register_buffer("initialised", torch.tensor(radius is not None, device=device))
 
+    @once_per_step
     def forward(self, embeddings: Tensor, labels: Tensor | None = None) -> Tensor:
         checks.matrix("embeddings", embeddings, "(N, embedding_size)")
         checks.same_device("embeddings", embeddings, self.radius)
@@ -181,7 +194,7 @@ class RingLoss(CompanionLoss):
     def initialise(self, radius: Tensor) -> None:
         begins = ~self.initialised & radius.isfinite()
         self.radius.copy_(radius.where(begins, self.radius))
-        self.initialised.logical_or_(begins)
+        self.update_state("initialised", self.initialised | begins)
 
 
 class IntraLoss(CompanionLoss):

@@ -14,7 +14,7 @@ from fused_margin.ops.backend import kernels, on_device
 from fused_margin.ops.certified import NearestState, fits, new_state
 from fused_margin.ops.problem import workspace_bytes
 from fused_margin.ops.registration import refuse_transforms
-from fused_margin.running_state import recomputing
+from fused_margin.running_state import current_age
 from fused_margin.sharding import Shard
 
 
@@ -109,15 +109,9 @@ class ExclusiveRegularizer(settings.Settings):
         if self.shard is not None:
             return self.find_among_ranks(weight, room)
         if self.refresh == "certified":
-            *kept, swept = self.state()
-            swept = swept.clone() if recomputing() else swept  # a forward that is run again counts once
-            return NearestClass(*library.refresh_nearest(weight, *kept, swept, room))
-        cosine = library.frozen_nearest(weight, self.index, self.current_age(), self.refresh, self.training, room)
+            return NearestClass(*library.refresh_nearest(weight, *self.state(), room))
+        cosine = library.frozen_nearest(weight, self.index, self.age, self.refresh, self.training, room)
         return NearestClass(cosine, self.index.clone())
-
-    def current_age(self) -> Tensor:
-        """Steps since the nearest classes were found; 1 while a forward is recomputed, so that it does not search again."""
-        return torch.ones_like(self.age) if recomputing() else self.age
 
     def find_among_ranks(self, weight: Tensor, room: int) -> NearestClass:
         refuse_transforms(weight)
@@ -128,7 +122,7 @@ class ExclusiveRegularizer(settings.Settings):
             if self.refresh == "certified":
                 return NearestClass(*sharded_certified.refresh(run, self.shard, weight, self.state(), room))
             cosine = sharded_certified.frozen(
-                run, self.shard, weight, self.index, self.current_age(), self.refresh, self.training, room
+                run, self.shard, weight, self.index, current_age(self.age), self.refresh, self.training, room
             )
         return NearestClass(cosine, self.index.clone())
 

@@ -70,7 +70,7 @@ class SoftmaxLoss(ClassificationLoss):
             shard=self.current_shard(),
             **self.cross_entropy_options(),
         )
-        if self.exclusive_weight > 0:
+        if self.has_exclusive_term:
             loss = loss + self.exclusive_weight * exclusive_regularization(
                 self.weight, nearest=self.nearest(), shard=self.shard, workspace_mb=self.workspace_mb
             )

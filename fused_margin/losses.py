@@ -48,8 +48,9 @@ ARGUMENTS = """
     checked as here, and nothing changes where the check raises. num_classes, embedding_size, sub_centers, process_group,
     device and dtype are fixed. A number set as ``scale`` fills a scale that is a tensor. All ranks of a group must set the
     same values. Under torch.compile the second value of a number, such as the margin or the scale, compiles once more, and
-    further values do not. ``workspace_mb``, ``sample_rate``, MagFace's ``norms`` and arguments that are not numbers
-    compile for every value, so set those before.
+    further values do not; nor does a label smoothing or an exclusive weight of 0, after one more compilation.
+    ``workspace_mb``, ``sample_rate``, ``ignore_index``, MagFace's ``norms`` and arguments that are not numbers compile
+    for every value, so set those before.
 
     Shape:
         embeddings (N, D), labels (N,) integers -> scalar, or (N,) with ``reduction="none"``.
@@ -134,6 +135,11 @@ class ClassificationLoss(settings.Settings):
             checks.searched_device("weight", self.weight)
 
     def setting_changed(self, name: str) -> None:
+        # torch.compile would make constants of these numbers, for good, where their values decide what is computed
+        if name == "label_smoothing":
+            self.has_label_smoothing = self.label_smoothing > 0
+        elif name == "exclusive_weight":
+            self.has_exclusive_term = self.exclusive_weight > 0
         if name == "sample_rate":
             group = None if self.shard is None else self.shard.group
             divided = group is not None or self.sample_rate < 1
@@ -160,7 +166,7 @@ class ClassificationLoss(settings.Settings):
             "class_weight": self.class_weight,
             "reduction": self.reduction,
             "ignore_index": self.ignore_index,
-            "label_smoothing": self.label_smoothing,
+            "label_smoothing": self.label_smoothing if self.has_label_smoothing else 0.0,
             "workspace_mb": self.workspace_mb,
         }
 
@@ -211,7 +217,7 @@ class ClassificationLoss(settings.Settings):
 
     def nearest(self) -> NearestClass | None:
         """Every class's nearest other, if `exclusive_refresh` keeps them; None: to be found."""
-        wanted = self.exclusive is not None and self.exclusive_weight > 0
+        wanted = self.exclusive is not None and self.has_exclusive_term
         return self.exclusive.find(self.weight) if wanted else None
 
     def own_repr(self) -> list[str]:
@@ -299,7 +305,7 @@ class MarginLoss(ClassificationLoss):
             labels,
             self.current_margin(embeddings, labels),
             self.current_scale(labels.device),
-            exclusive_weight=self.exclusive_weight,
+            exclusive_weight=self.exclusive_weight if self.has_exclusive_term else 0.0,
             sub_centers=self.sub_centers,
             hard_negatives=self.hard_negatives(embeddings, labels),
             nearest=self.nearest(),
@@ -481,7 +487,7 @@ class AnnealedMargin(RunningState):
 
     def count_iteration(self) -> None:
         if self.training and self.annealing:
-            self.iteration += 1  # only after a loss: a call that raised was no iteration
+            self.update_state("iteration", self.iteration + 1)  # only after a loss: a call that raised was no iteration
 
 
 class SphereFaceLoss(AnnealedMargin, MarginLoss):

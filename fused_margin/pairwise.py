@@ -188,8 +188,9 @@ def _context(ctx, inputs, output):
 
 
 def _gradient(ctx, upstream):
-    d_rows, d_weight = pairwise_sums_backward(upstream, *ctx.saved_tensors, *ctx.settings)
-    return None if ctx.saved_tensors[0] is None else d_rows, d_weight, None, None, None
+    rows, weight, own = ctx.saved_tensors
+    d_rows, d_weight = pairwise_sums_backward(upstream, rows, weight, own, *ctx.settings)
+    return None if rows is None else d_rows, d_weight, None, None, None
 
 
 pairwise_sums = register(

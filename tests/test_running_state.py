@@ -89,7 +89,68 @@ def test_activation_checkpointing_of_the_exclusive_term(refresh):
         assert torch.equal(value[0], expected[0]), key
 
 
-def test_a_forward_that_is_not_the_last_is_warned_of_once():
+def two_views(call, loss_fn, x):
+    """Two batches with the same labels, of which the second sees the state that the first has left."""
+    return call(loss_fn, x[0], labels()) + call(loss_fn, x[1], labels())
+
+
+def several_batches(call, loss_fn, x):
+    return sum(call(loss_fn, part, labels() + k) for k, part in enumerate(x))
+
+
+def another_forward_without_gradient(call, loss_fn, x):
+    loss = call(loss_fn, x[0], labels())
+    with torch.no_grad():
+        loss_fn(x[0], labels())
+    return loss
+
+
+def labels_made_within(call, loss_fn, x):
+    return call(lambda x, y: loss_fn(x, y.clone()), x[0], labels())
+
+
+def rows_that_are_no_number(call, loss_fn, x):
+    y = labels()
+    y[3] = -100
+    return call(loss_fn, torch.where(torch.arange(16).unsqueeze(1) == 3, torch.nan, x[0]), y)
+
+
+STEPS = [two_views, several_batches, another_forward_without_gradient, labels_made_within, rows_that_are_no_number]
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("use_reentrant", [False, True], ids=["saved tensor hooks", "reentrant"])
+@pytest.mark.parametrize("name", [*LOSSES, "CenterLoss"])
+def test_the_state_that_the_first_run_has_seen(name, use_reentrant, step):
+    if use_reentrant and step is another_forward_without_gradient:
+        pytest.skip("a reentrant checkpoint runs without gradient too, so nothing tells these two forwards apart")
+    torch.manual_seed(0)
+    plain = getattr(fm, name)(50, 32)
+    other = copy.deepcopy(plain)
+    gradients = []
+    for loss_fn, call in (
+        (plain, lambda function, *batch: function(*batch)),
+        (other, lambda function, *batch: checkpoint(function, *batch, use_reentrant=use_reentrant)),
+    ):
+        torch.manual_seed(1)
+        for _ in range(2):
+            x = [(scale * torch.randn(16, 32)).requires_grad_() for scale in (3, 6, 1)]
+            loss = step(call, loss_fn, x)
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                loss.backward()
+            gradients.append([part.grad for part in x])
+    for first, again in zip(gradients[:2], gradients[2:], strict=True):
+        for expected, measured in zip(first, again, strict=True):
+            assert (measured is None) == (expected is None)
+            if measured is not None:
+                torch.testing.assert_close(measured, expected, rtol=0, atol=0, equal_nan=True)
+    for (key, value), expected in zip(other.state_dict().items(), plain.state_dict().values(), strict=True):
+        assert torch.equal(value, expected), key
+
+
+def test_a_forward_that_is_not_remembered_is_warned_of_once(monkeypatch):
+    monkeypatch.setattr(fm.AdaFaceLoss, "REMEMBERED", 1)
     loss_fn = fm.AdaFaceLoss(50, 32)
     batches = [(torch.randn(16, 32, requires_grad=True), labels()) for _ in range(3)]
     losses = [checkpoint(loss_fn, *batch, use_reentrant=False) for batch in batches]
@@ -99,15 +160,90 @@ def test_a_forward_that_is_not_the_last_is_warned_of_once():
         torch.stack(losses).sum().backward()
     assert torch.equal(loss_fn.norm_mean, state)
     said = [str(each.message) for each in seen if "activation checkpointing" in str(each.message)]
-    assert len(said) == 1 and said[0].startswith("AdaFaceLoss: activation checkpointing runs again a forward")
+    assert len(said) == 1 and said[0].startswith("AdaFaceLoss: activation checkpointing runs a forward again that")
 
 
-def test_center_loss_moves_its_centers_once():
-    loss_fn, x = fm.CenterLoss(50, 32), torch.randn(16, 32, requires_grad=True)
-    expected = copy.deepcopy(loss_fn)
-    expected(x, labels())
-    checkpoint(loss_fn, x, labels(), use_reentrant=False).backward()
-    assert torch.equal(loss_fn.centers, expected.centers)
+@pytest.mark.parametrize("name", [*LOSSES, "CenterLoss"])
+def test_compiled_and_checkpointed(name):
+    """The state moves once a step; the gradient is that of the state of now, which a warning says."""
+    torch.manual_seed(0)
+    plain = getattr(fm, name)(50, 32)
+    other = copy.deepcopy(plain)
+    compiled = torch.compile(other, backend="aot_eager", fullgraph=True)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            x, y = torch.randn(16, 32, requires_grad=True), labels()
+            plain(x, y)
+            checkpoint(compiled, x, y, use_reentrant=False).backward()
+    assert any("runs a forward again that torch.compile has compiled" in str(each.message) for each in seen)
+    for (key, value), expected in zip(other.state_dict().items(), plain.state_dict().values(), strict=True):
+        torch.testing.assert_close(value, expected, msg=key)
+
+
+def test_ring_loss_sees_its_first_batch_again():
+    x = torch.randn(16, 32)
+    gradients = []
+    for again in (False, True):
+        loss_fn, leaf = fm.RingLoss(reduction="none"), x.clone().requires_grad_()
+        loss = checkpoint(loss_fn, leaf, use_reentrant=False) if again else loss_fn(leaf)
+        (loss * torch.linspace(0, 1, 16)).sum().backward()
+        gradients.append((leaf.grad, loss_fn.radius.grad, loss_fn.radius.detach()))
+    for first, second in zip(*gradients, strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("name", ["ArcFaceLoss", "SoftmaxLoss", "LSoftmaxLoss", "CurricularFaceLoss"])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_activation_checkpointing_of_drawn_classes(name, sparse):
+    torch.manual_seed(0)
+    plain = getattr(fm, name)(50, 32, sample_rate=0.5, sparse=sparse)
+    other, x = copy.deepcopy(plain), torch.randn(16, 32, requires_grad=True)
+    torch.manual_seed(1)
+    plain(x, labels()).backward()
+    torch.manual_seed(1)
+    checkpoint(other, x, labels(), use_reentrant=False).backward()
+    assert torch.equal(other.weight.grad.to_dense(), plain.weight.grad.to_dense())
+
+
+def test_activation_checkpointing_of_pairwise_losses():
+    weight = torch.randn(50, 32, requires_grad=True)
+    for loss in (fm.UniformLoss(), lambda w: fm.InterLoss()(w, labels())):
+        expected = torch.autograd.grad(loss(weight), weight)
+        assert torch.equal(*torch.autograd.grad(checkpoint(loss, weight, use_reentrant=False), weight), *expected)
+
+
+def test_centers_move_in_bfloat16():
+    loss_fn = fm.CenterLoss(4, 8, alpha=0.01).bfloat16()
+    assert fm.CenterLoss(4, 8, dtype=torch.float16).centers.dtype == loss_fn.centers.dtype == torch.float32
+    embeddings = torch.full((4, 8), 3.0, dtype=torch.bfloat16)
+    for _ in range(2000):
+        loss_fn(embeddings, torch.arange(4))
+    torch.testing.assert_close(loss_fn.centers, torch.full((4, 8), 3.0 * (1 - (1 - 0.005) ** 2000)), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("name", ["AdaFaceLoss", "CurricularFaceLoss", "CenterLoss"])
+def test_assigned_state_keeps_its_dtype(name):
+    loss_fn = getattr(fm, name)(50, 32)
+    before = {key: value.dtype for key, value in loss_fn.named_buffers()}
+    state = {key: value.bfloat16() for key, value in loss_fn.state_dict().items()}
+    loss_fn.load_state_dict(state, assign=True)
+    assert {key: value.dtype for key, value in loss_fn.named_buffers()} == before
+    loss_fn(torch.randn(16, 32), labels())
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_vmap_in_training(name):
+    """A count of forwards is one for all batches; running statistics cannot be."""
+    loss_fn, x, y = getattr(fm, name)(50, 32), torch.randn(3, 16, 32), labels()
+    vectorized = torch.vmap(loss_fn, in_dims=(0, None))
+    if hasattr(loss_fn, "iteration"):
+        expected = copy.deepcopy(loss_fn)
+        torch.testing.assert_close(vectorized(x, y), torch.stack([copy.deepcopy(expected)(part, y) for part in x]))
+        assert loss_fn.iteration == 1
+    else:
+        with pytest.raises(RuntimeError, match=rf"{name}: torch.vmap cannot update \w+, .* call eval\(\)"):
+            vectorized(x, y)
 
 
 def test_recomputing_is_known():

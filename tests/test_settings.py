@@ -382,6 +382,38 @@ def test_compiled_once_for_all_values(name):
     assert counter.frame_count == 2
 
 
+ZEROS = {
+    "arcface": (fm.ArcFaceLoss, ("margin",), 2),
+    "cosface": (fm.CosFaceLoss, ("margin",), 2),
+    "combined": (fm.CombinedMarginLoss, ("m2", "m3"), 2),
+    "adaface": (fm.AdaFaceLoss, ("margin", "momentum"), 2),
+    "norm weight": (fm.MagFaceLoss, ("norm_weight",), 2),
+    "curricularface": (fm.CurricularFaceLoss, ("margin", "momentum"), 2),
+    # without label smoothing, or the exclusive term, another graph is computed
+    "label smoothing": (fm.SoftmaxLoss, ("label_smoothing",), 3),
+    "exclusive weight": (fm.ArcFaceLoss, ("exclusive_weight",), 3),
+    "all": (fm.ArcFaceLoss, ("margin", "label_smoothing", "exclusive_weight"), 3),
+}
+
+
+@pytest.mark.parametrize("name", ZEROS)
+def test_compiled_schedules_through_zero(name):
+    """The second value is 0, as is a later one: torch.compile makes constants of numbers that are compared with 0."""
+    module, attributes, graphs = ZEROS[name]
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    x, _, y = problem(12, 30, 8, spread=1.0)
+    eager = module(30, 8)
+    changed = copy.deepcopy(eager)
+    compiled = torch.compile(changed, backend=counter, fullgraph=True)
+    for value in (0.2, 0.0, *(0.01 * k for k in range(1, 9)), 0.0, 0.3):
+        for loss_fn in (eager, changed):
+            for attribute in attributes:
+                setattr(loss_fn, attribute, value)
+        torch.testing.assert_close(compiled(x.float(), y), eager(x.float(), y))
+    assert counter.frame_count == graphs
+
+
 @pytest.mark.parametrize("name", ["arcface", "scale"])
 def test_inductor_compiles_once_too(name):
     module, attribute, value = VARIABLES[name]

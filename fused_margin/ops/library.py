@@ -11,6 +11,7 @@ from fused_margin.ops import sweep as _sweep
 from fused_margin.ops.backend import kernels, on_device
 from fused_margin.ops.problem import Gradients, Problem, Sweep, SweepGradients, compute_dtype
 from fused_margin.ops.registration import refuse_second_order, register
+from fused_margin.running_state import current_age, recomputing
 
 # A problem's fields are the first arguments of the ops on it, in their order.
 FIELDS = fields(Problem)
@@ -151,6 +152,7 @@ def _refresh_nearest(
     workspace_bytes: int,
 ) -> tuple[Tensor, Tensor]:
     """Cosine (C,) float64 of every class to its nearest other, and that class, by what is kept between steps."""
+    swept = swept.clone() if recomputing() else swept  # a forward that is run again counts once
     state = certified.NearestState(code, scale, candidate, value, ceiling, swept)
     with on_device(weight.device), torch.autocast(weight.device.type, enabled=False):
         return certified.refresh(kernels(weight.device), weight, state, workspace_bytes)
@@ -170,7 +172,7 @@ def _frozen_nearest(
 ) -> Tensor:
     """Cosine (C,) float64 of every class with its nearest of some steps ago: `index`, looked for every so many."""
     with on_device(weight.device), torch.autocast(weight.device.type, enabled=False):
-        return certified.frozen(kernels(weight.device), weight, index, age, every, counts, workspace_bytes)
+        return certified.frozen(kernels(weight.device), weight, index, current_age(age), every, counts, workspace_bytes)
 
 
 def _frozen_nearest_fake(weight, *_):

@@ -159,6 +159,16 @@ class _Refused(torch.autograd.Function):
     backward = staticmethod(refuse_second_order)
 
 
+class _Unpacked:
+    """An autograd context whose saved tensors have been read: activation checkpointing lets them be read once."""
+
+    def __init__(self, ctx):
+        self._ctx, self.saved_tensors = ctx, ctx.saved_tensors
+
+    def __getattr__(self, name: str):
+        return getattr(self._ctx, name)
+
+
 def first_order_only(backward: Callable) -> Callable:
     """For the backward of a torch.autograd.Function: differentiating it again is an error.
 
@@ -168,6 +178,7 @@ def first_order_only(backward: Callable) -> Callable:
 
     @wraps(backward)
     def call(ctx, *upstream):
+        ctx = _Unpacked(ctx)
         with torch.no_grad():
             gradients = backward(ctx, *upstream)
         sources = [t for t in (*upstream, *ctx.saved_tensors) if t is not None and t.requires_grad]
