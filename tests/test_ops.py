@@ -336,6 +336,15 @@ def test_several_gradients_at_once_equal_a_loop(function):
             torch.testing.assert_close(several[i], one)
 
 
+@pytest.mark.parametrize("sparse", [False, True])
+def test_several_gradients_at_once_of_drawn_classes(sparse):
+    """A private function of torch tells what comes in; this fails where that no longer does."""
+    loss_fn = fm.ArcFaceLoss(len(W), W.shape[1], sample_rate=0.5, sparse=sparse, reduction="none", dtype=W.dtype)
+    loss = loss_fn(leaf(X), Y)
+    with pytest.raises(RuntimeError, match="is_grads_batched is not supported where classes are drawn or divided"):
+        torch.autograd.grad(loss, loss_fn.weight, torch.eye(len(Y), dtype=loss.dtype), is_grads_batched=True)
+
+
 def test_the_dense_gradient_has_every_derivative():
     def function(w):
         return DenseGradient.apply(w).square().sum()

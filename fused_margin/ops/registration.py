@@ -24,6 +24,10 @@ ANY_TRANSFORM = (
     "fused_margin: the transforms of torch.func are not supported where classes are divided among ranks; use backward "
     "or torch.autograd.grad"
 )
+BATCHED_GRADIENTS = (
+    "fused_margin: is_grads_batched is not supported where classes are drawn or divided among ranks; ask for one gradient "
+    "at a time"
+)
 SECOND_ORDER = "fused_margin: second derivatives are not supported; use fused_margin.reference for them"
 
 
@@ -50,6 +54,12 @@ def refuse_transforms(*arguments) -> None:
     refuse_unsupported(arguments)
     if torch._C._are_functorch_transforms_active():
         raise RuntimeError(ANY_TRANSFORM)
+
+
+def refuse_batched_gradients(upstream: Sequence[Tensor | None]) -> None:
+    """An error for torch.autograd.grad(is_grads_batched=True), for a backward that has no rule for it."""
+    if any(t is not None and torch._C._functorch.is_legacy_batchedtensor(t) for t in upstream):
+        raise RuntimeError(BATCHED_GRADIENTS)
 
 
 class _Library(torch.library.Library):

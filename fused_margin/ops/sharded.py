@@ -18,7 +18,7 @@ from fused_margin.ops import bad_labels, sweep
 from fused_margin.ops.dispatch import PORTABLE
 from fused_margin.ops.normalization import target_cosines
 from fused_margin.ops.problem import DTYPES, Gradients, Problem, SweepGradients
-from fused_margin.ops.registration import FirstOrderFunction
+from fused_margin.ops.registration import FirstOrderFunction, refuse_batched_gradients
 from fused_margin.ops.sharded_targets import add_target_gradients, target_values
 from fused_margin.sharding import Shard
 
@@ -170,6 +170,7 @@ class ShardedSweep(FirstOrderFunction):
 
     @staticmethod
     def backward(ctx, *upstream):
+        refuse_batched_gradients(upstream)
         shard, (problem, _, most, rows), found = ctx.shard, ctx.everyone, ctx.found
         embeddings, weight, _, bias = ctx.saved_tensors  # an error if somebody has changed them
         need_embeddings, need_weight, need_scale, need_bias = ctx.needs_input_grad[5:]

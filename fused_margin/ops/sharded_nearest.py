@@ -13,7 +13,7 @@ from fused_margin.ops.dispatch import PORTABLE, searches
 from fused_margin.ops.normalization import through_normalization, unit_rows
 from fused_margin.ops.plan import CHUNK_BYTES, whole_chunk
 from fused_margin.ops.problem import Problem, compute_dtype
-from fused_margin.ops.registration import FirstOrderFunction
+from fused_margin.ops.registration import FirstOrderFunction, refuse_batched_gradients
 from fused_margin.ops.sharded_search import owners
 from fused_margin.sharding import Shard
 
@@ -61,6 +61,7 @@ class ShardedNearest(FirstOrderFunction):
     @staticmethod
     def backward(ctx, upstream: Tensor):
         """Every class takes its nearest's direction from that one's rank, and sends it its own."""
+        refuse_batched_gradients([upstream])
         (weight, index), shard = ctx.saved_tensors, ctx.shard
         compute = compute_dtype(weight)
         unit = unit_rows(weight, compute)[0]
