@@ -11,14 +11,16 @@ from itertools import islice
 from pathlib import Path, PurePath
 from typing import Annotated, Literal
 
+import numpy as np
 import tyro
 from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from .consoles import command_consoles
 from .data import DataError
 from .data.align import TEMPLATES, goodness_of_fit, similarity_transform, warp
-from .data.decode import SUFFIXES, UNREADABLE, read_image
+from .data.decode import SUFFIXES, UnreadableError, read_image
 from .data.landmarks import Row, read_rows
 
 PROG = "fused-margin align"
@@ -37,7 +39,7 @@ class AlignConfig:
     image: x and y in pixels, whole numbers being the middles of pixels. They are counted in the upright
     image, after its EXIF orientation has been applied, as detectors get it from cv2.imread or Pillow's
     ImageOps.exif_transpose. An image whose output exists is skipped, so that the same command continues
-    where it was stopped.
+    where it was stopped; an output of another size ends it.
     """
 
     images: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES")]
@@ -75,7 +77,7 @@ class BadRow(Exception):
 
 def main(args: Sequence[str]) -> int:
     """Run the command; returns the exit code."""
-    console, errors = Console(), Console(stderr=True)
+    console, errors = command_consoles()
     config = tyro.cli(AlignConfig, prog=PROG, args=args)
     try:
         outcome = align(config, console, errors)
@@ -86,7 +88,7 @@ def main(args: Sequence[str]) -> int:
         _complain(errors, f"error: {error}")
         return BROKEN
     console.print(
-        f"{outcome.aligned:,} aligned, {outcome.present:,} were there already, {outcome.failed:,} could not be",
+        f"{outcome.aligned:,} aligned, {outcome.present:,} there already, {outcome.failed:,} could not be",
         highlight=False,
     )
     return ALIGNED if outcome.aligned or outcome.present else BROKEN
@@ -96,7 +98,7 @@ def align(config: AlignConfig, console: Console, errors: Console) -> Outcome:
     """Align every row's image; what is wrong with a row is printed to `errors`.
 
     Raises:
-        DataError: the landmarks cannot be read.
+        DataError: the landmarks cannot be read, or there are none, or the output has a face of another size.
         OSError: an aligned face cannot be written.
     """
     total, rows = read_rows(config.landmarks)
@@ -130,6 +132,8 @@ def align(config: AlignConfig, console: Console, errors: Console) -> Outcome:
                     outcome.failed += 1
                     _complain(errors, f"{row.place}: {row.path}: {result}")
             progress.advance(task, len(chunk))
+    if not seen:
+        raise DataError(f"{config.landmarks} has no landmarks")
     return outcome
 
 
@@ -138,6 +142,7 @@ def _align_image(config: AlignConfig, row: Row) -> bool:
 
     Raises:
         BadRow: the row or its image cannot be used.
+        DataError: the face is there in another size.
     """
     relative = PurePath(row.path)
     if relative.is_absolute() or ".." in relative.parts or not relative.name:
@@ -145,10 +150,11 @@ def _align_image(config: AlignConfig, row: Row) -> bool:
     if relative.suffix.lower() not in SUFFIXES:
         raise BadRow(f"expected an image ending in {', '.join(SUFFIXES)}")
     target = config.output / relative
+    size, template = TEMPLATES[config.size]
     if target.exists():
+        _check_size(target, size)
         return False
 
-    size, template = TEMPLATES[config.size]
     try:
         points = row.points()
         matrix = similarity_transform(points, template)
@@ -160,11 +166,32 @@ def _align_image(config: AlignConfig, row: Row) -> bool:
             "corner of the mouth, as seen"
         )
     try:
-        face = warp(read_image(config.images / relative), matrix, size)
-    except UNREADABLE as error:
+        image = read_image(config.images / relative)
+    except UnreadableError as error:
         raise BadRow(f"cannot be read: {error}") from error
-    _save(face, target)
+    # Whole numbers are the middles of pixels. A face that is cut off at a side has points outside.
+    if not ((points > -0.5) & (points < np.array(image.size) - 0.5)).all(axis=1).any():
+        width, height = image.size
+        raise BadRow(f"none of the points is in the upright picture, which is {width} wide and {height} high")
+    _save(warp(image, matrix, size), target)
     return True
+
+
+def _check_size(face: Path, size: tuple[int, int]) -> None:
+    """Compare an existing output with `size` (height, width); a file that is no image is left as it is.
+
+    Raises:
+        DataError: it is an image of another size.
+    """
+    try:
+        with Image.open(face) as image:
+            found = image.height, image.width
+    except Exception:  # noqa: BLE001  its bytes may be anything, which makes Pillow fail in any way
+        return
+    if found != size:
+        raise DataError(
+            f"{face} is {found[0]}x{found[1]}, not {size[0]}x{size[1]}: name another output folder, or remove that one"
+        )
 
 
 def _save(face: Image.Image, target: Path) -> None:
@@ -184,4 +211,4 @@ def _chunks(rows: Iterator[Row]) -> Iterator[list[Row]]:
 
 
 def _complain(errors: Console, message: str) -> None:
-    errors.print(message, style="red", markup=False, highlight=False, soft_wrap=True)
+    errors.print(message, style="red", highlight=False, soft_wrap=True)

@@ -18,6 +18,7 @@ from rich.console import Console
 from .checkpoint import FILE_NAME, CheckpointError, latest_run, load_run
 from .config import EMBEDDED, TrainConfig
 from .config_values import ConfigError, overlay, read_file
+from .consoles import command_consoles
 from .data import DataError
 from .devices import is_first_process
 from .evaluate_config import EvaluateConfig
@@ -34,7 +35,7 @@ FAILED, INVALID, INTERRUPTED = 1, 2, 130  # tyro too exits with 2 on options tha
 
 def main(args: Sequence[str]) -> int:
     """Run the command; returns the exit code."""
-    console, errors = Console(quiet=not is_first_process()), Console(stderr=True)
+    console, errors = command_consoles(quiet=not is_first_process())
     config = None
     try:
         config = parse(args)
@@ -56,7 +57,7 @@ def main(args: Sequence[str]) -> int:
 
 def evaluate_main(args: Sequence[str]) -> int:
     """Run the command; returns the exit code."""
-    console, errors = Console(), Console(stderr=True)
+    console, errors = command_consoles()
     try:
         config = tyro.cli(EvaluateConfig, prog=EVALUATE_PROG, args=args)
         if config.checkpoint is None and config.features is None:
@@ -73,7 +74,7 @@ def evaluate_main(args: Sequence[str]) -> int:
 
 def failed(errors: Console, error: Exception, code: int = FAILED) -> int:
     """Say what went wrong; returns the exit code."""
-    errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+    errors.print(f"error: {error}", style="red", highlight=False, soft_wrap=True)
     return code
 
 

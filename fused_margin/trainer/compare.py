@@ -26,6 +26,7 @@ from .checkpoint import FILE_NAME, CheckpointError, load_run, save_checkpoint
 from .cli import INTERRUPTED, failed, termination_as_interrupt
 from .companions import TAKES
 from .config import TrainConfig
+from .consoles import command_consoles, plain_console
 from .data import DataError, Splits, load_splits
 from .evaluate_config import EvaluateConfig
 from .evaluate_run import run_evaluation
@@ -128,7 +129,7 @@ def loss_config(text: str) -> LossConfig:
 
 def main(args: Sequence[str]) -> int:
     """Run the command; returns the exit code."""
-    console, errors = Console(), Console(stderr=True)
+    console, errors = command_consoles()
     config = tyro.cli(CompareConfig, prog=PROG, args=args)
     try:
         with termination_as_interrupt():
@@ -203,7 +204,7 @@ def compare(config: CompareConfig, console: Console) -> dict[str, Any]:
 
 def measure(config: TrainConfig, *, trained: bool) -> dict[str, float]:
     """Train, unless that is done; verify, and search among distractors."""
-    quiet, done = Console(quiet=True), config.output / "measured.json"
+    quiet, done = plain_console(quiet=True), config.output / "measured.json"
     checkpoint = config.output / FILE_NAME
     if checkpoint.exists():
         started_with = TrainConfig.from_dict(load_run(checkpoint, "continue")["config"])

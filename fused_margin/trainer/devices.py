@@ -13,6 +13,7 @@ from rich.console import Console
 import fused_margin as fm
 
 from .config import TrainConfig
+from .consoles import plain_console
 from .data.base import DataError
 
 
@@ -69,7 +70,7 @@ class Devices:
 
     def own_console(self, console: Console) -> Console:
         """The first process speaks."""
-        return console if self.rank == 0 else Console(quiet=True)
+        return console if self.rank == 0 else plain_console(quiet=True)
 
     def same(self, value: Any) -> Any:
         """The first process's value."""

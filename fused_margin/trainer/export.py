@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from .checkpoint import FILE_NAME, WEIGHTS_NAME, CheckpointError, criterion_state, load_run
 from .cli import failed, find_latest_run
 from .config import TrainConfig
+from .consoles import command_consoles
 from .losses import stored_class_weight
 from .models import BackboneError, build_backbone, describe_backbone, require_named, restore_backbone
 
@@ -60,7 +61,7 @@ class ExportConfig:
 
 def main(args: Sequence[str]) -> int:
     """Run the command; returns the exit code."""
-    console, errors = Console(), Console(stderr=True)
+    console, errors = command_consoles()
     config = tyro.cli(ExportConfig, prog=PROG, args=args)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of packages that it would support too
     try:

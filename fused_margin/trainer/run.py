@@ -208,8 +208,8 @@ def _print_start(console: Console, config: TrainConfig, trainer: Trainer, splits
     verified = f"verify: {splits.test.num_classes:,} others, {len(splits.test):,} images"
     if not len(splits.test):
         verified = "no identity is kept for verification"
+    console.print(splits.description, style="bold", highlight=False)
     console.print(
-        f"[bold]{splits.description}[/bold]\n"
         f"train: {splits.train.num_classes:,} identities, {len(splits.train):,} images; {verified}\n"
         f"{describe_backbone(config)} with {trainer.num_parameters:,} parameters, "
         f"{trainer.total_steps:,} steps on {trainer.fabric.device}",
@@ -249,8 +249,10 @@ def _print_report(console: Console, report: dict[str, Any], output: Path) -> Non
     console.print(table)
     unreadable = report["data"]["unreadable"]
     if unreadable:
-        named = ", ".join(unreadable[:NAMED_FILES])
-        more = f" and {len(unreadable) - NAMED_FILES} more" if len(unreadable) > NAMED_FILES else ""
-        console.print(f"left out {len(unreadable)} unreadable images: {named}{more}")
+        lines = [f"left out {len(unreadable):,} unreadable {'image' if len(unreadable) == 1 else 'images'}:"]
+        lines += unreadable[:NAMED_FILES]
+        if (more := len(unreadable) - NAMED_FILES) > 0:
+            lines.append(f"and {more:,} more, which the report names")
+        console.print(*lines, sep="\n  ", highlight=False, soft_wrap=True)
     names = ", ".join((FILE_NAME, CONFIG_NAME, LOG_NAME, f"{CURVES_NAME}/", "report.json", "report.png"))
     console.print(f"files in {output}: {names}", highlight=False, soft_wrap=True)

@@ -19,6 +19,7 @@ from sklearn.preprocessing import normalize
 import fused_margin as fm
 
 from .cli import INTERRUPTED, failed, termination_as_interrupt
+from .consoles import command_consoles
 from .data.base import Splits, TensorImages
 from .data.digits import NAMES, read_digits
 from .evaluate import embed
@@ -34,7 +35,7 @@ HELD_OUT = 0.5  # of each digit's images
 
 def main(args: Sequence[str]) -> int:
     """Run the command; returns the exit code."""
-    console, errors = Console(), Console(stderr=True)
+    console, errors = command_consoles()
     config = tyro.cli(FigureConfig, prog=PROG, args=args)
     torch.set_num_threads(1)  # so small a network gains nothing from more, and the numbers are then the same everywhere
     try:
@@ -67,7 +68,7 @@ def run_figure(config: FigureConfig, console: Console) -> dict[str, Any]:
     for place, name in enumerate(config.losses, 1):
         settings = PANELS[name].settings(len(config.digits))
         title = PANELS[name].title.format(**dataclasses.asdict(settings))
-        console.print(f"[bold]{' '.join(title.split())}[/bold] ({place} of {len(config.losses)})", highlight=False)
+        console.print(f"{' '.join(title.split())} ({place} of {len(config.losses)})", style="bold", highlight=False)
         trainer = _train(config, settings, config.epochs, splits, start, console)
         panel = _panel(title, trainer, splits)
         drawn.append(panel)

@@ -149,7 +149,7 @@ def test_a_tree_is_aligned(photographs, tmp_path, capsys, kind, name):
         file = tmp_path / "landmarks.json"
         file.write_text(json.dumps(flat if "flat" in kind else landmarks))
     code, out, err = run(capsys, images, file, tmp_path / "out", "--size", name)
-    assert (code, err) == (0, "") and "3 aligned, 0 were there already, 0 could not be" in out
+    assert (code, err) == (0, "") and "3 aligned, 0 there already, 0 could not be" in out
     written = sorted(str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*") if p.is_file())
     assert written == sorted(landmarks)
     size, template = TEMPLATES[name]
@@ -166,10 +166,46 @@ def test_existing_outputs_are_kept(photographs, tmp_path, capsys):
     file, out = write_csv(tmp_path / "landmarks.csv", landmarks), tmp_path / "out"
     (out / "anna").mkdir(parents=True)
     (out / "anna" / "1.png").write_bytes(b"made before")
-    assert "2 aligned, 1 were there already" in run(capsys, images, file, out)[1]
+    assert "2 aligned, 1 there already" in run(capsys, images, file, out)[1]
     assert (out / "anna" / "1.png").read_bytes() == b"made before"
     code, said, _ = run(capsys, images, file, out)
-    assert code == 0 and "0 aligned, 3 were there already" in said
+    assert code == 0 and "0 aligned, 3 there already" in said
+
+
+def test_existing_outputs_of_another_size_are_told(photographs, tmp_path, capsys):
+    images, landmarks = photographs
+    file, out = write_csv(tmp_path / "landmarks.csv", landmarks), tmp_path / "out"
+    assert run(capsys, images, file, out)[0] == 0
+    code, _, err = run(capsys, images, file, out, "--size", "112x96")
+    assert code == 1 and f"{out / 'anna' / '1.png'} is 112x112, not 112x96: name another output folder" in err
+    for path in landmarks:
+        with Image.open(out / path) as face:
+            assert face.size == (112, 112)
+
+
+def test_points_outside_the_picture_make_no_face(photographs, tmp_path, capsys):
+    images, landmarks = photographs
+    inside = np.array(landmarks["anna/1.png"])
+    for name, points in (
+        ("outside.png", inside + 500),
+        ("cut-off.png", inside - [inside[:, 0].max(), 0]),  # one point is at the left edge, the others beyond
+    ):
+        (images / name).write_bytes((images / "anna/1.png").read_bytes())
+        landmarks[name] = points.tolist()
+    file, out = write_csv(tmp_path / "landmarks.csv", landmarks), tmp_path / "out"
+    code, said, err = run(capsys, images, file, out)
+    assert code == 0 and "4 aligned, 0 there already, 1 could not be" in said
+    assert "outside.png: none of the points is in the upright picture, which is 300 wide and 300 high" in err
+    assert not (out / "outside.png").exists()
+
+
+def test_names_are_printed_as_they_are(photographs, tmp_path, capsys):
+    images, landmarks = photographs
+    landmarks["x[/b] :cat:.png"] = landmarks["anna/1.png"]
+    file = write_csv(tmp_path / "a [old].csv", landmarks)
+    code, said, err = run(capsys, images, file, tmp_path / "out")
+    assert code == 0 and "3 aligned" in said
+    assert f"{file}, line 5: x[/b] :cat:.png: cannot be read: No such file or directory" in err
 
 
 def test_bad_rows_are_reported_and_the_others_aligned(photographs, tmp_path, capsys):
@@ -197,7 +233,7 @@ def test_bad_rows_are_reported_and_the_others_aligned(photographs, tmp_path, cap
     file = tmp_path / "landmarks.csv"
     file.write_text("\n".join(map(",".join, rows)))
     code, out, err = run(capsys, images, file, tmp_path / "out", "--workers", "2")
-    assert code == 0 and "2 aligned, 0 were there already, 11 could not be" in out
+    assert code == 0 and "2 aligned, 0 there already, 11 could not be" in out
     said = err.splitlines()
     assert len(said) == 11
     for line, words in {
@@ -247,6 +283,12 @@ def test_what_cannot_be_started(photographs, tmp_path, capsys):
         (tmp_path / "bad.json").write_text(content)
         code, _, err = run(capsys, images, tmp_path / "bad.json", tmp_path / "out")
         assert code == 1 and "bad.json" in err
+    for name, content in (("a.csv", b""), ("b.csv", b"path,x1,y1\n"), ("c.json", b"{}")):
+        (tmp_path / name).write_bytes(content)
+        code, _, err = run(capsys, images, tmp_path / name, tmp_path / "out")
+        assert code == 1 and f"error: {tmp_path / name} has no landmarks" in err
+    (tmp_path / "bad.csv").write_bytes(file.read_text().encode("utf-16"))
+    assert "bad.csv is not UTF-8 text" in run(capsys, images, tmp_path / "bad.csv", tmp_path / "out")[2]
     assert "expected landmarks in a .csv or .json" in run(capsys, images, images / "anna/1.png", tmp_path / "out")[2]
     assert run(capsys, images, tmp_path / "absent.csv", tmp_path / "out")[0] == 1
     (tmp_path / "none.json").write_text('{"anna/1.png": null}')

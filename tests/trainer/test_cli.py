@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -39,6 +40,26 @@ def fails(capsys, code, *arguments):
     assert returned == code, streams
     assert "Traceback" not in streams.out + streams.err
     return " ".join((streams.out + streams.err).split())
+
+
+def test_names_are_printed_as_they_are(face_folder, tmp_path, tiny_options, capsys):
+    """Some look like markup, one like an emoji code, one is not UTF-8."""
+    data, output = tmp_path / "faces [old]", tmp_path / "run [red]"
+    shutil.copytree(face_folder, data)
+    (data / "x[").mkdir()
+    broken = [data / "x[" / "b].jpg", data / "person_3" / ":cat:.jpg", data / "person_3" / "\udcff.jpg"]
+    for path in broken:
+        path.write_bytes(b"no picture")
+    options = [*tiny_options, "--epochs", "1", "--evaluation.pairs", "20"]
+    assert cli.main(["train", *options, "--data", str(data), "--output", str(output)]) == 0
+    assert cli.main(["evaluate", "--checkpoint", str(output), "--data", str(data), "--num-pairs", "20"]) == 0
+    said = capsys.readouterr().out
+    assert (
+        f"images of {data}\n" in said and f"files in {output}: " in said and "left out 3 unreadable images:\n" in said
+    )
+    for name in ("x[/b].jpg", "person_3/:cat:.jpg", "person_3/\\udcff.jpg"):
+        assert f"\n  {data}/{name}: it is damaged, no image" in said
+    assert f"{data}" in said.partition("files in ")[2]  # what the evaluation says
 
 
 def test_usage(capsys):

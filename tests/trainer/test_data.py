@@ -97,7 +97,7 @@ def test_unreadable_images_are_left_out_and_named(face_folder, tmp_path, workers
     finally:
         for path, content in contents.items():
             path.write_bytes(content)
-    assert {name for batch in batches for name in batch.unreadable} == set(map(str, broken))
+    assert {named.split(": ")[0] for batch in batches for named in batch.unreadable} == set(map(str, broken))
     assert sum(len(batch.images) for batch in batches) == len(splits.train) - 2
     assert all(len(batch.images) == len(batch.labels) for batch in batches)
 
@@ -133,7 +133,7 @@ def test_only_folders_of_images_are_identities(face_folder, tmp_path):
 
 def test_a_folder_too_many_is_told(face_folder, tmp_path):
     (tmp_path / "faces").symlink_to(face_folder)
-    with pytest.raises(DataError, match="no identities in .*; skipped: 9 folders inside the folder of an identity"):
+    with pytest.raises(DataError, match="no identities in .*; skipped: folders inside the folder .* \\(9\\)"):
         load_splits(str(tmp_path), (8, 8), 1, 0.3, seed=0)
 
 

@@ -56,6 +56,36 @@ def test_lines_that_are_no_images_are_no_identities(tmp_path):
         read_list(path)
 
 
+def test_files_with_other_suffixes_are_no_identities(tmp_path):
+    path = tmp_path / "list.txt"
+    Image.new("L", (8, 8)).save(tmp_path / "a.png")
+    path.write_text("file.name person.id\na.png 7\nnotes.txt y\nb/c.GIF z\nd.gif 7\nThumbs.db 7\ne.JPG 8\n")
+    skipped = Counter()
+    files, labels, names = read_list(path, skipped)
+    assert files.tolist() == [b"a.png", b"e.JPG"] and labels.tolist() == [0, 1] and names == ["7", "8"]
+    assert skipped == {
+        "heading lines": 1,
+        "files ending in .txt": 1,
+        "files ending in .gif": 2,
+        "lines of system files": 1,
+    }
+    (tmp_path / "first.jfif").touch()
+    path.write_text("first.jfif 7\n")
+    with pytest.raises(DataError, match=r"list.txt lists no images; skipped: files ending in .jfif \(1\)"):
+        read_list(path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_a_list_in_another_encoding_is_told(tmp_path, encoding):
+    path = tmp_path / "list.txt"
+    path.write_bytes("a.png 7\nb.png 8\n".encode(encoding))
+    with pytest.raises(DataError, match="list.txt is not UTF-8 text"):
+        read_list(path)
+    path.write_bytes("\ufeff\u5f20.png".encode("utf-16-be"))  # its first character has no zero byte
+    with pytest.raises(DataError, match="list.txt is not UTF-8 text"):
+        read_list(path)
+
+
 def test_lines_of_mxnet(tmp_path):
     Image.new("L", (8, 8)).save(tmp_path / "a.png")
     path = tmp_path / "faces.lst"
@@ -118,12 +148,14 @@ def test_absent_and_corrupt_images_are_left_out_and_named(listed, tmp_path, work
     with open(listed, "a") as file:
         file.write("corrupt.png 90\nabsent.png 89\n")
     splits = load_splits(str(listed), (8, 8), 1, 0.3, seed=0)
-    unreadable, read = set(), 0
+    unreadable, read = {}, 0
     for part in (splits.train, splits.test):
         for batch in data_loader(part, TrainingBatches(len(part), 4, epochs=1, seed=0), workers):
-            unreadable.update(batch.unreadable)
+            unreadable.update(named.split(": ", 1) for named in batch.unreadable)
             read += len(batch.labels)
-    assert unreadable == {str(tmp_path / "corrupt.png"), str(tmp_path / "absent.png")} and read == 33
+    assert unreadable.keys() == {str(tmp_path / "corrupt.png"), str(tmp_path / "absent.png")} and read == 33
+    assert "no image" in unreadable[str(tmp_path / "corrupt.png")]
+    assert unreadable[str(tmp_path / "absent.png")] == "No such file or directory"
 
 
 def test_what_a_path_holds_is_recognised(listed, face_folder, tmp_path):
@@ -155,7 +187,8 @@ def test_training_from_a_list(listed, tmp_path, tiny_options, capsys):
     options = [*tiny_options, "--data", str(listed), "--epochs", "1", "--evaluation.pairs", "20"]
     assert cli.main(["train", *options, "--output", str(tmp_path / "run")]) == 0
     report = json.loads((tmp_path / "run" / "report.json").read_text())
-    assert report["data"]["unreadable"] == [str(tmp_path / "corrupt.png")]
+    (unreadable,) = report["data"]["unreadable"]
+    assert unreadable.startswith(f"{tmp_path / 'corrupt.png'}: it is damaged, no image")
     assert report["data"]["skipped"] == {"comment lines": 1}
     said = capsys.readouterr().out
-    assert "corrupt.png" in said and "skipped: 1 comment lines" in said
+    assert f"left out 1 unreadable image:\n  {unreadable}\n" in said and "skipped: comment lines (1)" in said

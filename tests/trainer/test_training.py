@@ -281,7 +281,8 @@ def test_folder_of_faces_from_end_to_end(face_folder, tmp_path, console):
         report = run(config, console)
     finally:
         broken.unlink()
-    assert report["data"]["unreadable"] == [str(broken)] and report["data"]["skipped"] == {}
+    (unreadable,) = report["data"]["unreadable"]
+    assert unreadable.startswith(f"{broken}: it is damaged, no image") and report["data"]["skipped"] == {}
     assert report["data"]["train"]["identities"] + report["data"]["test"]["identities"] == 9
     assert np.isfinite(report["training"]["last_loss"])
 
@@ -385,7 +386,7 @@ def test_all_identities_of_a_folder(face_folder, tmp_path):
     assert splits.test.num_classes == 0 and len(splits.test) == 0
     (tmp_path / "alone").mkdir()
     (tmp_path / "alone" / "0.png").write_bytes((face_folder / "person_0" / "0.png").read_bytes())
-    with pytest.raises(DataError, match="has 1 identities; at least two are needed to train on"):
+    with pytest.raises(DataError, match="has 1 identity; at least two are needed to train on"):
         load_splits(str(tmp_path), (8, 8), 1, 0.0, 0)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -14,13 +15,15 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .augment import AugmentationConfig
 
+UTF16_MARKS = ("\udcff\udcfe", "\udcfe\udcff")  # byte order marks, read as UTF-8 with surrogateescape
+
 
 class DataError(ValueError):
     """The images given do not allow what was asked."""
 
 
 class Batch(NamedTuple):
-    """Images that could be read, and the names of those that could not."""
+    """Images that could be read, and `name: reason` of those that could not."""
 
     images: Tensor  # (N, channels, H, W) uint8
     labels: Tensor  # (N,) int64
@@ -67,6 +70,19 @@ class TensorImages(ImageSet):
         """The images of some `identities`, which are numbered anew."""
         rows, labels = rows_of(labels, len(names), identities)
         return cls(images[rows].contiguous(), labels, [names[i] for i in identities])
+
+
+def text_lines(path: Path, newline: str | None = None) -> Iterator[str]:
+    """Lines of a UTF-8 text, `newline` as for `open`; other bytes are kept: file names may be in any encoding.
+
+    Raises:
+        DataError: it is UTF-16, as some programs of Windows write, or no text.
+    """
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline=newline) as lines:
+        for line in lines:
+            if "\0" in line or line.startswith(UTF16_MARKS):
+                raise DataError(f"{path} is not UTF-8 text: it may be UTF-16; save it as UTF-8")
+            yield line
 
 
 @dataclass(frozen=True)
@@ -167,13 +183,14 @@ def split_by_images(source: str, counts: np.ndarray, test_fraction: float, seed:
         DataError: `source` has too few identities to train and verify on.
     """
     paired = np.flatnonzero(counts >= 2)
+    identities = f"{len(counts)} {'identity' if len(counts) == 1 else 'identities'}"
     if not test_fraction:
         if len(counts) < 2:
-            raise DataError(f"{source} has {len(counts)} identities; at least two are needed to train on")
+            raise DataError(f"{source} has {identities}; at least two are needed to train on")
         return split_identities(len(counts), test_fraction, seed)
     if len(counts) < 4 or len(paired) < 2:
         raise DataError(
-            f"{source} has {len(counts)} identities, {len(paired)} of them with two images or more; "
+            f"{source} has {identities}, {len(paired)} of them with two images or more; "
             "at least two are needed to train on and two more with two images to verify on "
             "(--test-fraction 0 trains on all and verifies on none)"
         )

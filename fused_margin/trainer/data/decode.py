@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
+from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageCms, ImageOps, TiffImagePlugin
+from PIL import ExifTags, Image, ImageCms, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from .base import Batch, ImageSet
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".pgm", ".ppm", ".tif", ".tiff")
 WHITE_IS_ZERO = 0  # TIFF's PhotometricInterpretation
-# What Pillow raises for a broken file, and `read_image` for one whose look is not known.
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+UNSIGNED, REAL = 1, 3  # TIFF's SampleFormat
+# What a viewer does for each EXIF orientation; none for 1.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+PACKED_GREY = {"L;2": 85, "L;4": 17}  # a PNG's grey of 2 and 4 bits, and what Pillow multiplies it by
+
+
+class UnreadableError(Exception):
+    """An image cannot be decoded, or does not tell how it looks; the message is the reason."""
 
 
 class DecodedImages(ImageSet):
@@ -37,8 +51,8 @@ class DecodedImages(ImageSet):
             name, file = self.source(index)
             try:
                 images.append(_decode(file, self.image_size, self.channels))
-            except UNREADABLE:
-                unreadable.append(name)
+            except UnreadableError as error:
+                unreadable.append(f"{name}: {error}")
             else:
                 kept.append(index)
         shape = (0, self.channels, *self.image_size)
@@ -50,24 +64,74 @@ def read_image(file: Path | BytesIO) -> Image.Image:
     """The picture in a file as an image viewer shows it: upright, opaque, mode "L" or "RGB".
 
     The EXIF orientation and an embedded colour profile are applied. Transparent parts are white. In
-    grey of more than 8 bits the largest number is white, in floating-point grey 1 is.
+    grey of more than 8 bits the largest number is white, in floating-point grey 1 is. A PNG's gAMA
+    is ignored, as most viewers do.
 
     Raises:
-        OSError, SyntaxError, ValueError, Image.DecompressionBombError: the file is broken, it is an
-            animation or has several pages, or it does not tell which of its numbers is white. These
-            are `UNREADABLE`.
+        UnreadableError: the file is broken, it is an animation or has several pages, or it does not
+            tell which of its numbers is white.
     """
+    try:
+        return _read(file)
+    except UnidentifiedImageError as error:  # its message has the name of the file, or an address in memory
+        raise UnreadableError("it is damaged, no image, or of a kind that Pillow does not read") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        # Without the name of the file, which whoever prints this has.
+        raise UnreadableError(getattr(error, "strerror", None) or str(error)) from error
+    except Exception as error:  # damaged bytes make Pillow fail in any way: TypeError, struct.error, ...
+        raise UnreadableError(f"Pillow fails with {type(error).__name__}: {error}") from error
+
+
+def _read(file: Path | BytesIO) -> Image.Image:
     with Image.open(file) as image:
         # Further frames of an MPO, as telephones write it, are depth and previews of one photograph.
         if image.format != "MPO" and (frames := getattr(image, "n_frames", 1)) > 1:
             raise ValueError(f"it has {frames} frames or pages: expected one picture")
         if image.format == "JPEG" and image.mode == "CMYK" and "adobe" not in image.info:
             raise ValueError("its CMYK numbers may be inverted: there is no Adobe marker to tell")
+        # These come before loading, which drops what they look at.
         deep = image.mode == "F" or image.mode.startswith("I")  # more than 8 bits
-        black_and_white = _black_and_white(image) if deep else ()  # before loading, which drops the tags
-        _turn_upright(image)
-        shown = _eight_bits(image, *black_and_white) if deep else _on_white(image)
-        return _in_srgb(shown, image.info.get("icc_profile"))
+        black_and_white = _black_and_white(image) if deep else ()
+        if isinstance(image, PngImagePlugin.PngImageFile):
+            _prepare_png(image, file)
+        if isinstance(image, TiffImagePlugin.TiffImageFile):
+            _check_tiff(image)
+        upright = _upright(image)
+        shown = _eight_bits(upright, *black_and_white) if deep else _on_white(upright)
+        return _in_srgb(shown, upright.info.get("icc_profile"))
+
+
+def _prepare_png(image: PngImagePlugin.PngImageFile, file: Path | BytesIO) -> None:
+    """Compare the checksums, and bring a transparent grey value to 8 bits, as Pillow brings the pixels.
+
+    Raises:
+        OSError, SyntaxError: a checksum is not that of its data, or the file is cut off.
+        ValueError: a transparent colour has 16 bits, of which Pillow drops 8.
+    """
+    with Image.open(file) as checked:  # Pillow compares none of the pixels' when it loads them
+        checked.verify()
+    packed = image.tile[0][3]
+    if "transparency" in image.info:
+        if packed == "RGB;16B":
+            raise ValueError("its 16-bit colours have a transparent one")
+        if packed in PACKED_GREY:
+            image.info["transparency"] *= PACKED_GREY[packed]
+
+
+def _check_tiff(image: TiffImagePlugin.TiffImageFile) -> None:
+    """Refuse what Pillow reads although it does not tell how it looks.
+
+    Raises:
+        ValueError: samples are signed, or what the fourth of four samples or the palette means is not told.
+    """
+    tags = image.tag_v2
+    formats = tags.get(TiffImagePlugin.SAMPLEFORMAT, (UNSIGNED,))
+    if not set(formats) <= {UNSIGNED, REAL}:
+        raise ValueError("its numbers are signed: they do not tell which of them is white")
+    if image.mode == "RGBA" and TiffImagePlugin.EXTRASAMPLES not in tags:
+        raise ValueError("it has four numbers a pixel and does not tell what the fourth is")
+    if image.mode in ("P", "PA") and 0 < max(tags[TiffImagePlugin.COLORMAP]) < 256:
+        raise ValueError("its palette has numbers of 8 bits where 16 are expected")
 
 
 def _black_and_white(image: Image.Image) -> tuple[int, int]:
@@ -92,13 +156,15 @@ def _black_and_white(image: Image.Image) -> tuple[int, int]:
     return black, white
 
 
-def _turn_upright(image: Image.Image) -> None:
-    """Apply the EXIF orientation; a viewer ignores EXIF data that it cannot read."""
+def _upright(image: Image.Image) -> Image.Image:
+    """The loaded image with its EXIF orientation applied; a viewer ignores EXIF data that it cannot read."""
+    image.load()
     try:
-        image.getexif()
-    except (struct.error, *UNREADABLE):
-        return
-    ImageOps.exif_transpose(image, in_place=True)
+        # Not ImageOps.exif_transpose, which writes all EXIF data again and fails where some of it is odd.
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # noqa: BLE001  damaged data makes Pillow fail in any way
+        return image
+    return image if turn is None else image.transpose(turn)
 
 
 def _eight_bits(image: Image.Image, black: int, white: int) -> Image.Image:
@@ -115,7 +181,9 @@ def _eight_bits(image: Image.Image, black: int, white: int) -> Image.Image:
 
 def _on_white(image: Image.Image) -> Image.Image:
     """An image of 8 bits or fewer as mode "L", "RGB" or "CMYK", without alpha."""
-    kind = "L" if image.mode in ("1", "L", "LA", "La") else "RGB"
+    if image.mode == "La":  # grey that is multiplied by its alpha, of which Pillow converts no other way
+        image = image.convert("LA")
+    kind = "L" if image.mode in ("1", "L", "LA") else "RGB"
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -127,14 +195,23 @@ def _in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     kind = "L" if image.mode == "L" else "RGB"
     if profile:
         try:
-            source = ImageCms.ImageCmsProfile(BytesIO(profile))
-            if "sRGB" not in ImageCms.getProfileDescription(source):
-                image = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+            image = ImageCms.applyTransform(image, _to_srgb(profile, image.mode))
         except (ImageCms.PyCMSError, OSError):
             pass
     image = image.convert(kind)
     image.info = {}  # profile and transparency no longer apply
     return image
+
+
+@lru_cache(maxsize=16)  # photographs of one camera share their profile; to make a transform takes milliseconds
+def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform:
+    """From numbers of a mode under an ICC profile, whatever it is called, to "RGB"; those of sRGB move by 1 at most.
+
+    Raises:
+        ImageCms.PyCMSError, OSError: it is no profile, or none for images of this mode.
+    """
+    source = ImageCms.ImageCmsProfile(BytesIO(profile))
+    return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
 
 
 def _decode(file: Path | BytesIO, image_size: tuple[int, int], channels: int) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .base import DataError
+from .base import DataError, text_lines
 
 
 class Row(NamedTuple):
@@ -58,14 +58,13 @@ def read_rows(path: Path) -> tuple[int, Iterator[Row]]:
 
 
 def _csv_rows(path: Path) -> Iterator[Row]:
-    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        lines = csv.reader(file)
-        try:
-            for fields in lines:
-                if fields and not (lines.line_num == 1 and _names_columns(fields)):
-                    yield Row(f"{path}, line {lines.line_num}", fields[0], fields[1:])
-        except csv.Error as error:
-            raise DataError(f"{path}, line {lines.line_num}: {error}") from error
+    lines = csv.reader(text_lines(path, newline=""))
+    try:
+        for fields in lines:
+            if fields and not (lines.line_num == 1 and _names_columns(fields)):
+                yield Row(f"{path}, line {lines.line_num}", fields[0], fields[1:])
+    except csv.Error as error:
+        raise DataError(f"{path}, line {lines.line_num}: {error}") from error
 
 
 def _names_columns(fields: list[str]) -> bool:

@@ -33,18 +33,25 @@ def image_names(folder: str | Path, skipped: Counter[str]) -> list[str]:
     names = []
     with os.scandir(folder) as entries:
         for entry in entries:
-            suffix = PurePath(entry.name).suffix.lower()
             if is_hidden(entry.name):
                 skipped[HIDDEN] += 1
             elif entry.is_dir():
                 skipped["folders inside the folder of an identity or video"] += 1
-            elif suffix in SUFFIXES:
+            elif (kind := kind_if_no_image(entry.name)) is None:
                 names.append(entry.name)
             else:
-                skipped[f"files ending in {suffix}" if suffix else "files without a suffix"] += 1
+                skipped[kind] += 1
     return sorted(names)
+
+
+def kind_if_no_image(name: str) -> str | None:
+    """What a file that is skipped for its suffix is counted as; None for an image."""
+    suffix = PurePath(name).suffix.lower()
+    if suffix in SUFFIXES:
+        return None
+    return f"files ending in {suffix}" if suffix else "files without a suffix"
 
 
 def describe_skipped(skipped: Mapping[str, int]) -> str:
     """One line: how many of each kind were skipped."""
-    return "skipped: " + ", ".join(f"{count:,} {kind}" for kind, count in sorted(skipped.items()))
+    return "skipped: " + ", ".join(f"{kind} ({count:,})" for kind, count in sorted(skipped.items()))

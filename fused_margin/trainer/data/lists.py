@@ -10,9 +10,9 @@ from pathlib import Path, PurePath
 import numpy as np
 from torch import Tensor
 
-from .base import DataError, Splits, split_listed
+from .base import DataError, Splits, split_listed, text_lines
 from .decode import DecodedImages
-from .listing import SYSTEM_NAMES
+from .listing import SYSTEM_NAMES, describe_skipped, kind_if_no_image
 
 LOOKED_FOR = 100  # files of a list whose existence is checked before the training
 
@@ -37,49 +37,53 @@ def read_list(path: Path, skipped: Counter[str] | None = None) -> tuple[np.ndarr
     """Relative paths (num_images,) as encoded names, labels (num_images,), and the name of each label.
 
     A label is any text; labels are numbered in the order in which they first appear. Lines that begin
-    with # are comments, unless they name a file. A first line whose path is no file and has no suffix
-    is a heading. Both, and files that a system or a program left, are counted in `skipped`.
+    with # are comments, unless they name a file. A first line whose path is no file and has not the
+    suffix of an image is a heading. Both, files with other suffixes, and files that a system or a
+    program left are counted in `skipped`; a label that only these have is none.
 
     Raises:
-        DataError: a line is not of the format, or none of the files looked for exists.
+        DataError: the list is not UTF-8, a line is not of the format, or no image or none of the files
+            looked for exists.
     """
     skipped = Counter() if skipped is None else skipped
     first = True
     files: list[bytes] = []
     labels: list[int] = []
     numbers: dict[str, int] = {}
-    # File names may be in any encoding.
-    with open(path, encoding="utf-8-sig", errors="surrogateescape") as lines:
-        for number, line in enumerate(lines, 1):
-            line = line.strip()
-            if not line:
-                continue
-            fields = [field.strip() for field in (line.split("\t") if "\t" in line else line.split())]
-            if line.startswith("#") and not (path.parent / fields[0]).is_file():
-                skipped["comment lines"] += 1
-                continue
-            if len(fields) == 3 and (label := _whole_number(fields[1])) and fields[0].isdecimal():
-                fields = [fields[2], label]  # a list that mxnet's im2rec makes and reads
-            if len(fields) != 2 or not all(fields):
-                raise DataError(
-                    f"{path}, line {number}: expected a path and a label, with a tab between them if the path "
-                    f"has spaces, got {line[:200]!r}"
-                )
-            heading, first = first, False
-            if not PurePath(fields[0]).suffix and not (path.parent / fields[0]).is_file():
-                if not heading:
-                    raise DataError(
-                        f"{path}, line {number}: there is no file {fields[0][:200]!r}, and it has no suffix"
-                    )
+    for number, line in enumerate(text_lines(path), 1):
+        line = line.strip()
+        if not line:
+            continue
+        fields = [field.strip() for field in (line.split("\t") if "\t" in line else line.split())]
+        if line.startswith("#") and not (path.parent / fields[0]).is_file():
+            skipped["comment lines"] += 1
+            continue
+        if len(fields) == 3 and (label := _whole_number(fields[1])) and fields[0].isdecimal():
+            fields = [fields[2], label]  # a list that mxnet's im2rec makes and reads
+        if len(fields) != 2 or not all(fields):
+            raise DataError(
+                f"{path}, line {number}: expected a path and a label, with a tab between them if the path "
+                f"has spaces, got {line[:200]!r}"
+            )
+        heading, first = first, False
+        if _is_left_over(fields[0]):
+            skipped["lines of system files"] += 1
+            continue
+        if kind := kind_if_no_image(fields[0]):
+            exists = (path.parent / fields[0]).is_file()
+            if heading and not exists:
                 skipped["heading lines"] += 1
                 continue
-            if _is_left_over(fields[0]):
-                skipped["lines of system files"] += 1
+            if PurePath(fields[0]).suffix:
+                skipped[kind] += 1
                 continue
-            files.append(os.fsencode(fields[0]))
-            labels.append(numbers.setdefault(fields[1], len(numbers)))
+            if not exists:
+                raise DataError(f"{path}, line {number}: there is no file {fields[0][:200]!r}, and it has no suffix")
+        files.append(os.fsencode(fields[0]))
+        labels.append(numbers.setdefault(fields[1], len(numbers)))
     if not files:
-        raise DataError(f"{path} lists no images")
+        found = f"; {describe_skipped(skipped)}" if skipped else ""
+        raise DataError(f"{path} lists no images{found}")
     some = files[:: -(-len(files) // LOOKED_FOR)]
     if not any((path.parent / os.fsdecode(file)).is_file() for file in some):
         raise DataError(
@@ -98,8 +102,8 @@ def _whole_number(text: str) -> str | None:
 
 def _is_left_over(name: str) -> bool:
     """Whether a listed path was not meant to be: a list may name other hidden files, a tool's listing names these."""
-    parts = PurePath(name).parts
-    return bool({".ipynb_checkpoints", *SYSTEM_NAMES} & set(parts)) or parts[-1].startswith("._")
+    path = PurePath(name)
+    return bool({".ipynb_checkpoints", *SYSTEM_NAMES} & set(path.parts)) or path.name.startswith("._")
 
 
 class ListImages(DecodedImages):
