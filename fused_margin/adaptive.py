@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fused_margin import settings
+from fused_margin import checks, settings
 from fused_margin.losses import ARGUMENTS, MarginLoss
 from fused_margin.margins import HardNegatives, Margin, warn_of_degrees
 from fused_margin.ops.normalization import target_cosines
@@ -179,8 +179,10 @@ class ElasticFaceLoss(MarginLoss):
         self.kind, self.margin, self.std, self.by_difficulty = kind, margin, std, by_difficulty
 
     def keep_setting(self, name: str, value: Any) -> None:
-        if name == "margin" and self.kind == "arc":
-            warn_of_degrees(name, value)
+        if name in ("margin", "kind"):
+            now = {**vars(self), name: value}
+            if now["kind"] == "arc":
+                warn_of_degrees("margin", now.get("margin", 0.0))
         super().keep_setting(name, value)
 
     @torch.no_grad()
@@ -228,6 +230,16 @@ class CurricularFaceLoss(RunningState, MarginLoss):
         self.margin, self.momentum = margin, momentum
         self.register_buffer("t", running_value(self, 0.0))
 
+    def check_together(self, values: dict[str, Any]) -> None:
+        super().check_together(values)
+        checks.absent("CurricularFace", label_smoothing=values.get("label_smoothing", 0.0))
+        scale = values.get("scale", 64.0)
+        if scale is None or (isinstance(scale, Tensor) and scale.requires_grad):
+            raise TypeError(
+                "scale: expected a number with CurricularFace, or a 0-d tensor without gradient, got "
+                f"{'None' if scale is None else 'one that is learned'}"
+            )
+
     @torch.no_grad()
     def next_t(self, cosine: Tensor, labels: Tensor) -> Tensor:
         counts = (labels != self.ignore_index) & cosine.isfinite()
@@ -262,8 +274,9 @@ def embedding_norm(embeddings: Tensor, least: float, most: float) -> Tensor:
 
 def target_cosine(loss_fn: MarginLoss, embeddings: Tensor, labels: Tensor) -> Tensor:
     """Cosines (N,) float64 of the samples with their own class; that of an ignored label means nothing."""
-    if loss_fn.shard is not None:
+    shard = loss_fn.current_shard()
+    if shard is not None:
         return sharded_target_cosine(
-            loss_fn.shard, embeddings, loss_fn.weight, labels, loss_fn.sub_centers, loss_fn.ignore_index
+            shard, embeddings, loss_fn.weight, labels, loss_fn.sub_centers, loss_fn.ignore_index
         )
     return target_cosines(embeddings, loss_fn.weight, labels.long(), loss_fn.sub_centers)

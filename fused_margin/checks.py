@@ -146,6 +146,8 @@ def shard(value: Shard | None, weight: Tensor, sub_centers: int, label_smoothing
         )
     if value.sample_rate < 1:
         absent("a sample_rate below 1", label_smoothing=label_smoothing)
+    if weight.is_meta:
+        raise ValueError("weight: expected a CPU or CUDA tensor with a shard, got one on meta")
     return value.num_classes
 
 
@@ -166,9 +168,10 @@ def hard_negatives(
     absent("hard_negatives", label_smoothing=label_smoothing)
     if isinstance(value, FilteredNegatives):
         number("hard_negatives.threshold", value.threshold, 0.0, 1.0, open_low=True)
-        if value.threshold == 1:
+        if value.threshold >= 1:  # torch.compile makes a constant of a number that is compared by ==
             return None, None  # only rounding is above it
-        return embeddings.new_full(embeddings.shape[:1], value.threshold, dtype=torch.float64), None
+        # a product, because torch.compile makes a constant of the value that a tensor is filled with
+        return value.threshold * embeddings.new_ones(embeddings.shape[:1], dtype=torch.float64), None
     fixed = isinstance(scale, Tensor) and scale.dim() == 0 and not scale.requires_grad
     if not (is_number(scale) or fixed):
         raise TypeError(
@@ -205,6 +208,10 @@ def nearest(value, weight: Tensor, shard: Shard | None) -> tuple[Tensor, Tensor]
 
 def searched_device(name: str, value: Tensor) -> None:
     """What is found by the exact search alone."""
+    if value.is_meta:
+        raise RuntimeError(
+            f"{name}: expected a CPU or CUDA tensor, whose values the exact search reads, got one on meta"
+        )
     if not dispatch.searches(value.device):
         raise RuntimeError(
             f"{name}: expected a CPU tensor, the exact search is off for this compute capability (see fused_margin.build_info); "

@@ -87,7 +87,8 @@ def margin_cross_entropy(
         Scalar, or (N,) for ``reduction="none"``; float64 if an input is, else float32. A mean over no sample is NaN, with
         gradients of 0. Logits up to 2e38 and class weights of norms from 1e-12 to 1e37 are computed as accurately as
         smaller ones; shorter class weights count as zero, and a larger logit gives NaN. So does, on tensor cores, one
-        above 2e6 where each sample has its own scale.
+        above 2e6 where each sample has its own scale. In float64 norms may reach 1e154; on the CPU a
+        longer row gives NaN.
 
     Raises:
         ValueError, TypeError: for wrong shapes, dtypes, devices or values. Labels on a CUDA device are
@@ -182,6 +183,8 @@ def linear_cross_entropy(
         checks.absent("a margin", label_smoothing=label_smoothing)
     labels, class_weight, smooth = labels.to(torch.int64).contiguous(), _double(class_weight), label_smoothing > 0
     own_class_weight = class_weight if shard is None or class_weight is None else shard.part_of(class_weight)
+    # Once, before all its uses: the parts of its gradient nearly cancel, and rounding each to a half would remain.
+    bias = None if bias is None else bias.double()
     problem = Problem(
         embeddings, weight, workspace_bytes(workspace_mb), PORTABLE, labels, inner_product=True, bias=bias,
         class_weight=own_class_weight if smooth else None,
@@ -189,7 +192,7 @@ def linear_cross_entropy(
     own = labels.clamp(0, classes - 1)  # an ignored sample's is not used
     if shard is None:
         found = _sweep(problem, smooth, ignore_index)
-        own_bias = 0.0 if bias is None else select_rows(bias, own, torch.float64)
+        own_bias = 0.0 if bias is None else bias[own]
         own_length = None if margin is None else _norm(select_rows(weight, own, problem.compute))
     else:
         found = run_sharded_sweep(problem, smooth, ignore_index, shard, length=margin is not None)
@@ -210,7 +213,7 @@ def linear_cross_entropy(
     if smooth:
         uniform, weights = found.uniform_cosine, classes if class_weight is None else class_weight.sum()
         if bias is not None:
-            biases = bias.double().sum() if class_weight is None else own_class_weight.dot(bias.double())
+            biases = bias.sum() if class_weight is None else own_class_weight.dot(bias)
             uniform = uniform + (biases if shard is None else Shared.apply(shard, Total.apply(shard, biases)))
         smoothed = ((target + nll) * weights - uniform) / classes
         loss = torch.lerp(loss, smoothed, label_smoothing * torch.ones_like(loss))

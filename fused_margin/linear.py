@@ -72,7 +72,7 @@ class SoftmaxLoss(ClassificationLoss):
         )
         if self.has_exclusive_term:
             loss = loss + self.exclusive_weight * exclusive_regularization(
-                self.weight, nearest=self.nearest(), shard=self.shard, workspace_mb=self.workspace_mb
+                self.weight, nearest=self.nearest(), shard=self.current_shard(), workspace_mb=self.workspace_mb
             )
         return loss
 
@@ -99,8 +99,8 @@ class L2SoftmaxLoss(SoftmaxLoss):
     __doc__ = (
         "L2-softmax: softmax over embeddings of one length, ``alpha x_i / |x_i|`` (arXiv:1703.09507, eq. 3)."
         + ARGUMENTS.format(
-            own="        alpha: the length; None learns it, from the paper's lower bound (eq. 5, probability 0.9) on.\n"
-            + OWN_BIAS,
+            own="        alpha: the length; None learns it, from the paper's lower bound (eq. 5, probability 0.9) on. A number\n"
+            "            set later fills what is learned, and None makes a number a parameter.\n" + OWN_BIAS,
             smoothing="",
         )
     )
@@ -108,15 +108,17 @@ class L2SoftmaxLoss(SoftmaxLoss):
     SETTINGS: ClassVar = {"alpha": settings.length}
 
     def __init__(self, num_classes: int, embedding_size: int, alpha: float | None = None, bias: bool = True, **options):
-        if alpha is not None:
-            checks.number("alpha", alpha, 0.0, open_low=True)
+        settings.length("alpha", alpha)
         super().__init__(num_classes, embedding_size, bias, **options)
-        if alpha is None:
-            alpha = nn.Parameter(self.weight.new_tensor(lower_bound(self.num_classes), requires_grad=False))
         self.alpha = alpha
 
     def keep_setting(self, name: str, value: Any) -> None:
-        if name == "alpha" and "alpha" in self._parameters and not isinstance(value, nn.Parameter):
+        learned = name == "alpha" and "alpha" in self._parameters
+        if name == "alpha" and value is None:
+            value = lower_bound(self.num_classes)
+            if not learned:
+                value = nn.Parameter(self.weight.new_tensor(value, requires_grad=False))
+        if learned and not isinstance(value, nn.Parameter):
             with torch.no_grad():
                 self.alpha.fill_(value)  # it stays learned
         else:

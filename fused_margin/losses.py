@@ -13,6 +13,7 @@ from fused_margin import checks, settings
 from fused_margin.exclusive import ExclusiveRegularizer, checked_refresh
 from fused_margin.functional import NearestClass, margin_cross_entropy
 from fused_margin.margins import HardNegatives, Margin, is_number, minimum_scale, warn
+from fused_margin.ops.normalization import unit_rows
 from fused_margin.running_state import RunningState, once_per_step
 from fused_margin.sharding import DenseGradient, Shard, Shared, Total
 
@@ -76,7 +77,7 @@ class ClassificationLoss(settings.Settings):
         "label_smoothing": settings.LABEL_SMOOTHING,
         "workspace_mb": settings.WORKSPACE_MB,
     }
-    FIXED = ("num_classes", "embedding_size", "sub_centers")
+    FIXED = ("num_classes", "embedding_size", "sub_centers", "process_group", "device", "dtype")
 
     def __init__(
         self,
@@ -112,10 +113,26 @@ class ClassificationLoss(settings.Settings):
         self.weight = nn.Parameter(weight)
         self.exclusive_weight = exclusive_weight
         self.exclusive_refresh = exclusive_refresh
-        if class_weight is not None:
-            class_weight = torch.as_tensor(class_weight, device=self.weight.device)
-            checks.per_class("class_weight", class_weight, self.weight, self.num_classes)
-        self.register_buffer("class_weight", class_weight)
+        self.register_buffer("class_weight", None)
+        self.class_weight = class_weight
+
+    @property
+    def process_group(self) -> dist.ProcessGroup | None:
+        return None if self.shard is None else self.shard.group
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weight.dtype
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "class_weight" and value is not None:
+            value = torch.as_tensor(value, device=self.weight.device).detach()
+            checks.per_class(name, value, self.weight, self.num_classes)
+        super().__setattr__(name, value)
 
     def check_together(self, values: dict[str, Any]) -> None:
         exclusive_weight = values.get("exclusive_weight", 0.0)
@@ -130,6 +147,8 @@ class ClassificationLoss(settings.Settings):
                 exclusive_weight=exclusive_weight,
                 label_smoothing=values.get("label_smoothing", 0.0),
             )
+        if values.get("sample_rate", 1.0) < 1:
+            checks.absent("a sample_rate below 1", label_smoothing=values.get("label_smoothing", 0.0))
         refresh = values.get("exclusive_refresh", "every_step")
         if exclusive_weight > 0 and refresh != "every_step" and getattr(self.exclusive, "refresh", None) != refresh:
             checks.searched_device("weight", self.weight)
@@ -171,8 +190,10 @@ class ClassificationLoss(settings.Settings):
         }
 
     def current_shard(self) -> Shard | None:
-        """In evaluation mode every class takes part."""
-        return self.shard if self.training or self.shard is None else replace(self.shard, sample_rate=1.0)
+        """In evaluation mode every class takes part, and on meta too, where nothing can be drawn."""
+        if self.shard is None or (self.weight.is_meta and self.shard.group is None):
+            return None
+        return self.shard if self.training else replace(self.shard, sample_rate=1.0)
 
     def weight_of_step(self) -> Tensor:
         """`weight`, whose gradient is dense unless a sparse one is asked for."""
@@ -360,11 +381,17 @@ class MarginLoss(ClassificationLoss):
         Of this rank's classes, where they are divided.
         """
         checks.embeddings_for(embeddings, self.weight, at_least=0)
-        embeddings, weight = embeddings.to(torch.promote_types(embeddings.dtype, self.weight.dtype)), self.weight
-        cosine = F.linear(F.normalize(embeddings, dim=1), F.normalize(weight, dim=1).to(embeddings.dtype))
+        dtype = torch.promote_types(embeddings.dtype, self.weight.dtype)
+        # Embeddings in float64, because gradients by their norm are as large as their squares. Of weight, which can be much
+        # larger, no float64 copy is made; in a half an inverse norm might be too small.
+        unit = unit_rows(embeddings, torch.float64)[0].to(dtype)
+        unit_weight = unit_rows(self.weight, torch.promote_types(self.weight.dtype, torch.float32))[0].to(dtype)
+        cosine, scale = F.linear(unit, unit_weight), self.scale
         if self.sub_centers > 1:
             cosine = cosine.unflatten(1, (-1, self.sub_centers)).amax(dim=2)
-        return cosine * (embeddings.norm(dim=1, keepdim=True) if self.scale is None else self.scale)
+        if scale is None:
+            scale = torch.linalg.vector_norm(embeddings, dim=1, keepdim=True, dtype=torch.float64).to(dtype)
+        return cosine * scale
 
     def margin_repr(self) -> list[str]:
         return [f"{name}={getattr(self.margin_function, name)}" for name in ("m1", "m2", "m3")]

@@ -19,10 +19,10 @@ def is_number(value) -> bool:
 
 
 def warn(message: str) -> None:
-    """Warns about the line outside this package that led here."""
+    """Warns about the line outside this package, and outside torch.nn that calls it, that led here."""
     level = 2
     frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "fused_margin":
+    while frame.f_back is not None and f"{frame.f_globals.get('__name__')}.".startswith(("fused_margin.", "torch.nn.")):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, stacklevel=level)
 

@@ -9,7 +9,7 @@ from fused_margin import checks
 from fused_margin.ops import library
 from fused_margin.ops.dispatch import products_of
 from fused_margin.ops.problem import Problem, compute_dtype, workspace_bytes
-from fused_margin.ops.registration import refuse_transforms
+from fused_margin.ops.registration import refuse_transforms, refuse_unsupported
 from fused_margin.ops.search import MOST_NEAREST
 from fused_margin.ops.sharded_nearest import ShardedNearest, find
 from fused_margin.sharding import Shard, Total
@@ -54,12 +54,15 @@ def nearest_class(
 
     Returns:
         ``NearestClass(cosine, index)``, both (C,), or (C, k) for k > 1, in descending order (inner products, if those
-        are asked for). Ties go to the lowest index. A row with NaN has cosine NaN, and is nobody's nearest. ``cosine``
-        of the nearest other class is differentiable; for all else take the rows of ``index`` and multiply.
+        are asked for). Ties go to the lowest index. A row with NaN has cosine NaN, and is nobody's nearest, and so does a
+        float64 row of a norm above 1e154, but for inner products, which may be as large as their dtype allows: rows with
+        elements beyond 2^55 are copied as float64. ``cosine`` of the nearest other class is differentiable; for all else
+        take the rows of ``index`` and multiply.
 
     Raises:
         ValueError, TypeError: for wrong shapes, dtypes or devices, fewer than two classes, k out of range.
-        RuntimeError: for CUDA tensors with a reference, k > 1 or inner products, which run on the CPU only yet.
+        RuntimeError: for CUDA tensors with a reference, k > 1 or inner products, which run on the CPU only yet, and for
+            these where torch.func differentiates.
     """
     checks.number("workspace_mb", workspace_mb, 0.0, open_low=True)
     checks.one_of("metric", metric, METRICS)
@@ -88,6 +91,7 @@ def nearest_class(
     if plain:
         return known_nearest(query, (None, None), workspace_mb)
     checks.searched_device("query", query)
+    refuse_derivative(query, reference)
     if reference is not None and query.dtype != reference.dtype:
         query, reference = (t.to(compute_dtype(query, reference)) for t in (query, reference))
     cosine, index = library.nearest_rows(
@@ -95,6 +99,19 @@ def nearest_class(
         workspace_bytes(workspace_mb),
     )  # fmt: skip
     return NearestClass(cosine, index) if k > 1 else NearestClass(cosine.squeeze(1), index.squeeze(1))
+
+
+def refuse_derivative(query: Tensor, reference: Tensor | None) -> None:
+    """An error where torch.func would differentiate cosines that have no derivative: it would be 0."""
+    if torch.compiler.is_compiling():
+        return
+    try:
+        refuse_unsupported([query, reference])
+    except RuntimeError as error:
+        raise RuntimeError(
+            "nearest_class: with a reference, k > 1 or inner products its results have no derivative; call it with "
+            "detached rows, take the rows of index and multiply"
+        ) from error
 
 
 def known_nearest(weight: Tensor, known: tuple[Tensor | None, Tensor | None], workspace_mb: float) -> NearestClass:

@@ -21,7 +21,7 @@ class Settings(nn.Module):
 
     Attributes:
         SETTINGS: the check of each setting, including the settings of the base classes.
-        FIXED: attributes that the shape of the parameters depends on: they can be set once.
+        FIXED: attributes, or properties, that the parameters depend on: they can be set once, in construction.
     """
 
     SETTINGS: ClassVar[dict[str, Check]] = {}
@@ -33,7 +33,7 @@ class Settings(nn.Module):
         cls.SETTINGS = {name: check for base in bases for name, check in vars(base).get("SETTINGS", {}).items()}
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in self.FIXED and name in self.__dict__:
+        if name in self.FIXED and hasattr(self, name):
             raise AttributeError(f"{name}: cannot be changed, because the parameters depend on it; make a new loss")
         if name not in self.SETTINGS:
             super().__setattr__(name, value)
@@ -104,9 +104,9 @@ def scale(name: str, value: float | Tensor | None) -> float | Tensor | None:
     return real(value)
 
 
-def length(name: str, value: float | nn.Parameter) -> float | nn.Parameter:
-    """alpha of L2-softmax; a parameter is learned."""
-    if not isinstance(value, nn.Parameter):
+def length(name: str, value: float | nn.Parameter | None) -> float | nn.Parameter | None:
+    """alpha of L2-softmax; a parameter is learned, and None is the start of one."""
+    if value is not None and not isinstance(value, nn.Parameter):
         checks.number(name, value, 0.0, open_low=True)
     return real(value)
 
@@ -116,6 +116,9 @@ def one_of(*allowed: str) -> Check:
 
 
 def switch(name: str, value: bool) -> bool:
+    """True or False; 0 and 1, and NumPy's, are taken too."""
+    if not isinstance(value, (int, np.integer, np.bool_)) or value not in (0, 1):
+        raise TypeError(f"{name}: expected True or False, got {value!r}")
     return bool(value)
 
 

@@ -199,3 +199,20 @@ def test_gradients_of_halves_add_up_in_float32(dtype):
             x.to(weight.dtype), weight, y, margin=fm.Margin(m1=2.0), reduction="sum"
         ).backward()
     assert relative_error(lengths.grad.double(), expected.grad) < 1e-2
+
+
+OPTIONS = {"softmax": {}, "label smoothing": {"label_smoothing": 0.1}, "margin": {"margin": fm.Margin(m1=2.0)}}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_gradient_of_a_half_bias_is_rounded_once(dtype, name):
+    """The target's part and the others' nearly cancel over many samples: each is about 0.25, their sum below 0.01."""
+    samples, classes, size = 65536, 4, 16
+    x, w = torch.randn(samples, size).to(dtype), (torch.randn(classes, size) * 0.1).to(dtype)
+    y, bias = torch.randint(classes, (samples,)), torch.zeros(classes, dtype=dtype)
+    found, exact = leaf(bias), leaf(bias, torch.float64)
+    linear_cross_entropy(x, w, y, found, **OPTIONS[name]).backward()
+    linear_cross_entropy(x.double(), w.double(), y, exact, **OPTIONS[name]).backward()
+    assert found.grad.dtype == dtype
+    assert relative_error(found.grad, exact.grad) < torch.finfo(dtype).eps

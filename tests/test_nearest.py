@@ -100,3 +100,33 @@ def test_zero_and_nan_rows():
     leaf = w.requires_grad_()
     exclusive_regularization(leaf).backward()
     assert leaf.grad.isfinite().all() and not leaf.grad[2].any()
+
+
+NO_DERIVATIVE = {
+    "several": lambda w: nearest_class(w, k=2),
+    "inner products": lambda w: nearest_class(w, metric="inner_product"),
+    "queries": lambda w: nearest_class(w, torch.eye(8)),
+    "references": lambda w: nearest_class(torch.eye(8), w),
+}
+
+
+@pytest.mark.parametrize("name", NO_DERIVATIVE)
+def test_results_without_derivative_are_refused_by_torch_func(name):
+    """They would be 0. The rows that the index names have a derivative."""
+    w, function = torch.randn(20, 8), NO_DERIVATIVE[name]
+    for transform in (
+        lambda f: torch.func.grad(lambda v: f(v).cosine.sum())(w),
+        lambda f: torch.func.jvp(lambda v: f(v).cosine, (w,), (w,)),
+        lambda f: torch.func.vjp(lambda v: f(v).cosine, w),
+    ):
+        with pytest.raises(
+            RuntimeError, match="nearest_class: with a reference, k > 1 or inner products .* no derivative"
+        ):
+            transform(function)
+
+    def sum_of_rows(v):
+        return (v * function(v.detach()).index.sum()).sum()
+
+    expected = torch.full_like(w, function(w).index.sum().item())
+    assert torch.equal(torch.func.grad(sum_of_rows)(w), expected)
+    assert not function(w.clone().requires_grad_()).cosine.requires_grad

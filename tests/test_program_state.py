@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import fused_margin as fm
+from fused_margin.sharding import Shard
 
 N, C, D = 24, 300, 33
 
@@ -151,6 +152,31 @@ def test_a_module_made_on_meta():
         embeddings, _, labels = inputs()
         with pytest.raises(ValueError, match="expected a tensor on"):
             loss_fn(embeddings, labels)
+
+
+@pytest.mark.parametrize("module", [fm.ArcFaceLoss, fm.SoftmaxLoss])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_sampled_classes_on_meta(module, sparse):
+    """Nothing can be drawn there; the shapes are those of all classes."""
+    loss_fn = module(C, D, device="meta", sample_rate=0.5, sparse=sparse, exclusive_weight=0.1)
+    embeddings = torch.randn(N, D, device="meta", requires_grad=True)
+    loss = loss_fn(embeddings, torch.zeros(N, dtype=torch.int64, device="meta"))
+    loss.backward()
+    assert loss.is_meta and loss.shape == () and embeddings.grad.shape == (N, D)
+    assert loss_fn.weight.grad.shape == (C, D)
+
+
+def test_what_needs_values_on_meta():
+    """Messages that say so."""
+    embeddings, weight = torch.randn(N, D, device="meta"), torch.randn(C, D, device="meta")
+    labels = torch.zeros(N, dtype=torch.int64, device="meta")
+    for function in (fm.functional.margin_cross_entropy, fm.functional.linear_cross_entropy):
+        with pytest.raises(ValueError, match="weight: expected a CPU or CUDA tensor with a shard, got one on meta"):
+            function(embeddings, weight, labels, shard=Shard(C, sample_rate=0.5))
+    with pytest.raises(RuntimeError, match="weight: expected a CPU or CUDA tensor, whose values .* got one on meta"):
+        fm.ArcFaceLoss(C, D, device="meta", exclusive_weight=0.1, exclusive_refresh="certified")
+    with pytest.raises(RuntimeError, match="query: expected a CPU or CUDA tensor, whose values .* got one on meta"):
+        fm.functional.nearest_class(weight, k=2)
 
 
 FACTORIES = (

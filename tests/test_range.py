@@ -1,5 +1,6 @@
 """How large logits and class weights may be: as large as float32 is, and inf or NaN beyond, never a wrong number."""
 
+import math
 from unittest.mock import patch
 
 import pytest
@@ -144,3 +145,125 @@ def test_nearest_of_long_class_weights(ranks, size, world):
     for parts in zip(*found, strict=True):
         assert torch.equal(torch.cat([at for _, at in parts]), index)
         torch.testing.assert_close(torch.cat([c for c, _ in parts]).double(), cosine, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("int8", [True, False])
+@pytest.mark.parametrize("alone", [True, False], ids=["one set", "reference"])
+@pytest.mark.parametrize("number", [1, 5])
+@pytest.mark.parametrize(
+    ("dtype", "of_query", "of_reference"),
+    [
+        (torch.float64, 1e19, 1e19),
+        (torch.float64, 1e-19, 1e60),
+        (torch.float64, 1e200, 1e50),
+        (torch.float64, 1e307, 1e-300),
+        (torch.float64, 1e-140, 1e-140),
+        (torch.float32, 2e18, 2e18),
+        (torch.float32, 1e36, 1e-10),
+        (torch.bfloat16, 2e18, 2e18),
+    ],
+    ids=str,
+)
+def test_inner_products_of_long_rows(dtype, of_query, of_reference, number, alone, int8):
+    """Rows whose norms vary a thousandfold, and products that fit the dtype; a row with NaN is nobody's nearest."""
+    torch.manual_seed(0)
+    if alone:
+        of_query = of_reference = math.sqrt(of_query * of_reference)
+    sizes = torch.logspace(-3, 0, C, dtype=torch.float64).unsqueeze(1)
+    query, reference = (
+        (torch.randn(C, D, dtype=torch.float64) * sizes * s).to(dtype) for s in (of_query, of_reference)
+    )
+    for rows in (query, reference):
+        rows[9, 2] = torch.nan
+    left = query.double() / of_query
+    right = left if alone else reference.double() / of_reference
+    products = left @ right.t()
+    products[:, 9] = -torch.inf
+    if alone:
+        products.fill_diagonal_(-torch.inf)
+    value, index = products.topk(number, 1)
+    with patch.object(search, "int8_wins", search.int8_wins if int8 else lambda rows: False):
+        found = fm.functional.nearest_class(query, None if alone else reference, k=number, metric="inner_product")
+    at, cosine = found.index.view(C, number), found.cosine.view(C, number).double()
+    valid = torch.arange(C) != 9
+    assert torch.equal(at[valid], index[valid]) and cosine[9].isnan().all()
+    cosine = cosine / of_query / of_reference
+    torch.testing.assert_close(cosine[valid], value[valid], rtol=4 * torch.finfo(dtype).eps, atol=1e-12)
+
+
+FLOAT64 = {
+    "intra": lambda x, w, y: fm.IntraLoss(reduction="none")(x, w, y),
+    "inter": lambda x, w, y: fm.InterLoss(reduction="none")(w, y),
+    "uniform": lambda x, w, y: fm.UniformLoss()(w),
+    "nearest": lambda x, w, y: fm.functional.nearest_class(w).cosine,
+    "exclusive": lambda x, w, y: fm.functional.exclusive_regularization(w),
+    "margin": lambda x, w, y: fm.functional.margin_cross_entropy(x, w, y, reduction="none"),
+}
+
+
+@pytest.mark.parametrize("name", FLOAT64)
+def test_float64_rows_beyond_the_range_are_no_number(name):
+    """Squares are finite up to norms of 1e154; a longer row does not count as zero."""
+    (x, w), y = leaves(1.0, 1.0, torch.float64)
+    expected = FLOAT64[name](x, w, y)
+    torch.testing.assert_close(FLOAT64[name](x * 1e150, w * 1e150, y), expected)
+    assert FLOAT64[name](x * 1e200, w * 1e200, y).isnan().all()
+
+
+LOGITS = {
+    "arcface": fm.ArcFaceLoss,
+    "sphereface": fm.SphereFaceLoss,
+    "modified softmax": fm.ModifiedSoftmaxLoss,
+    "sub-center": fm.SubCenterArcFaceLoss,
+}
+
+
+@pytest.mark.parametrize("name", LOGITS)
+@pytest.mark.parametrize(
+    ("dtype", "size"),
+    [
+        (torch.float32, 1e20),
+        (torch.float32, 1e30),
+        (torch.float32, 1e-11),
+        (torch.bfloat16, 1e30),
+        (torch.float64, 1e100),
+    ],
+    ids=str,
+)
+def test_logits_of_long_embeddings(name, dtype, size):
+    """torch.nn.functional.normalize adds squares in the rows' own dtype."""
+    torch.manual_seed(0)
+    x = (torch.randn(N, D, dtype=torch.float64) * size).to(dtype)
+    x[3] = 0
+    loss_fn, upstream = LOGITS[name](C, D, dtype=torch.promote_types(dtype, torch.float32)), torch.randn(N, C)
+    with torch.no_grad():
+        loss_fn.weight[4] = 0
+        if loss_fn.scale is not None:
+            loss_fn.weight[5] *= 1e20
+    exact = LOGITS[name](C, D, dtype=torch.float64)
+    exact.load_state_dict(loss_fn.state_dict())
+    found, expected = x.requires_grad_(), x.detach().double().requires_grad_()
+    logits, right = loss_fn.logits(found), exact.logits(expected)
+    unit = F.normalize(expected, eps=1e-300)
+    cosine = (unit @ F.normalize(exact.weight).t()).unflatten(1, (C, -1)).amax(2)
+    scale = expected.norm(dim=1, keepdim=True) if exact.scale is None else exact.scale
+    torch.testing.assert_close(right, cosine * scale)
+    assert logits.dtype == torch.promote_types(dtype, torch.float32) and not logits[3].any()
+    assert error(logits, right) < 1e-6
+    (logits * upstream).sum().backward()
+    (right * upstream).sum().backward()
+    assert error(found.grad * size, expected.grad * size) < 2 * torch.finfo(dtype).eps + 1e-6
+    lengths = exact.weight.detach().norm(dim=1, keepdim=True)
+    assert error(loss_fn.weight.grad * lengths, exact.weight.grad * lengths) < 1e-5
+
+
+@pytest.mark.parametrize("size", [1e-11, 1.0, 1e30])
+def test_running_mean_of_target_cosines(size):
+    """CurricularFace's t: the cosines of short rows are those of the loss, whatever torch's own function makes of them."""
+    (x, w), y = leaves(1.0, 1.0, torch.float64)
+    loss_fn = fm.CurricularFaceLoss(C, D, momentum=1.0, dtype=torch.float64)
+    with torch.no_grad():
+        loss_fn.weight.copy_(w * size)
+        x[3] = 0
+    loss_fn(x * size, y)
+    torch.testing.assert_close(loss_fn.t, F.cosine_similarity(x, w[y]).mean().reshape(1).detach())

@@ -107,6 +107,8 @@ def test_training_arguments():
 
 
 INVALID = [
+    (fm.CurricularFaceLoss, "label_smoothing", 0.1, ValueError),
+    (fm.CurricularFaceLoss, "scale", None, TypeError),
     (fm.ArcFaceLoss, "margin", float("nan"), ValueError),
     (fm.ArcFaceLoss, "margin", "0.1", TypeError),
     (fm.CombinedMarginLoss, "m1", -1.0, ValueError),
@@ -132,6 +134,16 @@ INVALID = [
     (fm.ArcFaceLoss, "exclusive_refresh", "never", ValueError),
     (fm.SubCenterArcFaceLoss, "exclusive_weight", 0.1, ValueError),
     (fm.SubCenterArcFaceLoss, "label_smoothing", 0.1, ValueError),
+    (partial(fm.ArcFaceLoss, sample_rate=0.5), "label_smoothing", 0.1, ValueError),
+    (partial(fm.SoftmaxLoss, sample_rate=0.5), "label_smoothing", 0.1, ValueError),
+    (partial(fm.ArcFaceLoss, label_smoothing=0.1), "sample_rate", 0.5, ValueError),
+    (fm.ArcFaceLoss, "class_weight", torch.ones(29), ValueError),
+    (fm.ArcFaceLoss, "class_weight", torch.ones(30, dtype=torch.int64), TypeError),
+    (fm.SoftmaxLoss, "class_weight", [1.0] * 31, ValueError),
+    *((fm.ArcFaceLoss, "easy", value, TypeError) for value in ("no", 2, 1.0, None)),
+    (fm.SphereFaceLoss, "annealing", "no", TypeError),
+    (fm.ElasticFaceLoss, "by_difficulty", "no", TypeError),
+    (fm.SoftmaxLoss, "sparse", "no", TypeError),
 ]
 
 
@@ -152,9 +164,32 @@ def test_options_that_exclude_each_other():
     with pytest.raises(ValueError, match="exclusive_weight: expected 0 with reduction='none'"):
         loss_fn.reduction = "none"
     assert loss_fn.reduction == "mean"
-    for name in ("num_classes", "embedding_size", "sub_centers"):
+    for name in ("num_classes", "embedding_size", "sub_centers", "process_group", "device", "dtype"):
+        before = getattr(loss_fn, name)
         with pytest.raises(AttributeError, match=f"{name}: cannot be changed"):
             setattr(loss_fn, name, 4)
+        assert getattr(loss_fn, name) == before
+
+
+@pytest.mark.parametrize("value", [True, 1, np.bool_(True), np.int64(1)], ids=repr)
+def test_switches(value):
+    loss_fn = fm.ArcFaceLoss(30, 8, easy=value, sparse=value)
+    assert loss_fn.easy is True and loss_fn.sparse is True
+    loss_fn.easy = type(value)(0)
+    assert loss_fn.easy is False
+
+
+def test_class_weight_is_taken_as_in_the_constructor():
+    """A list becomes a buffer on the device of the loss, and None leaves it out."""
+    x, y = inputs()
+    values = torch.linspace(0.5, 2.0, 30).tolist()
+    changed, constructed = twins(fm.ArcFaceLoss, {}, {"class_weight": values})
+    before = changed(x, y)
+    changed.class_weight = values
+    assert torch.equal(changed.state_dict()["class_weight"], torch.tensor(values))
+    assert torch.equal(changed(x, y), constructed(x, y))
+    changed.class_weight = None
+    assert torch.equal(changed(x, y), before)
 
 
 def test_state_dict_copy_and_pickle():
@@ -208,6 +243,18 @@ def test_number_fills_a_tensor(learned):
     alpha = fm.L2SoftmaxLoss(30, 8)
     alpha.alpha = 4.0
     assert isinstance(alpha.alpha, nn.Parameter) and alpha.alpha == 4.0
+
+
+def test_alpha_none_is_learned():
+    """From its lower bound on, as in the constructor."""
+    constructed, fixed = fm.L2SoftmaxLoss(300, 8), fm.L2SoftmaxLoss(300, 8, alpha=8.0)
+    fixed.alpha = None
+    assert isinstance(fixed.alpha, nn.Parameter) and torch.equal(fixed.alpha, constructed.alpha)
+    assert repr(fixed) == repr(constructed)
+    kept = fixed.alpha
+    fixed.alpha = 9.0
+    fixed.alpha = None
+    assert fixed.alpha is kept and torch.equal(kept, constructed.alpha)
 
 
 @pytest.mark.parametrize("module", [fm.ArcFaceLoss, fm.SoftmaxLoss])
@@ -281,6 +328,23 @@ def test_insightface():
     assert fc.num_sample == 30 and torch.equal(fc(x[:4], y[:4]), whole)
 
 
+def test_insightface_refuses_what_has_no_effect():
+    x, y = inputs()
+    fc = PartialFC_V2(insightface.ArcFace(8.0), 8, 30).double()
+    whole = fc(x, y)
+    for name in ("num_classes", "rank", "world_size", "class_start", "num_local", "num_sample", "process_group"):
+        with pytest.raises(AttributeError, match=f"{name}: cannot be changed"):
+            setattr(fc, name, 2)
+    with pytest.raises(TypeError, match="margin_softmax: expected CombinedMarginLoss.*got torch.nn.*Identity"):
+        fc.margin_softmax = nn.Identity()
+    for name in ("fp16", "sparse"):
+        with pytest.raises(TypeError, match=f"{name}: expected True or False, got 'no'"):
+            setattr(fc, name, "no")
+    assert torch.equal(fc(x, y), whole)
+    fc.margin_softmax = insightface.CosFace(8.0)
+    assert not torch.equal(fc(x, y), whole)
+
+
 DEGREES = {
     "arcface": lambda m: fm.ArcFaceLoss(30, 8, margin=m),
     "sub-center": lambda m: fm.SubCenterArcFaceLoss(30, 8, margin=m),
@@ -320,6 +384,16 @@ def test_degrees_in_a_margin_warn():
         fm.Margin(m2=3.1, m3=4.0)
 
 
+def test_degrees_in_a_margin_function_warn():
+    """With the line that set it, which torch.nn.Module calls."""
+    loss_fn = fm.ArcFaceLoss(30, 8)
+    with pytest.warns(UserWarning):
+        margin = fm.Margin(m2=28.6)
+    with pytest.warns(UserWarning, match="margin 28.6 is an angle above pi") as caught:
+        loss_fn.margin_function = margin
+    assert len(caught) == 1 and caught[0].filename == __file__
+
+
 def test_numbers_that_are_no_angles_do_not_warn():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -333,6 +407,14 @@ def test_small_scale_warns_when_set():
     with pytest.warns(UserWarning, match=r"scale 9 is below 9\.10") as caught:
         loss_fn.scale = 9
     assert caught[0].filename == __file__
+
+
+def insightface_loss(classes, size):
+    return PartialFC_V2(insightface.ArcFace(8.0, 0.3), size, classes)
+
+
+def insightface_combined(classes, size):
+    return PartialFC_V2(insightface.CombinedMarginLoss(8.0, 1.0, 0.0, 0.1, 0.5), size, classes)
 
 
 VARIABLES = {
@@ -355,6 +437,11 @@ VARIABLES = {
     "label smoothing": (fm.ArcFaceLoss, "label_smoothing", 0.1),
     "label smoothing, softmax": (fm.SoftmaxLoss, "label_smoothing", 0.1),
     "alpha": (lambda *sizes: fm.L2SoftmaxLoss(*sizes, alpha=8.0), "alpha", 9.0),
+    "insightface, margin": (insightface_loss, "margin_softmax.margin", 0.2),
+    "insightface, m1": (insightface_combined, "margin_softmax.m1", 0.8),
+    "insightface, m3": (insightface_combined, "margin_softmax.m3", 0.2),
+    "insightface, s": (insightface_loss, "margin_softmax.s", 20.0),
+    "insightface, filter": (insightface_combined, "margin_softmax.interclass_filtering_threshold", 0.2),
 }
 
 
@@ -372,7 +459,8 @@ def test_compiled_once_for_all_values(name):
         now = value * (1 + 0.01 * step)
         results = []
         for function, loss_fn in ((eager, eager), (compiled, changed)):
-            setattr(loss_fn, attribute, (now, 2 * now) if attribute == "margins" else now)
+            owner, _, name = attribute.rpartition(".")
+            setattr(loss_fn.get_submodule(owner), name, (now, 2 * now) if name == "margins" else now)
             loss_fn.weight.grad, a = None, leaf(x.float())
             loss = function(a, y)
             loss.backward()

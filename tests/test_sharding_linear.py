@@ -117,6 +117,23 @@ def test_gradients_come_in_the_parameters_dtype(ranks, dtype, margin):
         assert found.dtype == kind and relative_error(found, expected[k]) < 8 * torch.finfo(kind).eps
 
 
+def bias_gradient(group, x, w, y, bias):
+    bias = leaf(bias)
+    fm.functional.linear_cross_entropy(x, w, y, bias, shard=Shard(4, group)).backward()
+    return bias.grad
+
+
+def test_gradient_of_a_half_bias_is_rounded_once(ranks):
+    """The target's part and the others' nearly cancel over many samples."""
+    dtype = torch.bfloat16
+    x, w, y = torch.randn(65536, 16).to(dtype), (torch.randn(4, 16) * 0.1).to(dtype), torch.randint(4, (65536,))
+    exact = leaf(torch.zeros(4), torch.float64)
+    fm.functional.linear_cross_entropy(x.double(), w.double(), y, exact).backward()
+    halves = [(x[rank::2], w[2 * rank :][:2], y[rank::2], torch.zeros(2, dtype=dtype)) for rank in range(2)]
+    found = torch.cat(ranks.run(bias_gradient, halves))
+    assert relative_error(found, exact.grad) < torch.finfo(dtype).eps
+
+
 MODULES = {
     "softmax": (fm.SoftmaxLoss, {}),
     "softmax, exclusive": (fm.SoftmaxLoss, {"exclusive_weight": 0.7, "label_smoothing": 0.1}),

@@ -84,7 +84,8 @@ template <class T> inline void add_scaled(T* to, T scale, T unit, const T* from,
 
 inline double inverse_norm_of(double squares) {
     double norm = sqrt(squares);
-    return norm < kSmallestNorm ? 0.0 : 1.0 / norm; // NaN stays NaN
+    // NaN stays NaN; norm - norm makes one of a norm that is infinite, which would otherwise count as zero
+    return norm < kSmallestNorm ? 0.0 : 1.0 / norm + (norm - norm);
 }
 
 // Threads worth waking for work on so many numbers: a team costs microseconds, and far more on a busy machine.

@@ -42,6 +42,11 @@ class LogitMargin(settings.Settings):
     }
     s: float
     interclass_filtering_threshold: float = 0
+    s_varies = False  # whether it has been changed
+
+    def keep_setting(self, name: str, value: float) -> None:
+        self.s_varies = self.s_varies or (name == "s" and "s" in self.__dict__)
+        super().keep_setting(name, value)
 
     def numbers(self) -> dict[str, float]:
         """m1, m2 and m3 of :class:`fused_margin.Margin`, where they are not its defaults."""
@@ -50,6 +55,13 @@ class LogitMargin(settings.Settings):
     def fused(self) -> Margin:
         """The margin as the fused loss takes it."""
         return Margin(**self.numbers(), **MODE)
+
+    def scale(self, device: torch.device) -> float | Tensor:
+        """s as the fused loss takes it."""
+        if torch.compiler.is_compiling() and self.s_varies:
+            # a number would be a constant of the graph, and every value compiled for
+            return torch.ones((), dtype=torch.float64, device=device) * self.s
+        return self.s
 
     def filtered(self) -> FilteredNegatives | None:
         """What becomes of near classes, as the fused loss takes it."""
@@ -153,6 +165,16 @@ class CosFace(LogitMargin):
         return {"m3": self.m}
 
 
+def checked_margin(name: str, value: LogitMargin) -> LogitMargin:
+    """Raises TypeError for what is no margin of this module: a forward of its own would not be called."""
+    if not isinstance(value, LogitMargin) or type(value).forward is not LogitMargin.forward:
+        raise TypeError(
+            f"{name}: expected CombinedMarginLoss, ArcFace or CosFace of fused_margin.compat.insightface, got "
+            f"{type(value).__module__}.{type(value).__qualname__}"
+        )
+    return value
+
+
 class PartialFC_V2(settings.Settings):
     """Margin softmax over classes that are divided among ranks, of which a share may be drawn at every step.
 
@@ -180,8 +202,9 @@ class PartialFC_V2(settings.Settings):
 
     Attributes:
         weight: (num_local, D) parameter, initialised N(0, 0.01): this rank's classes, class_start and those after it.
-        rank, world_size, class_start, num_local, num_sample, margin_softmax, and the arguments, of which sample_rate,
-            fp16, sparse and workspace_mb may change between steps.
+        rank, world_size, class_start, num_local, num_sample, margin_softmax, and the arguments. margin_softmax,
+            sample_rate, fp16, sparse and workspace_mb may change between steps, and so may the numbers of margin_softmax.
+            Under torch.compile each of its numbers compiles once more for the second value, and not for further values.
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
@@ -192,8 +215,11 @@ class PartialFC_V2(settings.Settings):
         "fp16": settings.switch,
         "sparse": settings.switch,
         "workspace_mb": settings.WORKSPACE_MB,
+        "margin_softmax": checked_margin,
     }
-    FIXED = ("num_classes", "embedding_size")
+    FIXED = (
+        "num_classes", "embedding_size", "rank", "world_size", "class_start", "num_local", "num_sample", "process_group",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -208,11 +234,7 @@ class PartialFC_V2(settings.Settings):
         workspace_mb: float = 256,
     ):
         super().__init__()
-        if not isinstance(margin_loss, LogitMargin) or type(margin_loss).forward is not LogitMargin.forward:
-            raise TypeError(
-                "margin_loss: expected CombinedMarginLoss, ArcFace or CosFace of fused_margin.compat.insightface, got "
-                f"{type(margin_loss).__module__}.{type(margin_loss).__qualname__}"
-            )
+        checked_margin("margin_loss", margin_loss)
         self.num_classes = checks.positive_index("num_classes", num_classes)
         self.embedding_size = checks.positive_index("embedding_size", embedding_size)
         if process_group is None and dist.is_available() and dist.is_initialized():
@@ -224,9 +246,16 @@ class PartialFC_V2(settings.Settings):
         self.margin_softmax = margin_loss
         self.weight = nn.Parameter(torch.normal(0, 0.01, (self.num_local, self.embedding_size)))
 
+    @property
+    def num_sample(self) -> int:
+        return int(self.sample_rate * self.num_local)
+
+    @property
+    def process_group(self) -> dist.ProcessGroup | None:
+        return None if self.shard is None else self.shard.group
+
     def setting_changed(self, name: str) -> None:
         if name == "sample_rate":
-            self.num_sample = int(self.sample_rate * self.num_local)
             group = None if self.shard is None else self.shard.group
             divided = self.world_size > 1 or self.sample_rate < 1
             self.shard = Shard(self.num_classes, group, self.sample_rate) if divided else None
@@ -244,7 +273,7 @@ class PartialFC_V2(settings.Settings):
                 weight,
                 column(local_labels),
                 self.margin_softmax.fused(),
-                self.margin_softmax.s,
+                self.margin_softmax.scale(weight.device),
                 hard_negatives=self.margin_softmax.filtered(),
                 shard=self.shard,
                 workspace_mb=self.workspace_mb,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -100,22 +102,24 @@ def load_checkpoint(
         lr_scheduler: None leaves its state.
 
     Raises:
-        ValueError: for files that are missing, truncated, of different steps or of something else, or that do not
-            match these classes, this backbone or this optimizer in full. Nothing is loaded then.
+        ValueError: for files that are missing, damaged, of different steps or of something else, or that do not
+            match these classes, this backbone, this optimizer or this schedule in full. Nothing is loaded then.
     """
     files = read_all(Path(folder), partial_fc)
     own = files[partial_fc.rank % len(files)]
     path = Path(folder) / CHECKPOINT.format(partial_fc.rank % len(files))
     weight = own_rows([file["state_dict_softmax_fc"]["weight"] for file in files], partial_fc)
-    state = None if optimizer is None else optimizer_state(files, own, optimizer, partial_fc)
+    check_finite(weight, partial_fc, files, Path(folder))
+    state = None if optimizer is None else optimizer_state(files, own, optimizer, partial_fc, path)
     if lr_scheduler is not None:
         check_scheduler(own["state_lr_scheduler"], lr_scheduler, path)
-    load_backbone(own["state_dict_backbone"], unwrapped(backbone), path)
-    partial_fc.load_state_dict({"weight": weight})
-    if optimizer is not None:
-        optimizer.load_state_dict(state)
-    if lr_scheduler is not None:
-        lr_scheduler.load_state_dict(own["state_lr_scheduler"])
+    with contextlib.ExitStack() as loaded:
+        if optimizer is not None:
+            loaded.enter_context(loaded_optimizer(optimizer, state, path))
+        if lr_scheduler is not None:
+            loaded.enter_context(loaded_scheduler(lr_scheduler, own["state_lr_scheduler"], path))
+        load_backbone(own["state_dict_backbone"], unwrapped(backbone), path)
+        partial_fc.load_state_dict({"weight": weight})
     return Progress(own["epoch"], own["global_step"])
 
 
@@ -155,17 +159,22 @@ def read_file(path: Path, embedding_size: int) -> dict[str, Any]:
     try:
         file = load_tensors(path, mmap=True)  # only what is used later is read from disk
     except UnreadableFileError as error:
-        raise ValueError(f"folder: expected a checkpoint of arcface_torch, cannot read {error}") from error
+        raise ValueError(
+            f"folder: expected a checkpoint of arcface_torch, got a file that is damaged or of another kind, {error}"
+        ) from error
     if not isinstance(file, dict) or not file.keys() >= KEYS or not all(isinstance(file[key], dict) for key in STATES):
         raise ValueError(f"folder: expected a checkpoint of arcface_torch, got {path}")
-    if not all(isinstance(file[key], int) for key in KEYS - STATES):
-        raise ValueError(f"folder: expected a checkpoint of arcface_torch, got {path} with no number of steps")
+    for key in sorted(KEYS - STATES):
+        if isinstance(file[key], bool) or not isinstance(file[key], int) or file[key] < 0:
+            raise ValueError(f"folder: expected a non-negative integer {key}, got {file[key]!r} in {path}")
     weight = file["state_dict_softmax_fc"].get("weight")
     if not isinstance(weight, Tensor) or set(file["state_dict_softmax_fc"]) != {"weight"}:
         raise ValueError(f"folder: expected a checkpoint of arcface_torch, got {path} without class weights")
     if weight.dim() != 2 or weight.shape[1] != embedding_size:
         shape = tuple(weight.shape)
         raise ValueError(f"folder: expected class weights (classes, {embedding_size}), got {shape} in {path}")
+    if not weight.is_floating_point():
+        raise ValueError(f"folder: expected floating-point class weights, got {weight.dtype} in {path}")
     return file
 
 
@@ -202,13 +211,66 @@ def load_backbone(state: dict[str, Any], backbone: nn.Module, path: Path) -> Non
     before = copy.deepcopy(backbone.state_dict())
     try:
         backbone.load_state_dict(state)
-    except (AttributeError, RuntimeError, TypeError) as error:
+    except Exception as error:  # a module may load its state in a way of its own
         backbone.load_state_dict(before)
         raise ValueError(f"backbone: the weights in {path} do not fit it: {error}") from error
 
 
+@contextlib.contextmanager
+def loaded_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], path: Path) -> Iterator[None]:
+    """Loads a state that stays unless the block raises."""
+    before = optimizer.state, optimizer.param_groups  # load_state_dict puts others in their place
+    try:
+        try:
+            optimizer.load_state_dict(state)
+        except Exception as error:  # each kind of optimizer has its own errors
+            raise ValueError(f"optimizer: the state in {path} does not fit it: {error!r}") from error
+        yield
+    except BaseException:
+        optimizer.state, optimizer.param_groups = before
+        raise
+
+
+@contextlib.contextmanager
+def loaded_scheduler(
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler, state: dict[str, Any], path: Path
+) -> Iterator[None]:
+    """Loads a state that stays unless the block raises."""
+    before = copy.deepcopy(lr_scheduler.state_dict())
+    try:
+        try:
+            lr_scheduler.load_state_dict(state)
+        except Exception as error:  # each kind of schedule has its own errors
+            raise ValueError(f"lr_scheduler: the state in {path} does not fit it: {error!r}") from error
+        yield
+    except BaseException:
+        lr_scheduler.load_state_dict(before)
+        raise
+
+
+def check_finite(weight: Tensor, partial_fc: PartialFC_V2, files: list[dict[str, Any]], folder: Path) -> None:
+    """This rank's class weights, which are of these files."""
+    wrong = (~weight.isfinite().all(dim=1)).nonzero()
+    if len(wrong):
+        row = partial_fc.class_start + int(wrong[0])
+        ends = accumulate(len(file["state_dict_softmax_fc"]["weight"]) for file in files)
+        path = folder / CHECKPOINT.format(next(rank for rank, end in enumerate(ends) if row < end))
+        raise ValueError(
+            f"folder: expected finite class weights, got NaN or infinity in those of class {row} in {path}"
+        )
+
+
 def check_scheduler(saved: dict[str, Any], lr_scheduler: torch.optim.lr_scheduler.LRScheduler, path: Path) -> None:
-    """A schedule of as many parameter groups; its other entries depend on PyTorch's version."""
+    """A schedule of the same kind, and of as many parameter groups; private entries depend on PyTorch's version."""
+    kept, found = (
+        {name for name in state if not name.startswith("_")} - {"verbose"}  # of older versions
+        for state in (lr_scheduler.state_dict(), saved)
+    )
+    if kept != found:
+        raise ValueError(
+            f"lr_scheduler: expected the state of a {type(lr_scheduler).__name__} with {', '.join(sorted(kept))}, got "
+            f"{', '.join(sorted(found)) or 'nothing'} in {path}"
+        )
     expected, rates = getattr(lr_scheduler, "base_lrs", None), saved.get("base_lrs")
     if rates is not None and expected is not None and len(rates) != len(expected):
         raise ValueError(
@@ -225,50 +287,93 @@ def own_rows(parts: Iterable[Tensor], partial_fc: PartialFC_V2) -> Tensor:
     return torch.cat(rows)
 
 
+def is_optimizer_state(saved: dict[str, Any]) -> bool:
+    """Whether it is what an optimizer's ``state_dict`` gives."""
+    state, groups = saved.get("state"), saved.get("param_groups")
+    if not isinstance(state, dict) or not isinstance(groups, list):
+        return False
+    grouped = all(isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups)
+    return grouped and all(isinstance(entry, dict) for entry in state.values())
+
+
+def check_options(group: dict[str, Any], saved_group: dict[str, Any], index: int, path: Path) -> None:
+    """Options of the same kind of optimizer.
+
+    Versions of PyTorch differ by options that one of them does not have, and other kinds by options on both sides. What
+    is switched off does nothing: ``torch.optim.SGD`` without Nesterov's momentum steps as one that does not know it.
+    """
+    unknown = {
+        name
+        for name, value in saved_group.items()
+        if name not in group and name != "initial_lr" and value is not None and value != 0
+    }
+    missing = group.keys() - saved_group.keys() - {"initial_lr"}
+    if unknown and missing:
+        raise ValueError(
+            f"optimizer: expected options {', '.join(sorted(group.keys() - {'params'}))} in group {index}, got "
+            f"{', '.join(sorted(unknown))} of another kind of optimizer in {path}"
+        )
+
+
 def optimizer_state(
-    files: list[dict[str, Any]], own: dict[str, Any], optimizer: torch.optim.Optimizer, partial_fc: PartialFC_V2
+    files: list[dict[str, Any]],
+    own: dict[str, Any],
+    optimizer: torch.optim.Optimizer,
+    partial_fc: PartialFC_V2,
+    path: Path,
 ) -> dict[str, Any]:
-    """The state dict of the own file, but with the rows of this rank's classes, as this optimizer takes it."""
+    """The state dict of the own file, at `path`, but with the rows of this rank's classes, as this optimizer takes it."""
+    for rank, file in enumerate(files):
+        if not is_optimizer_state(file["state_optimizer"]):
+            other = path.with_name(CHECKPOINT.format(rank))
+            raise ValueError(
+                f"optimizer: expected a state of an optimizer and its parameter groups, got none in {other}"
+            )
     saved, groups = own["state_optimizer"], optimizer.param_groups
     if len(groups) != len(saved["param_groups"]):
         raise ValueError(
-            f"optimizer: expected {len(saved['param_groups'])} parameter groups as in the checkpoint, got {len(groups)}"
+            f"optimizer: expected {len(saved['param_groups'])} parameter groups as in {path}, got {len(groups)}"
         )
     state, merged_groups = dict(saved["state"]), []
     for index, (group, saved_group) in enumerate(zip(groups, saved["param_groups"], strict=True)):
+        check_options(group, saved_group, index, path)
         merged_groups.append({**group, **saved_group})  # an option that another optimizer did not have stays
         if len(group["params"]) != len(saved_group["params"]):
             raise ValueError(
-                f"optimizer: expected {len(saved_group['params'])} parameters in group {index} as in the checkpoint, "
-                f"got {len(group['params'])}"
+                f"optimizer: expected {len(saved_group['params'])} parameters in group {index} as in {path}, got "
+                f"{len(group['params'])}"
             )
         for parameter, number in zip(group["params"], saved_group["params"], strict=True):
             if number not in state:
+                if state and parameter is partial_fc.weight:
+                    raise ValueError(f"optimizer: expected a state of the class weights, got none in {path}")
                 continue
             if parameter is partial_fc.weight:
                 parts = [file["state_optimizer"]["state"].get(number, {}) for file in files]
                 if any(part.keys() != state[number].keys() for part in parts):
-                    raise ValueError("optimizer: expected the same state of the class weights in all ranks' files")
-                state[number] = {name: of_classes(name, parts, partial_fc) for name in state[number]}
+                    raise ValueError(
+                        f"optimizer: expected the same state of the class weights in all ranks' files in {path.parent}"
+                    )
+                state[number] = {name: of_classes(name, parts, partial_fc, path.parent) for name in state[number]}
             for name in ELEMENTWISE:
                 value = state[number].get(name)
                 if isinstance(value, Tensor) and value.shape != parameter.shape:
                     raise ValueError(
                         f"optimizer: expected {name} of shape {tuple(parameter.shape)} for parameter {number}, got "
-                        f"{tuple(value.shape)} in the checkpoint"
+                        f"{tuple(value.shape)} in {path}"
                     )
     return copy.deepcopy({"state": state, "param_groups": merged_groups})  # nothing of it stays in the files
 
 
-def of_classes(name: str, parts: list[dict[str, Any]], partial_fc: PartialFC_V2):
+def of_classes(name: str, parts: list[dict[str, Any]], partial_fc: PartialFC_V2, folder: Path):
     """One entry of an optimizer's state of the class weights: rows, as momentum, or a number that all ranks have."""
     values = [part[name] for part in parts]
     if not isinstance(values[0], Tensor) or values[0].dim() == 0:
         return values[0]
     if sum(map(len, values)) != partial_fc.num_classes:
         raise ValueError(
-            f"optimizer: expected {name} of all {partial_fc.num_classes} classes in the checkpoint, got "
-            f"{sum(map(len, values))} rows; None leaves them out"
+            f"optimizer: expected {name} of all {partial_fc.num_classes} classes, got {sum(map(len, values))} rows in "
+            f"{folder}; None leaves them out"
         )
     return own_rows(values, partial_fc)
 

@@ -15,10 +15,10 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fused_margin.functional import linear_cross_entropy, margin_cross_entropy, nearest_class
 from fused_margin.margins import Margin
+from fused_margin.ops.normalization import own_cosines
 
 try:
     from pytorch_metric_learning import losses as pml
@@ -134,8 +134,7 @@ class LargeMarginSoftmaxLoss(FusedLoss, pml.LargeMarginSoftmaxLoss):
 
     def own_cosines(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """Cosines (N, sub_centers) of the samples to the centers of their own class."""
-        centers = self.W.t().unflatten(0, (self.num_classes, self.sub_centers))[labels]  # (N, sub_centers, D)
-        return F.cosine_similarity(embeddings.to(self.W.dtype).unsqueeze(1), centers, dim=2)
+        return own_cosines(embeddings, self.W.t(), labels, self.sub_centers).to(self.W.dtype)
 
     def element_losses(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         embeddings = scaled(embeddings, self.scale)

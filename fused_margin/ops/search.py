@@ -23,6 +23,9 @@ from fused_margin.ops.plan import SMALLEST_CHUNK, whole_chunk
 TILE_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}
 MOST_NEAREST = 32
 LONGEST = 1e18  # of rows that are multiplied as they are, in float32
+# Of elements of rows whose inner products are made as they are. Lists keep products in float32, which has room for sums of
+# 2^15 of these; longer rows are divided by a power of two, exactly, in float64.
+MOST_EXPONENT = 55
 # Torch 2.13 leaves products of rows of one element unwritten; beyond the last size a product would not fit an int32.
 INT8_SIZES = range(2, (2**31 - 1) // 127**2 + 1)
 
@@ -292,10 +295,24 @@ def capacity_of(number: int, references: int, int8: bool) -> int:
     return max(1, min(wanted, references))
 
 
+def exponent_of(rows: Tensor) -> int:
+    """Of the largest element of rows (R, D), within what 2.0**-exponent can be. Rows with NaN or infinity stay what they are."""
+    largest = torch.linalg.vector_norm(rows, math.inf, dim=1, dtype=torch.float64)
+    largest = largest.masked_fill_(~largest.isfinite(), 0.0)
+    return max(math.frexp(largest.max().item())[1] - 1, -1000) if len(rows) else 0
+
+
 def find_nearest(
     run: Kernels, query: Tensor, reference: Tensor | None, number: int, inner_product: bool, workspace_bytes: int
 ) -> Search:
     """The `number` nearest references of every query, or others of one set, exactly."""
+    exponents = (0, 0)
+    if inner_product:
+        exponents = exponent_of(query), exponent_of(query if reference is None else reference)
+    divided = max(map(abs, exponents)) > MOST_EXPONENT
+    if divided:
+        query = query.double() * 2.0 ** -exponents[0]
+        reference = None if reference is None else reference.double() * 2.0 ** -exponents[1]
     rows = query if reference is None else reference
     int8 = fits_int8(rows, workspace_bytes)
     coded = Coded.of(run, query, int8, inner_product)
@@ -305,4 +322,7 @@ def find_nearest(
     search.sweep()
     search.settle()
     search.resolve(search.uncertain())
+    if divided:
+        half = sum(exponents) // 2  # the whole power of two can be beyond float64
+        search.cosine.mul_(2.0**half).mul_(2.0 ** (sum(exponents) - half))
     return search

@@ -138,7 +138,7 @@ def write_files(folder, rows, step=5):
                     {"lr": 0.25, "momentum": 0.9, "weight_decay": 0.0, "params": [1]},
                 ],
             },
-            "state_lr_scheduler": {"last_epoch": 5},
+            "state_lr_scheduler": {"step_size": 2, "gamma": 0.1, "base_lrs": [0.25, 0.25], "last_epoch": 5},
         }
         torch.save(content, folder / f"checkpoint_gpu_{rank}.pt")
 
@@ -200,10 +200,10 @@ def test_checkpoints_that_cannot_be_read(tmp_path):
     torch.save({"weight": torch.ones(5, SIZE)}, tmp_path / "checkpoint_gpu_1.pt")
     refused("folder: expected a checkpoint of arcface_torch, got .*checkpoint_gpu_1.pt")
     write_files(tmp_path, [5, 5])
-    refused("optimizer: expected 2 parameter groups as in the checkpoint, got 1", sgd(fc.parameters()))
+    refused("optimizer: expected 2 parameter groups as in .*checkpoint_gpu_0.pt, got 1", sgd(fc.parameters()))
     file["state_optimizer"]["state"][1]["momentum_buffer"] = torch.ones(2, SIZE)  # of the classes drawn only
     torch.save(file, tmp_path / "checkpoint_gpu_1.pt")
-    refused("optimizer: expected momentum_buffer of all 10 classes in the checkpoint, got 7 rows", optimizer)
+    refused("optimizer: expected momentum_buffer of all 10 classes, got 7 rows in", optimizer)
     load_checkpoint(tmp_path, backbone, fc)
 
 
@@ -250,7 +250,9 @@ def test_damaged_files_are_named(tmp_path, damage):
         path.write_bytes({"empty": b"", "truncated": content[: len(content) // 2], "text": b"epoch 3"}[damage])
     backbone, fc, optimizer = small()
     before = [value.clone() for value in (backbone.weight.detach(), fc.weight.detach())]
-    with pytest.raises(ValueError, match="folder: expected a checkpoint of arcface_torch, .*checkpoint_gpu_1.pt"):
+    said = "got" if damage == "other" else "got a file that is damaged or of another kind,"
+    message = f"folder: expected a checkpoint of arcface_torch, {said} .*checkpoint_gpu_1.pt"
+    with pytest.raises(ValueError, match=message):
         load_checkpoint(tmp_path, backbone, fc, optimizer)
     assert torch.equal(backbone.weight, before[0]) and torch.equal(fc.weight, before[1])
 
@@ -279,18 +281,77 @@ def edit(folder, change):
         ),
         (
             lambda file: file["state_optimizer"]["state"][0].update(momentum_buffer=torch.ones(SIZE, 4)),
-            r"optimizer: expected momentum_buffer of shape \(6, 3\) for parameter 0, got \(6, 4\)",
+            r"optimizer: expected momentum_buffer of shape \(6, 3\) for parameter 0, got \(6, 4\) in .*checkpoint_gpu_0.pt",
         ),
         (
             lambda file: file["state_optimizer"]["param_groups"][0]["params"].append(7),
-            "optimizer: expected 2 parameters in group 0 as in the checkpoint, got 1",
+            "optimizer: expected 2 parameters in group 0 as in .*checkpoint_gpu_0.pt, got 1",
         ),
         (
             lambda file: file["state_lr_scheduler"].update(base_lrs=[0.1] * 3),
             "lr_scheduler: expected a schedule of 2 parameter groups, got one of 3 in .*checkpoint_gpu_0.pt",
         ),
+        (
+            lambda file: file["state_lr_scheduler"].clear(),
+            "lr_scheduler: expected the state of a StepLR with base_lrs, .*, got nothing in .*checkpoint_gpu_0.pt",
+        ),
+        (
+            lambda file: file.update(
+                state_lr_scheduler={"lr_lambdas": [None] * 2, "base_lrs": [0.1] * 2, "last_epoch": 5}
+            ),
+            "lr_scheduler: expected the state of a StepLR .* got base_lrs, last_epoch, lr_lambdas in .*checkpoint_gpu_0.pt",
+        ),
+        (
+            lambda file: file.update(state_optimizer={}),
+            "optimizer: expected a state of an optimizer and its parameter groups, got none in .*checkpoint_gpu_0.pt",
+        ),
+        (
+            lambda file: file["state_optimizer"].pop("state"),
+            "optimizer: expected a state of an optimizer and its parameter groups, got none in .*checkpoint_gpu_0.pt",
+        ),
+        (
+            lambda file: file["state_optimizer"]["state"].pop(1),
+            "optimizer: expected a state of the class weights, got none in .*checkpoint_gpu_0.pt",
+        ),
+        (
+            lambda file: file["state_optimizer"]["param_groups"][1].update(betas=(0.9, 0.999)),
+            "optimizer: expected options .* in group 1, got betas of another kind of optimizer in .*checkpoint_gpu_0.pt",
+        ),
+        (
+            lambda file: file["state_dict_softmax_fc"]["weight"][2].fill_(float("nan")),
+            "folder: expected finite class weights, got NaN or infinity in those of class 2 in .*checkpoint_gpu_0.pt",
+        ),
+        (
+            lambda file: file["state_dict_softmax_fc"].update(weight=torch.ones(5, SIZE, dtype=torch.int32)),
+            "folder: expected floating-point class weights, got torch.int32 in .*checkpoint_gpu_0.pt",
+        ),
+        (
+            lambda file: file.update(epoch=-5),
+            "folder: expected a non-negative integer epoch, got -5 in .*checkpoint_gpu_0.pt",
+        ),
+        (
+            lambda file: file.update(global_step=True),
+            "folder: expected a non-negative integer global_step, got True in .*checkpoint_gpu_0.pt",
+        ),
     ],
-    ids=["embedding size", "backbone shape", "backbone names", "momentum", "group", "scheduler"],
+    ids=[
+        "embedding size",
+        "backbone shape",
+        "backbone names",
+        "momentum",
+        "group",
+        "scheduler",
+        "no schedule",
+        "other schedule",
+        "no optimizer",
+        "no state",
+        "no state of the classes",
+        "options",
+        "NaN",
+        "integers",
+        "epoch",
+        "step",
+    ],
 )
 def test_what_does_not_match_in_full_is_refused(tmp_path, change, message):
     write_files(tmp_path, [5, 5])
@@ -301,4 +362,77 @@ def test_what_does_not_match_in_full_is_refused(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         load_checkpoint(tmp_path, backbone, fc, optimizer, scheduler)
     assert torch.equal(backbone.weight, before[0]) and torch.equal(fc.weight, before[1])
+    assert not optimizer.state and optimizer.param_groups[0]["lr"] == 0.1 and scheduler.last_epoch == 0
+
+
+def copied(values):
+    return [value.detach().clone() for value in values]
+
+
+@pytest.mark.parametrize("saved, loaded", [(sgd, adamw), (adamw, sgd)])
+def test_another_kind_of_optimizer_is_refused(tmp_path, saved, loaded):
+    train_and_save(None, tmp_path, 2, saved)
+    training = Training(None, loaded)
+    training.run(1)
+    parameters = [*training.backbone.parameters(), training.fc.weight]
+    before, state = copied(parameters), training.optimizer.state_dict()
+    with pytest.raises(ValueError, match="optimizer: expected options .* of another kind of optimizer in .*gpu_0.pt"):
+        load_checkpoint(tmp_path, *training.state())
+    assert all(map(torch.equal, parameters, before))
+    assert str(training.optimizer.state_dict()) == str(state)
+
+
+class Refusing(torch.optim.SGD):
+    """It takes a state, and then an error comes."""
+
+    def load_state_dict(self, state_dict):
+        super().load_state_dict(state_dict)
+        raise KeyError("step")
+
+
+def late(scheduler):
+    """A schedule's load_state_dict that raises in its first call, after it has loaded."""
+    plain, calls = type(scheduler).load_state_dict, []
+
+    def load_state_dict(self, state):
+        plain(self, state)
+        calls.append(state)
+        if len(calls) == 1:
+            raise KeyError("lr_lambdas")
+
+    return load_state_dict
+
+
+@pytest.mark.parametrize("what", ["optimizer", "lr_scheduler", "backbone"])
+def test_whatever_cannot_be_loaded_changes_nothing(tmp_path, what):
+    write_files(tmp_path, [5, 5])
+    kind = (lambda groups: Refusing(groups, lr=0.1, momentum=0.9)) if what == "optimizer" else sgd
+    backbone, fc, optimizer = small(kind)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 7)
+    kept = scheduler.state_dict()
+    if what == "lr_scheduler":
+        scheduler.__class__ = type("Late", (torch.optim.lr_scheduler.StepLR,), {"load_state_dict": late(scheduler)})
+    elif what == "backbone":
+        edit(tmp_path, lambda file: file["state_dict_backbone"].update(weight=torch.ones(SIZE, 4)))
+    before = copied([backbone.weight, fc.weight])
+    with pytest.raises(ValueError, match=f"{what}: the .* in .*checkpoint_gpu_0.pt do.* not fit it"):
+        load_checkpoint(tmp_path, backbone, fc, optimizer, scheduler)
+    assert torch.equal(backbone.weight, before[0]) and torch.equal(fc.weight, before[1])
     assert not optimizer.state and optimizer.param_groups[0]["lr"] == 0.1
+    assert {name: value for name, value in vars(scheduler).items() if name in kept} == kept
+
+
+@pytest.mark.parametrize("newer", ["file", "optimizer"])
+def test_options_of_another_version_of_pytorch(tmp_path, newer):
+    """One version knows an option that the other does not; what only the optimizer has stays."""
+    train_and_save(None, tmp_path, 2, adamw)
+    training = Training(None, adamw)
+    if newer == "optimizer":
+        for group in training.optimizer.param_groups:
+            group["new"] = 3
+    else:
+        (tmp_path / "model.pt").unlink()
+        edit(tmp_path, lambda file: [group.update(new=3) for group in file["state_optimizer"]["param_groups"]])
+    load_checkpoint(tmp_path, *training.state())
+    assert [group["new"] for group in training.optimizer.param_groups] == [3, 3]
+    training.run(1)
