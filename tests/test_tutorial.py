@@ -84,7 +84,7 @@ def test_the_seed_decides_the_pictures(faces, tmp_path):
 def test_the_readers_take_the_folders(faces):
     splits = load_splits(str(faces / "train"), (16, 16), 3, 0.5, 0)
     assert (splits.train.num_classes, splits.test.num_classes) == (2, 2)
-    lfw = find_benchmark_reader(str(faces / "lfw"))(faces / "lfw")
+    lfw = find_benchmark_reader(str(faces / "lfw"))()
     assert np.bincount(lfw.fold).tolist() == [8] * 10 and lfw.same.sum() == 40
     people = [
         {Path(lfw.images[item]).parent.name for item in lfw.pairs[lfw.fold == fold].ravel()} for fold in range(10)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,8 @@ from fused_margin.tensor_files import UnreadableFileError, load_tensors
 
 FORMAT = 2  # raised when a checkpoint of an older version can no longer be read
 FILE_NAME, WEIGHTS_NAME = "checkpoint.pt", "backbone.pt"  # of a run, and of its exported backbone
-# Entries of every run's checkpoint; `identities`, the names of the classes, came later.
+# Entries of every run's checkpoint. `identities`, the names of the classes, and `identities_before`, those that the
+# starting weights were trained on, came later.
 RUN_ENTRIES = (
     "config", "data", "step", "model", "optimizer", "average", "precision", "seconds", "losses", "unreadable",
 )  # fmt: skip
@@ -21,6 +22,13 @@ RUN_ENTRIES = (
 
 class CheckpointError(Exception):
     """A checkpoint is missing, damaged or of another version."""
+
+
+class StartingWeights(NamedTuple):
+    """What the backbone of a run starts from."""
+
+    backbone: dict[str, Tensor]  # state dict
+    identities: list[str] | None  # names of all identities that it was trained on; None: not known
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -94,8 +102,8 @@ def load_run(path: Path, purpose: str) -> dict[str, Any]:
     return state
 
 
-def load_backbone_weights(path: Path) -> dict[str, Tensor]:
-    """State dict of the backbone of an earlier run, from its folder or checkpoint, or from an exported backbone.pt.
+def load_backbone_weights(path: Path) -> StartingWeights:
+    """The backbone of an earlier run, from its folder or checkpoint, or from an exported backbone.pt.
 
     Raises:
         CheckpointError: there is no such file, or it holds no weights of a backbone.
@@ -108,10 +116,11 @@ def load_backbone_weights(path: Path) -> dict[str, Tensor]:
     )
     state = _load(path, "weights", expected)
     if isinstance(state, dict) and "format" in state:
-        return backbone_state(load_run(path, "start from"))
+        run = load_run(path, "start from")
+        return StartingWeights(backbone_state(run), trained_identities(run))
     if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(f"{path} holds no weights of a backbone{expected}")
-    return state
+    return StartingWeights(state, None)
 
 
 def load_into_backbone(weights: dict[str, Tensor], backbone: nn.Module, path: Path) -> None:
@@ -132,6 +141,18 @@ def backbone_state(state: dict[str, Any]) -> dict[str, Tensor]:
     if state["average"] is not None:
         return _under("module.", state["average"])
     return _under("backbone.", state["model"])
+
+
+def identities_before(state: dict[str, Any]) -> list[str] | None:
+    """Names of the identities that the starting weights of a run were trained on; None where they are not known."""
+    started_at_random = state["config"].get("weights") is None
+    return state.get("identities_before", [] if started_at_random else None)
+
+
+def trained_identities(state: dict[str, Any]) -> list[str] | None:
+    """Names of all identities that a run's backbone was trained on, in the run and before; None if not known."""
+    before, own = identities_before(state), state.get("identities")
+    return None if before is None or own is None else sorted({*before, *own})
 
 
 def criterion_state(state: dict[str, Any]) -> dict[str, Tensor]:

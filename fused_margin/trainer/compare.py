@@ -7,6 +7,7 @@ import itertools
 import json
 import platform
 import statistics
+import textwrap
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,9 +17,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 import tyro
-from rich.cells import cell_len
 from rich.console import Console
-from rich.table import Column, Table
 
 import fused_margin as fm
 
@@ -34,6 +33,7 @@ from .interrupts import Interrupted
 from .loop import Trainer
 from .losses import LOSSES, LossConfig
 from .run import run
+from .wording import counted
 
 PROG = "fused-margin compare"
 RANDOM = "random-weights"  # a network that has not been trained
@@ -54,6 +54,7 @@ LOSSES_HELP = (
 )
 PERCENT = ("accuracy", "tar", "rank1")
 STEP_TIME = "ms per step"
+HEADING_WIDTH = 12  # longer headings of the table on the screen take several lines
 TIMED_STEPS = 20  # a loss, one after the other in turns, so that the machine's moods are everyone's
 FAR = 1e-3
 
@@ -87,17 +88,15 @@ class CompareConfig:
                 raise ValueError(f"{name}: expected one at least")
             if len(set(given)) < len(given):
                 raise ValueError(f"{name}: expected each once, got {' '.join(map(str, given))}")
-        if min(self.seeds) < 0:
-            raise ValueError(f"seeds must not be negative, got {min(self.seeds)}")
         for loss in self.losses:
-            if loss != RANDOM:
-                loss_config(loss)
+            for seed in self.seeds:
+                self.training(loss, seed)  # raises ValueError for what no training can have
 
     def training(self, loss: str, seed: int) -> TrainConfig:
-        name = LossConfig().name if loss == RANDOM else loss.partition("+")[0]
+        chosen = LossConfig() if loss == RANDOM else loss_config(loss)
         return dataclasses.replace(
-            TrainConfig.defaults(self.data, "small", name),
-            loss=LossConfig() if loss == RANDOM else loss_config(loss),
+            TrainConfig.defaults(self.data, "small", chosen.name),
+            loss=chosen,
             epochs=self.epochs,
             seed=seed,
             output=self.output / f"{loss}-{seed}",
@@ -117,6 +116,8 @@ def loss_config(text: str) -> LossConfig:
     weights = {}
     for part in added:
         what, _, weight = part.partition("=")
+        if what in weights:
+            raise ValueError(f"losses: expected {what} once in {text}")
         if what != EXCLUSIVE and what not in TAKES:
             raise ValueError(f"losses: expected {EXCLUSIVE}, {', '.join(TAKES)} after the +, got {what!r}")
         try:
@@ -185,15 +186,9 @@ def compare(config: CompareConfig, console: Console) -> dict[str, Any]:
     (config.output / "compare.md").write_text(
         markdown(header, lines) + (f"\n{note}\n" if note else ""), encoding="utf-8"
     )
-    shown = Table(
-        # Names stay whole on a narrow screen, where numbers are wrapped.
-        Column(header[0], min_width=max(cell_len(loss) for loss in rows), overflow="fold"),
-        *(Column(name, overflow="fold", justify="right") for name in header[1:]),
-        title=f"{config.data}, {config.epochs} {'epoch' if config.epochs == 1 else 'epochs'}, mean and std over {len(config.seeds)} seeds",
-    )
-    for line in lines:
-        shown.add_row(*line)
-    console.print(shown)
+    over = f", mean±std over {len(config.seeds)} seeds" if len(config.seeds) > 1 else f", seed {config.seeds[0]}"
+    console.print(f"\n{config.data}, {counted(config.epochs, 'epoch')}{over}", highlight=False)
+    console.print(screen_table(header, lines), markup=False, highlight=False, soft_wrap=True)
     if note:
         console.print(note, highlight=False)
     console.print(
@@ -275,6 +270,18 @@ def table(
             line.append(f"{values.mean():.{digits}f}{spread}")
         lines.append([*line, "" if step_ms[loss] is None else f"{step_ms[loss]:.1f}"])
     return ["loss", *MEASURES.values(), STEP_TIME], lines
+
+
+def screen_table(header: list[str], lines: list[list[str]]) -> str:
+    """The table for a screen of 80 columns: every loss is on a line of its own, above its numbers."""
+    headings = [textwrap.wrap(name, HEADING_WIDTH) for name in header[1:]]
+    height = max(map(len, headings))
+    rows = [list(row) for row in zip(*([""] * (height - len(words)) + words for words in headings), strict=True)]
+    names = [""] * height + [name for name, *_ in lines]
+    rows += [[cell.replace(" ± ", "±") for cell in cells] for _, *cells in lines]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    written = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join(f"{name}\n{row}" if name else row for name, row in zip(names, written, strict=True))
 
 
 def unresolved_note(rows: dict[str, list[dict[str, float]]]) -> str:

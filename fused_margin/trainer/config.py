@@ -17,11 +17,12 @@ from .models import ModelConfig, Network
 from .options import NamedOptions
 
 EMBEDDED = ("glyphs", "digits")
+LARGEST_SEED = 2**64 - 1  # that torch takes
 # What a resumed run may do differently without becoming another run.
 RUNTIME_FIELDS = ("output", "config", "resume", "accelerator", "devices", "workers", "checkpoint_every", "log_every")
-# What the configuration file of a run leaves out, so that it may start another.
 # Options that checkpoints of older versions do not have; they take their default.
 LATER_OPTIONS = ("weights",)
+# What the configuration file of a run leaves out, so that it may start another.
 LAUNCH_FIELDS = ("output", "config", "resume")
 
 
@@ -126,9 +127,9 @@ class TrainConfig:
     batch_size: int = 128
     """Images per step."""
     accumulate: int = 1
-    """Number of gradient-accumulation micro-batches per step. More of them need less memory.
-    The step stays the same, except where it depends on the batch: what does, sees one micro-batch.
-    Batch norm, mined triplets and adaptive margins do."""
+    """Number of micro-batches that a step is divided into, whose gradients are added. More of them need less memory.
+    Batch norm, mined triplets and adaptive margins depend on the other images of a batch.
+    They see one micro-batch at a time, so with them the step is not quite the same. Otherwise it is."""
     seed: int = 0
     """Seed of the identities' split, the initial weights, the order and the augmentation."""
     test_fraction: float = 0.2
@@ -185,6 +186,8 @@ class TrainConfig:
         for name in ("workers", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.seed > LARGEST_SEED:
+            raise ValueError(f"seed must be at most {LARGEST_SEED}, got {self.seed}")
         if not 0 <= self.test_fraction < 1:
             raise ValueError(f"test_fraction must be between 0 and 1, or 0 for none, got {self.test_fraction}")
 

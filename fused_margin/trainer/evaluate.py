@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from .config import TrainConfig
 from .data.augment import AugmentationConfig, augment
 from .data.base import DataError, ImageSet, Splits, data_loader, seeded_generator, to_input
 from .protocols import cosine_pairs, join_mirror
+from .wording import identities
 
 TEST_STREAM = 2  # keeps the test images' distortion apart from the training's
 BATCH_SIZE = 256
@@ -82,7 +84,7 @@ def embed(
             mirrored.append(backbone(inputs.flip(-1)).float().cpu())
         labels.append(batch.labels)
     if not features:
-        raise DataError(f"none of the {len(images)} test images could be read")
+        raise DataError(f"none of the {len(images):,} images to evaluate on could be read")
     return Embedded(
         torch.cat(features).numpy(),
         torch.cat(mirrored).numpy() if mirror else None,
@@ -118,6 +120,20 @@ def evaluate(
     summary = verification.summarize_pairs(result.scores, pairs.same, options.far)
     verified = Verification(result.folds, summary, len(pairs.same), pairs.folds_disjoint)
     return Evaluation(verified, nearest_cosine, separability, embedded.unreadable)
+
+
+def count_known(names: Iterable[str], trained: Iterable[str] | None) -> int | None:
+    """How many of the identities have the name of one that was trained on; None where those are not known."""
+    return None if trained is None else len(set(names) & set(trained))
+
+
+def describe_unseen(number: int, known: int | None) -> str:
+    """How many identities are evaluated, and how many of them, as `count_known` found, the network may know."""
+    if known is None:
+        return f"{identities(number)}; it is not known whether the network was trained on any of them"
+    if known:
+        return f"{identities(number)}, {known:,} of which {'has' if known == 1 else 'have'} the name of one trained on"
+    return f"{identities(number)} not trained on"
 
 
 def separation(class_weight: Tensor) -> tuple[np.ndarray, tuple[float, float]]:

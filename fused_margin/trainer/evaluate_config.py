@@ -31,13 +31,19 @@ class EvaluateConfig:
     It is imported and called."""
     features: Path | None = None
     """File of features (.npz) to evaluate in place of a network, with the arrays that the protocol needs.
-    Always: features (n, D). With --flip: mirrored (n, D). Of identities: labels (n,).
-    Of pairs: pairs (p, 2), same (p,) bool, fold (p,). Of videos: video (n,).
-    Of megaface: distractors (k, D), mirrored_distractors (k, D). For the separability: class_weight (C, D)."""
+    features (n, D) has the D numbers of each of n images or frames. Every protocol needs it.
+    mirrored (n, D) has those of the mirror images. --protocol lfw and --flip sum or concat need it.
+    labels (n,) has an integer per identity. megaface needs it, and so do pairs and lfw where no pairs are given.
+    pairs (p, 2) has the rows of p pairs, and same (p,) is True where both show one identity.
+    fold (p,) has the number of each pair's fold. Without it, consecutive pairs make the folds.
+    video (n,) has the number of each frame's video for ytf, whose pairs are then numbers of videos.
+    distractors (k, D) and mirrored_distractors (k, D) have the features of k distractors for megaface.
+    class_weight (C, D) has the weights of C classes, whose separability is then reported."""
     data: str | None = None
     """Images to evaluate the network on. If not given, the test identities of its training.
     Other images, as for fused-margin train, are evaluated with all their identities.
-    A verification set is a folder of LFW (pairs.txt) or YouTube Faces (splits.txt, for --protocol ytf).
+    A verification set is a folder of LFW (pairs.txt) or YouTube Faces (splits.txt, for --protocol ytf),
+    or such a list itself, as pairsDevTest.txt.
     Their images are beside the list or in the folder of the publication: lfw, lfw_funneled, lfw-deepfunneled,
     aligned_images_DB. InsightFace's .bin files are verification sets too."""
     distractors: Path | None = None

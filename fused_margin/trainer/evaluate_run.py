@@ -21,10 +21,11 @@ from .config import EMBEDDED, EvaluationConfig
 from .data import DataError
 from .data.listing import describe_skipped
 from .evaluate import separation
-from .evaluate_config import EvaluateConfig
+from .evaluate_config import EvaluateConfig, Protocol
 from .feature_set import EvaluationInput, FeatureSet, TrainedNetwork, read_arrays, read_checkpoint, read_probes
 from .figures import draw_evaluation
 from .folds import unshuffled_folds
+from .wording import counted
 
 SCORE_UNIT: dict[protocols.Metric, str] = {"cosine": "cosine", "weighted-l1": "log odds"}
 
@@ -52,7 +53,7 @@ def run_evaluation(config: EvaluateConfig, console: Console) -> dict[str, Any]:
     if config.features is None:
         path = config.checkpoint / FILE_NAME if config.checkpoint.is_dir() else config.checkpoint
         data = config.data if config.data is None or config.data in EMBEDDED else str(Path(config.data).resolve())
-        network = read_checkpoint(path, data, config.backbone)
+        network = read_checkpoint(path, data, config.backbone, videos=config.protocol == "ytf")
     else:
         path = config.features
     asked = config
@@ -60,6 +61,8 @@ def run_evaluation(config: EvaluateConfig, console: Console) -> dict[str, Any]:
         config = config.filled_in(EvaluationConfig() if network is None else network.config.evaluation)
     except ValueError as error:
         raise DataError(f"{path}: {error}") from error
+    if network:
+        _refuse_other_protocols(config.protocol, network)
     if network and (benchmark := network.benchmark):
         _refuse_unused(asked, benchmark.pairs, benchmark.fold if benchmark.has_folds else None, benchmark.source)
     with console.status("computing features" if network else "reading features"):
@@ -111,6 +114,26 @@ def run_evaluation(config: EvaluateConfig, console: Console) -> dict[str, Any]:
     return report
 
 
+def _refuse_other_protocols(protocol: Protocol, network: TrainedNetwork) -> None:
+    """Raises DataError where the images are not what the protocol evaluates."""
+    benchmark = network.benchmark
+    of_videos = benchmark is not None and benchmark.of_videos
+    if protocol == "ytf" and not of_videos:
+        what = "pairs images" if benchmark else "has images of identities"
+        raise DataError(
+            f"{benchmark.source if benchmark else network.config.data} {what}, and --protocol ytf compares videos: "
+            "give it a folder of YouTube Faces (splits.txt), or evaluate this with --protocol pairs"
+        )
+    if protocol == "megaface" and benchmark:
+        raise DataError(
+            f"{benchmark.source} says which pairs show one identity, but not which identities the images show, as "
+            f"megaface needs: evaluate it with --protocol {'ytf' if of_videos else 'pairs or lfw'}, or give megaface "
+            "a folder of identities"
+        )
+    if protocol != "ytf" and of_videos:
+        raise DataError(f"{benchmark.source} pairs videos: evaluate it with --protocol ytf")
+
+
 def _refuse_unused(asked: EvaluateConfig, pairs: np.ndarray | None, fold: np.ndarray | None, source: str) -> None:
     """Raises DataError for options of drawn pairs or folds, where `source` gives them."""
     if asked.num_pairs is not None and pairs is not None and asked.num_pairs != len(pairs):
@@ -123,6 +146,11 @@ def _measure(config: EvaluateConfig, given: FeatureSet, seed: int, device: torch
     """Apply the protocol; raises ValueError where the arrays do not allow it."""
     if config.protocol == "megaface":
         return _measure_megaface(config, given, seed, device)
+    if given.video is not None and given.pairs is not None and config.protocol != "ytf":
+        raise DataError(
+            "video: with this array `pairs` are numbers of videos, which --protocol ytf evaluates; if they are rows of "
+            "`features`, leave `video` out of the file"
+        )
     disjoint = None
     if given.pairs is None and config.protocol != "ytf":
         (labels,) = given.need("labels")
@@ -194,7 +222,7 @@ def _measure_megaface(config: EvaluateConfig, given: FeatureSet, seed: int, devi
         "searches": 2 * len(found.genuine),
         "rank1": [{"distractors": size, "rate": rate} for size, rate in rows],
     }
-    headline = f"megaface: rank-1 {found.rank1[-1]:.2%} among {len(distractors):,} distractors"
+    headline = f"megaface: rank-1 {found.rank1[-1]:.2%} among {counted(len(distractors), 'distractor')}"
     summary = verification.summarize(found.genuine, found.impostor, found.tar, found.impostor_count)
     return Measured(numbers, headline, summary)
 
@@ -212,9 +240,10 @@ def _print_report(console: Console, report: dict[str, Any], headline: str, outpu
     console.print(report["input"]["description"], highlight=False)
     table = verification.results_table(headline)
     for row in result.get("rank1", ()):
-        table.add_row(f"rank-1 among {row['distractors']:,} distractors", f"{row['rate']:.2%}")
+        table.add_row(f"rank-1 among {counted(row['distractors'], 'distractor')}", f"{row['rate']:.2%}")
     if tar := result.get("tar_over_folds"):
-        unresolved = "" if tar["far_resolved"] else f" (under {1 / tar['far']:,.0f} impostors)"
+        needed = f"{1 / tar['far']:,.0f}"
+        unresolved = "" if tar["far_resolved"] else f" (needs {needed} impostors in the other folds; there are fewer)"
         table.add_row(f"TAR at FAR = {tar['far']:g}, over folds", f"{tar['mean']:.2%} ± {tar['std']:.2%}{unresolved}")
     for row in verification.score_rows(scores):
         table.add_row(*row)
@@ -224,6 +253,6 @@ def _print_report(console: Console, report: dict[str, Any], headline: str, outpu
     if skipped := report["input"]["skipped"]:
         console.print(describe_skipped(skipped), highlight=False, soft_wrap=True)
     if unreadable := report["input"]["unreadable"]:
-        console.print(f"left out {len(unreadable)} unreadable images, which the report names")
+        console.print(f"left out {counted(len(unreadable), 'unreadable image')}, named in the report")
     name = report["protocol"]
     console.print(f"files in {output}: {name}.json, {name}.png", highlight=False, soft_wrap=True)

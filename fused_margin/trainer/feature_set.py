@@ -11,16 +11,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .checkpoint import CheckpointError, criterion_state, load_run
+from .checkpoint import CheckpointError, criterion_state, identities_before, load_run, trained_identities
 from .config import TrainConfig
 from .data import DataError, find_benchmark_reader, load_splits
-from .data.base import Splits
 from .data.benchmarks import VerificationSet
 from .data.features import read_megaface
-from .evaluate import Embedded, embed
+from .evaluate import Embedded, count_known, describe_unseen, embed
 from .folds import folds_of_each_kind
 from .losses import stored_class_weight
 from .models import require_named, restore_backbone
+from .wording import counted
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ class FeatureSet:
             DataError: one is missing.
         """
         if missing := [name for name in names if getattr(self, name) is None]:
-            raise DataError(f"this protocol needs the arrays {', '.join(missing)}: give them in a --features file")
+            arrays = "array" if len(missing) == 1 else "arrays"
+            raise DataError(f"this protocol needs the {arrays} {', '.join(missing)}: give them in the --features file")
         return [getattr(self, name) for name in names]
 
 
@@ -114,14 +115,14 @@ class TrainedNetwork:
             source = self.benchmark.source
             return EvaluationInput(
                 benchmark_features(self.benchmark, part, class_weight, folds),
-                f"{len(part.labels):,} images of {source}",
+                f"{counted(len(part.labels), 'image')} of {source}",
                 source,
                 part.unreadable,
                 self.benchmark.skipped,
             )
-        splits = load_splits(
-            config.data, config.model.image_size, config.model.channels, config.test_fraction, config.seed
-        )
+        # Of other images all identities are evaluated, so none are set apart.
+        test_fraction = config.test_fraction if self.seen else 0.0
+        splits = load_splits(config.data, config.model.image_size, config.model.channels, test_fraction, config.seed)
         if self.seen and self.state["data"] != splits.fingerprint():
             raise DataError(
                 f"the identities or images of {config.data!r} have changed since the training, so the test "
@@ -132,27 +133,26 @@ class TrainedNetwork:
                 f"all identities of {config.data!r} were trained on, so there is none to evaluate on: name other images "
                 "with --data"
             )
-        parts = [
-            embed(
-                backbone,
-                images,
-                device,
-                mirror=mirror,
-                distortion=splits.test_distortion,
-                seed=config.seed,
-                workers=workers,
-            )
-            for images in ([splits.test] if self.seen else [splits.train, splits.test])
-        ]
-        labels = [parts[0].labels] + [part.labels + splits.train.num_classes for part in parts[1:]]
-        found = FeatureSet(
-            features=np.concatenate([part.features for part in parts]),
-            mirrored=np.concatenate([part.mirrored for part in parts]) if mirror else None,
-            labels=np.concatenate(labels),
-            class_weight=class_weight,
+        images = splits.test if self.seen else splits.train
+        part = embed(
+            backbone,
+            images,
+            device,
+            mirror=mirror,
+            distortion=splits.test_distortion,
+            seed=config.seed,
+            workers=workers,
         )
-        unreadable = sorted(name for part in parts for name in part.unreadable)
-        return EvaluationInput(found, _describe(splits, self.seen), config.data, unreadable, splits.skipped)
+        # The run itself was trained on none of its test identities, but its starting weights may have been.
+        trained = identities_before(self.state) if self.seen else trained_identities(self.state)
+        evaluated = describe_unseen(images.num_classes, count_known(images.identities, trained))
+        return EvaluationInput(
+            FeatureSet(part.features, part.mirrored, part.labels, class_weight=class_weight),
+            f"{splits.description}: {evaluated}",
+            config.data,
+            sorted(part.unreadable),
+            splits.skipped,
+        )
 
 
 def benchmark_features(
@@ -172,8 +172,7 @@ def benchmark_features(
             fold = folds_of_each_kind(benchmark.same, folds)
         except ValueError as error:
             raise DataError(f"{benchmark.source}: {error}") from error
-    videos = len(benchmark.item) > len(np.unique(benchmark.item))
-    if part.unreadable and not videos:
+    if part.unreadable and not benchmark.of_videos:
         raise DataError(
             f"{len(part.unreadable)} of the images that {benchmark.source} pairs cannot be read: "
             f"{', '.join(part.unreadable[:5])}"
@@ -184,13 +183,13 @@ def benchmark_features(
         pairs=benchmark.pairs,
         same=benchmark.same,
         fold=fold,
-        video=benchmark.item[part.labels],
+        video=benchmark.item[part.labels] if benchmark.of_videos else None,
         class_weight=class_weight,
     )
 
 
-def read_checkpoint(path: Path, data: str | None, backbone: str | None) -> TrainedNetwork:
-    """Read a checkpoint to evaluate on `data`, by default the images of its training.
+def read_checkpoint(path: Path, data: str | None, backbone: str | None, *, videos: bool = False) -> TrainedNetwork:
+    """Read a checkpoint to evaluate on `data`, by default the images of its training; `videos` are preferred there.
 
     Raises:
         CheckpointError: it cannot be read, its options are not of this version, or its network is another one's than
@@ -201,15 +200,10 @@ def read_checkpoint(path: Path, data: str | None, backbone: str | None) -> Train
     try:
         values = state["config"]
         trained_on = values["data"]
-        reader = find_benchmark_reader(data) if data is not None else None
+        reader = find_benchmark_reader(data, videos=videos) if data is not None else None
         config = TrainConfig.from_dict({**values, "data": trained_on if data is None or reader else data})
     except (KeyError, ValueError) as error:
         raise CheckpointError(f"cannot evaluate {path}: {error}") from error
     require_named(config, backbone, path)
-    benchmark = reader(Path(data)) if reader else None
+    benchmark = reader() if reader else None
     return TrainedNetwork(state, config, seen=config.data == trained_on, path=path, benchmark=benchmark)
-
-
-def _describe(splits: Splits, seen: bool) -> str:
-    identities = splits.test.num_classes + (0 if seen else splits.train.num_classes)
-    return f"{splits.description}: {identities:,} identities not trained on"

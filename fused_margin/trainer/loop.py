@@ -16,10 +16,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fused_margin.sharding import Shard
 
-from .checkpoint import CheckpointError
+from .checkpoint import CheckpointError, StartingWeights, identities_before
 from .config import TrainConfig
 from .data.augment import augment
-from .data.base import Splits, TrainingBatches, data_loader, seeded_generator, to_input
+from .data.base import DataError, Splits, TrainingBatches, data_loader, seeded_generator, to_input
 from .devices import Devices
 from .interrupts import Interrupted, watch_for_stop
 from .losses import Criterion
@@ -66,16 +66,18 @@ class Trainer:
         config: TrainConfig,
         splits: Splits,
         devices: Devices | None = None,
-        weights: Mapping[str, Tensor] | None = None,
+        weights: StartingWeights | None = None,
     ) -> None:
-        """`weights`: state dict that the backbone starts from, in place of random numbers."""
+        """`weights`: what the backbone starts from, in place of random numbers."""
         self.config, self.splits = config, splits
         self.devices = devices or Devices(config)
         num_classes, world = splits.train.num_classes, self.devices.world
         torch.manual_seed(config.seed)
         backbone = build_backbone(config)
         if weights is not None:
-            backbone.load_state_dict(weights)
+            backbone.load_state_dict(weights.backbone)
+        # Names of the identities that the starting weights were trained on; None: not known.
+        self.identities_before = [] if weights is None else weights.identities
         if self.devices.rank:  # the same backbone everywhere, but other classes
             torch.manual_seed(self._seed(MODEL_STREAM))
         criterion = Criterion(config.loss, num_classes, embedding_size(backbone, config.model), self.devices.group)
@@ -133,6 +135,7 @@ class Trainer:
         Raises:
             Interrupted: SIGINT or SIGTERM came; `save` has been called.
             FloatingPointError: the loss is not finite.
+            DataError: no image could be read.
         """
         config = self.config
         self.batches.start_step = self.step
@@ -152,6 +155,11 @@ class Trainer:
                         f"the loss is not finite before step {self.step}; lower --optimizer.lr or --optimizer.class-lr"
                     )
 
+        def save_what_is_trained() -> None:
+            flush()
+            if self.losses:  # before the first image that can be read there is nothing to keep
+                save()
+
         self.model.train()
         started = time.monotonic() - self.seconds
         progress = TrainingProgress(console, self.step, self.total_steps, config.epochs)
@@ -168,19 +176,20 @@ class Trainer:
                     is_logged = self.step % config.log_every == 0 or self.step == self.total_steps
                     known = {"lr": lr, "images_per_second": speed.since_last()} if is_logged else None
                     pending.append(LoggedStep(self.step, result, known))
+                # An epoch has tried every image.
+                if self.step % self.batches.steps_per_epoch == 0 and not self.losses and not pending:
+                    raise DataError(f"none of the {len(self.splits.train):,} images to train on could be read")
                 if progress.due(self.step, len(batch.labels)):
                     flush()
                     recent = self.losses[-RECENT_STEPS:]
                     mean = sum(recent) / len(recent) if recent else float("nan")
                     progress.show(self.step, mean, lr)
                 if self.step == self.total_steps or self.step % config.checkpoint_every == 0:
-                    flush()
-                    save()
+                    save_what_is_trained()
                 # All processes stop after the same step. Asking the others waits for the device.
                 asks = self.devices.world == 1 or self.step % STOP_EVERY == 0
                 if asks and self.devices.any(stop.made):
-                    flush()
-                    save()
+                    save_what_is_trained()
                     raise Interrupted
 
     def _learning_rate_factor(self) -> float:
@@ -265,6 +274,7 @@ class Trainer:
             "losses": torch.tensor(self.losses, dtype=torch.float64),
             "unreadable": sorted(unreadable),
             "identities": list(self.splits.train.identities),  # of the rows of the class weights
+            "identities_before": self.identities_before,
         }
 
     def _divided(self) -> dict[str, int]:
@@ -302,6 +312,7 @@ class Trainer:
         self.seconds = state["seconds"]
         self.losses = state["losses"].tolist()
         self.unreadable = set(state["unreadable"])
+        self.identities_before = identities_before(state)
 
 
 class Speed:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
+import torch
 import tyro
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -26,13 +28,14 @@ class Recipe:
     make: type[nn.Module]
     settings: Mapping[str, Any] = field(default_factory=dict)
     projected: bool = True  # whether the class weights' norm means nothing, so that they are kept on the unit sphere
+    refused: frozenset[str] = frozenset()  # arguments of the base class that this class takes with their default only
 
 
 LOSSES = {
-    "softmax": Recipe(fm.SoftmaxLoss, projected=False),
+    "softmax": Recipe(fm.SoftmaxLoss, projected=False, refused=frozenset({"sub_centers"})),
     "modified-softmax": Recipe(fm.ModifiedSoftmaxLoss),
     "normface": Recipe(fm.NormFaceLoss),
-    "l2-softmax": Recipe(fm.L2SoftmaxLoss, projected=False),
+    "l2-softmax": Recipe(fm.L2SoftmaxLoss, projected=False, refused=frozenset({"sub_centers"})),
     "l-softmax": Recipe(fm.LSoftmaxLoss, projected=False),
     "sphereface": Recipe(fm.SphereFaceLoss),
     "cosface": Recipe(fm.CosFaceLoss),
@@ -73,6 +76,9 @@ NOT_OPTIONS = {  # fields of LossConfig, facts of the data, or nothing that trai
 }  # fmt: skip
 
 
+OTHER_KINDS = {"exclusive_refresh": ("a number",)}  # of value, beside the kind of the default
+
+
 @dataclass(frozen=True)
 class LossConfig:
     """The loss and its settings."""
@@ -94,7 +100,8 @@ class LossConfig:
         for name in ("margin", "exclusive_weight"):
             if (value := getattr(self, name)) is not None and not 0 <= value < math.inf:
                 raise ValueError(f"loss.{name} must be finite and not negative, got {value}")
-        accepted = accepted_arguments(LOSSES[self.name].make)
+        recipe = LOSSES[self.name]
+        accepted = accepted_arguments(recipe.make)
         for name, given in (
             ("margin", self.margin),
             ("scale", self.scale),
@@ -103,14 +110,14 @@ class LossConfig:
             if given is not None and name not in accepted:
                 raise ValueError(f"loss.{name}: {self.name} has none, got {given}")
         for name, value in self.options.items():
-            if name in NOT_OPTIONS or name not in accepted:
-                known = ", ".join(sorted(accepted.keys() - NOT_OPTIONS))
+            if name not in (known := options_of(recipe)):
+                known = ", ".join(sorted(known))
                 raise ValueError(f"loss.options: {self.name} has no option {name!r}; it has {known}")
-            kind = kind_of(accepted[name].default)
-            if kind_of(value) != kind:
-                raise ValueError(f"loss.options: {name} of {self.name} must be {kind}, got {value!r}")
+            kinds = (kind_of(accepted[name].default), *OTHER_KINDS.get(name, ()))
+            if kind_of(value) not in kinds:
+                raise ValueError(f"loss.options: {name} of {self.name} must be {' or '.join(kinds)}, got {value!r}")
         try:
-            make_loss(self, 2, 2, device="meta")  # the loss knows what else is wrong
+            make_small_loss(self)  # the loss knows what else is wrong
         except (TypeError, ValueError) as error:
             raise ValueError(f"loss {self.name}: {error}") from error
 
@@ -139,17 +146,18 @@ def kind_of(value: Any) -> str:
     return kinds.get(type(value), "a number")  # None too: the default of a number that may be learned
 
 
+def options_of(recipe: Recipe) -> dict[str, Any]:
+    """What `LossConfig.options` may give to a loss, with the default values."""
+    return {
+        name: recipe.settings.get(name, parameter.default)
+        for name, parameter in accepted_arguments(recipe.make).items()
+        if name not in NOT_OPTIONS | recipe.refused
+    }
+
+
 def options_by_loss() -> dict[str, dict[str, Any]]:
-    """What `LossConfig.options` may give to each loss, with the default values."""
-    found = {}
-    for name, recipe in LOSSES.items():
-        accepted = accepted_arguments(recipe.make)
-        found[name] = {
-            option: recipe.settings.get(option, accepted[option].default)
-            for option in accepted
-            if option not in NOT_OPTIONS
-        }
-    return found
+    """`options_of` each loss."""
+    return {name: options_of(recipe) for name, recipe in LOSSES.items()}
 
 
 def _described_options() -> str:
@@ -160,14 +168,17 @@ def _described_options() -> str:
     most = {name: value for name, value in angular.items() if name not in shared}
     without = [loss for loss, own in options.items() if not most.keys() <= own.keys()]
     lines = [
-        "Other arguments of the loss, such as std=0.1 by_difficulty=True or margins=0.3,0.6. They replace the default ones.",
-        "The classes of fused_margin document them. Options and their defaults:",
+        "Other arguments of the loss, such as std=0.1 by_difficulty=True or margins=0.3,0.6.",
+        "The classes of fused_margin document them.",
+        "A loss that is given any does not get those that are shown below as the default of --loss.options.",
+        "Options and their defaults:",
         f"all losses: {_assignments(shared)}",
         f"all but {', '.join(without)}: {_assignments(most)}",
     ]
     alone: dict[str, list[str]] = {}
     for loss, own in options.items():
-        special = {name: value for name, value in own.items() if name not in angular or angular[name] != value}
+        listed = shared if loss in without else angular
+        special = {name: value for name, value in own.items() if name not in listed or listed[name] != value}
         if special:
             alone.setdefault(_assignments(special), []).append(loss)
     lines += [f"{', '.join(losses)}: {words}" for words, losses in alone.items()]
@@ -198,6 +209,16 @@ SCALE_HELP = (
     f" {_papers_values('scale')}; the norm of the embedding for sphereface."
 )
 OPTIONS_HELP = _described_options()
+
+
+def make_small_loss(config: LossConfig) -> nn.Module:
+    """The loss of two classes, to learn what it makes of its settings; random numbers are drawn as without it.
+
+    It does not warn of the settings: the loss that is trained does.
+    """
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore")
+        return make_loss(config, 2, 2)  # not on "meta", where the exact search of exclusive_refresh is refused
 
 
 def make_loss(config: LossConfig, num_classes: int, embedding_size: int, **placement: Any) -> nn.Module:
@@ -264,4 +285,4 @@ def class_directions(weight: Tensor, sub_centers: int) -> Tensor:
 
 def stored_class_weight(config: LossConfig, criterion_state: Mapping[str, Tensor]) -> Tensor:
     """Class weights (C, D) in the state dict of a `Criterion`."""
-    return class_directions(criterion_state["loss_fn.weight"], make_loss(config, 2, 2, device="meta").sub_centers)
+    return class_directions(criterion_state["loss_fn.weight"], make_small_loss(config).sub_centers)

@@ -6,6 +6,7 @@ import ast
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
+import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
 
@@ -61,4 +62,5 @@ NamedOptions = Annotated[
         is_instance=lambda value: isinstance(value, dict),
         str_from_instance=_words,
     ),
+    tyro.conf.arg(help_behavior_hint=lambda default: f"(default: {default or 'none'})"),
 ]

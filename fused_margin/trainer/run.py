@@ -29,12 +29,13 @@ from .config_values import write_file
 from .data import Splits, load_splits
 from .data.listing import describe_skipped
 from .devices import Devices
-from .evaluate import Evaluation, Verification, evaluate
+from .evaluate import Evaluation, Verification, count_known, describe_unseen, evaluate
 from .figures import draw_report
 from .logs import CURVES_NAME, LOG_NAME, RunLog
 from .loop import Trainer
 from .models import build_backbone, describe_backbone, embedding_size
 from .verification import results_table, score_rows, score_values
+from .wording import counted, identities
 
 CONFIG_NAME = "config.yaml"
 LARGEST_AVERAGE = 20  # steps at either end of a run that the shown losses are means of
@@ -47,7 +48,7 @@ def run(config: TrainConfig, console: Console) -> dict[str, Any]:
     Raises:
         BackboneError: the network cannot be made, or does not fit the images.
         CheckpointError: the output holds a run already, or the one to resume cannot be.
-        DataError: the images do not allow training or verification.
+        DataError: the images do not allow training or verification, or none of them can be read.
         Interrupted: stopped by a signal; a checkpoint is left.
         FloatingPointError: the training diverged.
     """
@@ -61,7 +62,7 @@ def run(config: TrainConfig, console: Console) -> dict[str, Any]:
     weights = None
     if config.weights is not None and not config.resume:
         weights = load_backbone_weights(config.weights)
-        load_into_backbone(weights, backbone, config.weights)
+        load_into_backbone(weights.backbone, backbone, config.weights)
     devices = Devices(config)
     console, speaks = devices.own_console(console), devices.rank == 0
     config = dataclasses.replace(config, output=Path(devices.same(str(config.output))))  # its name may be the time's
@@ -118,10 +119,10 @@ def _verify(
     report = _report(config, trainer, splits, evaluation, unreadable)
     log.write(trainer.step, _logged(report))
     if report["verification"] is None:
-        title = f"{config.data}: trained on all {splits.train.num_classes:,} identities"
+        title = f"{config.data}: trained on all {identities(splits.train.num_classes)}"
     else:
         accuracy = report["verification"]["accuracy"]
-        title = f"{config.data}: {splits.test.num_classes:,} unseen identities, accuracy {accuracy:.2%}"
+        title = f"{config.data}: {_evaluated(report)}\naccuracy {accuracy:.2%}"
     draw_report(
         output / "report.png",
         title,
@@ -152,7 +153,12 @@ def _report(
         "data": {
             "description": splits.description,
             "train": {"identities": splits.train.num_classes, "images": len(splits.train)},
-            "test": {"identities": splits.test.num_classes, "images": len(splits.test)},
+            "test": {
+                "identities": splits.test.num_classes,
+                "images": len(splits.test),
+                # Of the identities, those with the name of one that the starting weights were trained on.
+                "named_as_before": count_known(splits.test.identities, trainer.identities_before),
+            },
             "unreadable": unreadable,
             "skipped": dict(splits.skipped),
         },
@@ -176,6 +182,11 @@ def _report(
     }
 
 
+def _evaluated(report: dict[str, Any]) -> str:
+    test = report["data"]["test"]
+    return describe_unseen(test["identities"], test["named_as_before"])
+
+
 def _verification_values(verified: Verification) -> dict[str, Any]:
     accuracy = verified.accuracy.accuracy
     return {
@@ -195,8 +206,11 @@ def averaged_steps(steps: int) -> int:
 
 
 def _logged(report: dict[str, Any]) -> dict[str, float]:
-    measured = ("accuracy", "auc", "tar_at_far") if report["verification"] is not None else ()
-    numbers = {f"verification/{name}": report["verification"][name] for name in measured}
+    verified = report["verification"]
+    measured = ["accuracy", "auc"] if verified is not None else []
+    if verified is not None and verified["far_resolved"]:  # of fewer impostors the rate says nothing
+        measured.append("tar_at_far")
+    numbers = {f"verification/{name}": verified[name] for name in measured}
     return numbers | {f"separability/{name}": value for name, value in report["separability"].items()}
 
 
@@ -205,14 +219,14 @@ def _mean(values: list[float]) -> float | None:
 
 
 def _print_start(console: Console, config: TrainConfig, trainer: Trainer, splits: Splits) -> None:
-    verified = f"verify: {splits.test.num_classes:,} others, {len(splits.test):,} images"
+    verified = f"verify: {counted(splits.test.num_classes, 'other')}, {counted(len(splits.test), 'image')}"
     if not len(splits.test):
         verified = "no identity is kept for verification"
     console.print(splits.description, style="bold", highlight=False)
     console.print(
-        f"train: {splits.train.num_classes:,} identities, {len(splits.train):,} images; {verified}\n"
+        f"train: {identities(splits.train.num_classes)}, {counted(len(splits.train), 'image')}; {verified}\n"
         f"{describe_backbone(config)} with {trainer.num_parameters:,} parameters, "
-        f"{trainer.total_steps:,} steps on {trainer.fabric.device}",
+        f"{counted(trainer.total_steps, 'step')} on {trainer.fabric.device}",
         highlight=False,
     )
     if splits.skipped:
@@ -228,7 +242,7 @@ def _print_report(console: Console, report: dict[str, Any], output: Path) -> Non
     seconds, training = report["seconds"], report["training"]
     title = "Trained on all identities: none is left to verify on"
     if verification is not None:
-        title = "Verification on identities not trained on"
+        title = f"Verification on {_evaluated(report)}"
     table = results_table(title)
     if verification is not None:
         table.add_row(
@@ -249,8 +263,7 @@ def _print_report(console: Console, report: dict[str, Any], output: Path) -> Non
     console.print(table)
     unreadable = report["data"]["unreadable"]
     if unreadable:
-        lines = [f"left out {len(unreadable):,} unreadable {'image' if len(unreadable) == 1 else 'images'}:"]
-        lines += unreadable[:NAMED_FILES]
+        lines = [f"left out {counted(len(unreadable), 'unreadable image')}:", *unreadable[:NAMED_FILES]]
         if (more := len(unreadable) - NAMED_FILES) > 0:
             lines.append(f"and {more:,} more, which the report names")
         console.print(*lines, sep="\n  ", highlight=False, soft_wrap=True)

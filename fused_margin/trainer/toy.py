@@ -28,6 +28,7 @@ from .loop import Trainer
 from .losses import LossConfig
 from .toy_config import PANELS, FigureConfig
 from .toy_figure import DrawnPanel, Geometry, draw_panels
+from .wording import counted
 
 PROG = "fused-margin figure"
 HELD_OUT = 0.5  # of each digit's images
@@ -84,7 +85,9 @@ def run_figure(config: FigureConfig, console: Console) -> dict[str, Any]:
         }
 
     names, colors = [NAMES[digit] for digit in config.digits], [f"C{digit}" for digit in config.digits]
-    title = f"Embeddings of the digits {', '.join(names)} in the plane, {config.epochs} epochs with each loss"
+    title = (
+        f"Embeddings of the digits {', '.join(names)} in the plane, {counted(config.epochs, 'epoch')} with each loss"
+    )
     draw_panels(config.output / "figure.png", title, drawn, names, colors)
     report = _report(config, splits, numbers)
     (config.output / "figure.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

@@ -17,6 +17,7 @@ from .data.digits import NAMES
 from .losses import LossConfig
 from .models import ModelConfig
 
+LARGEST_SEED = 2**32 - 1  # that scikit-learn takes
 PROBABILITY = 0.999  # that the scale of cosines allows for a sample's own class
 
 
@@ -83,12 +84,16 @@ class FigureConfig:
 
     def __post_init__(self) -> None:
         if len(set(self.digits)) < max(2, len(self.digits)) or not set(self.digits) <= set(range(len(NAMES))):
-            raise ValueError(f"digits must be two or more of 0 to 9, each once, got {' '.join(map(str, self.digits))}")
+            given = " ".join(map(str, self.digits)) or "none"
+            raise ValueError(f"digits must be two or more of 0 to 9, each once, got {given}")
         if len(set(self.losses)) < max(1, len(self.losses)):
-            raise ValueError(f"losses must be one or more, each once, got {' '.join(self.losses)}")
+            given = " ".join(self.losses) or "none"
+            raise ValueError(f"losses must be one or more, each once, got {given}")
         for name, least in (("epochs", 1), ("softmax_epochs", 0), ("seed", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name.replace('_', '-')} must be at least {least}, got {getattr(self, name)}")
+        if self.seed > LARGEST_SEED:
+            raise ValueError(f"seed must be at most {LARGEST_SEED}, got {self.seed}")
 
     def training(self, loss: LossConfig, epochs: int) -> TrainConfig:
         """The one budget and optimizer that all losses have."""

@@ -13,6 +13,7 @@ from sklearn.metrics import auc, roc_curve
 
 from .array_checks import check_folds, check_scores
 from .data.base import DataError
+from .wording import counted, identities
 
 
 class Pairs(NamedTuple):
@@ -78,7 +79,7 @@ def make_pairs(labels: np.ndarray, num_pairs: int, folds: int, seed: int) -> Pai
     if len(present) < 2 or not len(rich):
         raise DataError(
             "verification needs two identities or more, one of them with two images; "
-            f"the test set has {len(present)} identities, {len(rich)} with two images"
+            f"there are images of {identities(len(present))}, {len(rich):,} of them with two or more"
         )
     disjoint = len(rich) >= 2 * folds
     if disjoint:
@@ -88,7 +89,7 @@ def make_pairs(labels: np.ndarray, num_pairs: int, folds: int, seed: int) -> Pai
         positive, negative = _draw_pairs(labels, present, num_pairs // 2, rng)
         pools = list(zip(np.array_split(positive, folds), np.array_split(negative, folds), strict=True))
     if sum(len(positive) for positive, _ in pools) < 2:
-        raise DataError("verification needs two pairs of one identity or more; the test set has one")
+        raise DataError("verification needs two pairs of one identity or more; the images give one")
     indices = [half for pool in pools for half in pool]
     same = [np.full(len(half), i == 0) for pool in pools for i, half in enumerate(pool)]
     fold = [np.full(len(half), f) for f, pool in enumerate(pools) for half in pool]
@@ -166,7 +167,7 @@ def score_values(summary: ScoreSummary) -> dict[str, Any]:
 
 def score_rows(scores: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Rows of the printed tables for `score_values`."""
-    unresolved = "" if scores["far_resolved"] else f" (none of {scores['impostors']:,} impostors may pass)"
+    unresolved = "" if scores["far_resolved"] else f" (none of {counted(scores['impostors'], 'impostor')} may pass)"
     return [
         (f"TAR at FAR = {scores['far']:g}", f"{scores['tar_at_far']:.2%}{unresolved}"),
         ("equal error rate", f"{scores['equal_error_rate']:.2%}"),

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -143,7 +144,9 @@ def test_help_says_what_each_loss_takes(capsys, monkeypatch):
         assert loss in help_text
         for name in options:
             assert f"{name}=" in help_text, (loss, name)
-    assert "all but softmax, l2-softmax, l-softmax: beyond_pi=" in help_text
+    assert "all but softmax, l2-softmax, l-softmax: sub_centers=1" in help_text
+    assert "l-softmax: sub_centers=1 annealing=True" in help_text
+    assert "(default: none)" in help_text and "(default: )" not in help_text
     assert "magface: margins=0.45,0.8" in help_text and "0.35 for cosface" in help_text
 
 
@@ -171,6 +174,10 @@ def test_help_is_made_of_sentences(command, capsys, monkeypatch):
         ("--test-fraction 1.5", "test_fraction must be between 0 and 1"),
         ("--loss.scale nan", "loss.scale must be positive"),
         ("--optimizer.lr 0", "optimizer.lr must be positive"),
+        (f"--seed {2**64}", "seed must be at most"),
+        ("--loss.name softmax --loss.options sub_centers=1", "softmax has no option 'sub_centers'"),
+        ("--loss.options exclusive_refresh=True", "must be a word or a number, got True"),
+        ("--loss.options exclusive_refresh=0", "expected a positive integer, got 0"),
         ("--augmentation.noise -1", "noise must not be negative"),
         ("--model.channels 2", "channels must be 1 or 3"),
         ("--model.depth 11", "invalid choice"),
@@ -223,6 +230,21 @@ def test_run_and_what_may_follow_it(capsys, tiny_options):
 
     Path("here", FILE_NAME).write_bytes(b"damaged")
     assert "cannot read the checkpoint" in fails(capsys, 1, "train", "--resume", "--output", "here")
+
+
+@pytest.mark.parametrize("refresh", ["5", "certified"])
+def test_the_exclusive_term_s_refresh(tiny_options, refresh):
+    options = "--loss.exclusive-weight", "1", "--loss.options", f"exclusive_refresh={refresh}"
+    assert cli.main(["train", *tiny_options, *options, "--output", "here"]) == 0
+
+
+def test_a_margin_in_degrees_is_warned_of_once(tiny_options):
+    with pytest.warns(UserWarning, match="28 is an angle above pi") as caught:
+        assert cli.main(["train", *tiny_options, "--loss.margin", "28", "--output", "here"]) == 0
+    assert sum("above pi" in str(warning.message) for warning in caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert cli.main(["evaluate", "--checkpoint", "here"]) == 0
 
 
 def test_folder_without_identities(capsys, tmp_path):

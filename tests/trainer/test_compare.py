@@ -86,16 +86,43 @@ def test_table():
     assert markdown(["x", "y"], [["1", "2"]]) == "| x | y |\n| --- | ---: |\n| 1 | 2 |\n"
 
 
-def test_loss_names_are_whole_on_a_narrow_screen(config, monkeypatch):
+def test_the_table_is_whole_on_a_narrow_screen(config, monkeypatch):
     name = "elasticface-plus+exclusive=0.125+contrastive"
     row = {"accuracy": 0.9, "tar": 0.5, "rank1": 1.0, "distractors": 9, "sep_mean": 0.25, "sep_std": 0.125}
     monkeypatch.setattr(module, "measure", lambda *arguments, **options: row)
-    monkeypatch.setattr(module, "time_steps", lambda trainings: {})
+    monkeypatch.setattr(module, "time_steps", lambda trainings: {f"{name}-3": 1234.56})
     console = Console(width=80, record=True, file=io.StringIO())
     compare(dataclasses.replace(config, losses=(RANDOM, name)), console)
     said = console.export_text()
-    shown = said[said.index("\u250f") :]  # the table
-    assert name in shown and RANDOM in shown and "\u2026" not in shown
+    lines = said.splitlines()
+    assert max(map(len, lines[lines.index(RANDOM) - 4 : -1])) <= 80
+    for loss, time in ((RANDOM, []), (name, ["1234.6"])):
+        numbers = lines[lines.index(loss) + 1].split()
+        assert numbers == ["90.00±0.00", "50.00±0.00", "100.00±0.00", "0.250±0.000", "0.125±0.000", *time]
+    heading = " ".join(lines[lines.index(RANDOM) - 2 : lines.index(RANDOM)]).split()
+    assert sorted(heading) == sorted(
+        [
+            "verification",
+            "accuracy,",
+            "%",
+            "TAR",
+            "at",
+            "FAR",
+            "=",
+            "1e-3,",
+            "%",
+            "rank-1,",
+            "%",
+            "Sep",
+            "mean",
+            "Sep",
+            "std",
+            "ms",
+            "per",
+            "step",
+        ]
+    )
+    assert "mean±std over 2 seeds" in said
     assert "impostors may pass" not in said  # runs of an older version do not tell
 
 
@@ -121,7 +148,10 @@ def test_names():
         (["--losses", "arcface+centre"], "after the +, got 'centre'"),
         (["--losses", "arcface+center=much"], "expected a number after center="),
         (["--losses", "arcface", "arcface"], "expected each once"),
-        (["--seeds", "-1"], "seeds must not be negative"),
+        (["--losses", "arcface+center+center"], "expected center once in arcface+center+center"),
+        (["--seeds", "-1"], "seed must not be negative"),
+        (["--seeds", "0", str(2**64)], "seed must be at most"),
+        (["--epochs", "0"], "epochs must be at least 1, got 0"),
     ],
 )
 def test_wrong_arguments(arguments, said, capsys):

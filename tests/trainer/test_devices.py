@@ -74,7 +74,7 @@ def test_two_processes_end_as_one_does(begun, tmp_path, name):
         shutil.copytree(begun, output)
         done = train("--resume", "--output", output, "--devices", devices)
         assert done.returncode == 0, done.stderr
-        assert done.stdout.count("Verification on identities") == 1  # one of them speaks
+        assert done.stdout.count("Verification on 3 identities") == 1  # one of them speaks
         assert (output / "report.json").exists()
         states.append(load_checkpoint(output / FILE_NAME))
     one, two = states

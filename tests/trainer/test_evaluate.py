@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import shutil
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from PIL import Image
 
 import fused_margin as fm
 from fused_margin import cli
-from fused_margin.trainer import protocols, verification
+from fused_margin.trainer import feature_set, protocols, verification
 from fused_margin.trainer.checkpoint import FILE_NAME, load_checkpoint, save_checkpoint
 
 TRAIN = """train --data digits --epochs 2 --batch-size 64 --model.image-size 8 8 --model.widths 4 4 8 8
@@ -129,8 +130,57 @@ def test_other_images_than_the_training_s(trained, face_folder, capsys):
     assert "9 identities not trained on" in report["input"]["description"]
     assert report["input"]["skipped"] == {"files ending in .jfif": 1}
     said = capsys.readouterr().out
-    assert "left out 1 unreadable images" in said and "skipped: files ending in .jfif (1)" in said
+    assert "left out 1 unreadable image, named in the report" in said and "skipped: files ending in .jfif (1)" in said
     assert report["result"]["accuracy"] > 0.6  # even an untrained network tells these patterns apart
+
+
+def test_other_images_need_no_split(face_folder, capsys, tmp_path):
+    """A run that was trained on all identities is evaluated on other images, and any run on two identities."""
+    assert cli.main([*TRAIN.split(), "--epochs", "1", "--test-fraction", "0", "--output", "all"]) == 0
+    arguments = "--checkpoint", "all", "--num-pairs", 60
+    assert evaluate(*arguments, "--data", face_folder)["input"]["rows"] == 33
+    for name in ("person_0", "person_1"):
+        shutil.copytree(face_folder / name, tmp_path / "two" / name)
+    assert evaluate(*arguments, "--data", "two")["input"]["rows"] == 8
+    for image in list(Path("two").glob("*/[1-9].png")):
+        image.unlink()
+    capsys.readouterr()
+    said = fails(capsys, 1, *arguments, "--data", "two")
+    assert "there are images of 2 identities, 0 of them with two or more" in said and "train" not in said
+    shutil.rmtree("two/person_1")
+    said = fails(capsys, 1, *arguments, "--data", "two")
+    assert "has images of one identity; at least two are needed" in said and "train" not in said
+
+
+def test_identities_with_names_that_were_trained_on_are_counted(face_folder, capsys, tmp_path):
+    options = [
+        "--model.image-size",
+        "8",
+        "8",
+        "--model.widths",
+        "4",
+        "4",
+        "8",
+        "8",
+        "--model.embedding-size",
+        "8",
+        "--accelerator",
+        "cpu",
+    ]
+    assert cli.main(["train", "--data", str(face_folder), "--epochs", "1", *options, "--output", "run"]) == 0
+    trained_on = load_checkpoint(Path("run", FILE_NAME))["identities"]
+    shutil.copytree(face_folder, tmp_path / "copy")
+    arguments = "--checkpoint", "run", "--data", "copy", "--num-pairs", 60
+    description = evaluate(*arguments)["input"]["description"]
+    assert description.endswith(f"9 identities, {len(trained_on)} of which have the name of one trained on")
+    for name in trained_on[1:]:
+        Path("copy", name).rename(Path("copy", f"other_{name}"))
+    assert "9 identities, 1 of which has the name of one trained on" in evaluate(*arguments)["input"]["description"]
+
+    state = load_checkpoint(Path("run", FILE_NAME))
+    del state["identities"]  # of an older version
+    save_checkpoint(Path("run", FILE_NAME), state)
+    assert "it is not known whether the network was trained on any" in evaluate(*arguments)["input"]["description"]
 
 
 def test_images_that_have_changed_are_not_evaluated(trained, capsys, tmp_path):
@@ -279,7 +329,12 @@ def test_files_without_an_answer(capsys, tmp_path):
     for arrays, options, message in (
         ({"labels": given["labels"]}, "", "has no array `features`"),
         ({**given, "label": given["labels"]}, "", "holds label; known arrays are features, mirrored"),
-        ({"features": given["features"]}, "", "needs the arrays labels"),
+        ({"features": given["features"]}, "", "needs the array labels"),
+        (
+            {**given, "pairs": np.array([[0, 1]] * 20), "same": np.arange(20) % 2 == 0, "video": given["labels"]},
+            "",
+            "video: with this array `pairs` are numbers of videos, which --protocol ytf evaluates",
+        ),
         (given, "--protocol ytf", "needs the arrays pairs, same"),
         ({**given, "mirrored": nan}, "--protocol lfw --num-pairs 60", "mirrored: expected finite values"),
         ({**given, "features": nan}, "--num-pairs 60", "features.npz: features: expected finite values"),
@@ -309,7 +364,7 @@ def encoded_digit(rng, shade):
     return stream.getvalue()
 
 
-def test_published_verification_sets(trained):
+def test_published_verification_sets(trained, monkeypatch, tmp_path, capsys):
     """A .bin file, LFW's folder and videos, made of images in two shades."""
     rng = np.random.default_rng(0)
     shades = [(20, 20) if row % 2 else (20, 180) for row in range(40)]
@@ -337,8 +392,34 @@ def test_published_verification_sets(trained):
         rows += [f"{split}, {n}/0, {n}/1, 1" for n in names] + [f"{split}, {names[0]}/0, {n}/1, 0" for n in names[1:]]
     Path("ytf/splits.txt").write_text("\n".join(rows))
     Path("ytf/Bo/0/Bo_0001.png").write_bytes(b"no image")  # the video has two frames left
-    report = evaluate("--checkpoint", trained, "--data", "ytf", "--protocol", "ytf")
-    assert report["result"]["pairs"] == 10 and report["input"]["rows"] == 17 and len(report["input"]["unreadable"]) == 1
+    for data in ("ytf", "ytf/splits.txt"):
+        report = evaluate("--checkpoint", trained, "--data", data, "--protocol", "ytf")
+        assert report["result"]["pairs"] == 10 and report["input"]["rows"] == 17
+        assert len(report["input"]["unreadable"]) == 1
+
+    # A protocol for another kind of set is refused before any feature is computed.
+    monkeypatch.setattr(feature_set, "embed", None)
+    for data, protocol, message in (
+        ("ytf", "pairs", "splits.txt pairs videos: evaluate it with --protocol ytf"),
+        ("ytf", "lfw", "splits.txt pairs videos: evaluate it with --protocol ytf"),
+        ("ytf", "megaface", "not which identities the images show, as megaface needs: evaluate it with --protocol ytf"),
+        ("lfw", "ytf", "pairs.txt pairs images, and --protocol ytf compares videos"),
+        ("lfw", "megaface", "not which identities the images show, as megaface needs"),
+        ("faces.bin", "ytf", "faces.bin pairs images, and --protocol ytf compares videos"),
+        ("digits", "ytf", "digits has images of identities, and --protocol ytf compares videos"),
+    ):
+        assert message in fails(capsys, 1, "--checkpoint", trained, "--data", data, "--protocol", protocol)
+    monkeypatch.undo()
+
+    # In a folder of both sets the protocol tells which is meant.
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.chdir(tmp_path)
+    Path("ytf/pairs.txt").write_text(Path("lfw/pairs.txt").read_text())
+    for name in names:
+        for number in range(1, 4):
+            Path("ytf", name, f"{name}_{number:04d}.png").write_bytes(encoded_digit(rng, 20))
+    assert evaluate("--checkpoint", trained, "--data", "ytf", "--protocol", "ytf")["result"]["pairs"] == 10
+    assert evaluate("--checkpoint", trained, "--data", "ytf")["result"]["pairs"] == 12
 
 
 def test_pairs_without_folds(trained, capsys):
@@ -351,6 +432,9 @@ def test_pairs_without_folds(trained, capsys):
             Path("lfw", name, f"{name}_{photograph:04d}.png").write_bytes(encoded_digit(rng, 15 * number))
     lines = ["12", *(f"{name}\t1\t2" for name in names), *(f"{a}\t1\t{b}\t2" for a, b in pairwise([*names, "P_0"]))]
     Path("lfw/pairs.txt").write_text("\n".join(lines))
+    Path("lfw/pairsDevTest.txt").write_text("\n".join(lines))
+    listed = evaluate("--checkpoint", trained, "--data", "lfw/pairsDevTest.txt", "--protocol", "lfw")
+    assert listed["result"]["pairs"] == 24 and listed["input"]["description"].endswith("pairsDevTest.txt")
     arguments = "--checkpoint", trained, "--data", "lfw", "--protocol", "lfw"
     assert len(evaluate(*arguments)["result"]["fold_accuracy"]) == 10
     assert len(evaluate(*arguments, "--folds", 4)["result"]["fold_accuracy"]) == 4

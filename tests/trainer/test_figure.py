@@ -143,7 +143,9 @@ def test_margins_that_the_plane_has_room_for(num_classes):
         ("--losses triplet", "triplet"),
         ("--epochs 0", "epochs must be at least 1, got 0"),
         ("--softmax-epochs -1", "softmax-epochs must be at least 0, got -1"),
+        ("--losses", "losses must be one or more, each once, got none"),
         ("--seed -1", "seed must be at least 0"),
+        (f"--seed {2**32}", "seed must be at most"),
     ],
 )
 def test_invalid_options(capsys, options, message):

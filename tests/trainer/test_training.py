@@ -370,7 +370,7 @@ def test_all_identities_can_be_trained_on(tiny_config, console):
     assert report["verification"] is None
     assert json.loads((config.output / "report.json").read_text())["verification"] is None
     assert report["data"]["train"] == {"identities": 10, "images": 1797}
-    assert report["data"]["test"] == {"identities": 0, "images": 0}
+    assert report["data"]["test"] == {"identities": 0, "images": 0, "named_as_before": 0}
     state = load_checkpoint(config.output / FILE_NAME)
     assert state["identities"] == list("0123456789") and state["model"]["criterion.loss_fn.weight"].shape == (10, 8)
     with Image.open(config.output / "report.png") as picture:
@@ -386,7 +386,7 @@ def test_all_identities_of_a_folder(face_folder, tmp_path):
     assert splits.test.num_classes == 0 and len(splits.test) == 0
     (tmp_path / "alone").mkdir()
     (tmp_path / "alone" / "0.png").write_bytes((face_folder / "person_0" / "0.png").read_bytes())
-    with pytest.raises(DataError, match="has 1 identity; at least two are needed to train on"):
+    with pytest.raises(DataError, match="has images of one identity; at least two are needed$"):
         load_splits(str(tmp_path), (8, 8), 1, 0.0, 0)
 
 
@@ -402,6 +402,7 @@ def test_training_starts_from_weights(tiny_config, splits, console, tmp_path, so
         path = tmp_path / "backbone.pt"
         torch.save(expected, path)
     weights = load_backbone_weights(path)
+    assert set(weights.backbone) == set(expected)
     trainer = Trainer(tiny_config, splits, weights=weights)
     for name, value in trainer.backbone.state_dict().items():
         assert torch.equal(value, expected[name]), name
@@ -414,6 +415,70 @@ def test_training_starts_from_weights(tiny_config, splits, console, tmp_path, so
     if source == "export":  # to resume, the file is not needed
         path.unlink()
         run(dataclasses.replace(config, resume=True), console)
+
+
+def test_identities_that_the_starting_weights_were_trained_on_are_said(tiny_config, tmp_path):
+    """Also by the runs that start from such a run, by a resumed one, and by the evaluation of any."""
+
+    def started_from(weights, name, **options):
+        screen = Console(record=True, file=io.StringIO(), width=120)
+        config = dataclasses.replace(tiny_config, epochs=1, weights=weights, output=tmp_path / name, **options)
+        return config, run(config, screen)["data"]["test"], screen.export_text()
+
+    def evaluated(config):
+        screen = Console(quiet=True)
+        return run_evaluation(EvaluateConfig(checkpoint=config.output), screen)["input"]["description"]
+
+    config, test, said = started_from(None, "random")
+    assert test["named_as_before"] == 0 and "Verification on 3 identities not trained on" in said
+    everyone, _, _ = started_from(None, "all", test_fraction=0.0)
+    for before, name in ((everyone.output, "second"), (tmp_path / "second", "third")):
+        config, test, said = started_from(before, name)
+        assert test["named_as_before"] == test["identities"] == 3
+        assert "Verification on 3 identities, 3 of which have the name of one trained on" in said
+        assert evaluated(config).endswith("3 identities, 3 of which have the name of one trained on")
+    config.weights.rename(tmp_path / "gone")
+    assert run(dataclasses.replace(config, resume=True), Console(quiet=True))["data"]["test"] == test
+
+    torch.save(backbone_state(load_checkpoint(config.output / FILE_NAME)), tmp_path / "backbone.pt")
+    config, test, said = started_from(tmp_path / "backbone.pt", "unknown")
+    assert test["named_as_before"] is None
+    assert "Verification on 3 identities; it is not known whether the network was trained on any" in " ".join(
+        said.split()
+    )
+    state = load_checkpoint(config.output / FILE_NAME)
+    del state["identities_before"]  # of an older version
+    save_checkpoint(config.output / FILE_NAME, state)
+    assert "it is not known" in evaluated(config)
+
+
+def test_a_training_without_a_readable_image_is_an_error(tiny_config, console, face_folder, tmp_path):
+    for image in face_folder.glob("*/*.png"):
+        (tmp_path / "faces" / image.parent.name).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "faces" / image.parent.name / image.name).write_bytes(b"no image")
+    config = dataclasses.replace(tiny_config, data=str(tmp_path / "faces"), batch_size=2, checkpoint_every=1)
+    with pytest.raises(DataError, match=r"none of the \d+ images to train on could be read"):
+        run(config, console)
+    assert not (config.output / FILE_NAME).exists() and not (config.output / "report.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"epochs: 3\n", "it is not a file that torch.save has written"),
+        (b"\x93NUMPY\x01\x00 and numbers", "it is not a file that torch.save has written"),
+        (torch.nn.Linear(2, 2), "it holds other objects than tensors and plain values"),
+    ],
+)
+def test_files_of_another_kind_are_no_checkpoints(tmp_path, content, message):
+    path = tmp_path / "file"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_checkpoint(path)
+    assert "weights_only" not in str(caught.value)
 
 
 def test_weights_that_cannot_be_started_from(tiny_config, console, tmp_path):
@@ -445,6 +510,8 @@ def test_a_rate_below_one_impostor_is_said(tiny_config):
     verification, said = report["verification"], console.export_text()
     assert verification["impostors"] == 100 and verification["far_resolved"] is False
     assert "(none of 100 impostors may pass)" in said
+    logged = (tiny_config.output / "log.csv").read_text()
+    assert "verification/accuracy" in logged and "tar_at_far" not in logged
     losses = load_checkpoint(tiny_config.output / FILE_NAME)["losses"]
     training = report["training"]
     assert training["first_loss"] == pytest.approx(losses[:2].mean().item())

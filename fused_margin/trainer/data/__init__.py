@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from .base import DataError, Splits
-from .benchmarks import VerificationSet, read_bin, read_lfw, read_ytf
+from .benchmarks import VerificationSet, is_lfw_list, read_bin, read_lfw, read_ytf
 from .digits import digit_splits
 from .folder import folder_splits
 from .glyphs import glyph_splits
@@ -16,7 +17,7 @@ from .records import INDEX, RECORDS, record_splits
 __all__ = ["DataError", "Splits", "find_benchmark_reader", "find_reader", "load_splits"]
 
 LISTS = (".txt", ".lst")
-BENCHMARKS = {"pairs.txt": read_lfw, "splits.txt": read_ytf}
+LFW_LIST, YTF_LIST = "pairs.txt", "splits.txt"
 
 
 def load_splits(data: str, image_size: tuple[int, int], channels: int, test_fraction: float, seed: int) -> Splits:
@@ -27,12 +28,25 @@ def load_splits(data: str, image_size: tuple[int, int], channels: int, test_frac
     return find_reader(data)(data, image_size, channels, test_fraction, seed)
 
 
-def find_benchmark_reader(path: str) -> Callable[[Path], VerificationSet] | None:
-    """The reader of a published verification set: a .bin file, or a folder with pairs.txt or splits.txt."""
+def find_benchmark_reader(path: str, *, videos: bool = False) -> Callable[[], VerificationSet] | None:
+    """The reader of a published verification set, or None where there is no such set at the path.
+
+    A set is a .bin file, a list of pairs as LFW or YouTube Faces has it, or a folder with pairs.txt or splits.txt.
+    In a folder that has both, `videos` takes splits.txt.
+    """
     found = Path(path)
     if found.is_file():
-        return read_bin if found.suffix.lower() == ".bin" else None
-    return next((read for name, read in BENCHMARKS.items() if (found / name).is_file()), None)
+        if found.suffix.lower() == ".bin":
+            return partial(read_bin, found)
+        if found.name == YTF_LIST:
+            return partial(read_ytf, found.parent, found)
+        is_list = found.name == LFW_LIST or (found.suffix.lower() == ".txt" and is_lfw_list(found))
+        return partial(read_lfw, found.parent, found) if is_list else None
+    readers = {LFW_LIST: read_lfw, YTF_LIST: read_ytf}
+    present = [name for name in readers if (found / name).is_file()]
+    if not present:
+        return None
+    return partial(readers[present[-1] if videos else present[0]], found)
 
 
 def find_reader(path: str) -> Callable[..., Splits]:

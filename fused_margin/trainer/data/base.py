@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from ..wording import identities
 from .augment import AugmentationConfig
 
 UTF16_MARKS = ("\udcff\udcfe", "\udcfe\udcff")  # byte order marks, read as UTF-8 with surrogateescape
@@ -183,14 +184,13 @@ def split_by_images(source: str, counts: np.ndarray, test_fraction: float, seed:
         DataError: `source` has too few identities to train and verify on.
     """
     paired = np.flatnonzero(counts >= 2)
-    identities = f"{len(counts)} {'identity' if len(counts) == 1 else 'identities'}"
     if not test_fraction:
         if len(counts) < 2:
-            raise DataError(f"{source} has {identities}; at least two are needed to train on")
+            raise DataError(f"{source} has images of one identity; at least two are needed")
         return split_identities(len(counts), test_fraction, seed)
     if len(counts) < 4 or len(paired) < 2:
         raise DataError(
-            f"{source} has {identities}, {len(paired)} of them with two images or more; "
+            f"{source} has {identities(len(counts))}, {len(paired)} of them with two images or more; "
             "at least two are needed to train on and two more with two images to verify on "
             "(--test-fraction 0 trains on all and verifies on none)"
         )

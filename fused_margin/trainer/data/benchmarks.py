@@ -36,6 +36,7 @@ class VerificationSet:
     fold: np.ndarray  # (num_pairs,) from 0
     images: list[str] | list[bytes]  # files, or encoded images
     item: np.ndarray  # (num_images,) item that an image belongs to
+    of_videos: bool = False  # an item is a video; if not, item i is image i
     has_folds: bool = True  # the publication gives the folds; if not, `fold` is a choice
     skipped: Mapping[str, int] = field(default_factory=dict)  # number of files of each kind
 
@@ -119,6 +120,16 @@ def read_lfw(root: Path, pairs: Path | None = None) -> VerificationSet:
     return dataclasses.replace(found, has_folds=len(header) == 2)
 
 
+def is_lfw_list(path: Path) -> bool:
+    """Whether a file begins as LFW's lists of pairs do, whatever its name: numbers alone, then a pair."""
+    lines = _read_lines(path)
+    header, pair = (next(lines, (0, []))[1] for _ in range(2))
+    if len(header) not in (1, 2) or len(pair) not in (3, 4):
+        return False
+    numbers = pair[1:] if len(pair) == 3 else pair[1::2]
+    return all(field.isdecimal() for field in (*header, *numbers))
+
+
 def read_ytf(root: Path, splits: Path | None = None) -> VerificationSet:
     """YouTube Faces: frames in root/Some_Name/0/, and splits.txt, by default in root.
 
@@ -152,7 +163,8 @@ def read_ytf(root: Path, splits: Path | None = None) -> VerificationSet:
         folder = next((folder for folder in (root / video, root / YTF_FOLDER / video) if folder.is_dir()), None)
         return [str(folder / name) for name in image_names(folder, skipped)] if folder else []
 
-    return dataclasses.replace(_with_files(splits, root, listed, same, fold, frames), skipped=skipped)
+    found = _with_files(splits, root, listed, same, fold, frames)
+    return dataclasses.replace(found, of_videos=True, skipped=skipped)
 
 
 def read_bin(path: Path) -> VerificationSet:
