@@ -223,14 +223,18 @@ class TrainConfig:
         return {name: value for name, value in self.to_dict().items() if name not in LAUNCH_FIELDS}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
+    def from_dict(cls, values: Mapping[str, Any], *, reads_data: bool = True) -> TrainConfig:
         """The inverse of `to_dict`.
+
+        Args:
+            values: what `to_dict` has returned.
+            reads_data: whether the images of `data` will be read. If not, they may be gone, and `data` is "glyphs".
 
         Raises:
             ValueError: a field is unknown or missing, or its value is not valid.
         """
         try:
-            config = overlay(cls(), values)
+            config = overlay(cls(), values if reads_data else {**values, "data": EMBEDDED[0]})
             missing = [name for name in missing_options(cls().to_dict(), values) if name not in LATER_OPTIONS]
             if missing:
                 raise ConfigError(f"{', '.join(missing)}: not given")

@@ -83,7 +83,7 @@ def export(checkpoint: Path, output: Path | None, console: Console, own_backbone
     output = output or checkpoint.parent
     state = load_run(checkpoint, "export")
     try:
-        config = TrainConfig.from_dict(state["config"])
+        config = TrainConfig.from_dict(state["config"], reads_data=False)
     except (KeyError, ValueError) as error:
         raise CheckpointError(f"cannot export {checkpoint}: {error}") from error
     require_named(config, own_backbone, checkpoint)

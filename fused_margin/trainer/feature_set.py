@@ -199,11 +199,10 @@ def read_checkpoint(path: Path, data: str | None, backbone: str | None, *, video
     state = load_run(path, "evaluate")
     try:
         values = state["config"]
-        trained_on = values["data"]
         reader = find_benchmark_reader(data, videos=videos) if data is not None else None
-        config = TrainConfig.from_dict({**values, "data": trained_on if data is None or reader else data})
+        config = TrainConfig.from_dict({**values, "data": data or values["data"]}, reads_data=reader is None)
     except (KeyError, ValueError) as error:
         raise CheckpointError(f"cannot evaluate {path}: {error}") from error
     require_named(config, backbone, path)
     benchmark = reader() if reader else None
-    return TrainedNetwork(state, config, seen=config.data == trained_on, path=path, benchmark=benchmark)
+    return TrainedNetwork(state, config, seen=config.data == values["data"], path=path, benchmark=benchmark)

@@ -438,6 +438,12 @@ def test_pairs_without_folds(trained, capsys):
     arguments = "--checkpoint", trained, "--data", "lfw", "--protocol", "lfw"
     assert len(evaluate(*arguments)["result"]["fold_accuracy"]) == 10
     assert len(evaluate(*arguments, "--folds", 4)["result"]["fold_accuracy"]) == 4
+    gone = load_checkpoint(trained / FILE_NAME)
+    gone["config"]["data"] = "folder/that/is/gone"
+    Path("moved").mkdir()
+    save_checkpoint(Path("moved", FILE_NAME), gone)
+    moved = evaluate("--checkpoint", "moved", *arguments[2:])
+    assert moved["result"]["fold_accuracy"] == evaluate(*arguments)["result"]["fold_accuracy"]
     assert "pairs.txt: pairs: expected at least 13 of either kind" in fails(capsys, 1, *arguments, "--folds", 13)
 
 

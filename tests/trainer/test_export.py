@@ -152,3 +152,11 @@ def test_what_cannot_be_exported_is_named(tiny_config, tmp_path, damage, capsys)
     assert cli.main(["export", str(path), "--output", str(tmp_path / "files")]) == 1
     assert str(path) in "".join(capsys.readouterr().err.split("\n"))
     assert not (tmp_path / "files").exists()
+
+
+def test_the_images_of_the_training_may_be_gone(tiny_config):
+    path = trained(tiny_config)
+    state = load_checkpoint(path)
+    state["config"]["data"] = "folder/that/is/gone"
+    save_checkpoint(path, state)
+    assert export(path, None, CONSOLE) < 1e-5
