@@ -87,8 +87,8 @@ def margin_cross_entropy(
         Scalar, or (N,) for ``reduction="none"``; float64 if an input is, else float32. A mean over no sample is NaN, with
         gradients of 0. Logits up to 2e38 and class weights of norms from 1e-12 to 1e37 are computed as accurately as
         smaller ones; shorter class weights count as zero, and a larger logit gives NaN. So does, on tensor cores, one
-        above 2e6 where each sample has its own scale. In float64 norms may reach 1e154; on the CPU a
-        longer row gives NaN.
+        above 2e6 where each sample has its own scale. In float64 norms may reach 1e154; a longer row gives
+        NaN.
 
     Raises:
         ValueError, TypeError: for wrong shapes, dtypes, devices or values. Labels on a CUDA device are

@@ -59,7 +59,8 @@ __device__ inline int64_t warp_lower_bound(const int64_t* keys, int64_t count, i
 
 __device__ inline double inverse_norm_of(double squares) {
     double norm = sqrt(squares);
-    return norm < kSmallestNorm ? 0.0 : 1.0 / norm;
+    // NaN stays NaN; norm - norm makes one of a norm that is infinite, which would otherwise count as zero
+    return norm < kSmallestNorm ? 0.0 : 1.0 / norm + (norm - norm);
 }
 
 } // namespace fm::cuda
