@@ -54,9 +54,9 @@ def nearest_class(
 
     Returns:
         ``NearestClass(cosine, index)``, both (C,), or (C, k) for k > 1, in descending order (inner products, if those
-        are asked for). Ties go to the lowest index. A row with NaN has cosine NaN, and is nobody's nearest, and so does a
-        float64 row of a norm above 1e154, but for inner products, which may be as large as their dtype allows: rows with
-        elements beyond 2^55 are copied as float64. ``cosine`` of the nearest other class is differentiable; for all else
+        are asked for). Ties go to the lowest index. A row with NaN has cosine NaN, and is no row's nearest; so has a float64
+        row of a norm above 1e154. Inner products may be as large as their dtype allows: rows with elements beyond 2^55 are
+        copied as float64. ``cosine`` of the nearest other class is differentiable; for all else
         take the rows of ``index`` and multiply.
 
     Raises:

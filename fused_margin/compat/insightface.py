@@ -166,7 +166,7 @@ class CosFace(LogitMargin):
 
 
 def checked_margin(name: str, value: LogitMargin) -> LogitMargin:
-    """Raises TypeError for what is no margin of this module: a forward of its own would not be called."""
+    """Raises TypeError for a module that is none of the margins here: PartialFC_V2 would not call its forward."""
     if not isinstance(value, LogitMargin) or type(value).forward is not LogitMargin.forward:
         raise TypeError(
             f"{name}: expected CombinedMarginLoss, ArcFace or CosFace of fused_margin.compat.insightface, got "
