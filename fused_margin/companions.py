@@ -72,7 +72,7 @@ class CenterLoss(RunningState, CompanionLoss):
 
     SETTINGS: ClassVar = {"alpha": settings.number(0.0, 1.0)}
     RUNNING = ("centers",)
-    REMEMBERED = 4  # each is (N, D)
+    REMEMBERED = 8  # each is (N, D)
 
     def __init__(
         self,
@@ -152,6 +152,7 @@ class RingLoss(RunningState, CompanionLoss):
     """
 
     RUNNING = ("initialised",)
+    LABELS_OPTIONAL = True
 
     def __init__(
         self,

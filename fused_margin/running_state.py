@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from fused_margin.ops.registration import register
 
@@ -21,7 +20,10 @@ RECOMPUTED = (
 
 
 def recomputing() -> bool:
-    """Whether this forward runs within a backward, as activation checkpointing runs it again."""
+    """Whether this forward runs within a backward, as activation checkpointing runs it again.
+
+    A forward of training within a hook of a backward cannot be told from that.
+    """
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
@@ -53,6 +55,7 @@ class _Run:
     shape: torch.Size
     differentiated: bool
     state: list[Tensor]
+    repeated: int = 0  # times that it was run again
 
     def has(self, inputs: list[Tensor], shape: torch.Size) -> bool:
         return self.shape == shape and all(map(torch.equal, self.inputs, inputs))
@@ -67,6 +70,7 @@ class RunningState:
 
     RUNNING: tuple[str, ...] = ()
     REMEMBERED = 32  # forwards whose backward may still come
+    LABELS_OPTIONAL = False
     _runs: deque[_Run] | None = None
     _warned_of_recomputation = False
 
@@ -131,9 +135,8 @@ def once_per_step(forward: Callable) -> Callable:
 
     @functools.wraps(forward)
     def step(self, embeddings: Tensor, labels: Tensor | None = None) -> Tensor:
-        if torch.compiler.is_compiling() or not self.training:
-            return forward(self, embeddings, labels)
-        if torch._C._are_functorch_transforms_active() or type(embeddings) not in (Tensor, Parameter):  # such as a fake
+        plain = torch.compiler.is_compiling() or not self.training or torch._C._are_functorch_transforms_active()
+        if plain or not _are_tensors(embeddings, labels, self.LABELS_OPTIONAL):
             return forward(self, embeddings, labels)
         before, inputs = self.state_before(labels), _fingerprint(embeddings, labels)
         if not recomputing():
@@ -141,12 +144,13 @@ def once_per_step(forward: Callable) -> Callable:
             self._runs = self._runs or deque(maxlen=self.REMEMBERED)
             self._runs.append(_Run(inputs, embeddings.shape, torch.is_grad_enabled(), before))
             return loss
-        found = [run for run in self._runs or () if run.has(inputs, embeddings.shape)]
-        # Of equal batches, one whose gradient is not wanted is not the one, and the backward begins with the last.
-        found.sort(key=lambda run: run.differentiated)
-        if found:
-            self._runs.remove(found[-1])
-            self.restore_state(labels, found[-1].state)
+        # Of equal batches, one that has been run again, or whose gradient is not wanted, is not the one, and the backward
+        # begins with the last.
+        found = [run for run in reversed(self._runs or ()) if run.has(inputs, embeddings.shape)]
+        first = min(found, key=lambda run: (run.repeated, not run.differentiated), default=None)
+        if first is not None:
+            first.repeated += 1
+            self.restore_state(labels, first.state)
         elif not self._warned_of_recomputation:
             self._warned_of_recomputation = True
             reason = "is too long ago, or whose inputs were others"
@@ -157,6 +161,15 @@ def once_per_step(forward: Callable) -> Callable:
             self.restore_state(labels, before)
 
     return step
+
+
+def _are_tensors(embeddings: Tensor, labels: Tensor | None, optional: bool) -> bool:
+    """Whether they are what a forward takes, and have values; its own checks say what is wrong with others."""
+    if not isinstance(embeddings, Tensor) or not embeddings.is_floating_point():
+        return False
+    if type(embeddings).__torch_dispatch__ is not Tensor.__torch_dispatch__:  # a fake tensor has no values to compare
+        return False
+    return isinstance(labels, Tensor) or (labels is None and optional)
 
 
 @torch.no_grad()

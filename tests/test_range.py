@@ -72,6 +72,19 @@ def test_a_chunk_that_has_only_the_class_of_the_label():
         torch.testing.assert_close(measured.double(), right, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("size", [1.0, 1e9, 1e15])
+def test_a_class_without_probability(size, dtype):
+    (x, w), y = leaves(size, 1.0, dtype)
+    bias = torch.zeros(C, dtype=dtype)
+    bias[7], y[y == 7] = -torch.inf, 8
+    exact = [t.detach().double().requires_grad_() for t in (x, w)]
+    expected = gradients_and_loss(F.cross_entropy(exact[0] @ exact[1].t() + bias.double(), y), *exact)
+    loss = fm.functional.linear_cross_entropy(x, w, y, bias)
+    for measured, right in zip(gradients_and_loss(loss, x, w), expected, strict=True):
+        assert error(measured, right) < 1e-6
+
+
 @pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 1e38), (torch.float64, 1e308)], ids=str)
 def test_logits_beyond_the_range_are_no_number(dtype, size):
     (x, w), y = leaves(1.0, 1.0, dtype)

@@ -149,6 +149,31 @@ def test_the_state_that_the_first_run_has_seen(name, use_reentrant, step):
         assert torch.equal(value, expected), key
 
 
+class Subclass(torch.Tensor):
+    """Embeddings of a type of their own."""
+
+
+@pytest.mark.parametrize("kind", [torch.Tensor, Subclass])
+@pytest.mark.parametrize("name", [*LOSSES, "CenterLoss"])
+def test_a_second_backward(name, kind):
+    torch.manual_seed(0)
+    plain = getattr(fm, name)(50, 32)
+    other, x = copy.deepcopy(plain), (3 * torch.randn(16, 32)).requires_grad_()
+    (expected,) = torch.autograd.grad(plain(x, labels()), x)
+    y = labels()
+    loss = checkpoint(lambda x: other(x.as_subclass(kind), y), x, use_reentrant=False)
+    for last in (False, True):
+        (found,) = torch.autograd.grad(loss, x, retain_graph=not last)
+        assert torch.equal(found.as_subclass(torch.Tensor), expected)
+
+
+@pytest.mark.parametrize("labels", [None, [1, 2], "1"])
+@pytest.mark.parametrize("name", [*LOSSES, "CenterLoss"])
+def test_errors_of_labels_are_clear(name, labels):
+    with pytest.raises(TypeError, match="labels: expected an integer tensor of shape"):
+        getattr(fm, name)(50, 32)(torch.randn(2, 32), labels)
+
+
 def test_a_forward_that_is_not_remembered_is_warned_of_once(monkeypatch):
     monkeypatch.setattr(fm.AdaFaceLoss, "REMEMBERED", 1)
     loss_fn = fm.AdaFaceLoss(50, 32)

@@ -284,6 +284,14 @@ def test_rows_of_one_number(classes, dtype):
     assert torch.equal(cosine, expected)
 
 
+@pytest.mark.parametrize("size", [2.0**90, 2.0**300, 2.0**500])
+def test_long_rows_of_one_number(size):
+    weight = torch.randn(30, 1, dtype=torch.float64) * size
+    sign = weight.sign().flatten()
+    expected = (sign[:, None] * sign).fill_diagonal_(-2.0).amax(1)
+    assert torch.equal(fm.functional.nearest_class(weight).cosine, expected)
+
+
 def test_int8_products_of_torch_are_right():
     """They are no public function of torch: where they change, the search goes without them, and this fails."""
     assert search.int8_products_are_right()

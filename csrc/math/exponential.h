@@ -72,8 +72,9 @@ template <class T> struct WideExponential {
 
     FM_HD T operator()(T cosine) const {
         T below = cosine - base;
-        T power = multiply_add(below, high, -k) + below * low;
-        return power < static_cast<T>(-125) ? static_cast<T>(0) : static_cast<T>(exp2(power)); // no denormals
+        T power = multiply_add(below, high, -k) + below * low;        // NaN where below is -infinity and low is 0
+        bool nothing = below < 0 && !(power >= static_cast<T>(-125)); // no denormals
+        return nothing ? static_cast<T>(0) : static_cast<T>(exp2(power));
     }
 };
 

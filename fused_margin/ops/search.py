@@ -17,6 +17,7 @@ from fused_margin.ops.backend import Kernels
 from fused_margin.ops.dispatch import constant_while_compiled, rounds_float32
 from fused_margin.ops.normalization import unit_rows
 from fused_margin.ops.plan import SMALLEST_CHUNK, whole_chunk
+from fused_margin.ops.problem import compute_dtype
 
 # Of a tile of products. On the CPU it stays in cache for the two to four times it is read. On a GPU it is so large that
 # its kernels take longer than their launches.
@@ -100,10 +101,10 @@ class Coded:
     def unmade(cls, rows: Tensor, int8: bool, inner_product: bool = False) -> Coded:
         """Room for codes: int8, or the rows themselves, unless their products would be infinite."""
         code = torch.empty(rows.shape, dtype=torch.int8, device=rows.device) if int8 else rows
-        if not int8 and not inner_product and rows.dtype != torch.float64:
+        if not int8 and not inner_product:
             longest = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).nan_to_num_(0.0, 0.0)
             if bool((longest > LONGEST).any()):
-                code = torch.empty(rows.shape, dtype=torch.float32, device=rows.device)
+                code = torch.empty(rows.shape, dtype=compute_dtype(rows), device=rows.device)
         return cls.around(rows, code, rows.new_empty(len(rows), dtype=torch.float32), inner_product)
 
     @classmethod
