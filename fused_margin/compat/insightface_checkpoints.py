@@ -211,7 +211,7 @@ def load_backbone(state: dict[str, Any], backbone: nn.Module, path: Path) -> Non
     before = copy.deepcopy(backbone.state_dict())
     try:
         backbone.load_state_dict(state)
-    except Exception as error:  # a module may load its state in a way of its own
+    except Exception as error:  # a module can override load_state_dict and raise anything
         backbone.load_state_dict(before)
         raise ValueError(f"backbone: the weights in {path} do not fit it: {error}") from error
 

@@ -79,7 +79,7 @@ def portable_plan(problem: Problem, keep: bool) -> Plan:
     kept = 0
     if keep and samples:
         beside = chunk * (per_class - item * samples) + (chunk * chunk * item if nearest_in_chunks(problem) else 0)
-        if samples * classes * item <= workspace - beside:  # then no chunk needs a buffer of its own
+        if samples * classes * item <= workspace - beside:  # then no chunk needs a separate buffer
             kept = chunks
         else:
             kept = max(workspace - max(target, chunk * per_class + beside), 0) // (samples * chunk * item)

@@ -273,7 +273,7 @@ def table(
 
 
 def screen_table(header: list[str], lines: list[list[str]]) -> str:
-    """The table for a screen of 80 columns: every loss is on a line of its own, above its numbers."""
+    """The table for a screen of 80 columns: the name of each loss is on the line above its numbers."""
     headings = [textwrap.wrap(name, HEADING_WIDTH) for name in header[1:]]
     height = max(map(len, headings))
     rows = [list(row) for row in zip(*([""] * (height - len(words)) + words for words in headings), strict=True)]
