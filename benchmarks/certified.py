@@ -19,7 +19,7 @@ import tyro
 from torch import Tensor
 
 import fused_margin as fm
-from fused_margin.exclusive import ExclusiveRegularizer
+from fused_margin.losses.exclusive import ExclusiveRegularizer
 from fused_margin.trainer.data.augment import AugmentationConfig, augment
 from fused_margin.trainer.data.base import on_gray, to_input
 from fused_margin.trainer.data.glyphs import render_characters

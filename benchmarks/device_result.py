@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fused_margin.ops import dispatch
+from fused_margin._ops.backends import select
 
 from . import kernels
 from .evidence import RESULTS
@@ -53,9 +53,9 @@ class DeviceResult:
 
     @property
     def backend(self) -> str:
-        """The first family, in the order of dispatch.py, that was timed; PORTABLE where none was."""
+        """The first family, in the order of select.py, that was timed; PORTABLE where none was."""
         timed = {e.name for each in self.sections if each.suite in kernels.SUITES for e in each.entries if e.seconds}
-        return next((f.name for f in dispatch.FAMILIES if ours(f.name) in timed), dispatch.PORTABLE)
+        return next((f.name for f in select.FAMILIES if ours(f.name) in timed), select.PORTABLE)
 
 
 def median(section: Section, name: str) -> float | None:

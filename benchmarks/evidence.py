@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fused_margin.ops import dispatch
+from fused_margin._ops.backends import select
 
 from .gpu.outcomes import INCOMPLETE, SEARCH
 from .gpu.record import failures_of
@@ -20,7 +20,7 @@ VERSIONS = ("python", "torch", "cuda", "fused_margin")
 ALLOWED_SKIPS = re.compile(r"\bneeds (\d+ GiB of device memory|two devices)$")
 
 
-def shortcomings(result: Mapping[str, Any], name: str, capability: dispatch.Capability) -> list[str]:
+def shortcomings(result: Mapping[str, Any], name: str, capability: select.Capability) -> list[str]:
     """What a result lacks to show that the kernels of that name passed on that compute capability; empty: nothing."""
     return [
         *_origin(result, capability),
@@ -30,7 +30,7 @@ def shortcomings(result: Mapping[str, Any], name: str, capability: dispatch.Capa
     ]
 
 
-def _origin(result: Mapping[str, Any], capability: dispatch.Capability) -> Iterator[str]:
+def _origin(result: Mapping[str, Any], capability: select.Capability) -> Iterator[str]:
     hardware, versions = result.get("hardware", {}), result.get("versions", {})
     expected, measured = ".".join(map(str, capability)), hardware.get("gpu_capability")
     if measured != expected:
@@ -65,16 +65,16 @@ def _sanitizers(results: Mapping[str, Any], name: str) -> Iterator[str]:
                 yield f"{key.capitalize()} tests of {name} under {tool}: {', '.join(tests)}."
 
 
-def switched_on() -> Iterator[tuple[str, dispatch.Capability, str]]:
-    """Name, compute capability and result file of everything that dispatch.py has on by default."""
-    mappings = {family.name: family.results for family in dispatch.FAMILIES} | {SEARCH: dispatch.SEARCH_RESULTS}
+def switched_on() -> Iterator[tuple[str, select.Capability, str]]:
+    """Name, compute capability and result file of everything that select.py has on by default."""
+    mappings = {family.name: family.results for family in select.FAMILIES} | {SEARCH: select.SEARCH_RESULTS}
     for name, results in mappings.items():
         for capability, file in results.items():
             yield name, capability, file
 
 
 def unproven() -> list[str]:
-    """What the files named in dispatch.py lack; empty where each of them is enough."""
+    """What the files named in select.py lack; empty where each of them is enough."""
     found = []
     for name, capability, file in switched_on():
         path = RESULTS / file

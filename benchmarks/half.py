@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import fused_margin as fm
-from fused_margin.ops import dispatch
+from fused_margin._ops.backends import select
 
 from . import peers
 from .peers import Build, Contestant, Loss, LossStep
@@ -96,10 +96,10 @@ class GraphStep(LossStep):
 
 def our_loss(way: str, margin: fm.Margin, workspace_mb: int = peers.WORKSPACE_MB) -> Loss:
     """Served by one way of making products; `way` may end in SPLIT, for operands in two halves."""
-    name, split = way.removesuffix(f" {dispatch.SPLIT}"), way.endswith(dispatch.SPLIT)
+    name, split = way.removesuffix(f" {select.SPLIT}"), way.endswith(select.SPLIT)
 
     def loss(embeddings: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        with dispatch.use(name), precision("highest" if split else "high"):
+        with select.use(name), precision("highest" if split else "high"):
             return fm.functional.margin_cross_entropy(
                 embeddings, weight, labels, margin, SCALE, workspace_mb=workspace_mb
             )
@@ -137,7 +137,7 @@ def our_steps(ways: Sequence[str], *, normface: bool = False) -> list[Contestant
     small = peers.SMALL_WORKSPACE_MB["cuda"]
     for way in ways:
         settings = {"reference": ours(ways[0]), "loss_tolerance": 1e-4}
-        if way.endswith(dispatch.SPLIT):
+        if way.endswith(select.SPLIT):
             settings["tolerance"] = 1e-4
         for detail, workspace in ((KEPT, peers.WORKSPACE_MB), (NOTHING_KEPT, small)):
             build = {f"workspace_mb={workspace}": _of(our_loss(way, arcface, workspace))}

@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fused_margin as fm
-from fused_margin.ops import dispatch, portable
-from fused_margin.ops.backend import has_cuda_kernels, kernels
-from fused_margin.ops.problem import Problem
-from fused_margin.ops.tensor_cores import WIDTH_MULTIPLE
+from fused_margin._ops.backends import portable, select
+from fused_margin._ops.backends.tensor_cores import WIDTH_MULTIPLE
+from fused_margin._ops.inputs import Problem
+from fused_margin._ops.kernels import has_cuda_kernels, kernels
 
 from . import half
 from .half import ours
@@ -65,7 +65,7 @@ def missing(device: str) -> str | None:
 def available_families() -> list[str]:
     """Those compiled that run on the current device, the one that serves it first."""
     capability = torch.cuda.get_device_capability()
-    return [f.name for f in dispatch.FAMILIES if f.compiled and f.runs_on(capability)]
+    return [f.name for f in select.FAMILIES if f.compiled and f.runs_on(capability)]
 
 
 class Operands:
@@ -262,7 +262,7 @@ class NearestCall:
         self.way, self.weight = way, inputs.weight.detach()
 
     def __call__(self, turn: int) -> fm.functional.NearestClass:
-        with dispatch.use(self.way):
+        with select.use(self.way):
             return fm.functional.nearest_class(self.weight)
 
     def errors(self) -> dict[str, float]:
@@ -337,7 +337,7 @@ def comparisons(families: Sequence[str], *, quick: bool = False) -> Iterator[Com
         square, copied = Shape(256, 256, 256), 2**20
         step, classes, large = Shape(200, 128, 3_000), Shape(8, 128, 3_000), (Shape(200, 128, 20_000),)
         small = Shape(32, 64, 2_000)
-    ways = [*families, dispatch.PORTABLE]
+    ways = [*families, select.PORTABLE]
     yield Comparison(MACHINE, square, _machine(square, copied))
 
     sums = _kernel(ExponentSum, Product, families, tolerance=1e-6)
@@ -349,7 +349,7 @@ def comparisons(families: Sequence[str], *, quick: bool = False) -> Iterator[Com
     yield Comparison(NEAREST, classes, _kernel(Nearest, SquareProduct, families, tolerance=1e-5) + calls)
 
     reference = ours(ways[0])
-    exact = [f"{family} {dispatch.SPLIT}" for family in families]
+    exact = [f"{family} {select.SPLIT}" for family in families]
     everyone = half.our_steps([*ways, *exact], normface=True) + half.products(reference) + half.eager(reference)
     everyone += half.compilations(reference) + half.normface_peers(step, ours(ways[0], half.NORMFACE))
     yield Comparison(HALF_STEP, step, everyone)

@@ -14,7 +14,7 @@ import torch
 import tyro
 from torch.nn import functional as F
 
-from fused_margin.exclusive import ExclusiveRegularizer
+from fused_margin.losses.exclusive import ExclusiveRegularizer
 
 from .memory import high_water, mark
 from .results import hardware, versions

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fused_margin.compat import insightface as ours
-from fused_margin.sharding import slice_of
+from fused_margin.distributed import slice_of
 
 from . import upstream
 

@@ -33,7 +33,7 @@ PML = "PML ArcFaceLoss"
 PML_EXCLUSIVE = "PML RegularFaceRegularizer"
 
 WORKSPACE_MB = 256
-# Room for the chunk of classes at work and for no exponentials (CHUNK_BYTES of fused_margin.ops.plan).
+# Room for the chunk of classes at work and for no exponentials (CHUNK_BYTES of fused_margin._ops.plan).
 SMALL_WORKSPACE_MB = {"cpu": 32, "cuda": 128}
 CHUNK_ROWS = 32
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import tyro
 
-from fused_margin.ops import dispatch
+from fused_margin._ops.backends import select
 
 from . import evidence, half, kernels, predictions, scaling
 from .device_result import DeviceResult, median, newest
@@ -91,7 +91,7 @@ def _rows(result: DeviceResult) -> Iterator[str]:
         yield _row(section, result, name, f"{what}, {_classes(section.shape)}", (kernels.CUBLAS, name), alone)
     for shape in STEPS:
         section = result.section(kernels.HALF_STEP, shape)
-        for name, operands in ((ours(backend), "half-precision"), (ours(f"{backend} {dispatch.SPLIT}"), "split")):
+        for name, operands in ((ours(backend), "half-precision"), (ours(f"{backend} {select.SPLIT}"), "split")):
             if shape == kernels.STEP or section.find(name):
                 what = f"whole step, {operands} operands, {_classes(shape)}"
                 yield _row(section, result, name, what, (half.FOUR, name), "four products")

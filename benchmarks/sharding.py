@@ -20,8 +20,8 @@ import torch.multiprocessing as mp
 import tyro
 
 import fused_margin as fm
-from fused_margin.ops.sharded import tell_samples
-from fused_margin.sharding import Shard, slice_of
+from fused_margin._ops.sharded import tell_samples
+from fused_margin.distributed import Shard, slice_of
 
 from .results import hardware, versions
 

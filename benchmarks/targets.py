@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from fused_margin.ops import dispatch
+from fused_margin._ops.backends import select
 
 from . import half, kernels, peers, predictions
 from .half import ours
@@ -22,7 +22,7 @@ OURS = (peers.OURS, peers.OURS_SMALL, peers.OURS_NORMFACE)
 NORMFACE_PEERS = (peers.LINEAR, peers.LINEAR_CHUNKED)
 ARCFACE_PEERS = (peers.COMPILED, peers.LEAN, peers.TEXTBOOK, peers.PML)
 
-FAMILIES = tuple(family.name for family in dispatch.FAMILIES)
+FAMILIES = tuple(family.name for family in select.FAMILIES)
 WHOLE_STEP_FROM = 85_000  # classes
 
 
@@ -158,7 +158,7 @@ def _half_step(section: Section, family: str) -> Iterator[Verdict]:
         yield from _at_speed(section, ours(family, half.NORMFACE), name, limit)
     if section.shape in kernels.LARGE:
         yield from _bounded_memory(section, ours(family))
-    for way, limit in ((family, 5e-4), (f"{family} {dispatch.SPLIT}", 1e-5)):
+    for way, limit in ((family, 5e-4), (f"{family} {select.SPLIT}", 1e-5)):
         entry, eager = section.find(ours(way)), section.find(half.TEXTBOOK)
         if not entry or entry.gradient_error is None:
             continue

@@ -19,12 +19,12 @@ except ImportError as error:
     ) from error
 
 from fused_margin import functional, optim, reference
-from fused_margin.adaptive import AdaFaceLoss, CurricularFaceLoss, ElasticFaceLoss, MagFaceLoss
-from fused_margin.companions import CenterLoss, InterLoss, IntraLoss, RingLoss, UniformLoss
-from fused_margin.exclusive import ExclusiveRegularizer
+from fused_margin._ops.bad_labels import set_debug
 from fused_margin.info import __version__, build_info
-from fused_margin.linear import L2SoftmaxLoss, LSoftmaxLoss, SoftmaxLoss
-from fused_margin.losses import (
+from fused_margin.losses.adaptive import AdaFaceLoss, CurricularFaceLoss, ElasticFaceLoss, MagFaceLoss
+from fused_margin.losses.auxiliary import CenterLoss, InterLoss, IntraLoss, RingLoss, UniformLoss
+from fused_margin.losses.exclusive import ExclusiveRegularizer
+from fused_margin.losses.margin import (
     ArcFaceLoss,
     CombinedMarginLoss,
     CosFaceLoss,
@@ -34,8 +34,8 @@ from fused_margin.losses import (
     SphereFaceLoss,
     SubCenterArcFaceLoss,
 )
+from fused_margin.losses.softmax import L2SoftmaxLoss, LSoftmaxLoss, SoftmaxLoss
 from fused_margin.margins import Margin
-from fused_margin.ops.bad_labels import set_debug
 
 __all__ = [
     "AdaFaceLoss",

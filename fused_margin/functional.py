@@ -7,16 +7,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fused_margin import checks
+from fused_margin import _checks
+from fused_margin._ops import library
+from fused_margin._ops.backends.select import PORTABLE, products_of
+from fused_margin._ops.inputs import Problem, Sweep, workspace_bytes
+from fused_margin._ops.rows import select_rows
+from fused_margin._ops.sharded import run_sharded_sweep
+from fused_margin._reductions import mean_over
+from fused_margin.distributed import Shard, Shared, Total
 from fused_margin.margins import BEYOND_PI, FilteredNegatives, HardNegatives, Margin
 from fused_margin.nearest import NearestClass, Separability, exclusive_regularization, nearest_class, separability
-from fused_margin.ops import library
-from fused_margin.ops.dispatch import PORTABLE, products_of
-from fused_margin.ops.problem import Problem, Sweep, workspace_bytes
-from fused_margin.ops.rows import select_rows
-from fused_margin.ops.sharded import run_sharded_sweep
-from fused_margin.reductions import mean_over
-from fused_margin.sharding import Shard, Shared, Total
 
 __all__ = [
     "NearestClass",
@@ -95,24 +95,26 @@ def margin_cross_entropy(
             checked there and reported by the next call (``fused_margin.set_debug(True)``: at once).
         RuntimeError: for CUDA tensors in a build without CUDA kernels, and for second derivatives.
     """
-    checks.batch(embeddings, weight, labels, at_least=1 if shard is None else 0)  # there may be more ranks than classes
-    checks.margin(margin)
-    checks.scale(scale)
-    checks.number("exclusive_weight", exclusive_weight, 0.0)
-    checks.cross_entropy_options(reduction, exclusive_weight, ignore_index, label_smoothing, workspace_mb)
-    checks.sub_centers(sub_centers, weight, exclusive_weight, label_smoothing)
-    classes = checks.shard(shard, weight, sub_centers, label_smoothing)
-    checks.per_class("class_weight", class_weight, weight, classes)
-    threshold, strength = checks.hard_negatives(hard_negatives, embeddings, scale, label_smoothing)
+    _checks.batch(
+        embeddings, weight, labels, at_least=1 if shard is None else 0
+    )  # there may be more ranks than classes
+    _checks.margin(margin)
+    _checks.scale(scale)
+    _checks.number("exclusive_weight", exclusive_weight, 0.0)
+    _checks.cross_entropy_options(reduction, exclusive_weight, ignore_index, label_smoothing, workspace_mb)
+    _checks.sub_centers(sub_centers, weight, exclusive_weight, label_smoothing)
+    classes = _checks.shard(shard, weight, sub_centers, label_smoothing)
+    _checks.per_class("class_weight", class_weight, weight, classes)
+    threshold, strength = _checks.hard_negatives(hard_negatives, embeddings, scale, label_smoothing)
     exclusive, smooth = exclusive_weight > 0, label_smoothing > 0
     if exclusive and classes < 2:
-        checks.class_weights(weight, at_least=2)
+        _checks.class_weights(weight, at_least=2)
 
     labels, class_weight = labels.to(torch.int64).contiguous(), _double(class_weight)
     scales, scale_value = _scales(scale, embeddings)
     portable = sub_centers > 1 or threshold is not None
     products = PORTABLE if portable else products_of(embeddings, weight, scale_value)
-    known = checks.nearest(nearest, weight, shard) if exclusive else (None, None)
+    known = _checks.nearest(nearest, weight, shard) if exclusive else (None, None)
     own_class_weight = class_weight if shard is None or class_weight is None else shard.part_of(class_weight)
     problem = Problem(
         embeddings, weight, workspace_bytes(workspace_mb), products, labels,
@@ -173,14 +175,14 @@ def linear_cross_entropy(
     Raises:
         ValueError, TypeError, RuntimeError: as :func:`margin_cross_entropy`.
     """
-    checks.batch(embeddings, weight, labels, at_least=1 if shard is None else 0)
-    checks.cross_entropy_options(reduction, 0.0, ignore_index, label_smoothing, workspace_mb)
-    classes = checks.shard(shard, weight, 1, label_smoothing)
-    checks.per_class("class_weight", class_weight, weight, classes)
-    checks.per_class("bias", bias, weight, len(weight))
+    _checks.batch(embeddings, weight, labels, at_least=1 if shard is None else 0)
+    _checks.cross_entropy_options(reduction, 0.0, ignore_index, label_smoothing, workspace_mb)
+    classes = _checks.shard(shard, weight, 1, label_smoothing)
+    _checks.per_class("class_weight", class_weight, weight, classes)
+    _checks.per_class("bias", bias, weight, len(weight))
     if margin is not None:
-        checks.margin(margin)
-        checks.absent("a margin", label_smoothing=label_smoothing)
+        _checks.margin(margin)
+        _checks.absent("a margin", label_smoothing=label_smoothing)
     labels, class_weight, smooth = labels.to(torch.int64).contiguous(), _double(class_weight), label_smoothing > 0
     own_class_weight = class_weight if shard is None or class_weight is None else shard.part_of(class_weight)
     # Once, before all its uses: the parts of its gradient nearly cancel, and rounding each to a half would remain.
@@ -243,9 +245,9 @@ def cosine_logsumexp(
     Raises:
         ValueError, TypeError, RuntimeError: as :func:`margin_cross_entropy`.
     """
-    checks.batch(embeddings, weight, labels)
-    checks.scale(scale)
-    checks.number("workspace_mb", workspace_mb, 0.0, open_low=True)
+    _checks.batch(embeddings, weight, labels)
+    _checks.scale(scale)
+    _checks.number("workspace_mb", workspace_mb, 0.0, open_low=True)
     scales, scale_value = _scales(scale, embeddings)
     problem = Problem(
         embeddings, weight, workspace_bytes(workspace_mb), products_of(embeddings, weight, scale_value),
@@ -269,7 +271,7 @@ def _scales(scale: float | Tensor | None, embeddings: Tensor) -> tuple[Tensor | 
     if scale is None:
         norm = _norm(embeddings)
         return torch.where(norm.isnan(), 0.0, norm), 0.0  # the loss of that row is NaN by its cosines
-    return checks.per_sample("scale", scale, embeddings), 0.0 if isinstance(scale, Tensor) else float(scale)
+    return _checks.per_sample("scale", scale, embeddings), 0.0 if isinstance(scale, Tensor) else float(scale)
 
 
 def _sweep(problem: Problem, uniform: bool, ignore_index: int) -> Sweep:
@@ -297,7 +299,7 @@ def _margin_loss(
         # Numbers would be constants of the graph, with one compilation for every value. Comparing one with its default
         # makes a constant of it too, and for good.
         numbers = {name: _variable(value, problem) for name, value in numbers.items()}
-    per_sample = [checks.per_sample(f"margin.{name}", value, problem.embeddings) for name, value in numbers.items()]
+    per_sample = [_checks.per_sample(f"margin.{name}", value, problem.embeddings) for name, value in numbers.items()]
     values = [0.0 if isinstance(value, Tensor) else float(value) for value in numbers.values()]
     loss, row_weight, _ = library.margin_rows(
         negative_logsumexp, target_cosine, uniform_cosine, problem.labels, class_weight,

@@ -7,7 +7,7 @@ from importlib.metadata import version
 import torch
 
 from fused_margin import _C
-from fused_margin.ops import dispatch
+from fused_margin._ops.backends import select
 
 __version__ = version("fused_margin")
 
@@ -24,7 +24,7 @@ def build_info() -> dict:
     capability = _C.cpu.capability().name
     kernels = {"cpu": f"{capability} kernels around torch.mm"}
     if architectures:
-        kernels["cuda"] = dispatch.describe()
+        kernels["cuda"] = select.describe()
     return {
         "version": __version__,
         "cpu": {"capability": capability, "best_capability": _C.cpu.best_capability().name},

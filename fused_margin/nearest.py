@@ -5,14 +5,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_margin import checks
-from fused_margin.ops import library
-from fused_margin.ops.dispatch import products_of
-from fused_margin.ops.problem import Problem, compute_dtype, workspace_bytes
-from fused_margin.ops.registration import refuse_transforms, refuse_unsupported
-from fused_margin.ops.search import MOST_NEAREST
-from fused_margin.ops.sharded_nearest import ShardedNearest, find
-from fused_margin.sharding import Shard, Total
+from fused_margin import _checks
+from fused_margin._ops import library
+from fused_margin._ops.backends.select import products_of
+from fused_margin._ops.inputs import Problem, compute_dtype, workspace_bytes
+from fused_margin._ops.nearest.search import MOST_NEAREST
+from fused_margin._ops.nearest.sharded_nearest import ShardedNearest, find
+from fused_margin._ops.registration import refuse_transforms, refuse_unsupported
+from fused_margin.distributed import Shard, Total
 
 METRICS = ("cosine", "inner_product")
 
@@ -64,25 +64,25 @@ def nearest_class(
         RuntimeError: for CUDA tensors with a reference, k > 1 or inner products, which run on the CPU only yet, and for
             these where torch.func differentiates.
     """
-    checks.number("workspace_mb", workspace_mb, 0.0, open_low=True)
-    checks.one_of("metric", metric, METRICS)
-    checks.positive_index("k", k)
+    _checks.number("workspace_mb", workspace_mb, 0.0, open_low=True)
+    _checks.one_of("metric", metric, METRICS)
+    _checks.positive_index("k", k)
     plain = reference is None and k == 1 and metric == "cosine"
     if shard is not None:
         if not plain:
             raise ValueError("shard: expected None with a reference, k > 1 or inner products: those are of one device")
-        if checks.shard(shard, query, 1, 0.0) < 2:
-            checks.class_weights(query, at_least=2)
+        if _checks.shard(shard, query, 1, 0.0) < 2:
+            _checks.class_weights(query, at_least=2)
         refuse_transforms(query)
         cosine, index = find(shard, query.detach(), workspace_bytes(workspace_mb))
         return NearestClass(ShardedNearest.apply(shard, query, cosine, index), index)
     if reference is None:
-        checks.class_weights(query, name="query", at_least=2)
+        _checks.class_weights(query, name="query", at_least=2)
         others = len(query) - 1
     else:
-        checks.class_weights(query, name="query", at_least=0)
-        checks.class_weights(reference, name="reference", at_least=1)
-        checks.same_device("reference", reference, query)
+        _checks.class_weights(query, name="query", at_least=0)
+        _checks.class_weights(reference, name="reference", at_least=1)
+        _checks.same_device("reference", reference, query)
         others = len(reference)
         if reference.shape[1] != query.shape[1]:
             raise ValueError(f"reference: expected (R, {query.shape[1]}), as query, got {tuple(reference.shape)}")
@@ -90,7 +90,7 @@ def nearest_class(
         raise ValueError(f"k: expected at most {min(MOST_NEAREST, others)}, got {k}")
     if plain:
         return known_nearest(query, (None, None), workspace_mb)
-    checks.searched_device("query", query)
+    _checks.searched_device("query", query)
     refuse_derivative(query, reference)
     if reference is not None and query.dtype != reference.dtype:
         query, reference = (t.to(compute_dtype(query, reference)) for t in (query, reference))
@@ -146,10 +146,10 @@ def exclusive_regularization(
         ValueError, TypeError: for wrong shapes or dtypes, or fewer than two classes.
     """
     if nearest is not None:
-        checks.number("workspace_mb", workspace_mb, 0.0, open_low=True)
+        _checks.number("workspace_mb", workspace_mb, 0.0, open_low=True)
         divided = shard is not None and shard.group is not None
-        checks.class_weights(weight, at_least=0 if divided else 2)
-        known = checks.nearest(nearest, weight, shard)
+        _checks.class_weights(weight, at_least=0 if divided else 2)
+        known = _checks.nearest(nearest, weight, shard)
         if not divided:
             return known_nearest(weight, known, workspace_mb).cosine.mean()
         cosine = ShardedNearest.apply(shard, weight, *known)

@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor
 
-from fused_margin import checks
+from fused_margin import _checks
 
 
 @torch.no_grad()
 def project_(weight: Tensor) -> Tensor:
     """Divides every row of weight (C, D) by its L2 norm, in place, and returns it. Zero rows stay zero."""
-    checks.class_weights(weight, at_least=0)  # a rank may have no classes
+    _checks.class_weights(weight, at_least=0)  # a rank may have no classes
     norm = torch.linalg.vector_norm(weight, dim=1, keepdim=True, dtype=torch.float64)  # squares of 1e-25 count too
     return weight.mul_(
         norm.masked_fill_(norm == 0, 1.0).reciprocal_().to(torch.promote_types(weight.dtype, torch.float32))
@@ -45,7 +45,7 @@ class ProjectedSGD(torch.optim.SGD):
         super().add_param_group(param_group)
         if self.param_groups[-1].setdefault("project", True):
             for p in self.param_groups[-1]["params"]:
-                checks.class_weights(p, name="params", at_least=0)
+                _checks.class_weights(p, name="params", at_least=0)
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)

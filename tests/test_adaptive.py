@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from problems import leaf, problem, relative_error
+from loss_inputs import leaf, problem, relative_error
 from torch.nn import functional as F
 
 import fused_margin as fm

@@ -4,9 +4,10 @@ import threading
 
 import pytest
 import torch
-from problems import leaf, problem
+from loss_inputs import leaf, problem
 
 import fused_margin as fm
+from fused_margin._ops import bad_labels
 from fused_margin.functional import (
     cosine_logsumexp,
     exclusive_regularization,
@@ -14,7 +15,6 @@ from fused_margin.functional import (
     nearest_class,
     separability,
 )
-from fused_margin.ops import bad_labels
 
 X, W, Y = problem(6, 10, 4)
 NAN = float("nan")
@@ -132,16 +132,16 @@ def test_a_bad_label_changes_nothing():
 
 def test_cuda_tensor_in_a_cpu_build(monkeypatch):
     """The message a user of a CPU-only build gets, without needing a GPU to get it."""
-    from fused_margin import checks
+    from fused_margin import _checks
 
     class OnCuda(torch.Tensor):
         device = torch.device("cuda:0")
 
-    monkeypatch.setattr(checks, "has_cuda_kernels", lambda: False)
+    monkeypatch.setattr(_checks, "has_cuda_kernels", lambda: False)
     with pytest.raises(
         RuntimeError, match="embeddings is on cuda:0, but this build .* no CUDA kernels; rebuild with nvcc"
     ):
-        checks.matrix("embeddings", torch.ones(2, 2).as_subclass(OnCuda), "(N, embedding_size)")
+        _checks.matrix("embeddings", torch.ones(2, 2).as_subclass(OnCuda), "(N, embedding_size)")
 
 
 def test_host_threads_share_a_devices_flag(monkeypatch):

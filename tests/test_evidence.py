@@ -9,7 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fused_margin as fm
-from fused_margin.ops import dispatch
+from fused_margin._ops.backends import select
 
 pytest.importorskip("tyro")
 
@@ -95,9 +95,9 @@ def test_the_tests_of_another_name_do_not_count():
 def switch(monkeypatch, sm90=None, sm80=None, search=None):
     """Name these results in dispatch."""
     results = {"sm90": sm90 or {}, "sm80": sm80 or {}}
-    families = [dataclasses.replace(family, results=results[family.name]) for family in dispatch.FAMILIES]
-    monkeypatch.setattr(dispatch, "FAMILIES", tuple(families))
-    monkeypatch.setattr(dispatch, "SEARCH_RESULTS", search or {})
+    families = [dataclasses.replace(family, results=results[family.name]) for family in select.FAMILIES]
+    monkeypatch.setattr(select, "FAMILIES", tuple(families))
+    monkeypatch.setattr(select, "SEARCH_RESULTS", search or {})
 
 
 def test_what_is_on_is_proven():
@@ -125,10 +125,10 @@ def test_what_is_on_without_proof_is_found(monkeypatch, tmp_path, name):
 def device(monkeypatch):
     """A CUDA device of the compute capability that the test sets; all families are compiled. Tensors on it are fake."""
     chosen = SimpleNamespace(capability=HOPPER)
-    capability = dispatch.constant_while_compiled(lambda device: chosen.capability)
-    monkeypatch.setattr(dispatch, "_capability", capability)
-    monkeypatch.setattr(dispatch, "_C", SimpleNamespace(cuda=SimpleNamespace(sm90=None, sm80=None)))
-    monkeypatch.setattr(dispatch, "_TORCH_ADDS_TO_FLOAT32", True)
+    capability = select.constant_while_compiled(lambda device: chosen.capability)
+    monkeypatch.setattr(select, "_capability", capability)
+    monkeypatch.setattr(select, "_C", SimpleNamespace(cuda=SimpleNamespace(sm90=None, sm80=None)))
+    monkeypatch.setattr(select, "_TORCH_ADDS_TO_FLOAT32", True)
     with FakeTensorMode():
         chosen.weight = torch.empty(20, 40, device="cuda", dtype=torch.float16)
         yield chosen
@@ -137,50 +137,50 @@ def device(monkeypatch):
 def test_nothing_serves_where_it_has_not_passed(device, monkeypatch):
     """A result of Hopper switches on Hopper, and no other GPU that the family runs on."""
     switch(monkeypatch)
-    assert dispatch.products_of(None, device.weight) == dispatch.PORTABLE
+    assert select.products_of(None, device.weight) == select.PORTABLE
     switch(monkeypatch, sm80={HOPPER: "a.json"})
-    assert dispatch.products_of(None, device.weight) == "sm80"
+    assert select.products_of(None, device.weight) == "sm80"
     device.capability = AMPERE
-    assert dispatch.products_of(None, device.weight) == dispatch.PORTABLE
+    assert select.products_of(None, device.weight) == select.PORTABLE
     switch(monkeypatch, sm90={HOPPER: "a.json"}, sm80={HOPPER: "a.json", AMPERE: "b.json"})
-    assert dispatch.products_of(None, device.weight) == "sm80"
+    assert select.products_of(None, device.weight) == "sm80"
     device.capability = HOPPER
-    assert dispatch.products_of(None, device.weight) == "sm90"
-    with dispatch.use("sm80"):
-        assert dispatch.products_of(None, device.weight) == "sm80"
+    assert select.products_of(None, device.weight) == "sm90"
+    with select.use("sm80"):
+        assert select.products_of(None, device.weight) == "sm80"
 
 
 def test_the_search_serves_where_it_has_passed(device, monkeypatch):
     switch(monkeypatch, search={HOPPER: "a.json"})
     gpu = device.weight.device
-    assert dispatch.searches(gpu) and dispatch.searches(torch.device("cpu"))
-    assert not dispatch.searches(torch.device("meta"))
+    assert select.searches(gpu) and select.searches(torch.device("cpu"))
+    assert not select.searches(torch.device("meta"))
     device.capability = AMPERE
-    assert not dispatch.searches(gpu)
-    with dispatch.search_on_cuda():
-        assert dispatch.searches(gpu)
+    assert not select.searches(gpu)
+    with select.search_on_cuda():
+        assert select.searches(gpu)
 
 
 def test_the_choice_compiles_into_one_graph(device, monkeypatch):
     switch(monkeypatch, sm90={HOPPER: "a.json"}, search={HOPPER: "a.json"})
 
     def function(weight):
-        return weight + 1, dispatch.products_of(None, weight), dispatch.searches(weight.device)
+        return weight + 1, select.products_of(None, weight), select.searches(weight.device)
 
-    for capability, expected in ((HOPPER, ("sm90", True)), (AMPERE, (dispatch.PORTABLE, False))):
+    for capability, expected in ((HOPPER, ("sm90", True)), (AMPERE, (select.PORTABLE, False))):
         device.capability = capability
         torch._dynamo.reset()
         assert torch.compile(function, fullgraph=True, backend="eager")(device.weight)[1:] == expected
 
 
 def test_what_is_on_is_described(monkeypatch):
-    monkeypatch.setattr(dispatch, "_C", SimpleNamespace(cuda=SimpleNamespace(sm90=None, sm80=None)))
+    monkeypatch.setattr(select, "_C", SimpleNamespace(cuda=SimpleNamespace(sm90=None, sm80=None)))
     switch(monkeypatch)
     off = "off: no committed device result yet"
-    assert dispatch.describe()[0] == f"sm90 tensor cores: {off}"
-    assert dispatch.describe()[-1] == f"exact search for nearest classes: {off}"
+    assert select.describe()[0] == f"sm90 tensor cores: {off}"
+    assert select.describe()[-1] == f"exact search for nearest classes: {off}"
     switch(monkeypatch, sm80={HOPPER: "h100.json", AMPERE: "a100.json"}, search={HOPPER: "h100.json"})
-    assert dispatch.describe() == [
+    assert select.describe() == [
         "sm80 tensor cores: on for compute capability 8.0 (a100.json), 9.0 (h100.json)",
         f"sm90 tensor cores: {off}",
         "portable kernels around torch.mm: serve all else",

@@ -16,7 +16,7 @@ import tyro
 from benchmarks.__main__ import Options
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import builds, outcomes, record, steps, testing
-from fused_margin.ops import dispatch
+from fused_margin._ops.backends import select
 
 ROOT = Path(__file__).parents[1]
 COMMIT = "c0ffee" + 34 * "0"
@@ -359,7 +359,7 @@ def test_every_cuda_test_belongs_to_one_group():
 
     groups = {group: selected(expression) for group, expression in outcomes.SELECTION.items()}
     assert sorted(name for group in groups.values() for name in group) == sorted(names) and len(names) > 400
-    assert set(outcomes.FAMILIES) == {family.name for family in dispatch.FAMILIES}
+    assert set(outcomes.FAMILIES) == {family.name for family in select.FAMILIES}
     for word in testing.BRING_UP.split(" or "):
         assert set(selected(word)) & set(groups["sm90"]) and set(selected(word)) & set(groups["sm80"]), word
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from problems import problem
+from loss_inputs import problem
 from test_margin_cross_entropy import MARGINS
 from torch.autograd import gradcheck
 

@@ -6,7 +6,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from problems import leaf, problem, relative_error
+from loss_inputs import leaf, problem, relative_error
 
 import fused_margin as fm
 from fused_margin import reference

@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-from problems import loss_and_gradients, ours, problem, relative_error, sweep_problem, truth
+from loss_inputs import loss_and_gradients, ours, problem, relative_error, sweep_problem, truth
 from torch.nn import functional as F
 
 import fused_margin as fm
 from fused_margin import reference
-from fused_margin.ops.plan import CHUNK_BYTES, portable_plan
+from fused_margin._ops.plan import CHUNK_BYTES, portable_plan
 
 MARGINS = {
     "normface": {},
@@ -240,8 +240,8 @@ class TestExtremes:
     @staticmethod
     def slope(cosine, margin):
         """dpsi/dcos as the fused kernel computes it, by a two-class problem with one embedding at that angle."""
+        from fused_margin._ops import library
         from fused_margin.margins import BEYOND_PI
-        from fused_margin.ops import library
 
         one = torch.ones(1, dtype=torch.float64)
         settings = fm.Margin(**margin)

@@ -5,13 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from problems import leaf, ours, problem, relative_error, sweep_problem, truth
+from loss_inputs import leaf, ours, problem, relative_error, sweep_problem, truth
 
 import fused_margin as fm
 from fused_margin import _C, reference
+from fused_margin._ops.backends import portable
 from fused_margin.functional import margin_cross_entropy
 from fused_margin.margins import FilteredNegatives, HardNegatives
-from fused_margin.ops import portable
 
 KEEP, RECOMPUTE = 256, 1e-6
 

@@ -8,15 +8,16 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
-from problems import leaf, ours, problem
+from loss_inputs import leaf, ours, problem
 
 import fused_margin as fm
+from fused_margin._ops import library
+from fused_margin._ops.backends.select import PORTABLE
+from fused_margin._ops.class_pair_sums import other_class_sums
+from fused_margin._ops.inputs import Problem
+from fused_margin._ops.nearest import cache
 from fused_margin.compat.insightface import CombinedMarginLoss, DenseGradient, PartialFC_V2
-from fused_margin.ops import certified, library
-from fused_margin.ops.dispatch import PORTABLE
-from fused_margin.ops.problem import Problem
-from fused_margin.pairwise import other_class_sums
-from fused_margin.sharding import Shard
+from fused_margin.distributed import Shard
 
 
 def single(samples, classes, size):
@@ -210,7 +211,7 @@ print(json.dumps([name for name in ("torch._dynamo", "torch._inductor", "sympy")
 
 def test_a_state_that_an_op_writes_to_counts_as_modified():
     """As after any in-place operation: autograd must not use what it saved of it."""
-    state = certified.new_state(torch.randn(30, 6))
+    state = cache.new_state(torch.randn(30, 6))
     weight, index, age = torch.randn(30, 6), torch.zeros(30, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
     before = [t._version for t in (*state, index, age, weight)]
     library.refresh_nearest(weight, *state, 1 << 20)
@@ -227,7 +228,7 @@ def test_ops_without_a_derivative_say_so():
     with pytest.raises(RuntimeError, match="nearest_rows has no derivative"):
         cosine.sum().backward()
     with pytest.raises(RuntimeError, match="refresh_nearest has no derivative"):
-        library.refresh_nearest(weight, *certified.new_state(weight.detach()), 1 << 20)
+        library.refresh_nearest(weight, *cache.new_state(weight.detach()), 1 << 20)
 
 
 X, W, Y = problem(6, 20, 8)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fused_margin as fm
-from fused_margin.sharding import Shard
+from fused_margin.distributed import Shard
 
 N, C, D = 24, 300, 33
 

@@ -11,7 +11,7 @@ from benchmarks.device_result import DeviceResult
 from benchmarks.half import ours
 from benchmarks.problems import Shape
 from benchmarks.results import Entry, Report
-from fused_margin.ops import dispatch
+from fused_margin._ops.backends import select
 
 LARGE = kernels.LARGE[0]
 H100 = "NVIDIA H100 80GB HBM3"
@@ -20,7 +20,7 @@ H100 = "NVIDIA H100 80GB HBM3"
 def content(gpu=H100, date="2026-08-01T10:00:00+00:00", family="sm90"):
     """What a complete run would leave: every contestant twice as slow in the second of its two rounds."""
     report = Report("python -m benchmarks kernels --device cuda", "cpu", 1, complete=True)
-    call, split = ours(family, kernels.CALL), ours(f"{family} {dispatch.SPLIT}")
+    call, split = ours(family, kernels.CALL), ours(f"{family} {select.SPLIT}")
     mine, normface = ours(family), ours(family, half.NORMFACE)
     for suite, shape, seconds in (
         (kernels.MACHINE, kernels.SQUARE_SHAPE, {kernels.COPY: 0.8e-3, kernels.SQUARE: 1.5e-3}),
@@ -121,7 +121,7 @@ def test_readme_names_what_the_table_was_measured_on():
 
 
 def test_readme_says_what_a_result_switches_on(monkeypatch):
-    monkeypatch.setattr(dispatch, "SEARCH_RESULTS", {(9, 0): "h100.json", (8, 0): "a100.json"})
+    monkeypatch.setattr(select, "SEARCH_RESULTS", {(9, 0): "h100.json", (8, 0): "a100.json"})
     assert "This result switches on `search` for compute capability 9.0." in publish.gpu_results(result()).replace(
         "\n", " "
     )

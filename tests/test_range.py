@@ -8,8 +8,8 @@ import torch
 from torch.nn import functional as F
 
 import fused_margin as fm
-from fused_margin.ops import certified, search
-from fused_margin.sharding import Shard, slice_of
+from fused_margin._ops.nearest import cache, search
+from fused_margin.distributed import Shard, slice_of
 
 N, C, D = 16, 50, 8
 KEPT = [256, 1e-6]
@@ -139,7 +139,7 @@ def nearest_of_long_weights(group, weight, classes):
     part, found = weight[begin:end], []
     with (
         patch.object(search, "int8_wins", lambda rows: False),
-        patch.object(certified, "int8_wins", lambda rows: False),
+        patch.object(cache, "int8_wins", lambda rows: False),
     ):
         for shard in [Shard(classes, group)] if group.size() > 1 else [Shard(classes, group), None]:
             found.append(fm.functional.nearest_class(part, shard=shard))

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
-from problems import problem
+from loss_inputs import problem
 
 import fused_margin as fm
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from problems import problem
+from loss_inputs import problem
 from torch.nn import functional as F
 
 from fused_margin import reference

@@ -9,7 +9,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import fused_margin as fm
-from fused_margin.running_state import recomputing
+from fused_margin.losses.running_state import recomputing
 
 LOSSES = ["SphereFaceLoss", "LSoftmaxLoss", "AdaFaceLoss", "CurricularFaceLoss"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]

@@ -6,19 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from problems import leaf, problem
+from loss_inputs import leaf, problem
 from torch.nn import functional as F
 
 import fused_margin as fm
+from fused_margin._ops.kernels import kernels
+from fused_margin._ops.nearest import cache, search
 from fused_margin.functional import NearestClass, nearest_class
-from fused_margin.ops import certified, search
-from fused_margin.ops.backend import kernels
 
 
 @pytest.fixture(params=[True, False], ids=["int8", "float"])
 def codes(request, monkeypatch):
     """Screens in int8, and in floating point, wherever the tests run."""
-    for module in (search, certified):
+    for module in (search, cache):
         monkeypatch.setattr(module, "int8_wins", lambda device: request.param)
     return request.param
 
@@ -160,7 +160,7 @@ def test_certified_is_a_full_sweep(codes):
 
 def test_two_classes_that_turn_towards_each_other(codes, monkeypatch):
     """Each by less than the gap between what is kept and what is not, both together by more."""
-    monkeypatch.setattr(certified, "CANDIDATES", 1)
+    monkeypatch.setattr(cache, "CANDIDATES", 1)
 
     def classes(degrees):
         one, two, turned = (math.radians(angle) for angle in (50.0, 60.0 - degrees, degrees))
@@ -265,7 +265,7 @@ def test_a_share_of_the_classes():
 def test_opcheck():
     weight = torch.randn(30, 6)
     torch.library.opcheck(torch.ops.fused_margin.nearest_rows, (weight, torch.randn(9, 6), 3, True, 1 << 20))
-    state = certified.new_state(weight)
+    state = cache.new_state(weight)
     torch.library.opcheck(torch.ops.fused_margin.refresh_nearest, (weight, *state, 1 << 20))
     index, age = torch.zeros(30, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
     torch.library.opcheck(torch.ops.fused_margin.frozen_nearest, (weight, index, age, 3, True, 1 << 20))

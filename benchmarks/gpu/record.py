@@ -12,7 +12,7 @@ from pathlib import Path
 from .outcomes import Outcomes
 from .steps import Steps
 
-SOURCES = ("csrc/**/*", "fused_margin/ops/**/*.py")
+SOURCES = ("csrc/**/*", "fused_margin/_ops/**/*.py")
 
 
 def kernel_sources(root: Path) -> str:

@@ -20,12 +20,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fused_margin import checks, settings
+from fused_margin import _checks
 from fused_margin.compat.insightface_checkpoints import Progress, load_checkpoint, save_checkpoint
+from fused_margin.distributed import DenseGradient, Shard
 from fused_margin.functional import margin_cross_entropy
+from fused_margin.losses import settings
 from fused_margin.margins import FilteredNegatives, Margin
 from fused_margin.reference import psi
-from fused_margin.sharding import DenseGradient, Shard
 
 __all__ = ["ArcFace", "CombinedMarginLoss", "CosFace", "PartialFC_V2", "Progress", "load_checkpoint", "save_checkpoint"]
 
@@ -82,8 +83,8 @@ class LogitMargin(settings.Settings):
             ValueError, TypeError: for labels of the wrong shape, dtype or, on the CPU, value.
         """
         labels = column(labels)
-        checks.per_sample_index("labels", labels, logits)
-        checks.label_values(labels, logits.shape[1], ELSEWHERE)
+        _checks.per_sample_index("labels", labels, logits)
+        _checks.label_values(labels, logits.shape[1], ELSEWHERE)
         rows = (labels != ELSEWHERE).nonzero().squeeze(1)
         own = rows, labels[rows].long()
         target = psi(logits[own], **self.numbers(), **MODE)
@@ -235,8 +236,8 @@ class PartialFC_V2(settings.Settings):
     ):
         super().__init__()
         checked_margin("margin_loss", margin_loss)
-        self.num_classes = checks.positive_index("num_classes", num_classes)
-        self.embedding_size = checks.positive_index("embedding_size", embedding_size)
+        self.num_classes = _checks.positive_index("num_classes", num_classes)
+        self.embedding_size = _checks.positive_index("embedding_size", embedding_size)
         if process_group is None and dist.is_available() and dist.is_initialized():
             process_group = dist.group.WORLD
         self.shard = shard = Shard(self.num_classes, process_group)

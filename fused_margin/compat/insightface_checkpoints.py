@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fused_margin.sharding import slice_of
-from fused_margin.tensor_files import UnreadableFileError, load_tensors
+from fused_margin._tensor_files import UnreadableFileError, load_tensors
+from fused_margin.distributed import slice_of
 
 if TYPE_CHECKING:
     from fused_margin.compat.insightface import PartialFC_V2

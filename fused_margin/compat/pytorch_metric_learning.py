@@ -16,9 +16,9 @@ import math
 import torch
 from torch import Tensor, nn
 
+from fused_margin._ops.normalization import own_cosines
 from fused_margin.functional import linear_cross_entropy, margin_cross_entropy, nearest_class
 from fused_margin.margins import Margin
-from fused_margin.ops.normalization import own_cosines
 
 try:
     from pytorch_metric_learning import losses as pml

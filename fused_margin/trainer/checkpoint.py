@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fused_margin.tensor_files import UnreadableFileError, load_tensors
+from fused_margin._tensor_files import UnreadableFileError, load_tensors
 
 FORMAT = 2  # raised when a checkpoint of an older version can no longer be read
 FILE_NAME, WEIGHTS_NAME = "checkpoint.pt", "backbone.pt"  # of a run, and of its exported backbone

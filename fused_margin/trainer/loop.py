@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from fused_margin.sharding import Shard
+from fused_margin.distributed import Shard
 
 from .checkpoint import CheckpointError, StartingWeights, identities_before
 from .config import TrainConfig

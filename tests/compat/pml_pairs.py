@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 import torch
-from problems import leaf, problem, relative_error
+from loss_inputs import leaf, problem, relative_error
 
 pytest.importorskip("pytorch_metric_learning", "2.9")  # before, SubCenterArcFaceLoss dropped its options
 from pytorch_metric_learning import losses

@@ -4,7 +4,7 @@ import gc
 
 import pytest
 import torch
-from problems import problem
+from loss_inputs import problem
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 

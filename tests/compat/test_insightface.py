@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from problems import leaf, problem, relative_error
+from loss_inputs import leaf, problem, relative_error
 from ranks import RankError
 from torch import nn
 from torch.nn import functional as F
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import fused_margin as fm
 from fused_margin.compat import insightface
 from fused_margin.compat.insightface import ArcFace, CombinedMarginLoss, CosFace, PartialFC_V2
-from fused_margin.sharding import slice_of
+from fused_margin.distributed import slice_of
 
 CLASSES, SIZE = 31, 6
 

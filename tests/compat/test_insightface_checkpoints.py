@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from problems import relative_error
+from loss_inputs import relative_error
 from torch import nn
 
 import fused_margin as fm

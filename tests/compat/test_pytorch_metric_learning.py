@@ -6,8 +6,8 @@ import pickle
 
 import pytest
 import torch
+from loss_inputs import leaf, problem, relative_error
 from pml_pairs import CLASSES, LOSSES, MARGIN_LOSSES, SAMPLES, SIZE, assert_same, batch, outcome, pair
-from problems import leaf, problem, relative_error
 from pytorch_metric_learning import losses, miners, reducers, regularizers
 from pytorch_metric_learning.distances import CosineSimilarity, DotProductSimilarity, LpDistance
 from pytorch_metric_learning.utils.common_functions import TorchInitWrapper

@@ -4,7 +4,7 @@ import pytest
 import torch
 from on_device import FAMILIES
 
-from fused_margin.ops import dispatch
+from fused_margin._ops.backends import select
 
 
 def serve(name):
@@ -13,11 +13,11 @@ def serve(name):
             pytest.skip(f"{name} is not compiled")
         if not FAMILIES[name].runs_on(torch.cuda.get_device_capability()):
             pytest.skip(f"{name} does not run on this device")
-    with dispatch.use(name):
+    with select.use(name):
         yield name
 
 
-@pytest.fixture(params=[dispatch.PORTABLE, *FAMILIES])
+@pytest.fixture(params=[select.PORTABLE, *FAMILIES])
 def way(request):
     yield from serve(request.param)
 

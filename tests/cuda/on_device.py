@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from problems import ours, problem, relative_error, truth
+from loss_inputs import ours, problem, relative_error, truth
 
 import fused_margin as fm
-from fused_margin.ops import dispatch
+from fused_margin._ops.backends import select
 
 needs_cuda = [
     pytest.mark.cuda,
@@ -18,7 +18,7 @@ sanitizer = pytest.mark.sanitizer
 half_products = pytest.mark.half_products
 
 DEVICE = "cuda"
-FAMILIES = {family.name: family for family in reversed(dispatch.FAMILIES)}
+FAMILIES = {family.name: family for family in reversed(select.FAMILIES)}
 HALVES = [torch.float16, torch.bfloat16]
 ARCFACE = {"m2": 0.5}
 

@@ -6,12 +6,12 @@ import threading
 
 import pytest
 import torch
+from loss_inputs import leaf, ours, problem, relative_error, truth
 from on_device import ARCFACE, DEVICE, needs_cuda, needs_gibibytes, on_device, single
-from problems import leaf, ours, problem, relative_error, truth
 
 import fused_margin as fm
 from fused_margin import reference
-from fused_margin.ops import dispatch
+from fused_margin._ops.backends import select
 
 pytestmark = needs_cuda
 
@@ -112,15 +112,15 @@ def test_host_threads_launch_one_kernel_with_different_sizes(way):
 FIRST_LAUNCH = """
 import sys, torch
 import fused_margin as fm
-from fused_margin.ops import dispatch
+from fused_margin._ops.backends import select
 
 x, w = torch.randn(70, 320, device="cuda"), torch.randn(900, 320, device="cuda")
 y = torch.randint(900, (70,), device="cuda")
 with torch.no_grad():
-    with dispatch.use(dispatch.PORTABLE):  # what torch itself needs to have warm
+    with select.use(select.PORTABLE):  # what torch itself needs to have warm
         expected = fm.functional.cosine_logsumexp(x, w, y)[0]
     graph = torch.cuda.CUDAGraph()
-    with dispatch.use(sys.argv[1]), torch.cuda.graph(graph):
+    with select.use(sys.argv[1]), torch.cuda.graph(graph):
         captured = fm.functional.cosine_logsumexp(x, w, y)[0]
 graph.replay()
 torch.testing.assert_close(captured, expected, rtol=1e-5, atol=1e-5)
@@ -196,7 +196,7 @@ def test_bad_labels_are_reported_by_the_next_call_or_at_once():
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")
 def test_the_second_device(way):
-    dtype = torch.float64 if way == dispatch.PORTABLE else torch.float32
+    dtype = torch.float64 if way == select.PORTABLE else torch.float32
     x, w, y = (t.to(f"{DEVICE}:1", dtype if t.is_floating_point() else None) for t in problem(33, 500, 64))
     for m, e in zip(ours(x, w, y, ARCFACE), truth(x, w, y, ARCFACE), strict=True):
         assert m.device == torch.device(f"{DEVICE}:1")

@@ -6,14 +6,14 @@ from on_device import DEVICE, needs_cuda, sanitizer
 from test_search import full_sweep, same, training
 
 import fused_margin as fm
-from fused_margin.ops import dispatch
+from fused_margin._ops.backends import select
 
 pytestmark = needs_cuda
 
 
 @pytest.fixture
 def search():
-    with dispatch.search_on_cuda():
+    with select.search_on_cuda():
         yield
 
 

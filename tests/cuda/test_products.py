@@ -8,6 +8,7 @@ import math
 import pytest
 import tensor_core_model
 import torch
+from loss_inputs import LAYOUTS, in_layout, leaf, loss_and_gradients, ours, problem, relative_error, truth
 from on_device import (
     ARCFACE,
     DEVICE,
@@ -21,14 +22,13 @@ from on_device import (
     single,
     tolerance,
 )
-from problems import LAYOUTS, in_layout, leaf, loss_and_gradients, ours, problem, relative_error, truth
 
 import fused_margin as fm
 from benchmarks.kernels import Operands, Probabilities
 from benchmarks.problems import Shape, make_inputs
 from fused_margin import reference
+from fused_margin._ops.kernels import kernels
 from fused_margin.margins import FilteredNegatives, HardNegatives
-from fused_margin.ops.backend import kernels
 
 pytestmark = needs_cuda
 

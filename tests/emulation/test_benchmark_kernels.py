@@ -5,8 +5,9 @@ import torch
 
 from benchmarks import half, kernels
 from benchmarks.problems import Shape, make_inputs
-from fused_margin.ops import dispatch, library, sweep
-from fused_margin.ops.backend import Kernels
+from fused_margin._ops import forward_backward, library
+from fused_margin._ops.backends import select
+from fused_margin._ops.kernels import Kernels
 
 SHAPE = Shape(130, 40, 403)
 
@@ -49,12 +50,12 @@ def test_right_answers_are_within_tolerance_and_wrong_ones_are_not(measured):
 
 
 def test_the_forward_call_is_the_public_loss_without_gradients(emulated, monkeypatch):
-    for module in (sweep, library):
+    for module in (forward_backward, library):
         monkeypatch.setattr(module, "kernels", lambda device: Kernels(emulated.cuda, 0))
     inputs = make_inputs(SHAPE, "cpu", batches=2)
     comparison = next(c for c in kernels.comparisons(("sm90", "sm80")) if c.suite == kernels.EXPONENT_SUM)
     calls = {each.name: each for each in comparison.contestants if each.name.endswith(kernels.CALL)}
-    assert list(calls) == [kernels.ours(way, kernels.CALL) for way in ("sm90", "sm80", dispatch.PORTABLE)]
+    assert list(calls) == [kernels.ours(way, kernels.CALL) for way in ("sm90", "sm80", select.PORTABLE)]
     with half.precision("highest"):  # the call itself asks for half operands
         for way in ("sm90", "sm80"):
             contestant = calls[kernels.ours(way, kernels.CALL)]

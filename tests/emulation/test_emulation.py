@@ -5,14 +5,14 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from problems import LAYOUTS, in_layout, leaf, ours, problem, relative_error
+from loss_inputs import LAYOUTS, in_layout, leaf, ours, problem, relative_error
 
 import fused_margin as fm
+from fused_margin._ops import forward_backward, library, plan
+from fused_margin._ops.backends.select import PORTABLE
+from fused_margin._ops.inputs import Problem
+from fused_margin._ops.kernels import Kernels
 from fused_margin.margins import FilteredNegatives, HardNegatives
-from fused_margin.ops import library, plan, sweep
-from fused_margin.ops.backend import Kernels
-from fused_margin.ops.dispatch import PORTABLE
-from fused_margin.ops.problem import Problem
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def compare(emulated, monkeypatch):
     def run(function, tolerance):
         expected = function()
         with monkeypatch.context() as patch:
-            for module in (sweep, library):
+            for module in (forward_backward, library):
                 patch.setattr(module, "kernels", lambda device: Kernels(emulated.cuda, 0))
             measured = function()
         for m, e in zip(measured, expected, strict=True):
@@ -100,14 +100,16 @@ def test_large_logits(compare, size, workspace_mb):
 @pytest.mark.parametrize("workspace_mb", [256, 1e-6])
 def test_nearest_classes_in_chunks(emulated, monkeypatch, size, workspace_mb):
     """As on a GPU, where a loss does not wait for a search."""
-    for module in (sweep, plan):
+    for module in (forward_backward, plan):
         monkeypatch.setattr(module, "is_searched", lambda problem: False)
     monkeypatch.setattr(library, "kernels", lambda device: Kernels(emulated.cuda, 0))
-    monkeypatch.setattr(sweep, "kernels", lambda device: Kernels(emulated.cuda, 0))
+    monkeypatch.setattr(forward_backward, "kernels", lambda device: Kernels(emulated.cuda, 0))
     torch.manual_seed(0)
     for unit in (torch.eye(5)[torch.arange(301) % 5], F.normalize(torch.randn(301, 12))):
         w = unit * size
-        found = sweep.forward(Problem(None, w, int(workspace_mb * 2**20), PORTABLE, nearest=True), False, -100, True)
+        found = forward_backward.forward(
+            Problem(None, w, int(workspace_mb * 2**20), PORTABLE, nearest=True), False, -100, True
+        )
         cosine = (unit.double() @ unit.double().t()).fill_diagonal_(-2.0).amax(1)
         torch.testing.assert_close(found.nearest_cosine.double(), cosine, rtol=0, atol=1e-6)
         torch.testing.assert_close((unit * unit[found.nearest_index]).double().sum(1), cosine, rtol=0, atol=1e-6)
@@ -139,7 +141,7 @@ def test_margins_and_bad_labels(compare, emulated, monkeypatch):
     x, w, y = problem(40, 20, 6)
     for margin in ({"m1": 4.0}, {"m2": 0.5, "beyond_pi": "linear"}, {"m2": 0.5, "easy": True}):
         compare(lambda margin=margin: ours(x, w, y, margin, 16.0), 1e-12)
-    for module in (sweep, library):
+    for module in (forward_backward, library):
         monkeypatch.setattr(module, "kernels", lambda device: Kernels(emulated.cuda, 0))
     with pytest.raises(ValueError, match="got 20 for 20 classes"):
         ours(x, w, y.index_fill(0, torch.tensor([3]), 20))

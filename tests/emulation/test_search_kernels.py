@@ -8,9 +8,9 @@ import torch
 from test_search import training
 
 from fused_margin import _C
-from fused_margin.ops import certified, search
-from fused_margin.ops.backend import Kernels
-from fused_margin.ops.search import rounding_of
+from fused_margin._ops.kernels import Kernels
+from fused_margin._ops.nearest import cache, search
+from fused_margin._ops.nearest.search import rounding_of
 
 NAN, ZERO = 2, 4  # rows of every set that has odd ones
 COPIES = (1, 3, 6)  # rows that are equal
@@ -534,15 +534,15 @@ def test_no_rows_at_all(backends):
 @pytest.mark.parametrize("int8", [True, False], ids=["int8", "float"])
 def test_certified_refresh(backends, monkeypatch, int8):
     """All of them together, from step to step: bit for bit what their own whole sweep finds, and the CPU's classes."""
-    for module in (search, certified):
+    for module in (search, cache):
         monkeypatch.setattr(module, "int8_wins", lambda device: int8)
     cpu, cuda = backends
     state = None
     for step, weight in training(64, 12, 8):
         if step == 4:
             weight[7], weight[8], weight[9] = math.nan, 0.0, weight[3].clone()
-        state = state or certified.new_state(weight)
-        found = certified.refresh(cuda, weight, state, 1 << 20)
+        state = state or cache.new_state(weight)
+        found = cache.refresh(cuda, weight, state, 1 << 20)
         same(found, (t.squeeze(1) for t in search.find_nearest(cuda, weight, None, 1, False, 1 << 20).answers(f64)))
         expected = search.find_nearest(cpu, weight, None, 1, False, 1 << 20).answers(f64)
         compare_answers(found, [t.squeeze(1) for t in expected])

@@ -5,22 +5,23 @@ import math
 import pytest
 import tensor_core_model
 import torch
-from problems import LAYOUTS, in_layout, leaf, loss_and_gradients, ours, problem, relative_error, truth
+from loss_inputs import LAYOUTS, in_layout, leaf, loss_and_gradients, ours, problem, relative_error, truth
 
 import fused_margin as fm
 from emulation import build
 from fused_margin import reference
-from fused_margin.ops import dispatch, library, sweep, tensor_cores
-from fused_margin.ops.backend import Kernels
-from fused_margin.ops.problem import Problem
+from fused_margin._ops import forward_backward, library
+from fused_margin._ops.backends import select, tensor_cores
+from fused_margin._ops.inputs import Problem
+from fused_margin._ops.kernels import Kernels
 
 
 @pytest.fixture(params=["sm90", "sm80"])
 def family(request, emulated, monkeypatch):
-    for module in (sweep, library):
+    for module in (forward_backward, library):
         monkeypatch.setattr(module, "kernels", lambda device: Kernels(emulated.cuda, 0))
     monkeypatch.setattr(tensor_cores, "half_product", build.half_product(emulated))
-    with dispatch.use(request.param):
+    with select.use(request.param):
         yield request.param
 
 
@@ -258,14 +259,14 @@ def test_half_parameters(family, dtype):
 
 def test_which_products_serve(family):
     x, w, _ = single(3, 20, 40)
-    exact = f"{family} {dispatch.SPLIT}"
-    assert dispatch.products_of(x, w) == dispatch.products_of(None, w) == exact
-    assert dispatch.products_of(x.bfloat16(), w) == dispatch.products_of(x, w.half()) == family
+    exact = f"{family} {select.SPLIT}"
+    assert select.products_of(x, w) == select.products_of(None, w) == exact
+    assert select.products_of(x.bfloat16(), w) == select.products_of(x, w.half()) == family
     with torch.autocast("cpu"):
-        assert dispatch.products_of(x, w) == family
-    assert dispatch.products_of(x.double(), w) == dispatch.PORTABLE
-    assert dispatch.products_of(x[:, :31], w[:, :31]) == dispatch.PORTABLE
-    assert dispatch.products_of(x[:0], w) == dispatch.PORTABLE
+        assert select.products_of(x, w) == family
+    assert select.products_of(x.double(), w) == select.PORTABLE
+    assert select.products_of(x[:, :31], w[:, :31]) == select.PORTABLE
+    assert select.products_of(x[:0], w) == select.PORTABLE
 
 
 def test_compiles_into_one_graph(family):
@@ -282,7 +283,7 @@ def test_compiles_into_one_graph(family):
 @pytest.mark.parametrize("exact", [True, False])
 def test_opcheck(family, keep, exact):
     x, w, y = single(9, 200, 40)
-    products = f"{family} {dispatch.SPLIT}" if exact else family
+    products = f"{family} {select.SPLIT}" if exact else family
     scale = (torch.rand(9, dtype=torch.float64) + 5).requires_grad_()
     problem = Problem(leaf(x), leaf(w), 1 << 18, products, y, scale, nearest=True)
     torch.library.opcheck(library.sweep, (*library.arguments(problem), False, -100, keep))

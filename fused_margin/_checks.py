@@ -1,0 +1,288 @@
+"""Every validation of user input, once. Errors name the argument, what was expected and what came."""
+
+import math
+import operator
+
+import torch
+from torch import Tensor
+
+from fused_margin._ops import bad_labels
+from fused_margin._ops.backends import select
+from fused_margin._ops.inputs import DTYPES
+from fused_margin._ops.kernels import REBUILD, has_cuda_kernels
+from fused_margin.distributed import Shard
+from fused_margin.margins import FilteredNegatives, HardNegatives, Margin, is_number
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def matrix(name: str, value: Tensor, shape: str) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor of shape {shape}, got {type(value).__name__}")
+    if value.dim() != 2:
+        raise ValueError(f"{name}: expected shape {shape}, got {tuple(value.shape)}")
+    if value.dtype not in DTYPES:
+        raise TypeError(f"{name}: expected float32, float64, float16 or bfloat16, got {value.dtype}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got layout {value.layout}")
+    if value.device.type not in ("cpu", "cuda", "meta"):
+        raise ValueError(f"{name}: expected a CPU or CUDA tensor, got device {value.device}")
+    if value.device.type == "cuda" and not has_cuda_kernels():
+        raise RuntimeError(
+            f"{name} is on {value.device}, but this build of fused_margin has no CUDA kernels; {REBUILD}"
+        )
+
+
+def class_weights(weight: Tensor, *, name: str = "weight", at_least: int = 1) -> None:
+    """The (C, D) matrix of class weights."""
+    matrix(name, weight, "(num_classes, embedding_size)")
+    if weight.shape[0] < at_least:
+        raise ValueError(f"{name}: expected at least {at_least} classes, got {weight.shape[0]}")
+    if weight.shape[1] < 1:
+        raise ValueError(f"{name}: expected an embedding_size of at least 1, got 0")
+
+
+def batch(embeddings: Tensor, weight: Tensor, labels: Tensor, *, at_least: int = 1) -> None:
+    embeddings_for(embeddings, weight, at_least=at_least)
+    per_sample_index("labels", labels, embeddings)
+
+
+def embeddings_for(embeddings: Tensor, weight: Tensor, *, at_least: int = 1) -> None:
+    class_weights(weight, at_least=at_least)
+    matrix("embeddings", embeddings, "(N, embedding_size)")
+    if embeddings.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"embeddings: expected embedding_size {weight.shape[1]} as weight has, got shape {tuple(embeddings.shape)}"
+        )
+    same_device("embeddings", embeddings, weight)
+
+
+def same_device(name: str, value: Tensor, reference: Tensor) -> None:
+    if value.device != reference.device:
+        raise ValueError(f"{name}: expected a tensor on {reference.device}, got one on {value.device}")
+
+
+def per_sample_index(name: str, value: Tensor, embeddings: Tensor) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected an integer tensor of shape (N,), got {type(value).__name__}")
+    if value.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+        raise TypeError(f"{name}: expected an integer tensor of shape (N,), got dtype {value.dtype}")
+    if tuple(value.shape) != (embeddings.shape[0],):
+        raise ValueError(f"{name}: expected shape ({embeddings.shape[0]},), got {tuple(value.shape)}")
+    same_device(name, value, embeddings)
+
+
+def labels(value: Tensor, weight: Tensor) -> None:
+    """(N,) labels where no embeddings say what N is."""
+    if isinstance(value, Tensor) and value.dim() != 1:
+        raise ValueError(f"labels: expected shape (N,), got {tuple(value.shape)}")
+    per_sample_index("labels", value, value)
+    same_device("labels", value, weight)
+
+
+def label_values(value: Tensor, num_classes: int, ignore_index: int) -> None:
+    """On CPU only: looking at the values of a CUDA tensor would wait for it. There torch's own look-up asserts."""
+    if value.device.type == "cpu" and not torch.compiler.is_compiling():
+        wrong = (value != ignore_index) & ((value < 0) | (value >= num_classes))
+        if bool(wrong.any()):
+            raise bad_labels.error(value[wrong][0].item(), f"for {num_classes} classes")
+
+
+def per_sample(name: str, value: float | Tensor, embeddings: Tensor) -> Tensor | None:
+    """The (N,) float64 tensor of a per-sample argument; None where it is one number."""
+    if not isinstance(value, Tensor):
+        return None
+    samples = embeddings.shape[0]
+    if value.dim() > 1 or (value.dim() == 1 and value.shape[0] != samples):
+        raise ValueError(f"{name}: expected a number or shape ({samples},), got {tuple(value.shape)}")
+    if not value.is_floating_point():
+        raise TypeError(f"{name}: expected a floating-point tensor, got {value.dtype}")
+    same_device(name, value, embeddings)
+    return value.to(torch.float64).expand(samples).contiguous()
+
+
+def scale(value: float | Tensor | None) -> None:
+    if value is None or isinstance(value, Tensor):
+        return
+    if not is_number(value):
+        raise TypeError(f"scale: expected a number, a tensor of shape (N,) or None, got {type(value).__name__}")
+    if not 0 < value < math.inf:
+        raise ValueError(f"scale: expected a positive finite number, got {value}")
+
+
+def margin(value: Margin) -> None:
+    if not isinstance(value, Margin):
+        raise TypeError(f"margin: expected a fused_margin.Margin, got {type(value).__name__}")
+
+
+def per_class(name: str, value: Tensor | None, weight: Tensor, num_classes: int) -> None:
+    """One number per class, such as F.cross_entropy's ``weight``."""
+    if value is None:
+        return
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        raise TypeError(f"{name}: expected a floating-point tensor of shape (num_classes,), got {kind(value)}")
+    if tuple(value.shape) != (num_classes,):
+        raise ValueError(f"{name}: expected shape ({num_classes},), got {tuple(value.shape)}")
+    same_device(name, value, weight)
+
+
+def sub_centers(value: int, weight: Tensor, exclusive_weight: float, label_smoothing: float) -> None:
+    positive_index("sub_centers", value)
+    if weight.shape[0] % value:
+        raise ValueError(f"weight: expected {value} rows for every class, got {weight.shape[0]} rows")
+    if value > 1:
+        absent("sub_centers above 1", exclusive_weight=exclusive_weight, label_smoothing=label_smoothing)
+
+
+def shard(value: Shard | None, weight: Tensor, sub_centers: int, label_smoothing: float) -> int:
+    """The number of classes, over all ranks."""
+    if value is None:
+        return weight.shape[0] // sub_centers
+    if not isinstance(value, Shard):
+        raise TypeError(f"shard: expected a fused_margin.distributed.Shard, got {type(value).__name__}")
+    if weight.shape[0] != value.size * sub_centers:
+        raise ValueError(
+            f"weight: expected the {value.size * sub_centers} rows that rank {value.rank} of {value.world} has of "
+            f"{value.num_classes} classes, got {weight.shape[0]}"
+        )
+    if value.sample_rate < 1:
+        absent("a sample_rate below 1", label_smoothing=label_smoothing)
+    if weight.is_meta:
+        raise ValueError("weight: expected a CPU or CUDA tensor with a shard, got one on meta")
+    return value.num_classes
+
+
+def hard_negatives(
+    value: HardNegatives | FilteredNegatives | None,
+    embeddings: Tensor,
+    scale: float | Tensor | None,
+    label_smoothing: float,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Threshold (N,) and strength (1,), float64; no strength for a filter, and neither where nothing changes."""
+    if value is None:
+        return None, None
+    if not isinstance(value, (HardNegatives, FilteredNegatives)):
+        raise TypeError(
+            "hard_negatives: expected a fused_margin.margins.HardNegatives or FilteredNegatives, got "
+            f"{type(value).__name__}"
+        )
+    absent("hard_negatives", label_smoothing=label_smoothing)
+    if isinstance(value, FilteredNegatives):
+        number("hard_negatives.threshold", value.threshold, 0.0, 1.0, open_low=True)
+        if value.threshold >= 1:  # torch.compile makes a constant of a number that is compared by ==
+            return None, None  # only rounding is above it
+        # a product, because torch.compile makes a constant of the value that a tensor is filled with
+        return value.threshold * embeddings.new_ones(embeddings.shape[:1], dtype=torch.float64), None
+    fixed = isinstance(scale, Tensor) and scale.dim() == 0 and not scale.requires_grad
+    if not (is_number(scale) or fixed):
+        raise TypeError(
+            f"scale: expected a number with HardNegatives, or a 0-d tensor without gradient, got {kind(scale)}"
+        )
+    if not isinstance(value.threshold, Tensor) or value.threshold.dim() != 1:
+        raise TypeError(f"hard_negatives.threshold: expected a tensor of shape (N,), got {kind(value.threshold)}")
+    threshold = per_sample("hard_negatives.threshold", value.threshold.detach(), embeddings)
+    if isinstance(value.strength, Tensor):
+        if value.strength.numel() != 1:
+            raise ValueError(f"hard_negatives.strength: expected one element, got {tuple(value.strength.shape)}")
+        same_device("hard_negatives.strength", value.strength, embeddings)
+        return threshold, value.strength.detach().to(torch.float64).reshape(1)
+    number("hard_negatives.strength", value.strength, -math.inf)
+    return threshold, threshold.new_full((1,), value.strength)
+
+
+def nearest(value, weight: Tensor, shard: Shard | None) -> tuple[Tensor, Tensor]:
+    """cosine and index of a NearestClass of the classes of weight, or None and None."""
+    if value is None:
+        return None, None
+    cosine, index = value
+    classes = len(weight) if shard is None else shard.num_classes
+    per_class("nearest.cosine", cosine, weight, len(weight))
+    same_device("nearest.index", index, weight)
+    if index.shape != weight.shape[:1] or index.dtype != torch.int64:
+        raise ValueError(f"nearest.index: expected ({len(weight)},) int64, got {tuple(index.shape)} {index.dtype}")
+    if index.device.type == "cpu" and not torch.compiler.is_compiling() and len(index):
+        low, high = (int(t) for t in index.aminmax())
+        if low < 0 or high >= classes:
+            raise ValueError(f"nearest.index: expected classes in [0, {classes}), got {low if low < 0 else high}")
+    return cosine, index
+
+
+def searched_device(name: str, value: Tensor) -> None:
+    """What is found by the exact search alone."""
+    if value.is_meta:
+        raise RuntimeError(
+            f"{name}: expected a CPU or CUDA tensor, whose values the exact search reads, got one on meta"
+        )
+    if not select.searches(value.device):
+        raise RuntimeError(
+            f"{name}: expected a CPU tensor, the exact search is off for this compute capability (see fused_margin.build_info); "
+            f"got {value.device}"
+        )
+
+
+def one_of(name: str, value: str, allowed: tuple[str, ...]) -> str:
+    if value not in allowed:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")
+    return value
+
+
+def absent(beside: str, **numbers: float) -> None:
+    """Options that are not defined together."""
+    for name, value in numbers.items():
+        if value > 0:
+            raise ValueError(f"{name}: expected 0 with {beside}, got {value}")
+
+
+def kind(value) -> str:
+    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
+
+
+def number(name: str, value: float, low: float, high: float = math.inf, *, open_low: bool = False) -> None:
+    if not is_number(value):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if not (low < value if open_low else low <= value) or not value <= high or value == math.inf:
+        interval = f"{'(' if open_low else '['}{low}, {high}{')' if high == math.inf else ']'}"
+        raise ValueError(f"{name}: expected a number in {interval}, got {value}")
+
+
+def index(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
+
+
+def positive_index(name: str, value: int) -> int:
+    """The value as an int; NumPy's integers are taken too."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
+    value = operator.index(value)
+    if value < 1:
+        raise ValueError(f"{name}: expected a positive integer, got {value}")
+    return value
+
+
+def interval(name: str, value: tuple[float, float], low: float, *, open_low: bool = False) -> tuple[float, float]:
+    """Two numbers, ascending."""
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise TypeError(f"{name}: expected two numbers, got {value!r}")
+    number(f"{name}[0]", value[0], low, open_low=open_low)
+    number(f"{name}[1]", value[1], value[0], open_low=open_low)
+    return tuple(value)
+
+
+def cross_entropy_options(
+    reduction_: str, exclusive_weight: float, ignore_index: int, label_smoothing: float, workspace_mb: float
+) -> None:
+    reduction(reduction_, exclusive_weight)
+    index("ignore_index", ignore_index)
+    number("label_smoothing", label_smoothing, 0.0, 1.0)
+    number("workspace_mb", workspace_mb, 0.0, open_low=True)
+
+
+def reduction(value: str, exclusive_weight: float) -> None:
+    if value not in REDUCTIONS:
+        raise ValueError(f"reduction: expected one of {', '.join(map(repr, REDUCTIONS))}, got {value!r}")
+    if value == "none" and exclusive_weight > 0:
+        raise ValueError(
+            "exclusive_weight: expected 0 with reduction='none', because the exclusive term belongs to no sample; "
+            "add fused_margin.functional.exclusive_regularization(weight) to the reduced loss instead"
+        )

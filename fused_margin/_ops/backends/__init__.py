@@ -1,0 +1,1 @@
+"""What computes the inner products of a call: portable kernels around torch.mm, or tensor-core kernels."""

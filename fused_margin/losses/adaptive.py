@@ -1,0 +1,283 @@
+"""Losses that follow the sample: AdaFace and MagFace read its norm, ElasticFace draws, CurricularFace looks around it."""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fused_margin import _checks
+from fused_margin._ops.normalization import target_cosines
+from fused_margin._ops.sharded import sharded_target_cosine
+from fused_margin._reductions import mean_over
+from fused_margin.losses import settings
+from fused_margin.losses.margin import ARGUMENTS, MarginLoss
+from fused_margin.losses.running_state import RunningState, once_per_step
+from fused_margin.margins import HardNegatives, Margin, warn_of_degrees
+from fused_margin.reference import psi
+
+
+class AdaFaceLoss(RunningState, MarginLoss):
+    __doc__ = (
+        "AdaFace: the norm, taken for the image's quality, moves the margin (arXiv:2204.00964, eq. 12 to 15).\n\n"
+        "    With z the norm, standardised by running statistics and held to [-1, 1]::\n\n"
+        "        psi(theta) = cos(theta - margin * z) - (margin + margin * z)\n\n"
+        "    where ``theta - margin * z`` stays within [0, pi]. No gradient flows through z."
+        + ARGUMENTS.format(
+            own="        margin: m of the formula, radians and cosine at once.\n"
+            "        concentration: h; z is +-1 at 1 / h standard deviations from the mean.\n"
+            "        momentum: share of the running statistics that a batch replaces.\n"
+            "        scale: s of the logits."
+        )
+        + "        norm_mean, norm_std: running statistics of the norm, buffers; updated in training mode.\n"
+    )
+    SETTINGS: ClassVar = {
+        "margin": settings.angle(0.0),
+        "concentration": settings.number(0.0, open_low=True),
+        "momentum": settings.number(0.0, 1.0),
+    }
+    NORMS = (0.001, 100.0)
+    RUNNING = ("norm_mean", "norm_std")
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        margin: float = 0.4,
+        scale: float = 64.0,
+        concentration: float = 0.333,
+        momentum: float = 0.01,
+        **options,
+    ):
+        super().__init__(num_classes, embedding_size, {}, scale, **options)
+        self.margin, self.concentration, self.momentum = margin, concentration, momentum
+        self.register_buffer("norm_mean", running_value(self, 20.0))
+        self.register_buffer("norm_std", running_value(self, 100.0))
+
+    @torch.no_grad()
+    def statistics(self, norm: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The running statistics after this batch, of which ignored samples and NaN are no part."""
+        counts = (labels != self.ignore_index) & norm.isfinite()
+        count = self.total(counts.sum())
+        mean = self.total(torch.where(counts, norm, 0.0).sum()) / count
+        variance = self.total(torch.where(counts, (norm - mean) ** 2, 0.0).sum()) / (count - 1)
+        new = (mean.nan_to_num(), variance.nan_to_num().sqrt())
+        return tuple(
+            torch.where(count > 1, old + self.momentum * (n - old), old)  # one sample has no deviation
+            for old, n in zip((self.norm_mean, self.norm_std), new, strict=True)
+        )
+
+    @torch.no_grad()
+    def current_margin(self, embeddings: Tensor, labels: Tensor) -> Margin:
+        norm = embedding_norm(embeddings, *self.NORMS)
+        mean, std = self.statistics(norm, labels) if self.training else (self.norm_mean, self.norm_std)
+        z = ((norm - mean) / (std + 1e-3) * self.concentration).nan_to_num().clamp(-1.0, 1.0)
+        theta = torch.acos(target_cosine(self, embeddings, labels)).nan_to_num()
+        angle = torch.minimum(torch.maximum(-self.margin * z, -theta), torch.pi - theta)
+        return Margin(m2=angle, m3=self.margin + self.margin * z, **self.margin_options)
+
+    @once_per_step
+    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        loss = super().forward(embeddings, labels)
+        if self.training:  # only now: a call that raised changes nothing
+            mean, std = self.statistics(embedding_norm(embeddings.detach(), *self.NORMS), labels)
+            self.update_state("norm_mean", mean)
+            self.update_state("norm_std", std)
+        return loss
+
+    def margin_repr(self) -> list[str]:
+        return [f"margin={self.margin}", f"concentration={self.concentration}"]
+
+
+class MagFaceLoss(MarginLoss):
+    __doc__ = (
+        "MagFace: the margin grows with the norm, and the norm is rewarded (arXiv:2103.06627, eq. 2 and 4).\n\n"
+        "    With a the norm, held to ``norms = (l_a, u_a)``, the angular margin rises linearly from ``margins[0]`` at\n"
+        "    l_a to ``margins[1]`` at u_a, and ``norm_weight * (1 / a + a / u_a^2)`` is added to every sample's loss.\n"
+        "    The margin is differentiable in the norm."
+        + ARGUMENTS.format(
+            own="        margins: smallest and largest, radians.\n"
+            "        norms: between which the margin rises.\n"
+            "        norm_weight: lambda_g.\n"
+            "        scale: s of the logits."
+        )
+    )
+
+    SETTINGS: ClassVar = {"margins": settings.angles, "norms": settings.norms, "norm_weight": settings.number(0.0)}
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        margins: tuple[float, float] = (0.45, 0.8),
+        norms: tuple[float, float] = (10.0, 110.0),
+        norm_weight: float = 35.0,
+        scale: float = 64.0,
+        **options,
+    ):
+        super().__init__(num_classes, embedding_size, {}, scale, **options)
+        self.margins, self.norms, self.norm_weight = margins, norms, norm_weight
+
+    def setting_changed(self, name: str) -> None:
+        super().setting_changed(name)
+        if name == "margins":  # torch.compile takes numbers for variables, and a tuple of them for a constant
+            self.smallest_margin, self.largest_margin = self.margins
+
+    def current_margin(self, embeddings: Tensor, labels: Tensor) -> Margin:
+        low, high = self.smallest_margin, self.largest_margin
+        shortest, longest = self.norms
+        # a NaN embedding makes the loss NaN by its cosines; the margin stays a number
+        norm = embedding_norm(embeddings, shortest, longest).nan_to_num(shortest)
+        return Margin(m2=low + (high - low) * (norm - shortest) / (longest - shortest), **self.margin_options)
+
+    def margin_repr(self) -> list[str]:
+        return [f"margins={self.margins}", f"norms={self.norms}", f"norm_weight={self.norm_weight}"]
+
+    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        loss = super().forward(embeddings, labels)
+        norm = embedding_norm(embeddings, *self.norms)
+        counts = labels != self.ignore_index
+        reward = torch.where(counts, 1 / norm + norm / self.norms[1] ** 2, 0.0)
+        if self.reduction == "mean":
+            reward = mean_over(self.total(reward.sum()), self.total(counts.sum()))
+        elif self.reduction == "sum":
+            reward = self.total(reward.sum())
+        return loss + (self.norm_weight * reward).to(loss.dtype)
+
+
+class ElasticFaceLoss(MarginLoss):
+    __doc__ = (
+        "ElasticFace: every sample's margin is drawn anew from a normal distribution (arXiv:2109.09416, eq. 5 and 6).\n\n"
+        "    In evaluation mode every margin is the mean."
+        + ARGUMENTS.format(
+            own="        margin: mean; radians, or cosine.\n"
+            "        std: standard deviation.\n"
+            '        kind: "arc" adds the margin to the angle, "cos" subtracts it from the cosine.\n'
+            "        by_difficulty: the paper's ElasticFace+: the drawn margins are dealt out so that a sample further\n"
+            "            from its class has a larger one.\n"
+            "        scale: s of the logits."
+        )
+    )
+
+    SETTINGS: ClassVar = {
+        "margin": settings.number(0.0),
+        "std": settings.number(0.0),
+        "kind": settings.one_of("arc", "cos"),
+        "by_difficulty": settings.switch,
+    }
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        margin: float = 0.5,
+        std: float = 0.05,
+        kind: str = "arc",
+        by_difficulty: bool = False,
+        scale: float = 64.0,
+        **options,
+    ):
+        super().__init__(num_classes, embedding_size, {}, scale, **options)
+        self.kind, self.margin, self.std, self.by_difficulty = kind, margin, std, by_difficulty
+
+    def keep_setting(self, name: str, value: Any) -> None:
+        if name in ("margin", "kind"):
+            now = {**vars(self), name: value}
+            if now["kind"] == "arc":
+                warn_of_degrees("margin", now.get("margin", 0.0))
+        super().keep_setting(name, value)
+
+    @torch.no_grad()
+    def current_margin(self, embeddings: Tensor, labels: Tensor) -> Margin:
+        # a product, because torch.compile makes a constant of the value that a tensor is filled with
+        margin = self.margin * torch.ones(len(labels), dtype=torch.float64, device=embeddings.device)
+        if self.training:
+            margin = margin + self.std * torch.randn_like(margin)
+            if self.by_difficulty:
+                easiest_first = target_cosine(self, embeddings, labels).argsort(descending=True)
+                margin = torch.empty_like(margin).scatter(0, easiest_first, margin.sort().values)
+        return Margin(**{"m2" if self.kind == "arc" else "m3": margin}, **self.margin_options)
+
+    def margin_repr(self) -> list[str]:
+        return [f"margin={self.margin}", f"std={self.std}", f"kind={self.kind!r}"]
+
+
+class CurricularFaceLoss(RunningState, MarginLoss):
+    __doc__ = (
+        "CurricularFace: ArcFace in which near other classes come to weigh more as training goes on (arXiv:2004.00288).\n\n"
+        "    A cosine to another class above ``cos(theta + margin)`` becomes ``cos * (t + cos)`` (eq. 6); t is the running\n"
+        "    mean of the cosines to the own classes (eq. 9)."
+        + ARGUMENTS.format(
+            own="        margin: angle in radians.\n"
+            "        scale: s of the logits.\n"
+            "        momentum: share of t that a batch replaces, before it is used, as published in code."
+        )
+        + "        t: the running mean, a buffer; updated in training mode.\n"
+    )
+    RUNNING = ("t",)
+
+    SETTINGS: ClassVar = {"margin": settings.angle(0.0), "momentum": settings.number(0.0, 1.0)}
+    NUMBERS: ClassVar = {"margin": "m2"}
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        margin: float = 0.5,
+        scale: float = 64.0,
+        momentum: float = 0.01,
+        **options,
+    ):
+        super().__init__(num_classes, embedding_size, {}, scale, **options)
+        self.margin, self.momentum = margin, momentum
+        self.register_buffer("t", running_value(self, 0.0))
+
+    def check_together(self, values: dict[str, Any]) -> None:
+        super().check_together(values)
+        _checks.absent("CurricularFace", label_smoothing=values.get("label_smoothing", 0.0))
+        scale = values.get("scale", 64.0)
+        if scale is None or (isinstance(scale, Tensor) and scale.requires_grad):
+            raise TypeError(
+                "scale: expected a number with CurricularFace, or a 0-d tensor without gradient, got "
+                f"{'None' if scale is None else 'one that is learned'}"
+            )
+
+    @torch.no_grad()
+    def next_t(self, cosine: Tensor, labels: Tensor) -> Tensor:
+        counts = (labels != self.ignore_index) & cosine.isfinite()
+        count = self.total(counts.sum())
+        mean = self.total(torch.where(counts, cosine, 0.0).sum()) / count
+        momentum = self.momentum if self.training else 0.0
+        return torch.where(count > 0, torch.lerp(self.t, mean, momentum * torch.ones_like(self.t)), self.t)
+
+    @torch.no_grad()
+    def hard_negatives(self, embeddings: Tensor, labels: Tensor) -> HardNegatives:
+        cosine = target_cosine(self, embeddings, labels)
+        threshold = psi(cosine, m2=self.margin_function.m2, **self.margin_options)
+        return HardNegatives(threshold, self.next_t(cosine, labels))
+
+    @once_per_step
+    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        loss = super().forward(embeddings, labels)
+        if self.training:  # only now: a call that raised changes nothing
+            self.update_state("t", self.next_t(target_cosine(self, embeddings, labels), labels))
+        return loss
+
+
+def running_value(loss_fn: MarginLoss, start: float) -> Tensor:
+    """A number to be updated in place: (1,), because torch.compile loses what is written to a 0-d float64 tensor."""
+    return torch.full((1,), start, dtype=torch.float64, device=loss_fn.weight.device)
+
+
+def embedding_norm(embeddings: Tensor, least: float, most: float) -> Tensor:
+    """Norms (N,) float64 of embeddings (N, D), held to [least, most]."""
+    return torch.linalg.vector_norm(embeddings, dim=1, dtype=torch.float64).clamp(least, most)
+
+
+def target_cosine(loss_fn: MarginLoss, embeddings: Tensor, labels: Tensor) -> Tensor:
+    """Cosines (N,) float64 of the samples with their own class; that of an ignored label means nothing."""
+    shard = loss_fn.current_shard()
+    if shard is not None:
+        return sharded_target_cosine(
+            shard, embeddings, loss_fn.weight, labels, loss_fn.sub_centers, loss_fn.ignore_index
+        )
+    return target_cosines(embeddings, loss_fn.weight, labels.long(), loss_fn.sub_centers)

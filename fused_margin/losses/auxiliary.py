@@ -1,0 +1,305 @@
+"""Losses that accompany a margin loss, added to it with a weight: of norms, centres and class weights."""
+
+import math
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fused_margin import _checks
+from fused_margin._ops.class_pair_sums import other_class_sums
+from fused_margin._ops.inputs import compute_dtype
+from fused_margin._ops.normalization import unit_rows
+from fused_margin._reductions import mean_over
+from fused_margin.losses import settings
+from fused_margin.losses.running_state import RunningState, once_per_step
+
+
+class CompanionLoss(settings.Settings):
+    """What the companions share: which samples count, and their reduction. Arguments may be set between steps."""
+
+    SETTINGS: ClassVar = {
+        "reduction": settings.REDUCTION,
+        "ignore_index": settings.index,
+        "workspace_mb": settings.WORKSPACE_MB,
+    }
+
+    def __init__(self, reduction: str, ignore_index: int):
+        super().__init__()
+        self.reduction, self.ignore_index = reduction, ignore_index
+
+    def classes(self, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+        """int64 labels (N,), 0 in place of ignored ones, and which samples count."""
+        labels = labels.to(torch.int64)
+        _checks.label_values(labels, num_classes, self.ignore_index)
+        counts = labels != self.ignore_index
+        return labels.masked_fill(~counts, 0), counts
+
+    def reduce(self, values: Tensor, counts: Tensor) -> Tensor:
+        values = values.masked_fill(~counts, 0.0)
+        if self.reduction == "none":
+            return values
+        return mean_over(values.sum(), counts.sum()) if self.reduction == "mean" else values.sum()
+
+
+class CenterLoss(RunningState, CompanionLoss):
+    """Center loss: half the squared distance of an embedding to its class's centre (Wen et al., ECCV 2016, eq. 2).
+
+    Every forward in training mode then moves the centres (eq. 4); its loss is that of the centres before::
+
+        loss_i = |x_i - c_{y_i}|^2 / 2
+        c_j   <- c_j - alpha * sum_{i: y_i = j} (c_j - x_i) / (1 + n_j)         n_j: samples of class j in the batch
+
+    The paper sums over the batch; the default here is the mean. Embeddings are taken as they are, not normalised. No
+    gradient reaches the centres. A sample with NaN moves none.
+
+    Args:
+        num_classes: C.
+        embedding_size: D.
+        alpha: share of the way that a centre goes, in [0, 1].
+        reduction, ignore_index: as in ``torch.nn.CrossEntropyLoss``.
+        device, dtype: of ``centers``, which are float32 or float64: a small move would be rounded away in a half.
+
+    Shape:
+        embeddings (N, D), labels (N,) -> scalar, or (N,) with ``reduction="none"``; float64 if an input is, else float32.
+
+    Attributes:
+        centers: (C, D) buffer, initially 0.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came.
+    """
+
+    SETTINGS: ClassVar = {"alpha": settings.number(0.0, 1.0)}
+    RUNNING = ("centers",)
+    REMEMBERED = 8  # each is (N, D)
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        alpha: float = 0.5,
+        *,
+        reduction: str = "mean",
+        ignore_index: int = -100,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__(reduction, ignore_index)
+        num_classes = _checks.positive_index("num_classes", num_classes)
+        embedding_size = _checks.positive_index("embedding_size", embedding_size)
+        self.alpha = alpha
+        dtype = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
+        self.register_buffer("centers", torch.zeros(num_classes, embedding_size, device=device, dtype=dtype))
+
+    def state_before(self, labels: Tensor) -> list[Tensor]:
+        return [self.centers[self.classes(labels, len(self.centers))[0]]]
+
+    @torch.no_grad()
+    def restore_state(self, labels: Tensor, state: list[Tensor]) -> None:
+        self.centers[self.classes(labels, len(self.centers))[0]] = state[0]
+
+    @once_per_step
+    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        _checks.batch(embeddings, self.centers, labels)
+        classes, counts = self.classes(labels, len(self.centers))
+        dtype = compute_dtype(embeddings, self.centers)
+        difference = F.embedding(classes, self.centers).to(dtype) - embeddings.to(dtype)
+        loss = self.reduce(difference.square().sum(1) / 2, counts)
+        if self.training:  # only now: a call that raised moves nothing
+            self.move_centers(difference.detach(), classes, counts)
+        return loss
+
+    @torch.no_grad()
+    def move_centers(self, difference: Tensor, classes: Tensor, counts: Tensor) -> None:
+        counts = (counts & difference.isfinite().all(1)).unsqueeze(1)
+        # A class's sums are where its first sample would be if the batch were in the order of the classes.
+        ordered = classes.sort().values
+        place = torch.searchsorted(ordered, classes)
+        # An index_put_ in float64 adds in one order on every device, so that results repeat bit for bit.
+        number = torch.zeros(len(classes), 1, dtype=torch.float64, device=classes.device)
+        total = torch.zeros_like(difference, dtype=torch.float64)
+        number.index_put_((place,), counts.double(), accumulate=True)
+        total.index_put_((place,), difference.double().masked_fill(~counts, 0.0), accumulate=True)
+        move = -self.alpha * total / (1.0 + number)  # 0 where nothing is
+        self.update_state("centers", move.to(self.centers.dtype), ordered)
+
+    def extra_repr(self) -> str:
+        num_classes, embedding_size = self.centers.shape
+        return f"num_classes={num_classes}, embedding_size={embedding_size}, alpha={self.alpha}"
+
+
+class RingLoss(RunningState, CompanionLoss):
+    """Ring loss: embeddings are drawn to a norm that is learned (Zheng et al., CVPR 2018, arXiv:1803.00130, eq. 2).
+
+    ``loss_i = (|x_i| - radius)^2 / 2``. The paper's lambda is the weight that it is added with.
+
+    Args:
+        radius: where it starts; None: at the mean norm of the first batch in training mode, as published.
+        reduction, ignore_index: as in ``torch.nn.CrossEntropyLoss``.
+        device, dtype: of ``radius``.
+
+    Shape:
+        embeddings (N, D), labels (N,) or None -> scalar, or (N,) with ``reduction="none"``; float64 if an input is,
+        else float32. Labels only say which samples are ignored.
+
+    Attributes:
+        radius: scalar parameter.
+        initialised: buffer, whether ``radius`` has its first value; until then the batch's mean norm stands in.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came.
+    """
+
+    RUNNING = ("initialised",)
+    LABELS_OPTIONAL = True
+
+    def __init__(
+        self,
+        radius: float | None = None,
+        *,
+        reduction: str = "mean",
+        ignore_index: int = -100,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__(reduction, ignore_index)
+        if radius is not None:
+            _checks.number("radius", radius, 0.0)
+        self.radius = nn.Parameter(torch.tensor(float(radius or 0.0), device=device, dtype=dtype))
+        self.register_buffer("initialised", torch.tensor(radius is not None, device=device))
+
+    @once_per_step
+    def forward(self, embeddings: Tensor, labels: Tensor | None = None) -> Tensor:
+        _checks.matrix("embeddings", embeddings, "(N, embedding_size)")
+        _checks.same_device("embeddings", embeddings, self.radius)
+        norm = torch.linalg.vector_norm(embeddings, dim=1, dtype=compute_dtype(embeddings, self.radius))
+        counts = torch.ones_like(norm, dtype=torch.bool)
+        if labels is not None:
+            _checks.per_sample_index("labels", labels, embeddings)
+            counts = labels.to(torch.int64) != self.ignore_index
+        mean = self.mean_norm(norm, counts)
+        # The loss is flat in the radius at the mean norm: the first batch's gradient of 0 is the true one.
+        loss = self.reduce((norm - self.radius.where(self.initialised.clone(), mean.nan_to_num())).square() / 2, counts)
+        if self.training:  # only now: a call that raised changes nothing
+            self.initialise(mean)
+        return loss
+
+    @torch.no_grad()
+    def mean_norm(self, norm: Tensor, counts: Tensor) -> Tensor:
+        """Of the samples that count and are finite; NaN if there is none."""
+        counts = counts & norm.isfinite()
+        return norm.masked_fill(~counts, 0.0).sum() / counts.sum()
+
+    @torch.no_grad()
+    def initialise(self, radius: Tensor) -> None:
+        begins = ~self.initialised & radius.isfinite()
+        self.radius.copy_(radius.where(begins, self.radius))
+        self.update_state("initialised", self.initialised | begins)
+
+
+class IntraLoss(CompanionLoss):
+    """Intra-loss: the angle of an embedding to its class's weight, over pi (ArcFace, arXiv:1801.07698, eq. 5).
+
+    ``loss_i = theta_{y_i} / pi``. The gradient is exact, and 0 where theta is 0 or pi and there is none.
+
+    Args:
+        reduction, ignore_index: as in ``torch.nn.CrossEntropyLoss``.
+
+    Shape:
+        embeddings (N, D), weight (C, D), labels (N,) -> scalar, or (N,) with ``reduction="none"``; float64 if an input
+        is, else float32.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came.
+    """
+
+    def __init__(self, *, reduction: str = "mean", ignore_index: int = -100):
+        super().__init__(reduction, ignore_index)
+
+    def forward(self, embeddings: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        _checks.batch(embeddings, weight, labels)
+        classes, counts = self.classes(labels, len(weight))
+        dtype = compute_dtype(embeddings, weight)
+        own = F.embedding(classes, weight.to(dtype))  # converted before: gradients of one class add up in this dtype
+        sample, own = unit_rows(embeddings, dtype)[0], unit_rows(own, dtype)[0]
+        # The diagonals of the rhombus have the half angle's tangent; arccos would be steep and inaccurate near 0.
+        across, along = (torch.linalg.vector_norm(diagonal, dim=1) for diagonal in (sample - own, sample + own))
+        return self.reduce(2.0 / math.pi * torch.atan2(across, along), counts)
+
+
+class InterLoss(CompanionLoss):
+    """Inter-loss: rewards the angles of a sample's class weight to the others, over pi (ArcFace, arXiv:1801.07698, eq. 6).
+
+    ``loss_i = -1 / (pi (C - 1)) * sum_{j != y_i} arccos(w_{y_i} . w_j)`` with unit-length class weights; a class counts
+    as often as it is in the batch. The (N, C) cosines are never whole. In the gradient sin(theta) is held at the square
+    root of the dtype's epsilon.
+
+    Args:
+        reduction, ignore_index: as in ``torch.nn.CrossEntropyLoss``.
+        workspace_mb: bound on scratch memory in MiB, whatever C is.
+
+    Shape:
+        weight (C, D), C >= 2, labels (N,) -> scalar, or (N,) with ``reduction="none"``; float64 if ``weight`` is, else
+        float32.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came.
+    """
+
+    def __init__(self, *, reduction: str = "mean", ignore_index: int = -100, workspace_mb: float = 256):
+        super().__init__(reduction, ignore_index)
+        self.workspace_mb = workspace_mb
+
+    def forward(self, weight: Tensor, labels: Tensor) -> Tensor:
+        _checks.class_weights(weight, at_least=2)
+        _checks.labels(labels, weight)
+        classes, counts = self.classes(labels, len(weight))
+        weight = weight.to(compute_dtype(weight))
+        rows = F.embedding(classes, weight)
+        angles = other_class_sums(rows, weight, classes, "angle", workspace_mb=self.workspace_mb)
+        return self.reduce(-angles / (math.pi * (len(weight) - 1)), counts).to(weight.dtype)
+
+
+class UniformLoss(CompanionLoss):
+    """UniformFace's uniform loss: class centres repel each other like charges (Duan, Lu and Zhou, CVPR 2019).
+
+    The mean potential of the ordered pairs of classes, with the unit-length class weights for centres::
+
+        loss = 1 / (C (C - 1)) * sum_i sum_{j != i} 1 / (1 + |w_i - w_j|)
+
+    The (C, C) distances are never whole. In the gradient a distance is held at the square root of the dtype's epsilon.
+
+    Args:
+        batch_classes: i runs over the classes of the batch alone, each once; it is then divided by their number.
+        ignore_index: a label that is no class.
+        workspace_mb: bound on scratch memory in MiB, whatever C is.
+
+    Shape:
+        weight (C, D), C >= 2, labels (N,), needed only with ``batch_classes`` -> scalar; float64 if ``weight`` is, else
+        float32.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came.
+    """
+
+    SETTINGS: ClassVar = {"batch_classes": settings.switch}
+
+    def __init__(self, *, batch_classes: bool = False, ignore_index: int = -100, workspace_mb: float = 256):
+        super().__init__("mean", ignore_index)
+        self.batch_classes, self.workspace_mb = batch_classes, workspace_mb
+
+    def forward(self, weight: Tensor, labels: Tensor | None = None) -> Tensor:
+        _checks.class_weights(weight, at_least=2)
+        weight = weight.to(compute_dtype(weight))
+        rows = classes = None
+        counts = torch.ones(len(weight), dtype=torch.bool, device=weight.device)
+        if self.batch_classes:
+            _checks.labels(labels, weight)
+            ordered = labels.to(torch.int64).sort().values
+            classes, counts = self.classes(ordered, len(weight))
+            counts = counts & (ordered.diff(prepend=ordered[:1] - 1) != 0)
+            rows = F.embedding(classes, weight)
+        potentials = other_class_sums(rows, weight, classes, "potential", workspace_mb=self.workspace_mb)
+        return self.reduce(potentials / (len(weight) - 1), counts).to(weight.dtype)

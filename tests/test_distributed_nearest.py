@@ -1,0 +1,287 @@
+"""The nearest classes kept from step to step where classes are divided among ranks: bit for bit those of one device."""
+
+import copy
+from contextlib import contextmanager, nullcontext
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from loss_inputs import problem, relative_error
+from ranks import MOST, RankError
+from test_search import full_sweep, same, training
+from torch.nn import functional as F
+
+import fused_margin as fm
+from fused_margin._ops.kernels import kernels
+from fused_margin._ops.nearest import cache, search, sharded_certified, sharded_nearest, sharded_search
+from fused_margin.distributed import Shard, slice_of
+from fused_margin.functional import NearestClass, exclusive_regularization, nearest_class
+
+
+@pytest.fixture(params=[True, False], ids=["int8", "float"])
+def int8(request):
+    return request.param
+
+
+@contextmanager
+def screened(int8):
+    """Screens in int8, or in floating point, wherever the tests run; a few rows visit together."""
+    with (
+        patch.object(search, "int8_wins", lambda device: int8),
+        patch.object(cache, "int8_wins", lambda device: int8),
+        patch.object(sharded_search, "SMALLEST_CHUNK", 1),
+    ):
+        yield
+
+
+def short_lists(capacity):
+    """Of so many candidates; None: as they are."""
+    if capacity is None:
+        return nullcontext()
+    return patch.multiple(sharded_certified, capacity_of=lambda *_: capacity, capacity_for=lambda _: capacity)
+
+
+def found_by(group, int8, refresh, weights, dtype=torch.float32, room=256, capacity=None):
+    """What this rank's regularizer finds in all of these, and what it counts."""
+    classes = len(weights[0])
+    regularizer = fm.ExclusiveRegularizer(refresh=refresh, shard=Shard(classes, group), workspace_mb=room)
+    begin, end = slice_of(classes, group.rank(), group.size())
+    with screened(int8), short_lists(capacity):
+        found = [tuple(regularizer.find(weight[begin:end].to(dtype))) for weight in weights]
+    return found, regularizer.swept.tolist() if refresh == "certified" else None
+
+
+def together(results, step):
+    """The parts of all ranks."""
+    return NearestClass(*(torch.cat([found[step][k] for found, _ in results]) for k in (0, 1)))
+
+
+def compare(ranks, world, int8, weights, dtype=torch.float32, room=256, capacity=None):
+    results = ranks.run(found_by, [(int8, "certified", weights, dtype, room, capacity)] * world)
+    for step, weight in enumerate(weights):
+        assert same(together(results, step), full_sweep(weight.to(dtype))), step
+    assert all(swept == results[0][1] for _, swept in results)
+    return results[0][1]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_certified_is_a_full_sweep_of_one_device(ranks, world, int8):
+    weights = [weight.clone() for _, weight in training(800, 48, 60)]  # 800 = 267 + 267 + 266
+    again, not_again, whole = compare(ranks, world, int8, weights)
+    assert again + not_again == 800 * 60 and not_again > 3 * again and whole < 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+def test_certified_of_other_types(ranks, int8, dtype):
+    weights = [weight.clone() for _, weight in training(304, 20, 20)]
+    compare(ranks, 3, int8, weights, dtype, room=1e-3)  # and tiles of 64 rows
+
+
+def test_whatever_becomes_of_the_weights(ranks, int8):
+    weights = []
+    for step, weight in training(400, 32, 50):
+        if step == 10:
+            weight[7] = float("nan")
+            weight[300] = float("nan")
+        if step == 20:  # ties between ranks, and zero rows
+            weight[[7, 150, 399]], weight[[0, 8, 210]] = weight[3].clone(), 0.0
+        if step == 30:
+            weight.copy_(torch.randn_like(weight))  # behind its back
+        if step == 40:
+            weight.mul_(torch.rand(400, 1) * 1e3 + 1e-3)  # lengths do not count
+        weights.append(weight.clone())
+    assert compare(ranks, 3, int8, weights)[1] > 0
+
+
+@pytest.mark.parametrize("capacity", [1, 2])
+def test_short_lists(ranks, int8, capacity):
+    """What lists cannot hold bounds everything, and rows stay open after their sweep: codes cannot tell twins apart."""
+    apart = 3e-3 if int8 else 3e-7
+    weight = torch.randn(304, 48)
+    weight[200:240] = weight[100:140] + apart * torch.randn(40, 48)
+    weight[300:] = weight[120:124] + apart * torch.randn(4, 48)
+    weights, last = [weight], 0
+    for _ in range(60):
+        weight = weights[-1].clone()
+        moved, near = torch.randint(304, (2, 4))
+        moved[3] = full_sweep(weight).index[last]  # the nearest of what has moved before leaves it
+        last = int(moved[2])
+        weight[moved[:2]] = weight[near[0]] + apart * torch.randn(2, 48)
+        weight[moved[2:]] = weight[near[2:]] + 1.5 * torch.randn(2, 48)
+        weights.append(weight)
+    again, not_again, whole = compare(ranks, 3, int8, weights, capacity=capacity)
+    assert capacity == 1 or not_again > again > whole * 304
+
+
+@pytest.mark.parametrize("classes", [2, 3, 5])
+def test_few_classes(ranks, int8, classes):
+    """Ranks with one class, or none."""
+    for world in range(1, MOST + 1):
+        weights = [torch.randn(classes, 6) for _ in range(3)]
+        weights += [weights[-1] + 1e-4, torch.eye(6)[[k % 2 for k in range(classes)]], torch.zeros(classes, 6)]
+        weights[-1][-1] = float("nan")
+        weights += [torch.full((classes, 6), float("nan"))]
+        compare(ranks, world, int8, weights)
+
+
+def every_step(group, int8, weights):
+    run, exact, rounded = kernels(weights[0].device), [], []
+    for weight in weights:
+        shard = Shard(len(weight), group)
+        own = weight[shard.begin : shard.begin + shard.size]
+        with screened(int8):
+            exact.append(sharded_nearest.find(shard, own, 1 << 22))
+        rounded.append(sharded_nearest.find_by_products(run, shard, own, 1 << 22))
+    return (exact, None), (rounded, None)
+
+
+@pytest.mark.parametrize("world", [1, 3, 4])
+def test_every_step(ranks, int8, world):
+    """Exact on the CPU; what CUDA devices have compares rounded products."""
+    weights = [torch.randn(203, 24), torch.eye(5)[torch.arange(3) % 5], torch.eye(5)[torch.arange(31) % 5]]
+    results = ranks.run(every_step, [(int8, weights)] * world)
+    for step, weight in enumerate(weights):
+        expected = full_sweep(weight)
+        assert same(together([exact for exact, _ in results], step), expected)
+        rounded = together([rounded for _, rounded in results], step)
+        assert torch.equal(rounded.index, expected.index)
+        torch.testing.assert_close(rounded.cosine.double(), expected.cosine, rtol=0, atol=1e-6)
+
+
+def test_frozen_neighbours(ranks):
+    weights = [weight.clone() for _, weight in training(200, 16, 12)]
+    results = ranks.run(found_by, [(False, 5, weights)] * 3)
+    for step, weight in enumerate(weights):
+        found = together(results, step)
+        if step % 5 == 0:
+            index = nearest_class(weight).index
+        unit = F.normalize(weight.double())
+        assert torch.equal(found.index, index)
+        torch.testing.assert_close(found.cosine, (unit * unit[index]).sum(1), rtol=0, atol=1e-12)
+        one = cache.cosines_with(kernels(weight.device), weight, index)
+        assert torch.equal(found.cosine, one)
+
+
+def one_that_differs(group, weights):
+    """A rank loses what it has kept, another goes back to a copy, or is loaded."""
+    classes = len(weights[0])
+    kept = fm.ExclusiveRegularizer(refresh="certified", shard=Shard(classes, group))
+    frozen = fm.ExclusiveRegularizer(refresh=100, shard=Shard(classes, group))
+    begin, end = slice_of(classes, group.rank(), group.size())
+    found, steps, late = [], [], []
+    for step, weight in enumerate(weights):
+        if step == 4:
+            old = copy.deepcopy(kept)
+        if step == 6 and group.rank() == 0:
+            kept = fm.ExclusiveRegularizer(refresh="certified", shard=Shard(classes, group))
+            frozen.load_state_dict({"index": torch.zeros(3), "age": torch.ones(1)})
+        if step == 8 and group.rank() == 1:
+            kept = old
+        found.append(tuple(kept.find(weight[begin:end])))
+        late.append(tuple(frozen.find(weight[begin:end])))
+        steps.append(int(kept.swept[:2].sum()) / classes)
+    assert not kept.state_dict() and not frozen.state_dict()
+    return (found, None), (late, None), steps
+
+
+def test_a_rank_that_has_lost_its_state(ranks):
+    weights = [weight.clone() for _, weight in training(304, 24, 10)]
+    results = ranks.run(one_that_differs, [(weights,)] * 2)
+    for step, weight in enumerate(weights):
+        assert same(together([found for found, *_ in results], step), full_sweep(weight))
+        index = full_sweep(weights[0 if step < 6 else 6]).index
+        assert torch.equal(together([late for _, late, _ in results], step).index, index)
+    for *_, steps in results:
+        assert steps == [1, 2, 3, 4, 5, 6, 1, 2, 1, 2]  # begun anew at the steps 0, 6 and 8
+
+
+def other_rows(group, size):
+    shard = Shard(10, group)
+    fm.ExclusiveRegularizer(refresh="certified", shard=shard)(torch.randn(shard.size, size))
+
+
+def test_other_rows_are_said_on_every_rank(ranks):
+    with pytest.raises(RankError) as caught:
+        ranks.run(other_rows, [(4,), (5,)])
+    for rank in (0, 1):
+        assert f"rank {rank}: ValueError: weight: rank 0 has embedding_size 4, torch.float32" in str(caught.value)
+
+
+def trained(group, kind, refresh, weight, batches, folder=None, rate=1.0):
+    """Losses and gradients of some steps."""
+    loss_fn = kind(
+        len(weight), weight.shape[1], process_group=group, exclusive_weight=3.0, exclusive_refresh=refresh,
+        dtype=torch.float64, sample_rate=rate,
+    )  # fmt: skip
+    own = slice(loss_fn.shard.begin, loss_fn.shard.begin + loss_fn.shard.size)
+    with torch.no_grad():
+        loss_fn.weight.copy_(weight[own])
+    results = []
+    for x, y in batches:
+        loss_fn.zero_grad()
+        torch.manual_seed(0)
+        loss = loss_fn(x, y)
+        loss.backward()
+        results.append((loss.item(), loss_fn.weight.grad.to_dense().clone()))
+        torch.optim.SGD(loss_fn.parameters(), lr=0.05).step()
+    swept = loss_fn.exclusive.swept.tolist() if refresh == "certified" else None
+    if folder is not None:
+        dcp.save(loss_fn.sharded_state_dict(), checkpoint_id=folder, process_group=group)
+    return results, swept, loss_fn.state_dict()
+
+
+@pytest.mark.parametrize("kind", [fm.ArcFaceLoss, fm.SoftmaxLoss], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(("refresh", "rate"), [("certified", 1.0), (1, 1.0), ("certified", 0.5)])
+def test_losses(ranks, kind, refresh, rate):
+    weight = torch.randn(120, 16, dtype=torch.float64)
+    batches = [problem(9, 120, 16, seed=seed)[::2] for seed in range(4)]
+    parts = [[(x[k::2], y[k::2]) for x, y in batches] for k in (0, 1)]
+    kept = ranks.run(trained, [(kind, refresh, weight, part, None, rate) for part in parts])
+    plain = ranks.run(trained, [(kind, "every_step", weight, part, None, rate) for part in parts])
+    for (found, swept, _), (expected, *_) in zip(kept, plain, strict=True):
+        for (loss, gradient), (other, other_gradient) in zip(found, expected, strict=True):
+            assert loss == pytest.approx(other, rel=1e-12)
+            assert relative_error(gradient, other_gradient) < 1e-12
+        assert refresh != "certified" or swept[1] > 0
+
+
+def loaded(group, folder, classes, states, refresh):
+    """From a checkpoint of other ranks, and from the state dict of one device; then the term."""
+    loss_fn = fm.ArcFaceLoss(classes, 16, process_group=group, exclusive_weight=1.0, exclusive_refresh=refresh)
+    loss_fn = loss_fn.double()
+    own = slice(loss_fn.shard.begin, loss_fn.shard.begin + loss_fn.shard.size)
+    terms = []
+    for _ in range(2):
+        dcp.load(loss_fn.sharded_state_dict(), checkpoint_id=folder, process_group=group)
+        terms.append(loss_fn.exclusive(loss_fn.weight).item())
+        state = {name: value[own] if name == "weight" else value for name, value in states.items()}
+        loss_fn.load_state_dict(state)
+        terms.append(loss_fn.exclusive(loss_fn.weight).item())
+    return terms
+
+
+@pytest.mark.parametrize("refresh", ["certified", 3])
+def test_state_moves_to_other_numbers_of_ranks(ranks, tmp_path, refresh):
+    weight = torch.randn(122, 16, dtype=torch.float64)
+    batches = [problem(6, 122, 16, seed=seed)[::2] for seed in range(2)]
+    saved = ranks.run(
+        trained,
+        [(fm.ArcFaceLoss, refresh, weight, [(x[k::3], y[k::3]) for x, y in batches], tmp_path) for k in range(3)],
+    )
+    assert all(list(state) == ["weight"] for *_, state in saved)
+    whole = torch.cat([state["weight"] for *_, state in saved])
+    one = fm.ArcFaceLoss(122, 16, exclusive_weight=1.0, exclusive_refresh=refresh, dtype=torch.float64)
+    one.load_state_dict({"weight": torch.randn(122, 16)})
+    one.exclusive(one.weight)
+    states = one.state_dict()
+    assert len(states) > 1
+    for world in (1, 2, 3):
+        for terms in ranks.run(loaded, [(tmp_path, 122, states, refresh)] * world):
+            for term, weights in zip(terms, [whole, states["weight"]] * 2, strict=True):
+                if refresh == "certified":
+                    assert term == pytest.approx(exclusive_regularization(weights).item(), rel=1e-12)
+    dcp.load(one.sharded_state_dict(), checkpoint_id=tmp_path)  # and to one device
+    assert torch.equal(one.weight, whole)
+    if refresh == "certified":
+        assert same(one.exclusive.find(one.weight), full_sweep(whole))
