@@ -19,22 +19,31 @@ except ImportError as error:
     ) from error
 
 from fused_margin import functional, optim, reference
-from fused_margin._ops.bad_labels import set_debug
+from fused_margin._checks import set_debug
 from fused_margin.info import __version__, build_info
-from fused_margin.losses.adaptive import AdaFaceLoss, CurricularFaceLoss, ElasticFaceLoss, MagFaceLoss
-from fused_margin.losses.auxiliary import CenterLoss, InterLoss, IntraLoss, RingLoss, UniformLoss
-from fused_margin.losses.exclusive import ExclusiveRegularizer
-from fused_margin.losses.margin import (
+from fused_margin.losses import (
+    AdaFaceLoss,
     ArcFaceLoss,
+    CenterLoss,
     CombinedMarginLoss,
     CosFaceLoss,
+    CurricularFaceLoss,
+    ElasticFaceLoss,
+    ExclusiveRegularizer,
+    InterLoss,
+    IntraLoss,
+    L2SoftmaxLoss,
+    LSoftmaxLoss,
+    MagFaceLoss,
     MarginLoss,
     ModifiedSoftmaxLoss,
     NormFaceLoss,
+    RingLoss,
+    SoftmaxLoss,
     SphereFaceLoss,
     SubCenterArcFaceLoss,
+    UniformLoss,
 )
-from fused_margin.losses.softmax import L2SoftmaxLoss, LSoftmaxLoss, SoftmaxLoss
 from fused_margin.margins import Margin
 
 __all__ = [

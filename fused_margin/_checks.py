@@ -1,19 +1,28 @@
-"""Every validation of user input, once. Errors name the argument, what was expected and what came."""
+"""Every validation of user input. Errors name the argument, what was expected and what was given."""
+
+from __future__ import annotations
 
 import math
 import operator
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from fused_margin._ops import bad_labels
-from fused_margin._ops.backends import select
+from fused_margin._ops.backends.select import REBUILD, has_cuda_kernels, searches
 from fused_margin._ops.inputs import DTYPES
-from fused_margin._ops.kernels import REBUILD, has_cuda_kernels
 from fused_margin.distributed import Shard
-from fused_margin.margins import FilteredNegatives, HardNegatives, Margin, is_number
 
 REDUCTIONS = ("mean", "sum", "none")
+NUMBERS = (int, float, np.integer, np.floating)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+_bad_label_buffers: dict[torch.device, Tensor] = {}
+_debug = False
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, NUMBERS) and not isinstance(value, bool)
 
 
 def matrix(name: str, value: Tensor, shape: str) -> None:
@@ -65,7 +74,7 @@ def same_device(name: str, value: Tensor, reference: Tensor) -> None:
 def per_sample_index(name: str, value: Tensor, embeddings: Tensor) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected an integer tensor of shape (N,), got {type(value).__name__}")
-    if value.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+    if value.dtype not in INTEGERS:
         raise TypeError(f"{name}: expected an integer tensor of shape (N,), got dtype {value.dtype}")
     if tuple(value.shape) != (embeddings.shape[0],):
         raise ValueError(f"{name}: expected shape ({embeddings.shape[0]},), got {tuple(value.shape)}")
@@ -85,7 +94,7 @@ def label_values(value: Tensor, num_classes: int, ignore_index: int) -> None:
     if value.device.type == "cpu" and not torch.compiler.is_compiling():
         wrong = (value != ignore_index) & ((value < 0) | (value >= num_classes))
         if bool(wrong.any()):
-            raise bad_labels.error(value[wrong][0].item(), f"for {num_classes} classes")
+            raise bad_label_error(value[wrong][0].item(), f"for {num_classes} classes")
 
 
 def per_sample(name: str, value: float | Tensor, embeddings: Tensor) -> Tensor | None:
@@ -110,9 +119,44 @@ def scale(value: float | Tensor | None) -> None:
         raise ValueError(f"scale: expected a positive finite number, got {value}")
 
 
-def margin(value: Margin) -> None:
-    if not isinstance(value, Margin):
-        raise TypeError(f"margin: expected a fused_margin.Margin, got {type(value).__name__}")
+def not_meta(weight: Tensor) -> None:
+    if weight.is_meta:
+        raise ValueError("weight: expected a CPU or CUDA tensor with a shard, got one on meta")
+
+
+def instance(name: str, value: Any, kind: type, article: str = "a") -> None:
+    if not isinstance(value, kind):
+        raise TypeError(f"{name}: expected {article} fused_margin.{kind.__name__}, got {type(value).__name__}")
+
+
+def margin_numbers(margin: Any) -> None:
+    """m1, m2, m3 and annealing of a fused_margin.Margin."""
+    for name in ("m1", "m2", "m3", "annealing"):
+        value = getattr(margin, name)
+        if isinstance(value, Tensor):
+            continue
+        if not is_number(value):
+            raise TypeError(f"{name}: expected a number or a tensor of shape (N,), got {type(value).__name__}")
+        if not -math.inf < value < math.inf:  # NaN is not either; math.isfinite would not compile
+            raise ValueError(f"{name}: expected a finite number, got {value}")
+        if (name == "m1" and value <= 0) or (name == "annealing" and value < 0):
+            raise ValueError(f"{name}: expected a {'positive' if name == 'm1' else 'non-negative'} number, got {value}")
+
+
+def margin_values(name: str, value: Tensor) -> None:
+    """A number of a margin as an (N,) tensor. On CPU only: reading the values of a CUDA tensor would wait for it."""
+    if value.device.type == "cpu":
+        right = value > 0 if name == "m1" else value >= 0 if name == "annealing" else value.isfinite()
+        wrong = ~(right & value.isfinite())
+        if bool(wrong.any()):
+            expected = {"m1": "positive", "annealing": "non-negative"}.get(name, "finite")
+            raise ValueError(f"margin.{name}: expected {expected} numbers, got {value[wrong][0].item()}")
+
+
+def scale_values(value: Tensor | None) -> None:
+    """An (N,) scale. On CPU only: reading the values of a CUDA tensor would wait for it."""
+    if value is not None and value.device.type == "cpu" and not bool((value >= 0).all()):
+        raise ValueError(f"scale: expected non-negative numbers, got {value[~(value >= 0)][0].item()}")
 
 
 def per_class(name: str, value: Tensor | None, weight: Tensor, num_classes: int) -> None:
@@ -142,52 +186,12 @@ def shard(value: Shard | None, weight: Tensor, sub_centers: int, label_smoothing
         raise TypeError(f"shard: expected a fused_margin.distributed.Shard, got {type(value).__name__}")
     if weight.shape[0] != value.size * sub_centers:
         raise ValueError(
-            f"weight: expected the {value.size * sub_centers} rows that rank {value.rank} of {value.world} has of "
+            f"weight: expected the {value.size * sub_centers} rows that rank {value.rank} of {value.world_size} has of "
             f"{value.num_classes} classes, got {weight.shape[0]}"
         )
     if value.sample_rate < 1:
         absent("a sample_rate below 1", label_smoothing=label_smoothing)
-    if weight.is_meta:
-        raise ValueError("weight: expected a CPU or CUDA tensor with a shard, got one on meta")
     return value.num_classes
-
-
-def hard_negatives(
-    value: HardNegatives | FilteredNegatives | None,
-    embeddings: Tensor,
-    scale: float | Tensor | None,
-    label_smoothing: float,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Threshold (N,) and strength (1,), float64; no strength for a filter, and neither where nothing changes."""
-    if value is None:
-        return None, None
-    if not isinstance(value, (HardNegatives, FilteredNegatives)):
-        raise TypeError(
-            "hard_negatives: expected a fused_margin.margins.HardNegatives or FilteredNegatives, got "
-            f"{type(value).__name__}"
-        )
-    absent("hard_negatives", label_smoothing=label_smoothing)
-    if isinstance(value, FilteredNegatives):
-        number("hard_negatives.threshold", value.threshold, 0.0, 1.0, open_low=True)
-        if value.threshold >= 1:  # torch.compile makes a constant of a number that is compared by ==
-            return None, None  # only rounding is above it
-        # a product, because torch.compile makes a constant of the value that a tensor is filled with
-        return value.threshold * embeddings.new_ones(embeddings.shape[:1], dtype=torch.float64), None
-    fixed = isinstance(scale, Tensor) and scale.dim() == 0 and not scale.requires_grad
-    if not (is_number(scale) or fixed):
-        raise TypeError(
-            f"scale: expected a number with HardNegatives, or a 0-d tensor without gradient, got {kind(scale)}"
-        )
-    if not isinstance(value.threshold, Tensor) or value.threshold.dim() != 1:
-        raise TypeError(f"hard_negatives.threshold: expected a tensor of shape (N,), got {kind(value.threshold)}")
-    threshold = per_sample("hard_negatives.threshold", value.threshold.detach(), embeddings)
-    if isinstance(value.strength, Tensor):
-        if value.strength.numel() != 1:
-            raise ValueError(f"hard_negatives.strength: expected one element, got {tuple(value.strength.shape)}")
-        same_device("hard_negatives.strength", value.strength, embeddings)
-        return threshold, value.strength.detach().to(torch.float64).reshape(1)
-    number("hard_negatives.strength", value.strength, -math.inf)
-    return threshold, threshold.new_full((1,), value.strength)
 
 
 def nearest(value, weight: Tensor, shard: Shard | None) -> tuple[Tensor, Tensor]:
@@ -213,7 +217,7 @@ def searched_device(name: str, value: Tensor) -> None:
         raise RuntimeError(
             f"{name}: expected a CPU or CUDA tensor, whose values the exact search reads, got one on meta"
         )
-    if not select.searches(value.device):
+    if not searches(value.device):
         raise RuntimeError(
             f"{name}: expected a CPU tensor, the exact search is off for this compute capability (see fused_margin.build_info); "
             f"got {value.device}"
@@ -286,3 +290,43 @@ def reduction(value: str, exclusive_weight: float) -> None:
             "exclusive_weight: expected 0 with reduction='none', because the exclusive term belongs to no sample; "
             "add fused_margin.functional.exclusive_regularization(weight) to the reduced loss instead"
         )
+
+
+def set_debug(enabled: bool) -> None:
+    """With ``enabled``, every CUDA call waits for its kernels and reports a bad label itself, not the next call.
+
+    Costs a host synchronisation per call. CPU calls always report at once.
+    """
+    global _debug
+    _debug = bool(enabled)
+
+
+def bad_label_buffer(device: torch.device) -> Tensor:
+    """One int64 that host and device both see, 0 until a kernel reports a label outside [0, num_classes) in it."""
+    if device.type != "cuda":
+        return torch.zeros(1, dtype=torch.int64, device="cpu")
+    if device not in _bad_label_buffers:  # setdefault: threads that find none at the same time use the same one
+        _bad_label_buffers.setdefault(device, torch.zeros(1, dtype=torch.int64, device="cpu", pin_memory=True))
+    reported = _bad_label_buffers[device]
+    _raise_reported(reported, "in an earlier call (fused_margin.set_debug(True) reports it in its own call)")
+    return reported
+
+
+def bad_label(reported: Tensor, device: torch.device, classes: int) -> None:
+    """After the kernel that reads the labels: at once on the CPU; on CUDA one call later, without a host synchronisation."""
+    if device.type == "cuda":
+        if not _debug:
+            return
+        torch.cuda.synchronize(device)
+    _raise_reported(reported, f"for {classes} classes")
+
+
+def _raise_reported(reported: Tensor, where: str) -> None:
+    value = int(reported)
+    if value:
+        reported.zero_()
+        raise bad_label_error(value if value < 0 else value - 1, where)
+
+
+def bad_label_error(label: int, where: str) -> ValueError:
+    return ValueError(f"labels: expected values in [0, num_classes) or ignore_index, got {label} {where}")

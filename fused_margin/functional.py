@@ -1,7 +1,6 @@
 """Functional interface: softmax losses with and without margins, and the exclusive term, over (C, D) class weights."""
 
 import math
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -9,12 +8,9 @@ from torch.nn import functional as F
 
 from fused_margin import _checks
 from fused_margin._ops import library
-from fused_margin._ops.backends.select import PORTABLE, products_of
-from fused_margin._ops.inputs import Problem, Sweep, workspace_bytes
-from fused_margin._ops.rows import select_rows
-from fused_margin._ops.sharded import run_sharded_sweep
-from fused_margin._reductions import mean_over
-from fused_margin.distributed import Shard, Shared, Total
+from fused_margin._ops.backends.select import select_backend
+from fused_margin._ops.inputs import PORTABLE, LossInputs, workspace_bytes
+from fused_margin.distributed import Shard
 from fused_margin.margins import BEYOND_PI, FilteredNegatives, HardNegatives, Margin
 from fused_margin.nearest import NearestClass, Separability, exclusive_regularization, nearest_class, separability
 
@@ -95,47 +91,81 @@ def margin_cross_entropy(
             checked there and reported by the next call (``fused_margin.set_debug(True)``: at once).
         RuntimeError: for CUDA tensors in a build without CUDA kernels, and for second derivatives.
     """
-    _checks.batch(
-        embeddings, weight, labels, at_least=1 if shard is None else 0
-    )  # there may be more ranks than classes
-    _checks.margin(margin)
+    # there may be more ranks than classes
+    _checks.batch(embeddings, weight, labels, at_least=1 if shard is None else 0)
+    _checks.instance("margin", margin, Margin)
     _checks.scale(scale)
     _checks.number("exclusive_weight", exclusive_weight, 0.0)
     _checks.cross_entropy_options(reduction, exclusive_weight, ignore_index, label_smoothing, workspace_mb)
     _checks.sub_centers(sub_centers, weight, exclusive_weight, label_smoothing)
     classes = _checks.shard(shard, weight, sub_centers, label_smoothing)
     _checks.per_class("class_weight", class_weight, weight, classes)
-    threshold, strength = _checks.hard_negatives(hard_negatives, embeddings, scale, label_smoothing)
-    exclusive, smooth = exclusive_weight > 0, label_smoothing > 0
-    if exclusive and classes < 2:
-        _checks.class_weights(weight, at_least=2)
+    if exclusive_weight > 0:
+        if classes < 2:
+            _checks.class_weights(weight, at_least=2)
+        _checks.nearest(nearest, weight, shard)
+    return unchecked_margin_cross_entropy(
+        embeddings, weight, labels, margin, scale, exclusive_weight=exclusive_weight, class_weight=class_weight,
+        reduction=reduction, ignore_index=ignore_index, label_smoothing=label_smoothing, sub_centers=sub_centers,
+        hard_negatives=hard_negatives, nearest=nearest, shard=shard,
+        sample_rate=1.0 if shard is None else shard.sample_rate, sparse=True, workspace_mb=workspace_mb,
+    )  # fmt: skip
 
-    labels, class_weight = labels.to(torch.int64).contiguous(), _double(class_weight)
+
+def unchecked_margin_cross_entropy(
+    embeddings: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    margin: Margin,
+    scale: float | Tensor | None,
+    *,
+    exclusive_weight: float,
+    class_weight: Tensor | None,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+    sub_centers: int,
+    hard_negatives: HardNegatives | FilteredNegatives | None,
+    nearest: NearestClass | None,
+    shard: Shard | None,
+    sample_rate: float,
+    sparse: bool,
+    workspace_mb: float,
+) -> Tensor:
+    """:func:`margin_cross_entropy` of arguments that were checked before: the modules check theirs when they are set.
+
+    Args:
+        sample_rate: share of the classes that take part.
+        sparse: whether the gradient of weight is sparse where ``sample_rate`` is below 1.
+    """
+    classes, group = _classes_and_group(embeddings, weight, sub_centers, shard)
     scales, scale_value = _scales(scale, embeddings)
+    threshold = strength = None
+    if hard_negatives is not None:
+        threshold, strength = _hard_negatives(hard_negatives, embeddings, scale, label_smoothing)
+    smooth, exclusive = label_smoothing > 0, exclusive_weight > 0
+    if class_weight is not None:
+        class_weight = class_weight.detach().to(torch.float64).contiguous()
     portable = sub_centers > 1 or threshold is not None
-    products = PORTABLE if portable else products_of(embeddings, weight, scale_value)
-    known = _checks.nearest(nearest, weight, shard) if exclusive else (None, None)
-    own_class_weight = class_weight if shard is None or class_weight is None else shard.part_of(class_weight)
-    problem = Problem(
-        embeddings, weight, workspace_bytes(workspace_mb), products, labels,
-        scales, scale_value, own_class_weight if smooth else None, exclusive and shard is None, *known,
-        sub_centers, threshold, strength,
+    fused = exclusive and sample_rate >= 1  # the exclusive term is over all classes
+    known = nearest if fused and nearest is not None else (None, None)
+    inputs = LossInputs(
+        embeddings, weight, workspace_bytes(workspace_mb),
+        PORTABLE if portable else select_backend(embeddings, weight, scale_value), labels.to(torch.int64).contiguous(),
+        scales, scale_value, _local(class_weight, shard) if smooth else None, fused, *known, sub_centers, threshold,
+        strength, group=group, num_classes=classes, sample_rate=sample_rate, sparse_gradient=sparse,
     )  # fmt: skip
-    if shard is None:
-        found = _sweep(problem, smooth, ignore_index)
-    else:
-        found = run_sharded_sweep(problem, smooth, ignore_index, shard)
-    loss = _margin_loss(
-        problem, margin, found.negative_logsumexp, found.target_cosine, found.uniform_cosine if smooth else None,
-        class_weight, label_smoothing, ignore_index, reduction, classes, shard,
+    output = library.run_forward(inputs, smooth, ignore_index)
+    loss, row_weight = _margin_loss(
+        inputs, margin, output.largest_logit + output.relative_logsumexp, output.target_cosine,
+        output.uniform_cosine if smooth else None, class_weight, label_smoothing, ignore_index, classes,
     )  # fmt: skip
-    if exclusive and shard is None:
-        loss = loss + exclusive_weight * found.nearest_cosine.mean(dtype=torch.float64)
-    elif exclusive:
-        loss = loss + exclusive_weight * exclusive_regularization(
-            weight, nearest=nearest, shard=shard, workspace_mb=workspace_mb
-        )
-    return loss.to(problem.compute)
+    cosine = output.nearest_cosine if fused else None
+    result = _reduce(loss, row_weight, reduction, shard, cosine, exclusive_weight)
+    if exclusive and not fused:
+        term = exclusive_regularization(weight, nearest=nearest, shard=shard, workspace_mb=workspace_mb)
+        result = result + exclusive_weight * term
+    return result.to(inputs.compute)
 
 
 def linear_cross_entropy(
@@ -181,47 +211,72 @@ def linear_cross_entropy(
     _checks.per_class("class_weight", class_weight, weight, classes)
     _checks.per_class("bias", bias, weight, len(weight))
     if margin is not None:
-        _checks.margin(margin)
+        _checks.instance("margin", margin, Margin)
         _checks.absent("a margin", label_smoothing=label_smoothing)
-    labels, class_weight, smooth = labels.to(torch.int64).contiguous(), _double(class_weight), label_smoothing > 0
-    own_class_weight = class_weight if shard is None or class_weight is None else shard.part_of(class_weight)
+    return unchecked_linear_cross_entropy(
+        embeddings, weight, labels, bias, margin, class_weight=class_weight, reduction=reduction,
+        ignore_index=ignore_index, label_smoothing=label_smoothing, shard=shard,
+        sample_rate=1.0 if shard is None else shard.sample_rate, sparse=True, workspace_mb=workspace_mb,
+    )  # fmt: skip
+
+
+def unchecked_linear_cross_entropy(
+    embeddings: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    margin: Margin | None,
+    *,
+    class_weight: Tensor | None,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+    shard: Shard | None,
+    sample_rate: float,
+    sparse: bool,
+    workspace_mb: float,
+) -> Tensor:
+    """:func:`linear_cross_entropy` of arguments that were checked before; see :func:`unchecked_margin_cross_entropy`."""
+    classes, group = _classes_and_group(embeddings, weight, 1, shard)
+    labels, smooth = labels.to(torch.int64).contiguous(), label_smoothing > 0
+    if class_weight is not None:
+        class_weight = class_weight.detach().to(torch.float64).contiguous()
+    own_class_weight = _local(class_weight, shard)
     # Once, before all its uses: the parts of its gradient nearly cancel, and rounding each to a half would remain.
     bias = None if bias is None else bias.double()
-    problem = Problem(
+    inputs = LossInputs(
         embeddings, weight, workspace_bytes(workspace_mb), PORTABLE, labels, inner_product=True, bias=bias,
-        class_weight=own_class_weight if smooth else None,
+        class_weight=own_class_weight if smooth else None, target_length=margin is not None, group=group,
+        num_classes=classes, sample_rate=sample_rate, sparse_gradient=sparse,
     )  # fmt: skip
-    own = labels.clamp(0, classes - 1)  # an ignored sample's is not used
-    if shard is None:
-        found = _sweep(problem, smooth, ignore_index)
-        own_bias = 0.0 if bias is None else bias[own]
-        own_length = None if margin is None else _norm(select_rows(weight, own, problem.compute))
-    else:
-        found = run_sharded_sweep(problem, smooth, ignore_index, shard, length=margin is not None)
-        own_bias, own_length = 0.0 if bias is None else found.target_bias, found.target_length
+    output = library.run_forward(inputs, smooth, ignore_index)
+    logsumexp = output.largest_logit + output.relative_logsumexp
+    target_bias = 0.0 if bias is None else output.target_bias
     if margin is not None:
-        length = (_norm(embeddings) * own_length).contiguous()
-        cosine = torch.where(length > 0, found.target_cosine / torch.where(length > 0, length, 1.0), 0.0)
-        problem = replace(problem, scale=length)
-        nlse = found.negative_logsumexp - own_bias  # in the place of adding it to the target's logit
-        loss = _margin_loss(
-            problem, margin, nlse, cosine, None, class_weight, 0.0, ignore_index, reduction, classes, shard
+        length = (_norm(embeddings) * output.target_length).contiguous()
+        cosine = torch.where(length > 0, output.target_cosine / torch.where(length > 0, length, 1.0), 0.0)
+        # Subtracted here instead of added to the target's logit.
+        loss, row_weight = _margin_loss(
+            inputs, margin, logsumexp - target_bias, cosine, None, class_weight, 0.0, ignore_index, classes, length
         )
-        return loss.to(problem.compute)
-    target = found.target_cosine + own_bias
-    nll = F.softplus(found.negative_logsumexp - target, threshold=40.0)  # log(1 + exp(.)), exact in float64
+        return _reduce(loss, row_weight, reduction, shard).to(inputs.compute)
+    target = output.target_cosine + target_bias
+    nll = F.softplus(logsumexp - target, threshold=40.0)  # log(1 + exp(.)), exact in float64
+    own = labels.clamp(0, classes - 1)  # an ignored sample's is not used
     row_weight = torch.ones_like(nll) if class_weight is None else class_weight[own]
     loss = row_weight * nll
     if smooth:
-        uniform, weights = found.uniform_cosine, classes if class_weight is None else class_weight.sum()
+        uniform, weights = output.uniform_cosine, classes if class_weight is None else class_weight.sum()
         if bias is not None:
             biases = bias.sum() if class_weight is None else own_class_weight.dot(bias)
-            uniform = uniform + (biases if shard is None else Shared.apply(shard, Total.apply(shard, biases)))
+            if shard is not None:
+                biases = library.all_reduce_backward(library.all_reduce_forward(biases, group), group)
+            uniform = uniform + biases
         smoothed = ((target + nll) * weights - uniform) / classes
         loss = torch.lerp(loss, smoothed, label_smoothing * torch.ones_like(loss))
     counts = labels != ignore_index
     loss, row_weight = torch.where(counts, loss, 0.0), torch.where(counts, row_weight, 0.0)
-    return _reduce(loss, row_weight, reduction, shard).to(problem.compute)
+    return _reduce(loss, row_weight, reduction, shard).to(inputs.compute)
 
 
 def cosine_logsumexp(
@@ -232,7 +287,7 @@ def cosine_logsumexp(
     *,
     workspace_mb: float = 256,
 ) -> tuple[Tensor, Tensor]:
-    """What any margin loss needs of the N x C cosines, differentiable: write your own margin on (N,) tensors.
+    """The logsumexp and the target cosines of N x C cosines, differentiable: write your own margin on (N,) tensors.
 
     Args:
         embeddings, weight, labels, scale, workspace_mb: as in :func:`margin_cross_entropy`; no label is ignored.
@@ -249,21 +304,39 @@ def cosine_logsumexp(
     _checks.scale(scale)
     _checks.number("workspace_mb", workspace_mb, 0.0, open_low=True)
     scales, scale_value = _scales(scale, embeddings)
-    problem = Problem(
-        embeddings, weight, workspace_bytes(workspace_mb), products_of(embeddings, weight, scale_value),
-        labels.to(torch.int64).contiguous(), scales, scale_value,
+    inputs = LossInputs(
+        embeddings, weight, workspace_bytes(workspace_mb), select_backend(embeddings, weight, scale_value),
+        labels.to(torch.int64).contiguous(), scales, scale_value, num_classes=len(weight),
     )  # fmt: skip
     nothing_ignored = torch.iinfo(torch.int64).min
-    found = _sweep(problem, False, nothing_ignored)
-    return found.negative_logsumexp.to(problem.compute), found.target_cosine.to(problem.compute)
+    output = library.run_forward(inputs, False, nothing_ignored)
+    logsumexp = output.largest_logit + output.relative_logsumexp
+    return logsumexp.to(inputs.compute), output.target_cosine.to(inputs.compute)
+
+
+def mean_over(total: Tensor, count: Tensor) -> Tensor:
+    """``total / count``; NaN where nothing counts, with a gradient of 0, as in torch.nn.functional.cross_entropy."""
+    empty = count == 0
+    return torch.where(empty, math.nan, total / count.masked_fill(empty, 1))
 
 
 def _norm(rows: Tensor) -> Tensor:
     return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
 
 
-def _double(class_weight: Tensor | None) -> Tensor | None:
-    return None if class_weight is None else class_weight.detach().to(torch.float64).contiguous()
+def _classes_and_group(embeddings: Tensor, weight: Tensor, sub_centers: int, shard: Shard | None) -> tuple[int, str]:
+    """C over all ranks, and the name of their group."""
+    if shard is None:
+        return weight.shape[0] // sub_centers, ""
+    _checks.not_meta(weight)
+    if not torch.compiler.is_compiling():
+        library.refuse_transforms(embeddings, weight)
+    return shard.num_classes, shard.name
+
+
+def _local(class_weight: Tensor | None, shard: Shard | None) -> Tensor | None:
+    """The class weights of this rank's classes."""
+    return class_weight if shard is None or class_weight is None else shard.local_part(class_weight)
 
 
 def _scales(scale: float | Tensor | None, embeddings: Tensor) -> tuple[Tensor | None, float]:
@@ -274,55 +347,102 @@ def _scales(scale: float | Tensor | None, embeddings: Tensor) -> tuple[Tensor | 
     return _checks.per_sample("scale", scale, embeddings), 0.0 if isinstance(scale, Tensor) else float(scale)
 
 
-def _sweep(problem: Problem, uniform: bool, ignore_index: int) -> Sweep:
-    differentiable = (problem.embeddings, problem.weight, problem.bias, problem.scale)
-    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)
-    return library.run_sweep(problem, uniform, ignore_index, keep)
+def _hard_negatives(
+    value: HardNegatives | FilteredNegatives,
+    embeddings: Tensor,
+    scale: float | Tensor | None,
+    label_smoothing: float,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Threshold (N,) and strength (1,), float64; no strength for a filter, and neither where nothing changes."""
+    if not isinstance(value, (HardNegatives, FilteredNegatives)):
+        raise TypeError(
+            "hard_negatives: expected a fused_margin.margins.HardNegatives or FilteredNegatives, got "
+            f"{type(value).__name__}"
+        )
+    _checks.absent("hard_negatives", label_smoothing=label_smoothing)
+    if isinstance(value, FilteredNegatives):
+        _checks.number("hard_negatives.threshold", value.threshold, 0.0, 1.0, open_low=True)
+        if value.threshold >= 1:  # torch.compile makes a constant of a number that is compared by ==
+            return None, None  # only rounding is above it
+        # a product, because torch.compile makes a constant of the value that a tensor is filled with
+        return value.threshold * embeddings.new_ones(embeddings.shape[:1], dtype=torch.float64), None
+    fixed = isinstance(scale, Tensor) and scale.dim() == 0 and not scale.requires_grad
+    if not (_checks.is_number(scale) or fixed):
+        raise TypeError(
+            f"scale: expected a number with HardNegatives, or a 0-d tensor without gradient, got {_checks.kind(scale)}"
+        )
+    if not isinstance(value.threshold, Tensor) or value.threshold.dim() != 1:
+        raise TypeError(
+            f"hard_negatives.threshold: expected a tensor of shape (N,), got {_checks.kind(value.threshold)}"
+        )
+    threshold = _checks.per_sample("hard_negatives.threshold", value.threshold.detach(), embeddings)
+    if isinstance(value.strength, Tensor):
+        if value.strength.numel() != 1:
+            raise ValueError(f"hard_negatives.strength: expected one element, got {tuple(value.strength.shape)}")
+        _checks.same_device("hard_negatives.strength", value.strength, embeddings)
+        return threshold, value.strength.detach().to(torch.float64).reshape(1)
+    _checks.number("hard_negatives.strength", value.strength, -math.inf)
+    return threshold, threshold.new_full((1,), value.strength)
 
 
 def _margin_loss(
-    problem: Problem,
+    inputs: LossInputs,
     margin: Margin,
-    negative_logsumexp: Tensor,
+    logsumexp: Tensor,
     target_cosine: Tensor,
     uniform_cosine: Tensor | None,
     class_weight: Tensor | None,
     label_smoothing: float,
     ignore_index: int,
-    reduction: str,
     classes: int,
-    shard: Shard | None = None,
-) -> Tensor:
-    """The loss, reduced, float64, from what a sweep has found."""
+    length: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Losses (N,) float64, and the class weight of each label, 0 where ignored.
+
+    Args:
+        logsumexp: (N,) float64 over the classes other than the target.
+        length: (N,) float64 scale of the samples' logits, in place of the inputs'.
+    """
     numbers = {"m1": margin.m1, "m2": margin.m2, "m3": margin.m3, "annealing": margin.annealing}
     if torch.compiler.is_compiling():
         # Numbers would be constants of the graph, with one compilation for every value. Comparing one with its default
         # makes a constant of it too, and for good.
-        numbers = {name: _variable(value, problem) for name, value in numbers.items()}
-    per_sample = [_checks.per_sample(f"margin.{name}", value, problem.embeddings) for name, value in numbers.items()]
+        ones = torch.ones(inputs.labels.shape[0], dtype=torch.float64, device=inputs.labels.device)
+        numbers = {name: v if isinstance(v, Tensor) else v * ones for name, v in numbers.items()}
+    per_sample = [_checks.per_sample(f"margin.{name}", value, inputs.embeddings) for name, value in numbers.items()]
     values = [0.0 if isinstance(value, Tensor) else float(value) for value in numbers.values()]
     loss, row_weight, _ = library.margin_rows(
-        negative_logsumexp, target_cosine, uniform_cosine, problem.labels, class_weight,
+        logsumexp, target_cosine, uniform_cosine, inputs.labels, class_weight,
         None if class_weight is None or uniform_cosine is None else class_weight.sum(),
-        problem.scale, *per_sample, [problem.scale_value, *values], BEYOND_PI.index(margin.beyond_pi), margin.easy,
-        margin.gradient == "straight_through", math.sqrt(torch.finfo(problem.compute).eps),
+        inputs.scale if length is None else length, *per_sample, [inputs.scale_value, *values],
+        BEYOND_PI.index(margin.beyond_pi), margin.easy, margin.gradient == "straight_through",
+        math.sqrt(torch.finfo(inputs.compute).eps),
         None if uniform_cosine is None else label_smoothing * torch.ones((), dtype=torch.float64, device="cpu"),
         classes, ignore_index,
     )  # fmt: skip
-    return _reduce(loss, row_weight, reduction, shard)
+    return loss, row_weight
 
 
-def _variable(value: float | Tensor, problem: Problem) -> Tensor:
-    """A number as a tensor of all samples."""
-    if isinstance(value, Tensor):
-        return value
-    return value * torch.ones(problem.samples, dtype=torch.float64, device=problem.labels.device)
-
-
-def _reduce(loss: Tensor, row_weight: Tensor, reduction: str, shard: Shard | None = None) -> Tensor:
+def _reduce(
+    loss: Tensor,
+    row_weight: Tensor,
+    reduction: str,
+    shard: Shard | None,
+    nearest_cosine: Tensor | None = None,
+    exclusive_weight: float = 0.0,
+) -> Tensor:
+    """The reduced loss, over all ranks' samples, plus the exclusive term."""
     if reduction == "none":
         return loss
-    total = loss.sum() if shard is None else Total.apply(shard, loss.sum())
-    if reduction == "sum":
-        return total
-    return mean_over(total, row_weight.sum() if shard is None else shard.add_up(row_weight.detach().sum()))
+    if shard is None:
+        total, count = loss.sum(), row_weight.sum()
+        term = None if nearest_cosine is None else nearest_cosine.mean(dtype=torch.float64)
+    else:
+        # One message: torch.compile could order several differently on each rank.
+        sums = [loss.sum(), row_weight.detach().sum()]
+        if nearest_cosine is not None:
+            sums.append(nearest_cosine.sum(dtype=torch.float64) / shard.num_classes)
+        total, count, *terms = library.all_reduce_forward(torch.stack(sums), shard.name).unbind()
+        term = terms[0] if terms else None
+    result = total if reduction == "sum" else mean_over(total, count)
+    return result if term is None else result + exclusive_weight * term

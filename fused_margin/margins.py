@@ -1,25 +1,22 @@
-"""What a loss does to cosines, as values: the margin psi(theta) = cos(m1 * theta + m2) - m3, and hard negatives."""
+"""Margins: the formula psi(theta) = cos(m1 * theta + m2) - m3, hard negatives, and the smallest useful scale."""
 
 import math
 import sys
 import warnings
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-NUMBERS = (int, float, np.integer, np.floating)
+from fused_margin import _checks
+from fused_margin._checks import is_number
+
 BEYOND_PI = ("monotone", "linear", "none")
 GRADIENT = ("exact", "straight_through")
 
 
-def is_number(value) -> bool:
-    return isinstance(value, NUMBERS) and not isinstance(value, bool)
-
-
 def warn(message: str) -> None:
-    """Warns about the line outside this package, and outside torch.nn that calls it, that led here."""
+    """A warning that names the caller's line: the first one outside this package and torch.nn."""
     level = 2
     frame = sys._getframe(1)
     while frame.f_back is not None and f"{frame.f_globals.get('__name__')}.".startswith(("fused_margin.", "torch.nn.")):
@@ -120,25 +117,34 @@ class Margin:
     gradient: str = "exact"
     annealing: float | Tensor = 0.0
 
-    def __post_init__(self):
-        for name in ("m1", "m2", "m3", "annealing"):
-            value = getattr(self, name)
-            if isinstance(value, Tensor):
-                continue
-            if not is_number(value):
-                raise TypeError(f"{name}: expected a number or a tensor of shape (N,), got {type(value).__name__}")
-            if not -math.inf < value < math.inf:  # NaN is not either; math.isfinite would not compile
-                raise ValueError(f"{name}: expected a finite number, got {value}")
-            if (name == "m1" and value <= 0) or (name == "annealing" and value < 0):
-                raise ValueError(
-                    f"{name}: expected a {'positive' if name == 'm1' else 'non-negative'} number, got {value}"
-                )
-        for name, allowed in (("beyond_pi", BEYOND_PI), ("gradient", GRADIENT)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"{name}: expected one of {', '.join(map(repr, allowed))}, got {getattr(self, name)!r}"
-                )
+    def __post_init__(self) -> None:
+        _checks.margin_numbers(self)
+        _checks.one_of("beyond_pi", self.beyond_pi, BEYOND_PI)
+        _checks.one_of("gradient", self.gradient, GRADIENT)
         if is_number(self.m2) and abs(self.m2) > math.pi and not torch.compiler.is_compiling():
             maker = sys._getframe(2).f_globals.get("__name__", "")  # frame 1 is the generated __init__
             if maker.partition(".")[0] != "fused_margin":  # a loss has warned when its margin was set
                 warn_of_degrees("m2", self.m2)
+
+
+def psi(cosine: Tensor, margin: Margin) -> Tensor:
+    """The target cosine (N,) after a margin, without annealing; any dtype, gradients by autograd.
+
+    Args:
+        cosine: (N,) cosines to the targets.
+        margin: with numbers, or (N,) tensors.
+    """
+    cosine = cosine.clamp(-1.0, 1.0)
+    phi = margin.m1 * torch.acos(cosine) + margin.m2
+    value = torch.cos(phi) - margin.m3
+    if margin.beyond_pi == "monotone":
+        half_turns = torch.floor(phi.detach() / math.pi)
+        value = (1 - 2 * (half_turns % 2)) * torch.cos(phi) - 2 * half_turns - margin.m3
+    elif margin.beyond_pi == "linear":
+        m2 = torch.as_tensor(margin.m2, dtype=cosine.dtype)
+        value = torch.where(phi > math.pi, cosine - m2 * torch.sin(m2), value)
+    if margin.easy:
+        value = torch.where(cosine > 0, value, cosine)
+    if margin.gradient == "straight_through":
+        value = value.detach() + cosine - cosine.detach()
+    return value

@@ -7,12 +7,11 @@ from torch import Tensor
 
 from fused_margin import _checks
 from fused_margin._ops import library
-from fused_margin._ops.backends.select import products_of
-from fused_margin._ops.inputs import Problem, compute_dtype, workspace_bytes
+from fused_margin._ops.backends.select import select_backend
+from fused_margin._ops.inputs import PORTABLE, LossInputs, compute_dtype, workspace_bytes
+from fused_margin._ops.nearest.library import nearest_rows
 from fused_margin._ops.nearest.search import MOST_NEAREST
-from fused_margin._ops.nearest.sharded_nearest import ShardedNearest, find
-from fused_margin._ops.registration import refuse_transforms, refuse_unsupported
-from fused_margin.distributed import Shard, Total
+from fused_margin.distributed import Shard
 
 METRICS = ("cosine", "inner_product")
 
@@ -73,9 +72,7 @@ def nearest_class(
             raise ValueError("shard: expected None with a reference, k > 1 or inner products: those are of one device")
         if _checks.shard(shard, query, 1, 0.0) < 2:
             _checks.class_weights(query, at_least=2)
-        refuse_transforms(query)
-        cosine, index = find(shard, query.detach(), workspace_bytes(workspace_mb))
-        return NearestClass(ShardedNearest.apply(shard, query, cosine, index), index)
+        return differentiable_nearest(query, None, shard, workspace_mb)
     if reference is None:
         _checks.class_weights(query, name="query", at_least=2)
         others = len(query) - 1
@@ -89,12 +86,12 @@ def nearest_class(
     if k > min(MOST_NEAREST, others):
         raise ValueError(f"k: expected at most {min(MOST_NEAREST, others)}, got {k}")
     if plain:
-        return known_nearest(query, (None, None), workspace_mb)
+        return differentiable_nearest(query, None, None, workspace_mb)
     _checks.searched_device("query", query)
     refuse_derivative(query, reference)
     if reference is not None and query.dtype != reference.dtype:
         query, reference = (t.to(compute_dtype(query, reference)) for t in (query, reference))
-    cosine, index = library.nearest_rows(
+    cosine, index = nearest_rows(
         query.detach(), None if reference is None else reference.detach(), k, metric == "inner_product",
         workspace_bytes(workspace_mb),
     )  # fmt: skip
@@ -106,7 +103,7 @@ def refuse_derivative(query: Tensor, reference: Tensor | None) -> None:
     if torch.compiler.is_compiling():
         return
     try:
-        refuse_unsupported([query, reference])
+        library.refuse_unsupported([query, reference])
     except RuntimeError as error:
         raise RuntimeError(
             "nearest_class: with a reference, k > 1 or inner products its results have no derivative; call it with "
@@ -114,14 +111,22 @@ def refuse_derivative(query: Tensor, reference: Tensor | None) -> None:
         ) from error
 
 
-def known_nearest(weight: Tensor, known: tuple[Tensor | None, Tensor | None], workspace_mb: float) -> NearestClass:
-    """Differentiable cosines to the nearest others, found here if they are not known."""
-    problem = Problem(
-        None, weight, workspace_bytes(workspace_mb), products_of(None, weight), nearest=True, known_cosine=known[0],
-        known_index=known[1],
+def differentiable_nearest(
+    weight: Tensor, known: NearestClass | None, shard: Shard | None, workspace_mb: float
+) -> NearestClass:
+    """Differentiable cosines to the nearest other classes, of all ranks, found here if they are not known."""
+    group, classes = ("", len(weight)) if shard is None else (shard.name, shard.num_classes)
+    if shard is not None:
+        _checks.not_meta(weight)
+    if shard is not None and not torch.compiler.is_compiling():
+        library.refuse_transforms(weight)
+    cosine, index = (None, None) if known is None else known
+    inputs = LossInputs(
+        None, weight, workspace_bytes(workspace_mb), PORTABLE if group else select_backend(None, weight), nearest=True,
+        known_cosine=cosine, known_index=index, group=group, num_classes=classes,
     )  # fmt: skip
-    found = library.run_sweep(problem, uniform=False, ignore_index=0, keep=False)
-    return NearestClass(found.nearest_cosine, found.nearest_index)
+    output = library.run_forward(inputs, uniform=False, ignore_index=0)
+    return NearestClass(output.nearest_cosine, output.nearest_index)
 
 
 def exclusive_regularization(
@@ -145,17 +150,16 @@ def exclusive_regularization(
     Raises:
         ValueError, TypeError: for wrong shapes or dtypes, or fewer than two classes.
     """
-    if nearest is not None:
-        _checks.number("workspace_mb", workspace_mb, 0.0, open_low=True)
-        divided = shard is not None and shard.group is not None
-        _checks.class_weights(weight, at_least=0 if divided else 2)
-        known = _checks.nearest(nearest, weight, shard)
-        if not divided:
-            return known_nearest(weight, known, workspace_mb).cosine.mean()
-        cosine = ShardedNearest.apply(shard, weight, *known)
-    else:
+    if nearest is None:
         cosine = nearest_class(weight, shard=shard, workspace_mb=workspace_mb).cosine
-    return cosine.mean() if shard is None else Total.apply(shard, cosine.sum()) / shard.num_classes
+    else:
+        _checks.number("workspace_mb", workspace_mb, 0.0, open_low=True)
+        _checks.class_weights(weight, at_least=2 if shard is None or shard.group is None else 0)
+        _checks.nearest(nearest, weight, shard)
+        cosine = differentiable_nearest(weight, nearest, shard, workspace_mb).cosine
+    if shard is None:
+        return cosine.mean()
+    return library.all_reduce_forward(cosine.sum(), shard.name) / shard.num_classes
 
 
 @torch.no_grad()

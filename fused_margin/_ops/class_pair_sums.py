@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from fused_margin import _checks
-from fused_margin._ops.inputs import compute_dtype
+from fused_margin._ops.inputs import CHUNK_BYTES, compute_dtype, whole_chunk
+from fused_margin._ops.library import refuse_second_order, register
 from fused_margin._ops.normalization import through_normalization, unit_rows
-from fused_margin._ops.plan import CHUNK_BYTES, whole_chunk
-from fused_margin._ops.registration import refuse_second_order, register
 
 
 class Function(NamedTuple):

@@ -1,226 +1,256 @@
-"""One sweep over the classes, chunk by chunk, on any device: sums, target cosines, nearest classes, and its backward.
+"""Forward and backward over chunks of classes, on any device, for one rank or several.
 
-What stands around the products is here; how a chunk's products and exponentials are made is portable.py's or
-tensor_cores.py's. Nothing of size N x C or C x C is ever whole, but for what workspace_mb has room to keep.
+A backend (portable.py or tensor_cores.py) computes the logits of a chunk and their exponentials; everything else is
+here. Nothing of size N x C or C x C is ever whole, except the chunks that workspace_mb has room to save. Where classes
+are divided among ranks, or drawn, divided.py gathers the samples before the chunks and combines the ranks' results
+after them.
 """
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from fused_margin._ops import bad_labels
-from fused_margin._ops.backends import portable, select, tensor_cores
-from fused_margin._ops.inputs import Gradients, Problem, Sweep, SweepGradients
-from fused_margin._ops.kernels import advise_huge_pages, kernels, on_device
-from fused_margin._ops.nearest.search import find_nearest
-from fused_margin._ops.plan import Plan, gradient_in_place, is_searched
+from fused_margin import _checks
+from fused_margin._ops import divided, targets
+from fused_margin._ops.backends import portable, tensor_cores
+from fused_margin._ops.backends.select import advise_huge_pages, kernels, on_device
+from fused_margin._ops.inputs import PORTABLE, ChunkPlan, ForwardOutput, Gradients, LossInputs, OutputGradients
+from fused_margin._ops.nearest import find_nearest_classes
+from fused_margin._ops.nearest.gradient import add_remote_gradient
 
 LN2 = portable.LN2
 
 
-def products_module(problem: Problem):
-    return portable if problem.products == select.PORTABLE else tensor_cores
+def backend_of(inputs: LossInputs):
+    return portable if inputs.backend == PORTABLE else tensor_cores
 
 
-def check_scale(scale: Tensor | None) -> None:
-    """On CPU only: looking at the values of a CUDA tensor would wait for it."""
-    if scale is not None and scale.device.type == "cpu" and not bool((scale >= 0).all()):
-        raise ValueError(f"scale: expected non-negative numbers, got {scale[~(scale >= 0)][0].item()}")
-
-
-def empty_sweep(problem: Problem, uniform: bool, keep: bool) -> tuple[Plan, Sweep]:
-    """The plan, and all of the sweep's tensors, unwritten; what was not asked for has no elements."""
-    module, weight = products_module(problem), problem.weight
-    plan = module.plan_of(problem, keep)
-    samples, classes, size, compute = problem.samples, problem.classes, problem.size, problem.compute
-    kept, kept_dtype = module.kept_elements(problem, plan)
-    statistic = torch.float64
-    return plan, Sweep(
-        largest_logit=weight.new_empty(samples, dtype=statistic),
-        relative_logsumexp=weight.new_empty(samples, dtype=statistic),
-        target_cosine=weight.new_empty(samples, dtype=statistic),
-        uniform_cosine=weight.new_empty(samples if uniform else 0, dtype=statistic),
-        nearest_cosine=weight.new_empty(classes if problem.nearest else 0, dtype=compute),
-        nearest_index=weight.new_empty(classes if problem.nearest else 0, dtype=torch.int64),
-        target_row=weight.new_empty(samples if problem.sub_centers > 1 else 0, dtype=torch.int64),
+def allocate_output(inputs: LossInputs, uniform: bool, keep: bool) -> tuple[ChunkPlan, ForwardOutput]:
+    """The plan, and the output of one rank's pass, not yet written."""
+    plan = backend_of(inputs).plan_chunks(inputs, keep)
+    (samples, classes, size), weight, compute = inputs.shape, inputs.weight, inputs.compute
+    statistic = weight.new_empty(0, dtype=torch.float64)
+    nearest = classes if inputs.nearest else 0
+    nothing, no_index = statistic.new_empty, weight.new_empty(0, dtype=torch.int64).new_empty
+    return plan, ForwardOutput(
+        largest_logit=statistic.new_empty(samples),
+        relative_logsumexp=statistic.new_empty(samples),
+        target_cosine=statistic.new_empty(samples),
+        uniform_cosine=statistic.new_empty(samples if uniform else 0),
+        nearest_cosine=weight.new_empty(nearest, dtype=compute),
+        nearest_index=no_index(nearest),
+        target_bias=statistic.new_empty(samples if inputs.bias is not None else 0),
+        target_length=statistic.new_empty(samples if inputs.target_length else 0),
+        target_row=no_index(samples if inputs.sub_centers > 1 else 0),
         normalized_embeddings=weight.new_empty(samples, size, dtype=compute),
         embedding_inverse_norm=weight.new_empty(samples, dtype=compute),
         weight_inverse_norm=weight.new_empty(classes, dtype=compute),
-        exponent=weight.new_empty(1 if module.has_shared_exponent(problem) else plan.chunks, samples, dtype=statistic),
+        exponent=statistic.new_empty(plan.exponents, samples),
         uniform_weight=weight.new_empty(size if uniform else 0, dtype=compute),
-        kept=weight.new_empty(kept, dtype=kept_dtype),
+        saved_chunks=weight.new_empty(plan.saved_elements, dtype=plan.saved_dtype),
+        drawn_rows=no_index(0),
+        gathered_labels=no_index(0),
+        gathered_scale=nothing(0),
+        gathered_threshold=nothing(0),
+        gathered_largest=nothing(0),
+        gathered_logsumexp=nothing(0),
     )
 
 
-def forward(
-    problem: Problem, uniform: bool, ignore_index: int, keep: bool, arrive: Callable[[], None] | None = None
-) -> Sweep:
-    """`arrive` waits for embeddings that are still being sent; what needs only the weights is done before."""
-    weight, device = problem.weight, problem.weight.device
-    samples, classes, size = problem.samples, problem.classes, problem.size
-    plan, result = empty_sweep(problem, uniform, keep)
-    check_scale(problem.scale)
+def forward(inputs: LossInputs, uniform: bool, ignore_index: int, keep: bool) -> ForwardOutput:
+    device = inputs.weight.device
+    _checks.scale_values(inputs.scale)
     with on_device(device), torch.autocast(device.type, enabled=False):
         run = kernels(device)
-        if problem.nearest:
-            fill_nearest(run, problem, result)
-        norms_known = arrive is not None and problem.products == select.PORTABLE and not problem.inner_product
-        if norms_known:
-            portable.find_norms(run, problem, result)
-        if arrive is not None:
-            arrive()
-        if problem.embeddings is not None:
-            reported = bad_labels.flag(device)
-            run.target_cosine(
-                compute_like=result.normalized_embeddings, embeddings=problem.embeddings, weight=weight,
-                labels=problem.labels, cosine=result.target_cosine,
-                row=result.target_row if problem.sub_centers > 1 else None, bad_label=reported.data_ptr(),
-                samples=samples, classes=classes, size=size, ignore_index=ignore_index,
-                sub_centers=problem.sub_centers, inner_product=problem.inner_product,
+        if not inputs.is_divided or inputs.embeddings is None:
+            return forward_chunks(run, inputs, None, uniform, ignore_index, keep)
+        gathered = divided.gather_samples(inputs, ignore_index, keep)
+        output = forward_chunks(run, gathered.inputs, gathered, uniform, divided.OTHER_CLASS, keep)
+        return divided.combine_outputs(inputs, gathered, output)
+
+
+def forward_chunks(
+    run, inputs: LossInputs, gathered: "divided.GatheredSamples | None", uniform: bool, ignore_index: int, keep: bool
+) -> ForwardOutput:
+    """One pass over this rank's classes. Gathered embeddings may still be on their way; work on weights comes first."""
+    weight, (samples, classes, size) = inputs.weight, inputs.shape
+    plan, output = allocate_output(inputs, uniform, keep)
+    if inputs.nearest and not inputs.uses_tiled_nearest:
+        cosine, index = find_nearest_classes(run, inputs, forward_chunks)
+        output.nearest_cosine.copy_(cosine)
+        output.nearest_index.copy_(index)
+    norms_known = gathered is not None and inputs.backend == PORTABLE and not inputs.inner_product
+    if norms_known:
+        portable.find_norms(run, inputs, output)
+    if gathered is not None:
+        gathered.wait_for_embeddings()
+    if inputs.embeddings is not None:
+        reported = _checks.bad_label_buffer(weight.device)
+        run.target_cosine(
+            compute_like=output.normalized_embeddings, embeddings=inputs.embeddings, weight=weight,
+            labels=inputs.labels, cosine=output.target_cosine,
+            row=output.target_row if inputs.sub_centers > 1 else None, bad_label=reported.data_ptr(), samples=samples,
+            classes=classes, size=size, ignore_index=ignore_index, sub_centers=inputs.sub_centers,
+            inner_product=inputs.inner_product,
+        )  # fmt: skip
+        _checks.bad_label(reported, weight.device, classes // inputs.sub_centers)
+        if inputs.inner_product:
+            output.normalized_embeddings.copy_(inputs.embeddings)
+            output.embedding_inverse_norm.fill_(1.0)
+        else:
+            run.row_normalize(
+                rows=inputs.embeddings, normalized=output.normalized_embeddings,
+                inverse_norm=output.embedding_inverse_norm, count=samples, size=size,
             )  # fmt: skip
-            bad_labels.check(reported, device, classes // problem.sub_centers)
-            if problem.inner_product:
-                result.normalized_embeddings.copy_(problem.embeddings)
-                result.embedding_inverse_norm.fill_(1.0)
-            else:
-                run.row_normalize(
-                    rows=problem.embeddings, normalized=result.normalized_embeddings,
-                    inverse_norm=result.embedding_inverse_norm, count=samples, size=size,
-                )  # fmt: skip
-        products = products_module(problem).Products(run, problem, plan, result)
-        products.norms_known = norms_known
+        targets.write(inputs, output)
+    if gathered is not None:
+        inputs = divided.without_raw_embeddings(inputs, output)
+    backend = backend_of(inputs).ChunkBackend(run, inputs, plan, output, norms_known)
+    if uniform:
+        output.uniform_weight.zero_()
+    for k in range(plan.chunks):
+        backend.forward_chunk(k)
         if uniform:
-            result.uniform_weight.zero_()
-        for k in range(plan.chunks):
-            products.add(k)
-            if uniform:
-                begin, end = plan.bounds(k)
-                per_row = result.weight_inverse_norm[begin:end]
-                if problem.class_weight is not None:
-                    per_row = per_row * problem.class_weight[begin:end].to(problem.compute)
-                result.uniform_weight.addmv_(weight[begin:end].to(problem.compute).t(), per_row)
-        products.finish()
-        if uniform and samples:
-            torch.mv(result.normalized_embeddings.double(), result.uniform_weight.double(), out=result.uniform_cosine)
-    return result
-
-
-def fill_nearest(run, problem: Problem, result: Sweep) -> None:
-    """The nearest classes, where they are known or searched for before the sweep."""
-    if problem.known_index is not None:
-        cosine, index = problem.known_cosine, problem.known_index
-    elif is_searched(problem):
-        cosine, index = find_nearest(run, problem.weight, None, 1, False, problem.workspace_bytes).answers(
-            problem.compute
-        )
-        cosine, index = cosine.squeeze(1), index.squeeze(1)
-    else:
-        return
-    result.nearest_cosine.copy_(cosine)
-    result.nearest_index.copy_(index)
+            begin, end = plan.bounds(k)
+            per_row = output.weight_inverse_norm[begin:end]
+            if inputs.class_weight is not None:
+                per_row = per_row * inputs.class_weight[begin:end].to(per_row.dtype)
+            output.uniform_weight.addmv_(weight[begin:end].to(per_row.dtype).t(), per_row)
+    backend.finish_forward()
+    if uniform and samples:
+        torch.mv(output.normalized_embeddings.double(), output.uniform_weight.double(), out=output.uniform_cosine)
+    return output
 
 
 def backward(
-    problem: Problem, upstream: SweepGradients, saved: Sweep, need_embeddings: bool, need_weight: bool, need_bias: bool
+    inputs: LossInputs,
+    upstream: OutputGradients,
+    saved: ForwardOutput,
+    need_embeddings: bool,
+    need_weight: bool,
+    need_bias: bool,
 ) -> Gradients:
-    compute, weight, device = problem.compute, problem.weight, problem.weight.device
-    samples, classes, size, x_hat = problem.samples, problem.classes, problem.size, saved.normalized_embeddings
-    module = products_module(problem)
-    plan = module.plan_of(problem, saved.kept.numel() > 0)
-    d_weight = weight.new_empty(0)
-    d_bias = x_hat.new_empty(classes if need_bias else 0)
-    d_scale = saved.target_cosine.new_empty(samples if problem.scale is not None else 0)
-    # of the embeddings, before the Jacobian; the scale's gradient is read off it too
-    need_dense = need_embeddings or problem.scale is not None
+    device = inputs.weight.device
     with on_device(device), torch.autocast(device.type, enabled=False):
         run = kernels(device)
-        dense = problem.embeddings is not None and upstream.negative_logsumexp is not None
-        target_gradient = (
-            saved.target_cosine.new_zeros(samples)
-            if upstream.target_cosine is None
-            else upstream.target_cosine.contiguous()
-        )
-        if dense:
-            products = module.Products(run, problem, plan, saved)
-            products.prepare(row_scales(upstream.negative_logsumexp, saved), need_dense, need_weight)
-        else:
-            d_bias.zero_()
+        if not inputs.is_divided:
+            return backward_chunks(run, inputs, upstream, saved, need_embeddings, need_weight, need_bias)
+        local, gathered = inputs, upstream
+        if inputs.embeddings is not None:
+            local, gathered, saved = divided.gather_upstream(inputs, upstream, saved)
+        gradients = backward_chunks(run, local, gathered, saved, need_embeddings, need_weight, need_bias)
+        return divided.scatter_gradients(inputs, saved, gradients, need_embeddings, need_weight, need_bias)
+
+
+def backward_chunks(
+    run,
+    inputs: LossInputs,
+    upstream: OutputGradients,
+    saved: ForwardOutput,
+    need_embeddings: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> Gradients:
+    """One pass over this rank's classes: their gradients, and their part of the gradients of all samples."""
+    compute, weight, x_hat = inputs.compute, inputs.weight, saved.normalized_embeddings
+    samples, classes, size = inputs.shape
+    module = backend_of(inputs)
+    plan = module.plan_chunks(inputs, saved.saved_chunks.numel() > 0)
+    d_weight = weight.new_empty(0)
+    d_bias = x_hat.new_empty(classes if need_bias else 0)
+    d_scale = saved.target_cosine.new_empty(samples if inputs.scale is not None else 0)
+    # of the embeddings, before the Jacobian; the scale's gradient is read off it too
+    need_dense = need_embeddings or inputs.scale is not None
+    dense = inputs.embeddings is not None and upstream.logsumexp is not None
+    target_gradient = (
+        saved.target_cosine.new_zeros(samples)
+        if upstream.target_cosine is None
+        else upstream.target_cosine.contiguous()
+    )
+    if dense:
+        backend = module.ChunkBackend(run, inputs, plan, saved)
+        backend.prepare_backward(row_scales(upstream.logsumexp, saved), need_dense, need_weight)
+    else:
+        d_bias.zero_()
+    if need_weight:
+        d_weight = torch.empty_like(weight)
+        advise_huge_pages(d_weight)
+        sparse = sparse_terms(inputs, upstream, saved, target_gradient)
+        buffer = None if inputs.gradient_in_place else x_hat.new_empty(plan.chunk, size)
+    for k in range(plan.chunks if dense or need_weight else 0):
+        begin, end = plan.bounds(k)
+        gradient = None
         if need_weight:
-            d_weight = torch.empty_like(weight)
-            advise_huge_pages(d_weight)
-            sparse = sparse_terms(problem, upstream, saved, target_gradient)
-            in_place = gradient_in_place(problem)
-            buffer = None if in_place else x_hat.new_empty(plan.chunk, size)
-        for k in range(plan.chunks if dense or need_weight else 0):
-            begin, end = plan.bounds(k)
-            gradient = None
-            if need_weight:
-                gradient = d_weight[begin:end] if in_place else buffer[: end - begin]
-            if dense:
-                products.accumulate(k, gradient, d_bias[begin:end] if need_bias else None)
-            elif need_weight:
-                gradient.zero_()
-            if need_weight:
-                run.project_weight_gradient(
-                    gradient=gradient, weight=weight, inverse_norm=saved.weight_inverse_norm,
-                    dense_scale=products.dense_scale if dense else None, **sparse, samples=samples, classes=classes,
-                    size=size, class_begin=begin, chunk=end - begin, inner_product=problem.inner_product,
-                )  # fmt: skip
-                if not in_place:
-                    d_weight[begin:end].copy_(gradient)
-        d_embeddings = x_hat.new_empty(0)
-        if need_dense:
-            d_embeddings = products.embedding_gradient() if dense else torch.zeros_like(x_hat)
-            uniform = upstream.uniform_cosine is not None
-            run.project_embedding_gradient(
-                gradient=d_embeddings, normalized_embeddings=x_hat, inverse_norm=saved.embedding_inverse_norm,
-                weight=weight, weight_inverse_norm=saved.weight_inverse_norm, labels=target_rows(problem, saved),
-                row_scale=products.embedding_scale if dense else None, scale=problem.scales,
-                target_gradient=target_gradient,
-                uniform_gradient=upstream.uniform_cosine.contiguous() if uniform else None,
-                uniform_weight=saved.uniform_weight if uniform else None,
-                scale_gradient=d_scale if problem.scale is not None else None, samples=samples, classes=classes,
-                size=size, inner_product=problem.inner_product,
+            gradient = d_weight[begin:end] if buffer is None else buffer[: end - begin]
+        if dense:
+            backend.backward_chunk(k, gradient, d_bias[begin:end] if need_bias else None)
+        elif need_weight:
+            gradient.zero_()
+        if need_weight:
+            run.project_weight_gradient(
+                gradient=gradient, weight=weight, inverse_norm=saved.weight_inverse_norm,
+                dense_scale=backend.dense_scale if dense else None, **sparse, samples=samples, classes=classes,
+                size=size, class_begin=begin, chunk=end - begin, inner_product=inputs.inner_product,
             )  # fmt: skip
+            if buffer is not None:
+                d_weight[begin:end].copy_(gradient)
+    d_embeddings = x_hat.new_empty(0)
+    if need_dense:
+        d_embeddings = backend.embedding_gradient() if dense else torch.zeros_like(x_hat)
+        uniform = upstream.uniform_cosine is not None
+        run.project_embedding_gradient(
+            gradient=d_embeddings, normalized_embeddings=x_hat, inverse_norm=saved.embedding_inverse_norm,
+            weight=weight, weight_inverse_norm=saved.weight_inverse_norm, labels=target_rows(inputs, saved),
+            row_scale=backend.embedding_scale if dense else None, scale=inputs.scales,
+            target_gradient=target_gradient,
+            uniform_gradient=upstream.uniform_cosine.contiguous() if uniform else None,
+            uniform_weight=saved.uniform_weight if uniform else None,
+            scale_gradient=d_scale if inputs.scale is not None else None, samples=samples, classes=classes,
+            size=size, inner_product=inputs.inner_product,
+        )  # fmt: skip
     if not need_embeddings:
         d_embeddings = x_hat.new_empty(0)
-    elif problem.embeddings.dtype != compute:
-        d_embeddings = d_embeddings.to(problem.embeddings.dtype)
+    elif inputs.embeddings.dtype != compute:
+        d_embeddings = d_embeddings.to(inputs.embeddings.dtype)
     if need_bias:
-        d_bias = d_bias.to(problem.bias.dtype)
+        d_bias = targets.add_bias_gradient(inputs, d_bias.to(inputs.bias.dtype), upstream.target_bias)
+    if need_weight:
+        targets.add_length_gradient(inputs, d_weight, upstream.target_length)
+        if inputs.group and upstream.nearest_cosine is not None:
+            add_remote_gradient(inputs, d_weight, saved.nearest_index, upstream.nearest_cosine)
     return Gradients(d_embeddings, d_weight, d_bias, d_scale)
 
 
-def target_rows(problem: Problem, saved: Sweep) -> Tensor | None:
-    """The row of weight (N,) that is every sample's target."""
-    return saved.target_row if problem.sub_centers > 1 else problem.labels
+def target_rows(inputs: LossInputs, saved: ForwardOutput) -> Tensor | None:
+    """The row of weight (N,) of every sample's target."""
+    return saved.target_row if inputs.sub_centers > 1 else inputs.labels
 
 
-def row_scales(gradient: Tensor, saved: Sweep) -> Tensor:
-    """What turns a chunk's exponentials into dL / d logit: gradient * 2^exponent / exp(negative_logsumexp)."""
-    scales = gradient * torch.exp(saved.exponent * LN2 - saved.largest_logit - saved.relative_logsumexp)
+def row_scales(gradient: Tensor, saved: ForwardOutput) -> Tensor:
+    """The factor from a chunk's exponentials to dL / d logit: gradient * 2^exponent / exp(logsumexp)."""
+    largest, relative = saved.largest_logit, saved.relative_logsumexp
+    scales = gradient * torch.exp(saved.exponent * LN2 - largest - relative)
     # a row that is ignored, or has no other class, has no gradient; its exponentials may be anything
-    return scales.masked_fill_((gradient == 0) | (saved.relative_logsumexp == -math.inf), 0.0)
+    return scales.masked_fill_((gradient == 0) | (relative == -math.inf), 0.0)
 
 
 def sparse_terms(
-    problem: Problem, upstream: SweepGradients, saved: Sweep, target_gradient: Tensor
+    inputs: LossInputs, upstream: OutputGradients, saved: ForwardOutput, target_gradient: Tensor
 ) -> dict[str, Tensor | None]:
     """The weight gradient's terms that touch few rows, as project_weight_gradient takes them."""
-    terms = dict.fromkeys(
+    terms: dict[str, Tensor | None] = dict.fromkeys(
         ("normalized_embeddings", "sorted_labels", "label_order", "target_gradient", "uniform_direction", "class_weight",
          "nearest", "sorted_nearest", "nearest_order", "nearest_gradient")
     )  # fmt: skip
     x_hat = saved.normalized_embeddings
-    if problem.labels is not None:
-        terms["sorted_labels"], terms["label_order"] = torch.sort(target_rows(problem, saved), stable=True)
+    if inputs.labels is not None:
+        terms["sorted_labels"], terms["label_order"] = torch.sort(target_rows(inputs, saved), stable=True)
         terms["normalized_embeddings"], terms["target_gradient"] = x_hat, target_gradient
     if upstream.uniform_cosine is not None:
         terms["uniform_direction"] = torch.mv(x_hat.t(), upstream.uniform_cosine.to(x_hat.dtype))
-        terms["class_weight"] = problem.class_weight
-    if problem.nearest and upstream.nearest_cosine is not None:
+        terms["class_weight"] = inputs.class_weight
+    if upstream.nearest_cosine is not None and not inputs.group:
         terms["nearest"] = saved.nearest_index
         terms["sorted_nearest"], terms["nearest_order"] = torch.sort(saved.nearest_index, stable=True)
         terms["nearest_gradient"] = upstream.nearest_cosine.to(x_hat.dtype).contiguous()

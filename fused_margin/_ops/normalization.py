@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from fused_margin._ops.plan import SMALLEST_CHUNK
+from fused_margin._ops.inputs import SMALLEST_CHUNK
 
 SHORTEST = 1e-12  # a row shorter than this counts as zero
 

@@ -22,11 +22,10 @@ from torch import Tensor, nn
 
 from fused_margin import _checks
 from fused_margin.compat.insightface_checkpoints import Progress, load_checkpoint, save_checkpoint
-from fused_margin.distributed import DenseGradient, Shard
-from fused_margin.functional import margin_cross_entropy
+from fused_margin.distributed import Shard
+from fused_margin.functional import unchecked_margin_cross_entropy
 from fused_margin.losses import settings
-from fused_margin.margins import FilteredNegatives, Margin
-from fused_margin.reference import psi
+from fused_margin.margins import FilteredNegatives, Margin, psi
 
 __all__ = ["ArcFace", "CombinedMarginLoss", "CosFace", "PartialFC_V2", "Progress", "load_checkpoint", "save_checkpoint"]
 
@@ -87,7 +86,7 @@ class LogitMargin(settings.Settings):
         _checks.label_values(labels, logits.shape[1], ELSEWHERE)
         rows = (labels != ELSEWHERE).nonzero().squeeze(1)
         own = rows, labels[rows].long()
-        target = psi(logits[own], **self.numbers(), **MODE)
+        target = psi(logits[own], self.fused())
         if self.interclass_filtering_threshold > 0:
             logits = torch.where(logits > self.interclass_filtering_threshold, 0.0, logits)
         return logits.index_put(own, target) * self.s
@@ -240,8 +239,9 @@ class PartialFC_V2(settings.Settings):
         self.embedding_size = _checks.positive_index("embedding_size", embedding_size)
         if process_group is None and dist.is_available() and dist.is_initialized():
             process_group = dist.group.WORLD
-        self.shard = shard = Shard(self.num_classes, process_group)
-        self.rank, self.world_size = shard.rank, shard.world
+        shard = Shard(self.num_classes, process_group)
+        self.shard = shard if shard.world_size > 1 else None
+        self.rank, self.world_size = shard.rank, shard.world_size
         self.class_start, self.num_local = shard.begin, shard.size
         self.sample_rate, self.fp16, self.sparse, self.workspace_mb = sample_rate, fp16, sparse, workspace_mb
         self.margin_softmax = margin_loss
@@ -255,28 +255,31 @@ class PartialFC_V2(settings.Settings):
     def process_group(self) -> dist.ProcessGroup | None:
         return None if self.shard is None else self.shard.group
 
-    def setting_changed(self, name: str) -> None:
-        if name == "sample_rate":
-            group = None if self.shard is None else self.shard.group
-            divided = self.world_size > 1 or self.sample_rate < 1
-            self.shard = Shard(self.num_classes, group, self.sample_rate) if divided else None
-
     def forward(self, local_embeddings: Tensor, local_labels: Tensor) -> Tensor:
         embeddings, weight = local_embeddings, self.weight
         if self.world_size > 1 and embeddings.requires_grad:
             embeddings = embeddings.view_as(embeddings)  # so that the caller's has no hook
             embeddings.register_hook(lambda gradient: gradient * self.world_size)
-        if self.sample_rate < 1 and not self.sparse:
-            weight = DenseGradient.apply(weight)
+        labels = column(local_labels)
+        _checks.batch(embeddings, weight, labels, at_least=1 if self.shard is None else 0)
         with torch.autocast(weight.device.type, torch.float16, enabled=bool(self.fp16)):
-            return margin_cross_entropy(
+            return unchecked_margin_cross_entropy(
                 embeddings,
                 weight,
-                column(local_labels),
+                labels,
                 self.margin_softmax.fused(),
                 self.margin_softmax.scale(weight.device),
+                exclusive_weight=0.0,
+                class_weight=None,
+                reduction="mean",
+                ignore_index=-100,
+                label_smoothing=0.0,
+                sub_centers=1,
                 hard_negatives=self.margin_softmax.filtered(),
+                nearest=None,
                 shard=self.shard,
+                sample_rate=self.sample_rate,
+                sparse=self.sparse,
                 workspace_mb=self.workspace_mb,
             )
 

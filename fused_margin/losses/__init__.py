@@ -1,1 +1,40 @@
 """The loss modules."""
+
+from fused_margin.losses.adaptive import AdaFaceLoss, CurricularFaceLoss, ElasticFaceLoss, MagFaceLoss
+from fused_margin.losses.auxiliary import CenterLoss, InterLoss, IntraLoss, RingLoss, UniformLoss
+from fused_margin.losses.base import MarginLoss
+from fused_margin.losses.exclusive import ExclusiveRegularizer
+from fused_margin.losses.margin import (
+    ArcFaceLoss,
+    CombinedMarginLoss,
+    CosFaceLoss,
+    ModifiedSoftmaxLoss,
+    NormFaceLoss,
+    SphereFaceLoss,
+    SubCenterArcFaceLoss,
+)
+from fused_margin.losses.softmax import L2SoftmaxLoss, LSoftmaxLoss, SoftmaxLoss
+
+__all__ = [
+    "AdaFaceLoss",
+    "ArcFaceLoss",
+    "CenterLoss",
+    "CombinedMarginLoss",
+    "CosFaceLoss",
+    "CurricularFaceLoss",
+    "ElasticFaceLoss",
+    "ExclusiveRegularizer",
+    "InterLoss",
+    "IntraLoss",
+    "L2SoftmaxLoss",
+    "LSoftmaxLoss",
+    "MagFaceLoss",
+    "MarginLoss",
+    "ModifiedSoftmaxLoss",
+    "NormFaceLoss",
+    "RingLoss",
+    "SoftmaxLoss",
+    "SphereFaceLoss",
+    "SubCenterArcFaceLoss",
+    "UniformLoss",
+]

@@ -1,35 +1,49 @@
-"""Losses that follow the sample: AdaFace and MagFace read its norm, ElasticFace draws, CurricularFace looks around it."""
+"""Losses whose margin depends on the sample: AdaFace, MagFace, ElasticFace, CurricularFace."""
 
-from typing import Any, ClassVar
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from fused_margin import _checks
+from fused_margin._ops import library
 from fused_margin._ops.normalization import target_cosines
-from fused_margin._ops.sharded import sharded_target_cosine
-from fused_margin._reductions import mean_over
+from fused_margin.functional import mean_over
 from fused_margin.losses import settings
-from fused_margin.losses.margin import ARGUMENTS, MarginLoss
+from fused_margin.losses.base import MarginLoss
 from fused_margin.losses.running_state import RunningState, once_per_step
-from fused_margin.margins import HardNegatives, Margin, warn_of_degrees
-from fused_margin.reference import psi
+from fused_margin.margins import HardNegatives, Margin, psi, warn_of_degrees
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from fused_margin.losses.base import MarginOptions
 
 
 class AdaFaceLoss(RunningState, MarginLoss):
-    __doc__ = (
-        "AdaFace: the norm, taken for the image's quality, moves the margin (arXiv:2204.00964, eq. 12 to 15).\n\n"
-        "    With z the norm, standardised by running statistics and held to [-1, 1]::\n\n"
-        "        psi(theta) = cos(theta - margin * z) - (margin + margin * z)\n\n"
-        "    where ``theta - margin * z`` stays within [0, pi]. No gradient flows through z."
-        + ARGUMENTS.format(
-            own="        margin: m of the formula, radians and cosine at once.\n"
-            "        concentration: h; z is +-1 at 1 / h standard deviations from the mean.\n"
-            "        momentum: share of the running statistics that a batch replaces.\n"
-            "        scale: s of the logits."
-        )
-        + "        norm_mean, norm_std: running statistics of the norm, buffers; updated in training mode.\n"
-    )
+    """AdaFace: the norm of an embedding, as a measure of image quality, sets the margin (arXiv:2204.00964, eq. 12 to 15).
+
+    With z the norm, standardised by running statistics and clamped to [-1, 1]::
+
+        psi(theta) = cos(theta - margin * z) - (margin + margin * z)
+
+    where ``theta - margin * z`` stays within [0, pi]. No gradient flows through z.
+
+    Args:
+        num_classes: C.
+        embedding_size: D.
+        margin: m of the formula, in radians and as a cosine.
+        scale: s of the logits.
+        concentration: h; z is +-1 at 1 / h standard deviations from the mean.
+        momentum: share of the running statistics that a batch replaces.
+        **options: see :class:`fused_margin.MarginLoss`.
+
+    Attributes:
+        norm_mean, norm_std: running statistics of the norm, buffers; updated in training mode.
+    """
+
     SETTINGS: ClassVar = {
         "margin": settings.angle(0.0),
         "concentration": settings.number(0.0, open_low=True),
@@ -43,10 +57,10 @@ class AdaFaceLoss(RunningState, MarginLoss):
         num_classes: int,
         embedding_size: int,
         margin: float = 0.4,
-        scale: float = 64.0,
+        scale: float | Tensor = 64.0,
         concentration: float = 0.333,
         momentum: float = 0.01,
-        **options,
+        **options: Unpack[MarginOptions],
     ):
         super().__init__(num_classes, embedding_size, {}, scale, **options)
         self.margin, self.concentration, self.momentum = margin, concentration, momentum
@@ -57,9 +71,9 @@ class AdaFaceLoss(RunningState, MarginLoss):
     def statistics(self, norm: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The running statistics after this batch, of which ignored samples and NaN are no part."""
         counts = (labels != self.ignore_index) & norm.isfinite()
-        count = self.total(counts.sum())
-        mean = self.total(torch.where(counts, norm, 0.0).sum()) / count
-        variance = self.total(torch.where(counts, (norm - mean) ** 2, 0.0).sum()) / (count - 1)
+        count = self.all_reduce(counts.sum())
+        mean = self.all_reduce(torch.where(counts, norm, 0.0).sum()) / count
+        variance = self.all_reduce(torch.where(counts, (norm - mean) ** 2, 0.0).sum()) / (count - 1)
         new = (mean.nan_to_num(), variance.nan_to_num().sqrt())
         return tuple(
             torch.where(count > 1, old + self.momentum * (n - old), old)  # one sample has no deviation
@@ -89,18 +103,21 @@ class AdaFaceLoss(RunningState, MarginLoss):
 
 
 class MagFaceLoss(MarginLoss):
-    __doc__ = (
-        "MagFace: the margin grows with the norm, and the norm is rewarded (arXiv:2103.06627, eq. 2 and 4).\n\n"
-        "    With a the norm, held to ``norms = (l_a, u_a)``, the angular margin rises linearly from ``margins[0]`` at\n"
-        "    l_a to ``margins[1]`` at u_a, and ``norm_weight * (1 / a + a / u_a^2)`` is added to every sample's loss.\n"
-        "    The margin is differentiable in the norm."
-        + ARGUMENTS.format(
-            own="        margins: smallest and largest, radians.\n"
-            "        norms: between which the margin rises.\n"
-            "        norm_weight: lambda_g.\n"
-            "        scale: s of the logits."
-        )
-    )
+    """MagFace: the margin grows with the norm, and a regularizer rewards large norms (arXiv:2103.06627, eq. 2 and 4).
+
+    With a the norm, clamped to ``norms = (l_a, u_a)``, the angular margin rises linearly from ``margins[0]`` at
+    l_a to ``margins[1]`` at u_a, and ``norm_weight * (1 / a + a / u_a^2)`` is added to every sample's loss.
+    The margin is differentiable in the norm.
+
+    Args:
+        num_classes: C.
+        embedding_size: D.
+        margins: smallest and largest angle, in radians.
+        norms: range in which the margin rises.
+        norm_weight: lambda_g.
+        scale: s of the logits.
+        **options: see :class:`fused_margin.MarginLoss`.
+    """
 
     SETTINGS: ClassVar = {"margins": settings.angles, "norms": settings.norms, "norm_weight": settings.number(0.0)}
 
@@ -111,8 +128,8 @@ class MagFaceLoss(MarginLoss):
         margins: tuple[float, float] = (0.45, 0.8),
         norms: tuple[float, float] = (10.0, 110.0),
         norm_weight: float = 35.0,
-        scale: float = 64.0,
-        **options,
+        scale: float | Tensor = 64.0,
+        **options: Unpack[MarginOptions],
     ):
         super().__init__(num_classes, embedding_size, {}, scale, **options)
         self.margins, self.norms, self.norm_weight = margins, norms, norm_weight
@@ -138,25 +155,28 @@ class MagFaceLoss(MarginLoss):
         counts = labels != self.ignore_index
         reward = torch.where(counts, 1 / norm + norm / self.norms[1] ** 2, 0.0)
         if self.reduction == "mean":
-            reward = mean_over(self.total(reward.sum()), self.total(counts.sum()))
+            reward = mean_over(self.all_reduce(reward.sum()), self.all_reduce(counts.sum()))
         elif self.reduction == "sum":
-            reward = self.total(reward.sum())
+            reward = self.all_reduce(reward.sum())
         return loss + (self.norm_weight * reward).to(loss.dtype)
 
 
 class ElasticFaceLoss(MarginLoss):
-    __doc__ = (
-        "ElasticFace: every sample's margin is drawn anew from a normal distribution (arXiv:2109.09416, eq. 5 and 6).\n\n"
-        "    In evaluation mode every margin is the mean."
-        + ARGUMENTS.format(
-            own="        margin: mean; radians, or cosine.\n"
-            "        std: standard deviation.\n"
-            '        kind: "arc" adds the margin to the angle, "cos" subtracts it from the cosine.\n'
-            "        by_difficulty: the paper's ElasticFace+: the drawn margins are dealt out so that a sample further\n"
-            "            from its class has a larger one.\n"
-            "        scale: s of the logits."
-        )
-    )
+    """ElasticFace: each sample's margin is drawn from a normal distribution (arXiv:2109.09416, eq. 5 and 6).
+
+    In evaluation mode every margin is the mean.
+
+    Args:
+        num_classes: C.
+        embedding_size: D.
+        margin: mean, in radians, or a cosine.
+        std: standard deviation.
+        kind: "arc" adds the margin to the angle, "cos" subtracts it from the cosine.
+        by_difficulty: ElasticFace+ of the paper: the drawn margins are sorted, so that a sample further from its class
+            gets a larger one.
+        scale: s of the logits.
+        **options: see :class:`fused_margin.MarginLoss`.
+    """
 
     SETTINGS: ClassVar = {
         "margin": settings.number(0.0),
@@ -173,8 +193,8 @@ class ElasticFaceLoss(MarginLoss):
         std: float = 0.05,
         kind: str = "arc",
         by_difficulty: bool = False,
-        scale: float = 64.0,
-        **options,
+        scale: float | Tensor = 64.0,
+        **options: Unpack[MarginOptions],
     ):
         super().__init__(num_classes, embedding_size, {}, scale, **options)
         self.kind, self.margin, self.std, self.by_difficulty = kind, margin, std, by_difficulty
@@ -202,17 +222,23 @@ class ElasticFaceLoss(MarginLoss):
 
 
 class CurricularFaceLoss(RunningState, MarginLoss):
-    __doc__ = (
-        "CurricularFace: ArcFace in which near other classes come to weigh more as training goes on (arXiv:2004.00288).\n\n"
-        "    A cosine to another class above ``cos(theta + margin)`` becomes ``cos * (t + cos)`` (eq. 6); t is the running\n"
-        "    mean of the cosines to the own classes (eq. 9)."
-        + ARGUMENTS.format(
-            own="        margin: angle in radians.\n"
-            "        scale: s of the logits.\n"
-            "        momentum: share of t that a batch replaces, before it is used, as published in code."
-        )
-        + "        t: the running mean, a buffer; updated in training mode.\n"
-    )
+    """CurricularFace: ArcFace with weights of near other classes that grow during training (arXiv:2004.00288).
+
+    A cosine to another class above ``cos(theta + margin)`` becomes ``cos * (t + cos)`` (eq. 6); t is the running
+    mean of the cosines to the own classes (eq. 9).
+
+    Args:
+        num_classes: C.
+        embedding_size: D.
+        margin: angle in radians.
+        scale: s of the logits.
+        momentum: share of t that a batch replaces, before t is used, as in the published code.
+        **options: see :class:`fused_margin.MarginLoss`.
+
+    Attributes:
+        t: the running mean, a buffer; updated in training mode.
+    """
+
     RUNNING = ("t",)
 
     SETTINGS: ClassVar = {"margin": settings.angle(0.0), "momentum": settings.number(0.0, 1.0)}
@@ -223,9 +249,9 @@ class CurricularFaceLoss(RunningState, MarginLoss):
         num_classes: int,
         embedding_size: int,
         margin: float = 0.5,
-        scale: float = 64.0,
+        scale: float | Tensor = 64.0,
         momentum: float = 0.01,
-        **options,
+        **options: Unpack[MarginOptions],
     ):
         super().__init__(num_classes, embedding_size, {}, scale, **options)
         self.margin, self.momentum = margin, momentum
@@ -244,15 +270,15 @@ class CurricularFaceLoss(RunningState, MarginLoss):
     @torch.no_grad()
     def next_t(self, cosine: Tensor, labels: Tensor) -> Tensor:
         counts = (labels != self.ignore_index) & cosine.isfinite()
-        count = self.total(counts.sum())
-        mean = self.total(torch.where(counts, cosine, 0.0).sum()) / count
+        count = self.all_reduce(counts.sum())
+        mean = self.all_reduce(torch.where(counts, cosine, 0.0).sum()) / count
         momentum = self.momentum if self.training else 0.0
         return torch.where(count > 0, torch.lerp(self.t, mean, momentum * torch.ones_like(self.t)), self.t)
 
     @torch.no_grad()
     def hard_negatives(self, embeddings: Tensor, labels: Tensor) -> HardNegatives:
         cosine = target_cosine(self, embeddings, labels)
-        threshold = psi(cosine, m2=self.margin_function.m2, **self.margin_options)
+        threshold = psi(cosine, self.margin_function)
         return HardNegatives(threshold, self.next_t(cosine, labels))
 
     @once_per_step
@@ -275,9 +301,9 @@ def embedding_norm(embeddings: Tensor, least: float, most: float) -> Tensor:
 
 def target_cosine(loss_fn: MarginLoss, embeddings: Tensor, labels: Tensor) -> Tensor:
     """Cosines (N,) float64 of the samples with their own class; that of an ignored label means nothing."""
-    shard = loss_fn.current_shard()
+    shard = loss_fn.shard
     if shard is not None:
-        return sharded_target_cosine(
-            shard, embeddings, loss_fn.weight, labels, loss_fn.sub_centers, loss_fn.ignore_index
+        return library.divided_target_cosines(
+            embeddings, loss_fn.weight, labels, loss_fn.sub_centers, loss_fn.ignore_index, shard.name, shard.num_classes
         )
     return target_cosines(embeddings, loss_fn.weight, labels.long(), loss_fn.sub_centers)

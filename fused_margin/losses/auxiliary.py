@@ -1,4 +1,4 @@
-"""Losses that accompany a margin loss, added to it with a weight: of norms, centres and class weights."""
+"""Auxiliary losses, added to a margin loss with a weight: center, ring, intra, inter and uniform loss."""
 
 import math
 from typing import ClassVar
@@ -11,13 +11,13 @@ from fused_margin import _checks
 from fused_margin._ops.class_pair_sums import other_class_sums
 from fused_margin._ops.inputs import compute_dtype
 from fused_margin._ops.normalization import unit_rows
-from fused_margin._reductions import mean_over
+from fused_margin.functional import mean_over
 from fused_margin.losses import settings
 from fused_margin.losses.running_state import RunningState, once_per_step
 
 
-class CompanionLoss(settings.Settings):
-    """What the companions share: which samples count, and their reduction. Arguments may be set between steps."""
+class AuxiliaryLoss(settings.Settings):
+    """The base class of the auxiliary losses: ignored samples and the reduction. Arguments may be set between steps."""
 
     SETTINGS: ClassVar = {
         "reduction": settings.REDUCTION,
@@ -43,7 +43,7 @@ class CompanionLoss(settings.Settings):
         return mean_over(values.sum(), counts.sum()) if self.reduction == "mean" else values.sum()
 
 
-class CenterLoss(RunningState, CompanionLoss):
+class CenterLoss(RunningState, AuxiliaryLoss):
     """Center loss: half the squared distance of an embedding to its class's centre (Wen et al., ECCV 2016, eq. 2).
 
     Every forward in training mode then moves the centres (eq. 4); its loss is that of the centres before::
@@ -130,7 +130,7 @@ class CenterLoss(RunningState, CompanionLoss):
         return f"num_classes={num_classes}, embedding_size={embedding_size}, alpha={self.alpha}"
 
 
-class RingLoss(RunningState, CompanionLoss):
+class RingLoss(RunningState, AuxiliaryLoss):
     """Ring loss: embeddings are drawn to a norm that is learned (Zheng et al., CVPR 2018, arXiv:1803.00130, eq. 2).
 
     ``loss_i = (|x_i| - radius)^2 / 2``. The paper's lambda is the weight that it is added with.
@@ -199,7 +199,7 @@ class RingLoss(RunningState, CompanionLoss):
         self.update_state("initialised", self.initialised | begins)
 
 
-class IntraLoss(CompanionLoss):
+class IntraLoss(AuxiliaryLoss):
     """Intra-loss: the angle of an embedding to its class's weight, over pi (ArcFace, arXiv:1801.07698, eq. 5).
 
     ``loss_i = theta_{y_i} / pi``. The gradient is exact, and 0 where theta is 0 or pi and there is none.
@@ -229,7 +229,7 @@ class IntraLoss(CompanionLoss):
         return self.reduce(2.0 / math.pi * torch.atan2(across, along), counts)
 
 
-class InterLoss(CompanionLoss):
+class InterLoss(AuxiliaryLoss):
     """Inter-loss: rewards the angles of a sample's class weight to the others, over pi (ArcFace, arXiv:1801.07698, eq. 6).
 
     ``loss_i = -1 / (pi (C - 1)) * sum_{j != y_i} arccos(w_{y_i} . w_j)`` with unit-length class weights; a class counts
@@ -262,7 +262,7 @@ class InterLoss(CompanionLoss):
         return self.reduce(-angles / (math.pi * (len(weight) - 1)), counts).to(weight.dtype)
 
 
-class UniformLoss(CompanionLoss):
+class UniformLoss(AuxiliaryLoss):
     """UniformFace's uniform loss: class centres repel each other like charges (Duan, Lu and Zhou, CVPR 2019).
 
     The mean potential of the ordered pairs of classes, with the unit-length class weights for centres::

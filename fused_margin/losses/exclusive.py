@@ -1,4 +1,4 @@
-"""RegularFace's exclusive term as a module, with what it keeps of the nearest classes from step to step."""
+"""RegularFace's exclusive term as a module, with its cache of nearest classes."""
 
 from __future__ import annotations
 
@@ -10,13 +10,10 @@ from torch import Tensor
 from fused_margin import _checks
 from fused_margin._ops import library
 from fused_margin._ops.inputs import workspace_bytes
-from fused_margin._ops.kernels import kernels, on_device
-from fused_margin._ops.nearest import sharded_certified
-from fused_margin._ops.nearest.cache import NearestState, fits, new_state
-from fused_margin._ops.registration import refuse_transforms
+from fused_margin._ops.nearest.cache import NearestCache, fits, new_cache
+from fused_margin._ops.nearest.library import certified_nearest, periodic_nearest
 from fused_margin.distributed import Shard
 from fused_margin.losses import settings
-from fused_margin.losses.running_state import current_age
 from fused_margin.nearest import NearestClass, exclusive_regularization
 
 
@@ -34,31 +31,31 @@ class ExclusiveRegularizer(settings.Settings):
     See :func:`fused_margin.functional.exclusive_regularization`.
 
     Args:
-        refresh: when nearest classes are looked for. ``"every_step"``: each time, in half of W @ W.T.
-            ``"certified"``: each time too, with the same result bit for bit, but only for the classes whose answer may
-            have changed since they were last looked at: what is kept of every class (a code of a byte a dimension, and
-            80 candidates) proves the others. How many those are depends on the training: few where classes are apart
-            and turn slowly. An integer R: every R steps of training; in between neighbours stay as they are, which is
-            **not exact** (their cosines are).
-        shard: which of the classes ``weight`` holds, if they are divided among ranks, each of which keeps what belongs
-            to its own; every rank makes every call, and gets the mean over all classes.
-        workspace_mb: bound on scratch memory in MiB; what is kept comes on top. It and ``refresh`` may be set between steps.
+        refresh: when nearest classes are searched. ``"every_step"``: at every step, in half of W @ W.T.
+            ``"certified"``: at every step too, with the same result bit for bit, but only for the classes whose answer
+            may have changed since they were last searched: a cache of each class (a code of a byte per dimension, and 80
+            candidates) proves the other answers. The number of searched classes depends on the training: it is small where
+            classes are apart and turn slowly. An integer R: every R training steps; in between, the indices of the
+            nearest classes stay, which is **not exact** (their cosines are).
+        shard: the slice of the classes that ``weight`` holds, if they are divided among ranks, each of which keeps the
+            cache of its own classes; every rank makes every call, and gets the mean over all classes.
+        workspace_mb: bound on scratch memory in MiB, beside the cache. It and ``refresh`` may be set between steps.
 
     Shape:
         weight (C, D), C >= 2 -> scalar.
 
     Attributes:
-        swept: with ``"certified"``, a (3,) buffer: classes (of all ranks) that were looked at again so far, those that
-            were not, and whole sweeps.
+        swept: with ``"certified"``, a (3,) buffer: classes (of all ranks) that were searched again so far, those that
+            were not, and full searches.
 
-    What is kept is made in the first call. Weights may change in any way between calls: how far each has turned is
-    measured, not assumed. It is in the state dict, but not of a shard: what one rank keeps speaks of the codes of all
-    others, so that ranks that were loaded begin anew, with a whole sweep, and so does everybody where one rank has lost
-    its own.
+    The first call makes the cache. Weights may change in any way between calls: how far each has turned is measured, not
+    assumed. The cache is in the state dict, but not that of a shard: the cache of one rank depends on the codes of all
+    others, so that ranks begin anew after a load, with a full search, and so do all ranks where one has lost its cache.
 
     Raises:
         ValueError, TypeError: for a ``refresh`` that is none of these.
-        RuntimeError: for weights on a CUDA device, unless ``refresh`` is ``"every_step"``: not there yet.
+        RuntimeError: for weights on a CUDA device whose compute capability has no committed result of the exact search
+            (see :func:`fused_margin.build_info`), unless ``refresh`` is ``"every_step"``.
     """
 
     SETTINGS: ClassVar = {"refresh": checked_refresh, "workspace_mb": settings.WORKSPACE_MB}
@@ -70,30 +67,30 @@ class ExclusiveRegularizer(settings.Settings):
 
     def setting_changed(self, name: str) -> None:
         if name == "refresh":
-            for old in set(self._buffers) - set(self.kept_names()):
+            for old in set(self._buffers) - set(self.cache_names()):
                 delattr(self, old)
-            for new in self.kept_names():
+            for new in self.cache_names():
                 if new not in self._buffers:
                     self.register_buffer(new, None, persistent=self.shard is None)
 
-    def kept_names(self) -> tuple[str, ...]:
-        """Buffers, None before the first call."""
+    def cache_names(self) -> tuple[str, ...]:
+        """Buffers of the cache, None before the first call."""
         if self.refresh == "certified":
-            return NearestState._fields
+            return NearestCache._fields
         return () if self.refresh == "every_step" else ("index", "age")
 
-    def state(self) -> NearestState | None:
-        tensors = [getattr(self, name) for name in NearestState._fields]
-        return None if any(t is None for t in tensors) else NearestState(*tensors)
+    def cache(self) -> NearestCache | None:
+        tensors = [getattr(self, name) for name in NearestCache._fields]
+        return None if any(t is None for t in tensors) else NearestCache(*tensors)
 
     def start(self, weight: Tensor) -> None:
-        """Makes what is kept of such weights, if it is not there."""
+        """Makes the cache of such weights, if there is none."""
         _checks.searched_device("weight", weight)
         if self.refresh == "certified":
-            state = self.state()
-            if state is None or not fits(state, weight):
-                state = new_state(weight) if self.shard is None else sharded_certified.new_state(self.shard, weight)
-                for name, value in state._asdict().items():
+            cache = self.cache()
+            if cache is None or not fits(cache, weight):
+                cache = new_cache(weight, len(weight) if self.shard is None else self.shard.num_classes)
+                for name, value in cache._asdict().items():
                     setattr(self, name, value)
         elif self.refresh != "every_step":
             index = self.index
@@ -102,30 +99,21 @@ class ExclusiveRegularizer(settings.Settings):
                 self.age = torch.zeros(1, dtype=torch.int64, device=weight.device)
 
     def find(self, weight: Tensor) -> NearestClass | None:
-        """Every class's nearest other and the cosine (float64) to it; None where they are to be found at every step."""
+        """Every class's nearest other class and the cosine (float64) to it; None where every step searches."""
         if self.refresh == "every_step":
             return None
-        _checks.class_weights(weight, at_least=2 if self.shard is None else 0)
-        weight, room = weight.detach(), workspace_bytes(self.workspace_mb)
-        self.start(weight)
-        if self.shard is not None:
-            return self.find_among_ranks(weight, room)
-        if self.refresh == "certified":
-            return NearestClass(*library.refresh_nearest(weight, *self.state(), room))
-        cosine = library.frozen_nearest(weight, self.index, self.age, self.refresh, self.training, room)
-        return NearestClass(cosine, self.index.clone())
-
-    def find_among_ranks(self, weight: Tensor, room: int) -> NearestClass:
-        refuse_transforms(weight)
-        if _checks.shard(self.shard, weight, 1, 0.0) < 2:
+        divided = self.shard is not None
+        _checks.class_weights(weight, at_least=0 if divided else 2)
+        if divided and not torch.compiler.is_compiling():
+            library.refuse_transforms(weight)
+        if divided and _checks.shard(self.shard, weight, 1, 0.0) < 2:
             _checks.class_weights(weight, at_least=2)
-        with torch.no_grad(), on_device(weight.device), torch.autocast(weight.device.type, enabled=False):
-            run = kernels(weight.device)
-            if self.refresh == "certified":
-                return NearestClass(*sharded_certified.refresh(run, self.shard, weight, self.state(), room))
-            cosine = sharded_certified.frozen(
-                run, self.shard, weight, self.index, current_age(self.age), self.refresh, self.training, room
-            )
+        weight, room = weight.detach(), workspace_bytes(self.workspace_mb)
+        group = (self.shard.name, self.shard.num_classes) if divided else ("", len(weight))
+        self.start(weight)
+        if self.refresh == "certified":
+            return NearestClass(*certified_nearest(weight, *self.cache(), room, *group))
+        cosine = periodic_nearest(weight, self.index, self.age, self.refresh, self.training, room, *group)
         return NearestClass(cosine, self.index.clone())
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -134,10 +122,10 @@ class ExclusiveRegularizer(settings.Settings):
         )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest) -> None:
-        # Whatever size was saved; a checkpoint without it is one of weights that have not been looked at.
-        for name in self.kept_names() if self.shard is not None else ():
+        # Of any size that was saved; a checkpoint without a cache is one of weights that have not been searched.
+        for name in self.cache_names() if self.shard is not None else ():
             state_dict.pop(prefix + name, None)
-        for name in self.kept_names():
+        for name in self.cache_names():
             saved = state_dict.get(prefix + name)
             device = getattr(saved if getattr(self, name) is None else getattr(self, name), "device", None)
             setattr(self, name, None if saved is None else torch.empty_like(saved, device=device))

@@ -11,25 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fused_margin._ops.registration import register
+from fused_margin._ops.library import register
+from fused_margin._ops.recomputation import recomputing
 
 RECOMPUTED = (
     "activation checkpointing runs a forward again that {reason}; its gradient is computed with the running state of now. "
     "Leave the loss out of what is checkpointed."
 )
-
-
-def recomputing() -> bool:
-    """Whether this forward runs within a backward, as activation checkpointing runs it again.
-
-    A forward of training within a hook of a backward cannot be told from that.
-    """
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
-def current_age(age: Tensor) -> Tensor:
-    """Steps (1,) since something was computed; 1 while a forward is run again, so that it is not computed again."""
-    return torch.ones_like(age) if recomputing() else age
 
 
 def _update_running_state(state: Tensor, value: Tensor, rows: Tensor | None) -> None:

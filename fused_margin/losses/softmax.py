@@ -1,53 +1,58 @@
 """Losses over inner products, with class weights whose length matters: softmax, L2-softmax, L-softmax."""
 
+from __future__ import annotations
+
 import math
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fused_margin import _checks
-from fused_margin.functional import exclusive_regularization, linear_cross_entropy
+from fused_margin.functional import exclusive_regularization, unchecked_linear_cross_entropy
 from fused_margin.losses import settings
-from fused_margin.losses.margin import AnnealedMargin, ClassificationLoss
+from fused_margin.losses.base import ClassificationLoss
+from fused_margin.losses.margin import AnnealedMargin
 from fused_margin.losses.running_state import once_per_step
 from fused_margin.margins import Margin
 
-ARGUMENTS = """
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from fused_margin.losses.base import ClassificationOptions
+
+
+class SoftmaxLoss(ClassificationLoss):
+    """Plain softmax: cross-entropy over ``x_i . w_j + b_j``, with nothing of size N x C.
 
     Args:
         num_classes: C.
         embedding_size: D.
-{own}
-        exclusive_weight: lambda of RegularFace's exclusive term, added to the loss in a sweep of its own.
+        bias: with a learned (C,) ``bias``, initialised 0.
+        exclusive_weight: lambda of RegularFace's exclusive term, which is added to the loss.
         class_weight: (C,) factors, as ``weight`` in ``torch.nn.CrossEntropyLoss``. A buffer.
-        reduction, ignore_index, label_smoothing: as in ``torch.nn.CrossEntropyLoss``{smoothing}.
-        process_group, sample_rate, sparse: as in :class:`fused_margin.ArcFaceLoss`; a bias is divided as ``weight`` is,
+        reduction, ignore_index, label_smoothing: as in ``torch.nn.CrossEntropyLoss``.
+        process_group, sample_rate, sparse: as in :class:`fused_margin.MarginLoss`; a bias is divided as ``weight`` is,
             and its gradient is dense.
-        workspace_mb: bound on scratch memory in MiB, whatever C is.
+        workspace_mb: bound on scratch memory in MiB, for any C.
         device, dtype: of the parameters.
 
-    Arguments can be set as attributes between steps, see :class:`fused_margin.ArcFaceLoss`; ``bias`` is a parameter.
+    Arguments can be set as attributes between steps, see :class:`fused_margin.MarginLoss`; ``bias`` is a parameter.
 
     Shape:
         embeddings (N, D), labels (N,) integers -> scalar, or (N,) with ``reduction="none"``.
 
     Attributes:
-        weight: (C, D) parameter, initialised as that of ``torch.nn.Linear``. Of this rank's classes, if divided.
+        weight: (C, D) parameter, initialised as that of ``torch.nn.Linear``. This rank's classes, if divided.
 
     Raises:
-        ValueError, TypeError: naming the argument, what was expected and what came.
-"""
-OWN_BIAS = "        bias: with a learned (C,) ``bias``, initialised 0."
+        ValueError, TypeError: naming the argument, what was expected and what was given.
+    """
 
-
-class SoftmaxLoss(ClassificationLoss):
-    __doc__ = "Plain softmax: cross-entropy over ``x_i . w_j + b_j``, with nothing of size N x C." + ARGUMENTS.format(
-        own=OWN_BIAS, smoothing=""
-    )
-
-    def __init__(self, num_classes: int, embedding_size: int, bias: bool = True, **options):
+    def __init__(
+        self, num_classes: int, embedding_size: int, bias: bool = True, **options: Unpack[ClassificationOptions]
+    ):
         super().__init__(num_classes, embedding_size, **options)
         if self.sub_centers > 1:
             raise ValueError(f"sub_centers: expected 1 with inner products, got {self.sub_centers}")
@@ -62,18 +67,17 @@ class SoftmaxLoss(ClassificationLoss):
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         _checks.batch(embeddings, self.weight, labels, at_least=1 if self.shard is None else 0)
-        loss = linear_cross_entropy(
+        loss = unchecked_linear_cross_entropy(
             self.features(embeddings),
-            self.weight_of_step(),
+            self.weight,
             labels,
             self.bias,
             self.target_margin(),
-            shard=self.current_shard(),
             **self.cross_entropy_options(),
         )
         if self.has_exclusive_term:
             loss = loss + self.exclusive_weight * exclusive_regularization(
-                self.weight, nearest=self.nearest(), shard=self.current_shard(), workspace_mb=self.workspace_mb
+                self.weight, nearest=self.nearest(), shard=self.shard, workspace_mb=self.workspace_mb
             )
         return loss
 
@@ -81,7 +85,7 @@ class SoftmaxLoss(ClassificationLoss):
         return super().class_parameters() | ({} if self.bias is None else {"bias": self.bias})
 
     def features(self, embeddings: Tensor) -> Tensor:
-        """What the class weights are multiplied with."""
+        """The left operand of the logits' inner products."""
         return embeddings
 
     def target_margin(self) -> Margin | None:
@@ -97,18 +101,27 @@ class SoftmaxLoss(ClassificationLoss):
 
 
 class L2SoftmaxLoss(SoftmaxLoss):
-    __doc__ = (
-        "L2-softmax: softmax over embeddings of one length, ``alpha x_i / |x_i|`` (arXiv:1703.09507, eq. 3)."
-        + ARGUMENTS.format(
-            own="        alpha: the length; None learns it, from the paper's lower bound (eq. 5, probability 0.9) on. A number\n"
-            "            set later fills what is learned, and None makes a number a parameter.\n" + OWN_BIAS,
-            smoothing="",
-        )
-    )
+    """L2-softmax: softmax over embeddings of one length, ``alpha x_i / |x_i|`` (arXiv:1703.09507, eq. 3).
+
+    Args:
+        num_classes: C.
+        embedding_size: D.
+        alpha: the length; None learns it, starting at the paper's lower bound (eq. 5, probability 0.9). A number set later
+            fills a learned alpha, and None makes a number a parameter.
+        bias: with a learned (C,) ``bias``, initialised 0.
+        **options: see :class:`fused_margin.SoftmaxLoss`.
+    """
 
     SETTINGS: ClassVar = {"alpha": settings.length}
 
-    def __init__(self, num_classes: int, embedding_size: int, alpha: float | None = None, bias: bool = True, **options):
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        alpha: float | None = None,
+        bias: bool = True,
+        **options: Unpack[ClassificationOptions],
+    ):
         settings.length("alpha", alpha)
         super().__init__(num_classes, embedding_size, bias, **options)
         self.alpha = alpha
@@ -128,26 +141,36 @@ class L2SoftmaxLoss(SoftmaxLoss):
     def features(self, embeddings: Tensor) -> Tensor:
         norm = torch.linalg.vector_norm(embeddings, dim=1, keepdim=True, dtype=torch.float64)
         short = norm < 1e-12  # a zero embedding stays zero, and so does its gradient
-        return (embeddings * torch.where(short, 0.0, self.shared(self.alpha) / torch.where(short, 1.0, norm))).to(
-            torch.promote_types(embeddings.dtype, torch.float32)
-        )
+        return (
+            embeddings * torch.where(short, 0.0, self.all_reduce_gradient(self.alpha) / torch.where(short, 1.0, norm))
+        ).to(torch.promote_types(embeddings.dtype, torch.float32))
 
     def own_repr(self) -> list[str]:
         return [f"alpha={self.alpha if isinstance(self.alpha, float | int) else 'learned'}"]
 
 
 class LSoftmaxLoss(AnnealedMargin, SoftmaxLoss):
-    __doc__ = (
-        "L-softmax: a multiplicative angular margin, ``|x_i| |w_y| psi(theta_i)`` (arXiv:1612.02295, eq. 4 and 6)."
-        + ARGUMENTS.format(
-            own="        margin: factor on the angle, any real number >= 1.\n"
-            "        annealing: as in :class:`fused_margin.SphereFaceLoss`.",
-            smoothing=" (no smoothing)",
-        )
-        + "        iteration: int64 buffer (only with annealing), saved in the state dict.\n"
-    )
+    """L-softmax: a multiplicative angular margin, ``|x_i| |w_y| psi(theta_i)`` (arXiv:1612.02295, eq. 4 and 6).
 
-    def __init__(self, num_classes: int, embedding_size: int, margin: float = 4, annealing: bool = True, **options):
+    Args:
+        num_classes: C.
+        embedding_size: D.
+        margin: factor on the angle, any real number >= 1.
+        annealing: as in :class:`fused_margin.SphereFaceLoss`.
+        **options: see :class:`fused_margin.SoftmaxLoss`; not with label smoothing.
+
+    Attributes:
+        iteration: int64 buffer (only with annealing), saved in the state dict.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        margin: float = 4,
+        annealing: bool = True,
+        **options: Unpack[ClassificationOptions],
+    ):
         super().__init__(num_classes, embedding_size, bias=False, **options)
         self.margin, self.annealing = margin, annealing
 
@@ -161,7 +184,7 @@ class LSoftmaxLoss(AnnealedMargin, SoftmaxLoss):
 
     @margin_function.setter
     def margin_function(self, value: Margin) -> None:
-        _checks.margin(value)
+        _checks.instance("margin", value, Margin)
         if value != Margin(m1=value.m1):
             raise ValueError(f"margin_function: expected m1 alone in LSoftmaxLoss, got {value}")
         self.margin = value.m1

@@ -1,19 +1,65 @@
-"""Which products serve a call: torch.mm with kernels around it, or a family of tensor-core kernels."""
+"""The kernels of a tensor's device, and the backend that serves a call: portable, or a family of tensor-core kernels."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
 
-import torch
+import torch  # before _C: both then share torch's OpenMP threads
 
 from fused_margin import _C
-from fused_margin._ops.inputs import compute_dtype
+from fused_margin._ops.inputs import PORTABLE, compute_dtype
 
-PORTABLE = "portable"
+REBUILD = "rebuild with nvcc on PATH or CUDA_HOME set: pip install --no-cache-dir --force-reinstall --no-deps ."
 SPLIT = "split"  # ending of a family's name: operands in two halves, accurate to float32
 SIZES = range(32, 4097)  # embedding sizes the families take
 LARGEST_LOGIT = 2.0**21  # the families compute larger ones, as powers of two, with too few digits after the point
 Capability = tuple[int, int]  # compute capability of a device, such as (9, 0)
+
+
+class Kernels:
+    """The kernels of one device as attributes, each on one stream; families of tensor-core kernels are attributes too."""
+
+    def __init__(self, module: ModuleType, stream: int):
+        for name, value in vars(module).items():
+            if isinstance(value, ModuleType):
+                value = Kernels(value, stream)
+            elif callable(value):
+                value = functools.partial(value, stream)
+            setattr(self, name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"this build has no kernel {name}")
+
+
+def kernels(device: torch.device) -> Kernels:
+    """The kernels of a device, on its current stream."""
+    if device.type == "cuda":
+        return _kernels_on("cuda", torch.cuda.current_stream(device).cuda_stream)
+    return _kernels_on("cpu", 0)
+
+
+@functools.lru_cache(maxsize=64)
+def _kernels_on(backend: str, stream: int) -> Kernels:
+    return Kernels(getattr(_C, backend), stream)
+
+
+def has_cuda_kernels() -> bool:
+    return hasattr(_C, "cuda")
+
+
+def on_device(device: torch.device) -> AbstractContextManager:
+    """Makes a CUDA tensor's device the current device, on which kernels are launched."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def advise_huge_pages(tensor: torch.Tensor) -> None:
+    """For new CPU memory that is about to be written: one page fault every 2 MB instead of every 4 KB."""
+    size = tensor.numel() * tensor.element_size()
+    if tensor.device.type == "cpu" and size >= 4 << 20:
+        _C.cpu.advise_huge_pages(tensor, size)
 
 
 @dataclass(frozen=True)
@@ -34,7 +80,7 @@ class Family:
 
 
 # The first that is compiled and on for the device serves float32, float16 and bfloat16.
-# tests/test_evidence.py refuses a file that is missing or does not show enough (benchmarks/evidence.py).
+# The tests refuse a file that is missing or does not show enough (benchmarks/evidence.py).
 FAMILIES = (
     Family("sm90", (9, 0), only=True, results={(9, 0): "nvidia-h200.json"}),
     Family("sm80", (8, 0), only=False, results={(9, 0): "nvidia-h200.json"}),
@@ -63,7 +109,7 @@ def use(name: str) -> Iterator[None]:
 
 @contextmanager
 def search_on_cuda() -> Iterator[None]:
-    """Lets the exact search run on CUDA devices, whatever it has passed: for tests and benchmarks."""
+    """Lets the exact search run on CUDA devices without a committed result: for tests and benchmarks."""
     global _search_wanted
     before, _search_wanted = _search_wanted, True
     try:
@@ -72,9 +118,9 @@ def search_on_cuda() -> Iterator[None]:
         _search_wanted = before
 
 
-def constant_while_compiled(function):
+def constant_while_compiled(function: Callable) -> Callable:
     """torch.compiler.assume_constant_result, without its import of the whole compiler, which takes seconds."""
-    function._dynamo_marked_constant = True
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
@@ -101,13 +147,15 @@ def searches(device: torch.device) -> bool:
     return _search_wanted or (bool(SEARCH_RESULTS) and _capability(device) in SEARCH_RESULTS)
 
 
-def products_of(embeddings: torch.Tensor | None, weight: torch.Tensor, scale: float = 0.0) -> str:
+def select_backend(embeddings: torch.Tensor | None, weight: torch.Tensor, scale: float = 0.0) -> str:
     """PORTABLE, or a family's name, followed by SPLIT where float32 inputs must be multiplied as such.
 
     They are not where either input is half, under autocast, and where `rounds_float32` says so.
     """
+    if weight.device.type != "cuda" and _wanted is None:
+        return PORTABLE
     candidates = [f for f in FAMILIES if (f.results if _wanted is None else f.name == _wanted)]
-    empty = embeddings is not None and embeddings.shape[0] == 0
+    empty = weight.shape[0] == 0 or (embeddings is not None and embeddings.shape[0] == 0)
     if not candidates or empty or weight.shape[1] not in SIZES or compute_dtype(embeddings, weight) == torch.float64:
         return PORTABLE
     if scale > LARGEST_LOGIT:
@@ -121,8 +169,6 @@ def products_of(embeddings: torch.Tensor | None, weight: torch.Tensor, scale: fl
             candidates = [f for f in candidates if capability in f.results]
         if not candidates:
             return PORTABLE
-    elif _wanted is None:
-        return PORTABLE
     halves = any(t is not None and t.dtype != torch.float32 for t in (embeddings, weight))
     if halves or torch.is_autocast_enabled(weight.device.type) or rounds_float32(weight.device):
         return candidates[0].name
@@ -130,7 +176,7 @@ def products_of(embeddings: torch.Tensor | None, weight: torch.Tensor, scale: fl
 
 
 def describe() -> list[str]:
-    """One line for each way, those that serve by default first."""
+    """One line for each backend, those that serve by default first."""
     lines = [
         f"{family.name} tensor cores: {_state(family.results) if family.compiled else 'not compiled'}"
         for family in FAMILIES

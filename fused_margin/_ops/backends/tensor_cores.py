@@ -1,4 +1,4 @@
-"""Products by our own tensor-core kernels: fp16 operands, exponentials made where the products arise.
+"""The tensor-core backend: logits by our own kernels, from fp16 operands; exponentials are made where the logits arise.
 
 A chunk's operand is its normalised classes; nothing of size N x chunk is written in the forward. The backward
 makes the exponentials again, relative to each row's own sum, so that fp16 holds them, and leaves the two
@@ -10,11 +10,9 @@ import math
 import torch
 from torch import Tensor
 
-from fused_margin._ops.backends import select
 from fused_margin._ops.backends.portable import LN2, fixed_exponent
-from fused_margin._ops.inputs import Problem, Sweep
-from fused_margin._ops.kernels import Kernels
-from fused_margin._ops.plan import Plan, nearest_in_chunks, tensor_plan
+from fused_margin._ops.backends.select import LARGEST_LOGIT, SPLIT, Kernels
+from fused_margin._ops.inputs import CHUNK_BYTES, ChunkPlan, ForwardOutput, LossInputs, whole_chunk
 
 WIDTH_MULTIPLE = 64  # kWidthMultiple of csrc/cuda/tensor.h: an operand's row comes in lines of 128 bytes
 # dX has few output tiles and a long inner dimension: the classes are divided, so that every multiprocessor works
@@ -22,67 +20,74 @@ MOST_DIVISIONS = 8
 LONGEST_SUM = 2048  # classes, of a product of split operands: see add_divided
 
 
-def parts_of(problem: Problem) -> int:
-    return 2 if problem.products.endswith(select.SPLIT) else 1
+def parts_of(inputs: LossInputs) -> int:
+    return 2 if inputs.backend.endswith(SPLIT) else 1
 
 
-def width_of(problem: Problem) -> int:
-    return -(-problem.size // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
+def width_of(inputs: LossInputs) -> int:
+    return -(-inputs.weight.shape[1] // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
 
 
-def plan_of(problem: Problem, keep: bool) -> Plan:
-    return tensor_plan(problem, keep, width_of(problem), parts_of(problem))
+def plan_chunks(inputs: LossInputs, keep: bool) -> ChunkPlan:
+    """Saves operands: exponentials would be too wide for fp16 before their sum is known."""
+    (samples, classes, size), workspace = inputs.shape, inputs.workspace_bytes
+    parts, elements = parts_of(inputs), parts_of(inputs) * width_of(inputs)
+    operand_bytes = 2 * elements
+    # the chunk's operand, another one to compare it with, exponentials, and a copy of the gradient
+    per_class = operand_bytes * (2 if inputs.uses_tiled_nearest else 1) + 2 * parts * samples
+    per_class += 0 if inputs.gradient_in_place else 4 * size
+    device = "cuda" if inputs.weight.device.type == "cuda" else "cpu"
+    chunk = whole_chunk(classes, min(CHUNK_BYTES[device], workspace) // per_class)
+    chunks = -(-classes // chunk)
+    saved = max(workspace - chunk * per_class, 0) // (chunk * operand_bytes) if keep and samples else 0
+    saved = min(saved, chunks)
+    return ChunkPlan(classes, chunk, chunks, saved, min(saved * chunk, classes) * elements, torch.float16, 1)
 
 
-def kept_elements(problem: Problem, plan: Plan) -> tuple[int, torch.dtype]:
-    return plan.kept_classes * parts_of(problem) * width_of(problem), torch.float16
+class ChunkBackend:
+    """Operands stay in saved_chunks, or go to a buffer that the next chunk overwrites."""
 
-
-def has_shared_exponent(problem: Problem) -> bool:
-    return True  # every row has one: that of its whole sum
-
-
-class Products:
-    """Operands stay in `kept`, or go to a buffer that the next chunk overwrites."""
-
-    def __init__(self, run: Kernels, problem: Problem, plan: Plan, sweep: Sweep):
-        self.run, self.problem, self.plan, self.sweep = run, problem, plan, sweep
-        self.family = run.family(problem.products.removesuffix(select.SPLIT).strip())
-        self.parts, self.width = parts_of(problem), width_of(problem)
-        self.fixed = fixed_exponent(problem)
-        self.buffer = self.operands(plan.chunk if plan.kept < plan.chunks else 0)
-        self.other = self.operands(plan.chunk if nearest_in_chunks(problem) and plan.kept < plan.chunks - 1 else 0)
-        if problem.samples:
-            self.left = self.operands(problem.samples)
-            self.pack(problem.embeddings, self.left, None)
-            self.rows = sweep.target_cosine.new_empty(2 * problem.samples)  # 16 bytes each
+    def __init__(
+        self, run: Kernels, inputs: LossInputs, plan: ChunkPlan, output: ForwardOutput, norms_known: bool = False
+    ):
+        self.run, self.inputs, self.plan, self.output = run, inputs, plan, output
+        self.samples, self.size = output.normalized_embeddings.shape
+        self.family = getattr(run, inputs.backend.removesuffix(SPLIT).strip())
+        self.parts, self.width = parts_of(inputs), width_of(inputs)
+        self.fixed = fixed_exponent(inputs)
+        self.buffer = self.operands(plan.chunk if plan.saved < plan.chunks else 0)
+        self.other = self.operands(plan.chunk if inputs.uses_tiled_nearest and plan.saved < plan.chunks - 1 else 0)
+        if self.samples:
+            self.left = self.operands(self.samples)
+            self.pack(inputs.embeddings, self.left, None)
+            self.rows = output.target_cosine.new_empty(2 * self.samples)  # 16 bytes each
             self.slots = self.family.slots()
-            self.partial = problem.weight.new_zeros(self.slots, problem.samples, 2, dtype=torch.float32)
+            self.partial = inputs.weight.new_zeros(self.slots, self.samples, 2, dtype=torch.float32)
             run.prepare_rows(
-                labels=problem.labels, scale=problem.scales, exponent=None, prepared=self.rows, samples=problem.samples
+                labels=inputs.labels, scale=inputs.scales, exponent=None, prepared=self.rows, samples=self.samples
             )
-        if nearest_in_chunks(problem):
-            self.best = torch.zeros(problem.classes, dtype=torch.int64, device=problem.weight.device)
+        if inputs.uses_tiled_nearest:
+            self.best = torch.zeros(inputs.weight.shape[0], dtype=torch.int64, device=inputs.weight.device)
 
     def operands(self, rows: int) -> Tensor:
-        return self.problem.weight.new_empty(rows, self.parts * self.width, dtype=torch.float16)
+        return self.inputs.weight.new_empty(rows, self.parts * self.width, dtype=torch.float16)
 
     def pack(self, rows: Tensor, packed: Tensor, inverse_norm: Tensor | None) -> None:
         self.run.pack_operand(
-            rows=rows, packed=packed, inverse_norm=inverse_norm, count=len(rows), size=self.problem.size,
+            rows=rows, packed=packed, inverse_norm=inverse_norm, count=len(rows), size=self.size,
             width=self.width, parts=self.parts,
         )  # fmt: skip
 
     def operand(self, k: int, buffer: Tensor, inverse_norm: Tensor | None = None, *, fresh: bool) -> Tensor:
-        """A chunk's operand; unless fresh, a kept one is there already."""
+        """A chunk's operand; unless fresh, a saved one is there already."""
         begin, end = self.plan.bounds(k)
-        if k < self.plan.kept:
-            packed = self.sweep.kept.view(-1, self.parts * self.width)[begin:end]
+        if k < self.plan.saved:
+            packed = self.output.saved_chunks.view(-1, self.parts * self.width)[begin:end]
             if not fresh:
                 return packed
         else:
             packed = buffer[: end - begin]
-        self.pack(self.problem.weight[begin:end], packed, inverse_norm)
+        self.pack(self.inputs.weight[begin:end], packed, inverse_norm)
         return packed
 
     def product(self, left: Tensor, right: Tensor) -> dict:
@@ -91,72 +96,72 @@ class Products:
             "parts": self.parts,
         }  # fmt: skip
 
-    def add(self, k: int) -> None:
-        """Forward of a chunk: the norms of its classes, and their part of every row's sum."""
+    def forward_chunk(self, k: int) -> None:
+        """The norms of a chunk's classes, and their part of every row's sum."""
         begin, end = self.plan.bounds(k)
-        operand = self.operand(k, self.buffer, self.sweep.weight_inverse_norm[begin:end], fresh=True)
-        if self.problem.samples:
+        operand = self.operand(k, self.buffer, self.output.weight_inverse_norm[begin:end], fresh=True)
+        if self.samples:
             self.family.exponent_sum(
-                **self.product(self.left, operand), prepared=self.rows, scale_value=self.problem.scale_value,
+                **self.product(self.left, operand), prepared=self.rows, scale_value=self.inputs.scale_value,
                 fixed_exponent=self.fixed, class_begin=begin, partial=self.partial,
             )  # fmt: skip
-        if nearest_in_chunks(self.problem):
+        if self.inputs.uses_tiled_nearest:
             for j in range(k + 1):
                 rows = operand if j == k else self.operand(j, self.other, fresh=False)
                 self.family.nearest(
                     **self.product(rows, operand), row_begin=self.plan.bounds(j)[0], column_begin=begin, best=self.best
                 )
 
-    def finish(self) -> None:
+    def finish_forward(self) -> None:
         """Results of the forward, from those of its chunks."""
-        sweep, weight = self.sweep, self.problem.weight
-        if self.problem.samples:
+        output, weight = self.output, self.inputs.weight
+        if self.samples:
             self.run.combine_partials(
-                partial=self.partial, negative_logsumexp=sweep.relative_logsumexp, exponent=sweep.exponent,
-                slots=self.slots, samples=self.problem.samples,
+                partial=self.partial, negative_logsumexp=output.relative_logsumexp, exponent=output.exponent,
+                slots=self.slots, samples=self.samples,
             )  # fmt: skip
-            torch.mul(sweep.exponent[0], LN2, out=sweep.largest_logit)
-            if self.problem.scale is not None:  # else products_of has looked at it
-                too_large = sweep.largest_logit.abs() > select.LARGEST_LOGIT
-                sweep.relative_logsumexp.masked_fill_(too_large, math.nan)
-            sweep.relative_logsumexp.sub_(sweep.largest_logit)
-        if nearest_in_chunks(self.problem):
-            self.run.unpack_nearest(best=self.best, index=sweep.nearest_index, count=self.problem.classes)
-            cosine = torch.empty_like(sweep.nearest_cosine, dtype=torch.float64)
+            torch.mul(output.exponent[0], LN2, out=output.largest_logit)
+            if self.inputs.scale is not None:  # else select_backend has looked at it
+                too_large = output.largest_logit.abs() > LARGEST_LOGIT
+                output.relative_logsumexp.masked_fill_(too_large, math.nan)
+            output.relative_logsumexp.sub_(output.largest_logit)
+        if self.inputs.uses_tiled_nearest:
+            self.run.unpack_nearest(best=self.best, index=output.nearest_index, count=self.inputs.weight.shape[0])
+            cosine = torch.empty_like(output.nearest_cosine, dtype=torch.float64)
             self.run.target_cosine(  # what fp16 has found, computed anew from the unrounded weights
-                compute_like=sweep.nearest_cosine, embeddings=weight, weight=weight, labels=sweep.nearest_index,
-                cosine=cosine, row=None, bad_label=0, samples=self.problem.classes, classes=self.problem.classes,
-                size=self.problem.size, ignore_index=-1, sub_centers=1, inner_product=False,
+                compute_like=output.nearest_cosine, embeddings=weight, weight=weight, labels=output.nearest_index,
+                cosine=cosine, row=None, bad_label=0, samples=self.inputs.weight.shape[0], classes=self.inputs.weight.shape[0],
+                size=self.size, ignore_index=-1, sub_centers=1, inner_product=False,
             )  # fmt: skip
-            sweep.nearest_cosine.copy_(cosine.clamp_(-1.0, 1.0))
+            output.nearest_cosine.copy_(cosine.clamp_(-1.0, 1.0))
 
-    def prepare(self, row_scale: Tensor, need_embeddings: bool, need_weight: bool) -> None:
+    def prepare_backward(self, row_scale: Tensor, need_embeddings: bool, need_weight: bool) -> None:
         """Before the chunks of the backward. row_scale: (1, N), dL / d logit over exponential."""
-        problem, x_hat = self.problem, self.sweep.normalized_embeddings
+        inputs, x_hat = self.inputs, self.output.normalized_embeddings
         operand_scale, probability_scale = self.run.operand_scale, self.run.probability_scale
         self.run.prepare_rows(
-            labels=problem.labels, scale=problem.scales, exponent=self.sweep.exponent, prepared=self.rows,
-            samples=problem.samples,
+            labels=inputs.labels, scale=inputs.scales, exponent=self.output.exponent, prepared=self.rows,
+            samples=self.samples,
         )  # fmt: skip
         self.probabilities = x_hat.new_empty(
-            self.parts, problem.samples, -(-self.plan.chunk // 8) * 8, dtype=torch.float16
+            self.parts, self.samples, -(-self.plan.chunk // 8) * 8, dtype=torch.float16
         )
         self.d_embeddings = self.embedding_scale = self.dense_scale = None
         if need_embeddings:
-            tiles = -(-problem.samples // 128) * -(-problem.size // 128)
+            tiles = -(-self.samples // 128) * -(-self.size // 128)
             divisions = min(MOST_DIVISIONS, max(1, 264 // tiles))
-            self.d_embeddings = x_hat.new_zeros(divisions, problem.samples, problem.size)
+            self.d_embeddings = x_hat.new_zeros(divisions, self.samples, self.size)
             self.embedding_scale = row_scale[0] / (operand_scale * probability_scale)
         if need_weight:
-            factors = row_scale[0] * problem.scales
+            factors = row_scale[0] * inputs.scales
             largest = factors.abs().max().clamp_(min=torch.finfo(torch.float32).tiny)
             exact = x_hat * (factors / largest * operand_scale).to(x_hat.dtype).unsqueeze(1)
             high = exact.half()
             self.classes_left = [high, (exact - high.float()).half()][: self.parts]
             self.dense_scale = largest / (operand_scale * probability_scale)
 
-    def accumulate(self, k: int, gradient: Tensor | None, _bias_gradient: None) -> None:
-        """Backward of a chunk: adds to d_embeddings, writes the dense part of the weight gradient."""
+    def backward_chunk(self, k: int, gradient: Tensor | None, _bias_gradient: None) -> None:
+        """Adds to d_embeddings; writes the dense part of the weight gradient."""
         begin, end = self.plan.bounds(k)
         operand = self.operand(k, self.buffer, fresh=False)
         self.family.probabilities(
@@ -165,7 +170,7 @@ class Products:
         )  # fmt: skip
         probabilities = [part[:, : end - begin] for part in self.probabilities]
         if self.d_embeddings is not None:
-            rows = [part[:, : self.problem.size] for part in operand.view(end - begin, self.parts, -1).unbind(1)]
+            rows = [part[:, : self.size] for part in operand.view(end - begin, self.parts, -1).unbind(1)]
             add_divided(self.d_embeddings, probabilities, rows)
         if gradient is not None:
             multiply(gradient, [part.t() for part in probabilities], self.classes_left)

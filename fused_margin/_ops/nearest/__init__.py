@@ -1,1 +1,5 @@
-"""The exact nearest-class search, and what is kept of it between steps."""
+"""The exact search for the nearest classes, and its cache from step to step."""
+
+from fused_margin._ops.nearest.search import find_nearest_classes
+
+__all__ = ["find_nearest_classes"]

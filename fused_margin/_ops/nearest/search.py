@@ -1,281 +1,278 @@
-"""The nearest rows, exactly: cheap products of codes screen, and what they cannot tell apart is compared in double.
+"""The nearest rows, exactly, on one rank or several: products of codes screen, and close candidates are compared in float64.
 
-csrc/search.h has the bound, docs/nearest.md its proof. Codes are int8 where the processor multiplies those fastest, else
-the rows themselves.
+Where classes are divided among ranks, blocks of one rank's rows are broadcast to all, compared there with each rank's
+own classes, and their results return to their owner. Any number of ranks gives the same bits. Memory is O(shard).
 """
 
 from __future__ import annotations
 
-import functools
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fused_margin._ops.backends.select import constant_while_compiled, rounds_float32
-from fused_margin._ops.inputs import compute_dtype
-from fused_margin._ops.kernels import Kernels
-from fused_margin._ops.normalization import unit_rows
-from fused_margin._ops.plan import SMALLEST_CHUNK, whole_chunk
+from fused_margin._ops.backends.select import Kernels, searches
+from fused_margin._ops.inputs import DTYPES, SMALLEST_CHUNK, LossInputs, compute_dtype, whole_chunk
+from fused_margin._ops.nearest.quantized import CandidateLists, QuantizedRows, capacity_of, fits_int8, tile_bytes
+from fused_margin._ops.nearest.tiles import find_by_tiles
+from fused_margin.distributed import Shard, named_shard
 
-# Of a tile of products. On the CPU it stays in cache for the two to four times it is read. On a GPU it is so large that
-# its kernels take longer than their launches.
-TILE_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}
 MOST_NEAREST = 32
-LONGEST = 1e18  # of rows that are multiplied as they are, in float32
-# Of elements of rows whose inner products are made as they are. Lists keep products in float32, which has room for sums of
+# Of elements of rows whose inner products are made as they are. Lists keep scores in float32, which has room for sums of
 # 2^15 of these; longer rows are divided by a power of two, exactly, in float64.
 MOST_EXPONENT = 55
-# Torch 2.13 leaves products of rows of one element unwritten; beyond the last size a product would not fit an int32.
-INT8_SIZES = range(2, (2**31 - 1) // 127**2 + 1)
-
-
-def int8_wins(rows: Tensor) -> bool:
-    """Whether products of int8 are the fastest for such rows: on processors with instructions for them."""
-    return rows.shape[1] in INT8_SIZES and _has_int8_products(rows.device) and int8_products_are_right()
-
-
-@constant_while_compiled
-def _has_int8_products(device: torch.device) -> bool:
-    if device.type != "cpu":
-        return False
-    return any(getattr(torch.cpu, name, bool)() for name in ("_is_vnni_supported", "_is_avx512_vnni_supported"))
-
-
-@functools.cache
-def int8_products_are_right() -> bool:
-    """Whether torch's products of int8, which are no public function of it, give known answers in memory that holds others."""
-    for rows, size, columns in ((1, 2, 1), (3, 7, 65), (65, 64, 17)):
-        left = (torch.arange(rows * size, dtype=torch.int64, device="cpu") * 37 % 255 - 127).view(rows, size)
-        right = (torch.arange(columns * size, dtype=torch.int64, device="cpu") * 91 % 255 - 127).view(columns, size)
-        out = torch.full((rows, columns), 0x55555555, dtype=torch.int32, device="cpu")
-        torch._int_mm(left.to(torch.int8), right.to(torch.int8).t(), out=out)
-        if not torch.equal(out.long(), (left.unsqueeze(1) * right).sum(2)):
-            return False
-    return True
-
-
-def tile_bytes(device: torch.device, workspace_bytes: int) -> int:
-    return min(TILE_BYTES["cuda" if device.type == "cuda" else "cpu"], max(workspace_bytes // 2, 1))
-
-
-def fits_int8(rows: Tensor, workspace_bytes: int) -> bool:
-    """Whether int8 codes of the rows are worth making, and have room beside a tile."""
-    room = workspace_bytes - tile_bytes(rows.device, workspace_bytes)
-    return int8_wins(rows) and rows.numel() <= room
-
-
-def rounding_of(code: Tensor, size: int) -> float:
-    """What a computed product of two codes can be off, over the product of their lengths."""
-    own = 1e-6  # of a product that becomes a float32, is scaled, and compared with a bound
-    if code.dtype in (torch.int8, torch.float64):
-        return own
-    if rounds_float32(code.device):
-        return own + 2.0**-7 + size * 2.0**-23  # operands rounded to bfloat16
-    return own + size * 2.0**-23  # any order of additions, a bit each
 
 
 @dataclass
-class Coded:
-    """Rows (R, D), and what stands for them: Coded of csrc/search.h."""
+class Block:
+    """Rows of one rank, on all ranks, with their answers so far.
 
-    rows: Tensor  # (R, D), any dtype and strides
-    code: Tensor  # (R, D) int8, the rows, or a float copy of them with length one
-    scale: Tensor  # (R,) float32
-    inner_product: bool
-    inverse_norm: Tensor  # (R,) float64
-    norm: Tensor | None  # (R,) float32, with inner products
-    length: Tensor  # (R,) float32
-    error: Tensor  # (R,) float32
+    On their owner they are `places` of its own rows (None: all of them), and results are written to its own tensors; on
+    other ranks they are copies.
+    """
 
-    @classmethod
-    def of(cls, run: Kernels, rows: Tensor, int8: bool, inner_product: bool = False) -> Coded:
-        """Codes made anew."""
-        result = cls.unmade(rows, int8, inner_product)
-        result.encode(run)
-        result.measure(run)
-        return result
-
-    @classmethod
-    def unmade(cls, rows: Tensor, int8: bool, inner_product: bool = False) -> Coded:
-        """Room for codes: int8, or the rows themselves, unless their products would be infinite."""
-        code = torch.empty(rows.shape, dtype=torch.int8, device=rows.device) if int8 else rows
-        if not int8 and not inner_product:
-            longest = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).nan_to_num_(0.0, 0.0)
-            if bool((longest > LONGEST).any()):
-                code = torch.empty(rows.shape, dtype=compute_dtype(rows), device=rows.device)
-        return cls.around(rows, code, rows.new_empty(len(rows), dtype=torch.float32), inner_product)
-
-    @classmethod
-    def around(cls, rows: Tensor, code: Tensor, scale: Tensor, inner_product: bool = False) -> Coded:
-        """Codes as they are, not measured yet."""
-        number, single = len(rows), {"dtype": torch.float32}
-        return cls(
-            rows, code, scale, inner_product, rows.new_empty(number, dtype=torch.float64),
-            rows.new_empty(number, **single) if inner_product else None, rows.new_empty(number, **single),
-            rows.new_empty(number, **single),
-        )  # fmt: skip
-
-    @property
-    def size(self) -> int:
-        return self.rows.shape[1]
-
-    def encode(self, run: Kernels, selected: Tensor | None = None) -> None:
-        """Makes the codes of selected rows, or all, anew; to be measured afterwards."""
-        if self.code.dtype != torch.int8:
-            at = slice(None) if selected is None else selected
-            if self.code is not self.rows:
-                self.code[at], self.scale[at] = unit_rows(self.rows[at], self.code.dtype)[0], 1.0
-                return
-            norm = torch.linalg.vector_norm(self.rows[at], dim=1, dtype=torch.float64)
-            scale = torch.ones_like(norm) if self.inner_product else torch.where(norm > 0, 1.0 / norm, 0.0)
-            self.scale[at] = scale.nan_to_num_(0.0, 0.0, 0.0).float()
-            return
-        run.encode_rows(
-            rows=self.rows, selected=selected, inner_product=self.inner_product, code=self.code, scale=self.scale,
-            count=len(self.rows) if selected is None else len(selected), size=self.size,
-        )  # fmt: skip
-
-    def measure(self, run: Kernels) -> None:
-        run.measure_codes(
-            rows=self.rows, code=self.code, scale=self.scale, inner_product=self.inner_product,
-            rounding=rounding_of(self.code, self.size), inverse_norm=self.inverse_norm, norm=self.norm,
-            length=self.length, error=self.error, count=len(self.rows), size=self.size,
-        )  # fmt: skip
-
-    def measure_rows(self, run: Kernels, selected: Tensor) -> None:
-        """As `measure`, of some rows."""
-        part = Coded.around(self.rows[selected], self.code[selected], self.scale[selected], self.inner_product)
-        part.measure(run)
-        for name in ("inverse_norm", "length", "error", *(("norm",) if self.inner_product else ())):
-            getattr(self, name)[selected] = getattr(part, name)
-
-    def operand(self, at: slice | Tensor) -> Tensor:
-        """Codes as a matrix product takes them."""
-        code = self.code[at]
-        return code if code.dtype in (torch.int8, torch.float64) else code.float()
-
-    def largest_error(self) -> Tensor:
-        return self.error.max() if len(self.error) else self.error.new_zeros(())
-
-    def arguments(self) -> tuple:
-        return self.rows, self.inverse_norm, self.scale, self.norm, self.length, self.error
+    owner: int
+    is_local: bool
+    rows: QuantizedRows
+    places: Tensor | None
+    number: Tensor | None  # (R,) int64 over the classes of all ranks, ascending; None where it is the place
+    first: int  # the first number
+    cosine: Tensor  # (R, k) float64, or the owner's (Q, k)
+    index: Tensor  # the same, int64
+    count: int
 
 
-@dataclass
-class Lists:
-    """The largest products of every query: Lists of csrc/search.h."""
+class NearestSearch:
+    """Queries, references (the same rows in one set), the queries' candidate lists, and their answers so far.
 
-    candidate: Tensor  # (Q, capacity) int32
-    value: Tensor  # (Q, capacity) float32
-    ceiling: Tensor  # (Q,) float32
+    Args:
+        query: this rank's rows.
+        reference: rows to search among, or `query` itself: then each query's nearest other row is searched, among the
+            rows of all ranks.
+        candidates: lists of the queries, with numbers over the rows of all ranks.
+        number: k.
+        shard: of the rows, if they are divided among ranks, which must then all make the same calls in the same order.
+    """
 
-    @classmethod
-    def empty(cls, queries: int, capacity: int, device: torch.device) -> Lists:
-        result = cls(
-            torch.empty(queries, capacity, dtype=torch.int32, device=device),
-            torch.empty(queries, capacity, dtype=torch.float32, device=device),
-            torch.empty(queries, dtype=torch.float32, device=device),
-        )
-        result.clear()
-        return result
-
-    def clear(self) -> None:
-        self.candidate.fill_(-1)
-        self.value.fill_(-math.inf)
-        self.ceiling.fill_(-math.inf)
-
-    def arguments(self) -> tuple:
-        return self.candidate, self.value, self.ceiling
-
-
-class Search:
-    """Queries, references (the same rows in one set), the lists that a sweep fills, and the answers found so far."""
-
-    def __init__(self, run: Kernels, query: Coded, reference: Coded, lists: Lists, number: int, workspace_bytes: int):
-        self.run, self.query, self.reference, self.lists = run, query, reference, lists
+    def __init__(
+        self, run: Kernels, query: QuantizedRows, reference: QuantizedRows, candidates: CandidateLists, number: int,
+        workspace_bytes: int, shard: Shard | None = None,
+    ):  # fmt: skip
+        self.run, self.query, self.reference, self.candidates = run, query, reference, candidates
+        self.shard = Shard(len(reference.rows)) if shard is None else shard
         self.one_set = query is reference
         queries, device = len(query.rows), query.rows.device
         self.cosine = torch.full((queries, number), -math.inf, dtype=torch.float64, device=device)
         self.index = torch.full((queries, number), -1, dtype=torch.int64, device=device)
-        item = max(4, self.reference.operand(slice(0, 0)).element_size())
+        # The numbers over all ranks of one rank's rows are their places.
+        self.number = None
+        if self.shard.world_size > 1:
+            self.number = torch.arange(self.shard.begin, self.shard.begin + queries, device=device)
+        operand = reference.operand(slice(0, 0))
+        item = max(4, operand.element_size())
         largest = max(queries, len(reference.rows))
         self.side = whole_chunk(largest, math.isqrt(tile_bytes(device, workspace_bytes) // item))
-        integer = reference.code.dtype == torch.int8
-        dtype = torch.int32 if integer else self.reference.operand(slice(0, 0)).dtype
-        self.buffer = torch.empty(self.side**2, dtype=dtype, device=device)
+        integer = reference.codes.dtype == torch.int8
+        self.buffer = torch.empty(self.side**2, dtype=torch.int32 if integer else operand.dtype, device=device)
         self.multiply = torch._int_mm if integer else torch.mm
+        # Lists of a block return from every rank: all of these together are no larger than a shard's.
+        self.block_rows = max(SMALLEST_CHUNK, self.shard.sizes[0] // self.shard.world_size)
 
-    def products(self, left: Tensor, right: Tensor) -> Tensor:
-        """(L, R) of codes, in a buffer that the next ones overwrite."""
+    def full_search(self) -> None:
+        """Compares every query with every reference."""
+        for block in self.blocks(None, with_codes=True):
+            self.update_candidates(block)
+            self.rerank_candidates(block)
+        self.search_exact(self.uncertain())
+
+    def rerank_all(self) -> None:
+        """Compares all queries with the candidates of their lists, wherever these are."""
+        for block in self.blocks(None, with_codes=False):
+            self.rerank_candidates(block)
+
+    def refresh(self, refreshed: Tensor) -> Tensor:
+        """Makes codes and lists of flagged classes, of (C,) all, anew, and compares what that leaves open.
+
+        Returns:
+            Those of the own classes (R,) that were compared with all others.
+        """
+        own = self.query
+        own_refreshed = self.shard.local_part(refreshed).contiguous()
+        places = own_refreshed.nonzero().squeeze(1)
+        if len(places):
+            own.quantize(self.run, places)
+            own.measure_rows(self.run, places)
+        if len(own.rows):
+            self.run.remove_refreshed(
+                candidates=self.candidates.arguments(), refreshed_rows=own_refreshed, refreshed_candidates=refreshed,
+                count=len(own.rows),
+            )  # fmt: skip
+        self.search_exact(places, own_refreshed)
+        uncertain = self.uncertain()
+        uncertain = uncertain[~own_refreshed[uncertain]]
+        self.search_exact(uncertain)
+        return torch.cat([places, uncertain])
+
+    def counts(self, places: Tensor | None) -> list[int]:
+        """Number of rows of every rank: all of them, or those in its `places`."""
+        if places is None:
+            return self.shard.sizes
+        return self.shard.all_gather(torch.tensor([len(places)], device=places.device)).flatten().tolist()
+
+    def blocks(self, places: Tensor | None, with_codes: bool, most: int | None = None) -> Iterator[Block]:
+        """References, all of them or those in `places`, of all ranks in turn, ascending."""
+        own, shard = self.reference, self.shard
+        if shard.world_size == 1:
+            count = len(own.rows) if places is None else len(places)
+            if count:
+                yield Block(0, True, own, places, None, 0, self.cosine, self.index, count)
+            return
+        at = slice(None) if places is None else places
+        numbers = [own.inverse_norm, own.scale, own.length, own.error, self.cosine[:, 0], self.index[:, 0], self.number]
+        sent = [own.rows[at], torch.stack([t.double() for t in numbers], dim=1)[at]]  # all of them fit a float64
+        if with_codes:
+            sent.append(own.codes[at])
+        done = 0
+        for owner, (rows, packed, *codes) in shard.iter_shards(sent, self.counts(places), most):
+            inverse_norm, scale, length, error, cosine, index, number = packed.t().contiguous().unbind(0)
+            number, count = number.long(), len(rows)
+            if owner == shard.rank:
+                own_places = None if places is None else places[done : done + count]
+                done += count
+                yield Block(owner, True, own, own_places, number, int(number[0]), self.cosine, self.index, count)
+                continue
+            scale, length, error = scale.float(), length.float(), error.float()
+            remote = QuantizedRows(rows, codes[0] if codes else rows, scale, False, inverse_norm, None, length, error)
+            yield Block(
+                owner,
+                False,
+                remote,
+                None,
+                number,
+                int(number[0]),
+                cosine.unsqueeze(1),
+                index.long().unsqueeze(1),
+                count,
+            )
+
+    def scores(self, left: Tensor, right: Tensor) -> Tensor:
+        """Products (L, R) of codes, in a buffer that the next ones overwrite."""
         out = self.buffer[: len(left) * len(right)].view(len(left), len(right))
         if left.shape[1] == 0:
             return out.zero_()
         return self.multiply(left, right.t(), out=out)
 
-    def tile(self, products: Tensor, row_begin: int, column_begin: int, row_place: Tensor | None = None) -> dict:
-        return {
-            "products": products, "row_place": row_place, "row_begin": row_begin, "row_number": None,
-            "column_begin": column_begin, "column_first": 0, "one_set": self.one_set,
-        }  # fmt: skip
+    def update_candidates(self, block: Block) -> None:
+        """Offers all references of a block to all queries; within the own rows, over the upper triangle of the scores."""
+        triangle = self.one_set and block.is_local
+        lists = self.candidates.arguments()
+        for column_begin, column_end in chunks(block.count, self.side):
+            columns = block.rows.operand(slice(column_begin, column_end))
+            for row_begin, row_end in chunks(column_end if triangle else len(self.query.rows), self.side):
+                self.run.update_candidates(
+                    scores=self.scores(self.query.operand(slice(row_begin, row_end)), columns), row_place=None,
+                    row_begin=row_begin, row_number=None if self.number is None else self.number[row_begin:row_end],
+                    column_begin=column_begin, column_first=block.first, one_set=self.one_set,
+                    row_scale=self.query.scale, column_scale=block.rows.scale, row_candidates=lists,
+                    column_candidates=lists if triangle and row_begin != column_begin else None, refreshed=None,
+                )  # fmt: skip
 
-    def offer(self, tile: dict, to_columns: bool, renewed: Tensor | None = None) -> None:
-        lists = self.lists.arguments()
-        self.run.offer_tile(
-            **tile, row_scale=self.query.scale, column_scale=self.reference.scale, of_rows=lists,
-            of_columns=lists if to_columns else None, renewed=renewed,
-        )  # fmt: skip
+    def rerank_candidates(self, block: Block) -> None:
+        """Compares queries with their candidates in a block of consecutive references."""
+        if len(self.query.rows):
+            self.run.rerank_candidates(
+                query=self.query.arguments(), reference=block.rows.arguments(),
+                candidates=self.candidates.arguments(), nearest=(self.cosine, self.index), reference_first=block.first,
+                references=block.count, query_first=self.shard.begin, one_set=self.one_set,
+                queries=len(self.query.rows), size=self.query.size,
+            )  # fmt: skip
 
-    def sweep(self) -> None:
-        """Offers every reference to every query; within one set, over the upper triangle of the products."""
-        for column_begin, column_end in chunks(len(self.reference.rows), self.side):
-            columns = self.reference.operand(slice(column_begin, column_end))
-            for row_begin, row_end in chunks(column_end if self.one_set else len(self.query.rows), self.side):
-                products = self.products(self.query.operand(slice(row_begin, row_end)), columns)
-                tile = self.tile(products, row_begin, column_begin)
-                self.offer(tile, to_columns=self.one_set and row_begin != column_begin)
-
-    def settle(self) -> None:
-        """Compares the candidates that may be nearest."""
-        self.run.settle_candidates(
-            query=self.query.arguments(), reference=self.reference.arguments(), lists=self.lists.arguments(),
-            answers=(self.cosine, self.index), reference_place=None, reference_first=0,
-            references=len(self.reference.rows), query_first=0, one_set=self.one_set, queries=len(self.query.rows),
-            size=self.query.size,
-        )  # fmt: skip
-
-    def tolerance(self) -> Tensor:
+    def slack(self) -> Tensor:
         """(Q,) float64: a query's answers are certain if all errors of references that are not in its list are smaller."""
-        query, ceiling, worst = self.query, self.lists.ceiling.double(), self.cosine[:, -1]
+        query, bound, worst = self.query, self.candidates.upper_bound.double(), self.cosine[:, -1]
         norm = 1.0 if self.reference.norm is None else self.reference.norm.max()
-        room = (worst - ceiling - query.error.double() * norm) / query.length.double()
-        settled = (query.error < 0) | (query.inverse_norm == 0) | (ceiling == -math.inf)
+        room = (worst - bound - query.error.double() * norm) / query.length.double()
+        settled = (query.error < 0) | (query.inverse_norm == 0) | (bound == -math.inf)
         return room.masked_fill_(settled, math.inf)
 
     def uncertain(self) -> Tensor:
         """Queries whose lists do not prove their answers."""
-        return (~(self.tolerance() > self.reference.largest_error())).nonzero().squeeze(1)
+        largest = self.shard.all_reduce_max(self.reference.largest_error().clone())
+        return (~(self.slack() > largest)).nonzero().squeeze(1)
 
-    def resolve(self, rows: Tensor, renewed: Tensor | None = None) -> None:
-        """Looks at every reference that may be nearest to these queries.
+    def search_exact(self, places: Tensor, refreshed: Tensor | None = None) -> None:
+        """Compares these queries with every reference that may be among their nearest.
 
-        Renewed (R,) ones have new codes: these are offered to all lists, and looked at for the other answers too.
+        `refreshed` (Q,) flags own rows with new codes, `places`: they are offered to all lists, and compared for the
+        answers of the other rows too.
         """
-        answers = self.cosine, self.index
-        height = max(1, min(len(rows), self.side))
-        width = whole_chunk(len(self.reference.rows), len(self.buffer) // height)  # few rows: fewer, wider tiles
-        for places in rows.split(height):
-            operand = self.query.operand(places)
-            for column_begin, column_end in chunks(len(self.reference.rows), width):
-                columns = self.reference.operand(slice(column_begin, column_end))
-                tile = self.tile(self.products(operand, columns), 0, column_begin, places)
-                self.run.resolve_tile(
-                    **tile, query=self.query.arguments(), reference=self.reference.arguments(), of_rows=answers,
-                    of_columns=None if renewed is None else answers, renewed=renewed, size=self.query.size,
+        if not self.one_set:
+            own = Block(0, True, self.query, places, None, 0, self.cosine, self.index, len(places))
+            return self.compare(own, None, None)
+        for block in self.blocks(places, with_codes=True, most=self.block_rows):
+            lists = None
+            if refreshed is not None:
+                lists = self.candidates
+                if not block.is_local:
+                    lists = CandidateLists.empty(block.count, lists.candidate.shape[1], refreshed.device)
+            self.compare(block, lists, refreshed)
+            self.return_results(block, lists)
+
+    def compare(self, block: Block, lists: CandidateLists | None, refreshed: Tensor | None) -> None:
+        """Compares a block with every own reference that may be nearest to a row of it.
+
+        With `lists`, those of the block's rows, rows and references are offered to each other's lists, and compared for
+        the answers of references that are not refreshed too.
+        """
+        own = self.reference
+        height = max(1, min(block.count, self.side))
+        width = whole_chunk(len(own.rows), len(self.buffer) // height)  # few rows: fewer, wider tiles
+        for row_begin, row_end in chunks(block.count, height):
+            places = None if block.places is None else block.places[row_begin:row_end]
+            operand = block.rows.operand(slice(row_begin, row_end) if places is None else places)
+            for column_begin, column_end in chunks(len(own.rows), width):
+                tile = {
+                    "scores": self.scores(operand, own.operand(slice(column_begin, column_end))), "row_place": places,
+                    "row_begin": row_begin if places is None else 0,
+                    "row_number": None if block.number is None else block.number[row_begin:row_end],
+                    "column_begin": column_begin, "column_first": self.shard.begin, "one_set": self.one_set,
+                }  # fmt: skip
+                self.run.search_exact(
+                    **tile, query=block.rows.arguments(), reference=own.arguments(),
+                    row_nearest=(block.cosine, block.index),
+                    column_nearest=None if lists is None else (self.cosine, self.index), refreshed=refreshed,
+                    size=own.size,
                 )  # fmt: skip
-                if renewed is not None:
-                    self.offer(tile, to_columns=True, renewed=renewed)
+                if lists is not None:
+                    self.run.update_candidates(
+                        **tile, row_scale=block.rows.scale, column_scale=own.scale, row_candidates=lists.arguments(),
+                        column_candidates=self.candidates.arguments(), refreshed=refreshed,
+                    )  # fmt: skip
+
+    def return_results(self, block: Block, lists: CandidateLists | None) -> None:
+        """Sends the results of a block to its owner, which keeps the best of all ranks."""
+        if self.shard.world_size == 1:
+            return
+        at = block.places if block.is_local else slice(None)
+        found = torch.cat(
+            [block.cosine[at], block.index[at].double(), *([] if lists is None else [lists.packed(at)])], 1
+        )
+        ranks = range(self.shard.world_size)
+        sent = [block.count if rank == block.owner else 0 for rank in ranks]
+        parts = self.shard.all_to_all(found, sent, [block.count if block.is_local else 0 for _ in ranks])
+        if not block.is_local:
+            return
+        parts = parts.view(self.shard.world_size, block.count, -1)
+        cosine, index = parts[..., 0], parts[..., 1]
+        best = cosine.max(dim=0).values
+        index = torch.where(cosine == best, index, torch.inf).min(dim=0).values
+        known = ~best.isnan()  # for a row with NaN, its own rank has the answer
+        self.cosine[at, 0] = torch.where(known, best, self.cosine[at, 0])
+        self.index[at, 0] = torch.where(known, index, self.index[at, 0].double()).long()
+        if lists is not None:
+            lists.merge(block.places, parts[..., 2:])
 
     def answers(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosines, or inner products, (Q, k) in `dtype` and the references (Q, k) int64."""
@@ -285,19 +282,13 @@ class Search:
         return cosine.to(dtype), self.index.clamp(min=0)
 
 
-def chunks(count: int, size: int):
-    """(begin, end) of parts of so many."""
+def chunks(count: int, size: int) -> Iterator[tuple[int, int]]:
+    """(begin, end) of parts of `size` and a rest."""
     return ((begin, min(begin + size, count)) for begin in range(0, count, size))
 
 
-def capacity_of(number: int, references: int, int8: bool) -> int:
-    """Candidates a list holds: enough that few answers stay uncertain, or all there are."""
-    wanted = number + (SMALLEST_CHUNK // 4 if int8 else 4)
-    return max(1, min(wanted, references))
-
-
 def exponent_of(rows: Tensor) -> int:
-    """Of the largest element of rows (R, D), within what 2.0**-exponent can be. Rows with NaN or infinity stay what they are."""
+    """Of the largest element of rows (R, D), within what 2.0**-exponent can be. Rows with NaN or infinity do not count."""
     largest = torch.linalg.vector_norm(rows, math.inf, dim=1, dtype=torch.float64)
     largest = largest.masked_fill_(~largest.isfinite(), 0.0)
     return max(math.frexp(largest.max().item())[1] - 1, -1000) if len(rows) else 0
@@ -305,8 +296,8 @@ def exponent_of(rows: Tensor) -> int:
 
 def find_nearest(
     run: Kernels, query: Tensor, reference: Tensor | None, number: int, inner_product: bool, workspace_bytes: int
-) -> Search:
-    """The `number` nearest references of every query, or others of one set, exactly."""
+) -> NearestSearch:
+    """The `number` nearest references of every query, or others of one set, exactly, on one rank."""
     exponents = (0, 0)
     if inner_product:
         exponents = exponent_of(query), exponent_of(query if reference is None else reference)
@@ -316,14 +307,58 @@ def find_nearest(
         reference = None if reference is None else reference.double() * 2.0 ** -exponents[1]
     rows = query if reference is None else reference
     int8 = fits_int8(rows, workspace_bytes)
-    coded = Coded.of(run, query, int8, inner_product)
-    others = coded if reference is None else Coded.of(run, reference, int8, inner_product)
-    lists = Lists.empty(len(query), capacity_of(number, len(rows), int8), query.device)
-    search = Search(run, coded, others, lists, number, workspace_bytes)
-    search.sweep()
-    search.settle()
-    search.resolve(search.uncertain())
+    quantized = QuantizedRows.of(run, query, int8, inner_product)
+    others = quantized if reference is None else QuantizedRows.of(run, reference, int8, inner_product)
+    lists = CandidateLists.empty(len(query), capacity_of(number, len(rows), int8), query.device)
+    search = NearestSearch(run, quantized, others, lists, number, workspace_bytes)
+    search.full_search()
     if divided:
         half = sum(exponents) // 2  # the whole power of two can be beyond float64
         search.cosine.mul_(2.0**half).mul_(2.0 ** (sum(exponents) - half))
     return search
+
+
+def find_nearest_others(run: Kernels, shard: Shard, weight: Tensor, workspace_bytes: int) -> tuple[Tensor, Tensor]:
+    """Cosine (C_rank,) float64 of every own class to its nearest other of all ranks, and that class."""
+    too_large = torch.tensor(not fits_int8(weight, workspace_bytes), dtype=torch.int64, device=weight.device)
+    int8 = not shard.all_reduce_max(too_large).item()
+    check_ranks(shard, weight, int8, too_large.new_zeros(0))
+    quantized = QuantizedRows.of(run, common_rows(shard, weight), int8)
+    lists = CandidateLists.empty(len(weight), capacity_of(1, shard.num_classes, int8), weight.device)
+    search = NearestSearch(run, quantized, quantized, lists, 1, workspace_bytes, shard)
+    search.full_search()
+    cosine, index = search.answers(torch.float64)
+    return cosine.squeeze(1), index.squeeze(1)
+
+
+def common_rows(shard: Shard, weight: Tensor) -> Tensor:
+    """Weights in a dtype that can be sent."""
+    return weight if shard.world_size == 1 else weight.to(compute_dtype(weight))
+
+
+def check_ranks(shard: Shard, weight: Tensor, int8: bool, numbers: Tensor) -> bool:
+    """Whether `numbers` (n,) int64 are the same on all ranks.
+
+    Raises:
+        ValueError: on every rank, if the weights of one differ from those of rank 0, so that no rank waits forever.
+    """
+    own = [weight.shape[1], DTYPES.index(weight.dtype), int8, *numbers.tolist()]
+    gathered = shard.all_gather(torch.tensor(own, device=weight.device)).tolist()
+    for rank, other in enumerate(gathered):
+        if other[:3] != gathered[0][:3]:
+            found = [
+                f"embedding_size {size}, {DTYPES[dtype]}, {'int8' if short else 'float'} codes"
+                for size, dtype, short, *_ in (gathered[0], other)
+            ]
+            raise ValueError(f"weight: rank 0 has {found[0]}, rank {rank} {found[1]}")
+    return all(other == gathered[0] for other in gathered)
+
+
+def find_nearest_classes(run: Kernels, inputs: LossInputs, forward_chunks: Callable) -> tuple[Tensor, Tensor]:
+    """Cosine (C_rank,) and number of every class's nearest other: known, by the exact search, or by tiles."""
+    if inputs.known_index is not None:
+        return inputs.known_cosine, inputs.known_index
+    shard = named_shard(inputs.group, inputs.num_classes)
+    if searches(inputs.weight.device):
+        return find_nearest_others(run, shard, inputs.weight, inputs.workspace_bytes)
+    return find_by_tiles(run, shard, inputs, forward_chunks)

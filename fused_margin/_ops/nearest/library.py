@@ -1,0 +1,79 @@
+"""The torch.library ops of the exact search."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fused_margin._ops.backends.select import kernels, on_device
+from fused_margin._ops.inputs import compute_dtype
+from fused_margin._ops.library import register
+from fused_margin._ops.nearest import cache, search
+from fused_margin._ops.recomputation import current_age, recomputing
+from fused_margin.distributed import named_shard
+
+
+def _nearest_rows(
+    query: Tensor, reference: Tensor | None, number: int, inner_product: bool, workspace_bytes: int
+) -> tuple[Tensor, Tensor]:
+    """Cosines, or inner products, (Q, number) of queries to their nearest references, or others, and the rows of these."""
+    device, dtype = query.device, compute_dtype(query, reference)
+    with on_device(device), torch.autocast(device.type, enabled=False):
+        found = search.find_nearest(kernels(device), query, reference, number, inner_product, workspace_bytes)
+    return found.answers(dtype)
+
+
+def _nearest_rows_fake(query, reference, number, *_):
+    shape = (query.shape[0], number)
+    return query.new_empty(shape, dtype=compute_dtype(query, reference)), query.new_empty(shape, dtype=torch.int64)
+
+
+def _certified_nearest(
+    weight: Tensor,
+    code: Tensor,
+    scale: Tensor,
+    candidate: Tensor,
+    value: Tensor,
+    ceiling: Tensor,
+    swept: Tensor,
+    workspace_bytes: int,
+    group: str,
+    num_classes: int,
+) -> tuple[Tensor, Tensor]:
+    """Cosine (C,) float64 of every class to its nearest other, and that class, by the cache of earlier steps."""
+    swept = swept.clone() if recomputing() else swept  # a recomputed forward counts once
+    state = cache.NearestCache(code, scale, candidate, value, ceiling, swept)
+    device, shard = weight.device, named_shard(group, num_classes)
+    with on_device(device), torch.autocast(device.type, enabled=False):
+        return cache.certified_nearest(kernels(device), shard, weight, state, workspace_bytes)
+
+
+def _certified_nearest_fake(weight, *_):
+    return weight.new_empty(weight.shape[0], dtype=torch.float64), weight.new_empty(weight.shape[0], dtype=torch.int64)
+
+
+def _periodic_nearest(
+    weight: Tensor,
+    index: Tensor,
+    age: Tensor,
+    every: int,
+    counts: bool,
+    workspace_bytes: int,
+    group: str,
+    num_classes: int,
+) -> Tensor:
+    """Cosine (C,) float64 of every class to its nearest of some steps ago: `index`, searched every so many steps."""
+    device, shard, age = weight.device, named_shard(group, num_classes), current_age(age)
+    with on_device(device), torch.autocast(device.type, enabled=False):
+        return cache.periodic_nearest(kernels(device), shard, weight, index, age, every, counts, workspace_bytes)
+
+
+def _periodic_nearest_fake(weight, *_):
+    return weight.new_empty(weight.shape[0], dtype=torch.float64)
+
+
+nearest_rows = register("nearest_rows", _nearest_rows, _nearest_rows_fake)
+certified_nearest = register(
+    "certified_nearest", _certified_nearest, _certified_nearest_fake, mutates=cache.NearestCache._fields
+)
+periodic_nearest = register("periodic_nearest", _periodic_nearest, _periodic_nearest_fake, mutates=("index", "age"))

@@ -1,0 +1,212 @@
+"""Rows quantized to int8 where the processor multiplies int8 fastest, and the list of each query's best candidates.
+
+csrc/kernels/search.h has the bound on what quantization changes, docs/nearest.md its proof.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fused_margin._ops.backends.select import Kernels, constant_while_compiled, rounds_float32
+from fused_margin._ops.inputs import SMALLEST_CHUNK, compute_dtype
+from fused_margin._ops.normalization import unit_rows
+
+# Of a tile of scores. On the CPU it stays in cache for the two to four times it is read. On a GPU it is so large that
+# its kernels take longer than their launches.
+TILE_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}
+LONGEST = 1e18  # of rows that are multiplied as they are, in float32
+# Torch 2.13 leaves products of rows of one element unwritten; beyond the last size a product would not fit an int32.
+INT8_SIZES = range(2, (2**31 - 1) // 127**2 + 1)
+
+
+def int8_wins(rows: Tensor) -> bool:
+    """Whether products of int8 are the fastest for such rows: on processors with instructions for them."""
+    return rows.shape[1] in INT8_SIZES and _has_int8_products(rows.device) and int8_products_are_right()
+
+
+@constant_while_compiled
+def _has_int8_products(device: torch.device) -> bool:
+    if device.type != "cpu":
+        return False
+    return any(getattr(torch.cpu, name, bool)() for name in ("_is_vnni_supported", "_is_avx512_vnni_supported"))
+
+
+@functools.cache
+def int8_products_are_right() -> bool:
+    """Whether torch's products of int8, which are no public function of it, give known answers in memory that holds others."""
+    for rows, size, columns in ((1, 2, 1), (3, 7, 65), (65, 64, 17)):
+        left = (torch.arange(rows * size, dtype=torch.int64, device="cpu") * 37 % 255 - 127).view(rows, size)
+        right = (torch.arange(columns * size, dtype=torch.int64, device="cpu") * 91 % 255 - 127).view(columns, size)
+        out = torch.full((rows, columns), 0x55555555, dtype=torch.int32, device="cpu")
+        torch._int_mm(left.to(torch.int8), right.to(torch.int8).t(), out=out)
+        if not torch.equal(out.long(), (left.unsqueeze(1) * right).sum(2)):
+            return False
+    return True
+
+
+def tile_bytes(device: torch.device, workspace_bytes: int) -> int:
+    return min(TILE_BYTES["cuda" if device.type == "cuda" else "cpu"], max(workspace_bytes // 2, 1))
+
+
+def fits_int8(rows: Tensor, workspace_bytes: int) -> bool:
+    """Whether int8 codes of the rows are worth making, and have room beside a tile."""
+    room = workspace_bytes - tile_bytes(rows.device, workspace_bytes)
+    return int8_wins(rows) and rows.numel() <= room
+
+
+def rounding_of(codes: Tensor, size: int) -> float:
+    """Bound on the error of a computed product of two codes, over the product of their lengths."""
+    own = 1e-6  # of a product that becomes a float32, is scaled, and compared with a bound
+    if codes.dtype in (torch.int8, torch.float64):
+        return own
+    if rounds_float32(codes.device):
+        return own + 2.0**-7 + size * 2.0**-23  # operands rounded to bfloat16
+    return own + size * 2.0**-23  # any order of additions, a bit each
+
+
+@dataclass
+class QuantizedRows:
+    """Rows (R, D) and their codes: QuantizedRows of csrc/kernels/search.h."""
+
+    rows: Tensor  # (R, D), any dtype and strides
+    codes: Tensor  # (R, D) int8, the rows, or a float copy of them with length one
+    scale: Tensor  # (R,) float32
+    inner_product: bool
+    inverse_norm: Tensor  # (R,) float64
+    norm: Tensor | None  # (R,) float32, with inner products
+    length: Tensor  # (R,) float32
+    error: Tensor  # (R,) float32
+
+    @classmethod
+    def of(cls, run: Kernels, rows: Tensor, int8: bool, inner_product: bool = False) -> QuantizedRows:
+        """Newly quantized rows."""
+        result = cls.allocate(rows, int8, inner_product)
+        result.quantize(run)
+        result.measure(run)
+        return result
+
+    @classmethod
+    def allocate(cls, rows: Tensor, int8: bool, inner_product: bool = False) -> QuantizedRows:
+        """Memory for codes: int8, or the rows themselves, unless their products would be infinite."""
+        codes = torch.empty(rows.shape, dtype=torch.int8, device=rows.device) if int8 else rows
+        if not int8 and not inner_product:
+            longest = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).nan_to_num_(0.0, 0.0)
+            if bool((longest > LONGEST).any()):
+                codes = torch.empty(rows.shape, dtype=compute_dtype(rows), device=rows.device)
+        return cls.of_codes(rows, codes, rows.new_empty(len(rows), dtype=torch.float32), inner_product)
+
+    @classmethod
+    def of_codes(cls, rows: Tensor, codes: Tensor, scale: Tensor, inner_product: bool = False) -> QuantizedRows:
+        """Rows with codes made before, not measured yet."""
+        number, single = len(rows), {"dtype": torch.float32}
+        return cls(
+            rows, codes, scale, inner_product, rows.new_empty(number, dtype=torch.float64),
+            rows.new_empty(number, **single) if inner_product else None, rows.new_empty(number, **single),
+            rows.new_empty(number, **single),
+        )  # fmt: skip
+
+    @property
+    def size(self) -> int:
+        return self.rows.shape[1]
+
+    def quantize(self, run: Kernels, selected: Tensor | None = None) -> None:
+        """Makes the codes of selected rows, or of all; `measure` must follow."""
+        if self.codes.dtype != torch.int8:
+            at = slice(None) if selected is None else selected
+            if self.codes is not self.rows:
+                self.codes[at], self.scale[at] = unit_rows(self.rows[at], self.codes.dtype)[0], 1.0
+                return
+            norm = torch.linalg.vector_norm(self.rows[at], dim=1, dtype=torch.float64)
+            scale = torch.ones_like(norm) if self.inner_product else torch.where(norm > 0, 1.0 / norm, 0.0)
+            self.scale[at] = scale.nan_to_num_(0.0, 0.0, 0.0).float()
+            return
+        run.quantize_rows(
+            rows=self.rows, selected=selected, inner_product=self.inner_product, codes=self.codes, scale=self.scale,
+            count=len(self.rows) if selected is None else len(selected), size=self.size,
+        )  # fmt: skip
+
+    def measure(self, run: Kernels) -> None:
+        """Computes norms, and the distance of each row to its code."""
+        run.measure_quantization(
+            rows=self.rows, codes=self.codes, scale=self.scale, inner_product=self.inner_product,
+            rounding=rounding_of(self.codes, self.size), inverse_norm=self.inverse_norm, norm=self.norm,
+            length=self.length, error=self.error, count=len(self.rows), size=self.size,
+        )  # fmt: skip
+
+    def measure_rows(self, run: Kernels, selected: Tensor) -> None:
+        """As `measure`, of selected rows."""
+        part = QuantizedRows.of_codes(
+            self.rows[selected], self.codes[selected], self.scale[selected], self.inner_product
+        )
+        part.measure(run)
+        for name in ("inverse_norm", "length", "error", *(("norm",) if self.inner_product else ())):
+            getattr(self, name)[selected] = getattr(part, name)
+
+    def operand(self, at: slice | Tensor) -> Tensor:
+        """Codes as a matrix product takes them."""
+        codes = self.codes[at]
+        return codes if codes.dtype in (torch.int8, torch.float64) else codes.float()
+
+    def largest_error(self) -> Tensor:
+        return self.error.max() if len(self.error) else self.error.new_zeros(())
+
+    def arguments(self) -> tuple:
+        return self.rows, self.inverse_norm, self.scale, self.norm, self.length, self.error
+
+
+@dataclass
+class CandidateLists:
+    """The candidates with the largest scores of every query: CandidateLists of csrc/kernels/search.h."""
+
+    candidate: Tensor  # (Q, capacity) int32
+    value: Tensor  # (Q, capacity) float32
+    upper_bound: Tensor  # (Q,) float32, of the scores that are not in the list
+
+    @classmethod
+    def empty(cls, queries: int, capacity: int, device: torch.device) -> CandidateLists:
+        result = cls(
+            torch.empty(queries, capacity, dtype=torch.int32, device=device),
+            torch.empty(queries, capacity, dtype=torch.float32, device=device),
+            torch.empty(queries, dtype=torch.float32, device=device),
+        )
+        result.clear()
+        return result
+
+    def clear(self) -> None:
+        self.candidate.fill_(-1)
+        self.value.fill_(-math.inf)
+        self.upper_bound.fill_(-math.inf)
+
+    def arguments(self) -> tuple:
+        return self.candidate, self.value, self.upper_bound
+
+    def packed(self, at: slice | Tensor) -> Tensor:
+        """Lists of some rows as one float64 matrix (R, 1 + 2 capacity), to be sent."""
+        return torch.cat(
+            [self.upper_bound[at].unsqueeze(1).double(), self.value[at].double(), self.candidate[at].double()], 1
+        )
+
+    def merge(self, places: Tensor, parts: Tensor) -> None:
+        """Replaces the lists of some rows by the best of several packed lists (parts, R, 1 + 2 capacity) of each."""
+        capacity = self.candidate.shape[1]
+        upper_bound, value, candidate = parts.split([1, capacity, capacity], dim=2)
+        value, candidate = (t.transpose(0, 1).flatten(1) for t in (value, candidate))
+        value, order = value.sort(dim=1, descending=True, stable=True)
+        candidate = candidate.gather(1, order)
+        upper_bound = upper_bound.amax(dim=(0, 2))
+        if value.shape[1] > capacity:  # the largest that is left out
+            upper_bound = torch.maximum(upper_bound, value[:, capacity])
+        self.candidate[places] = candidate[:, :capacity].int()
+        self.value[places] = value[:, :capacity].float()
+        self.upper_bound[places] = upper_bound.float()
+
+
+def capacity_of(number: int, references: int, int8: bool) -> int:
+    """Candidates in a list: enough that few answers stay uncertain, or all there are."""
+    wanted = number + (SMALLEST_CHUNK // 4 if int8 else 4)
+    return max(1, min(wanted, references))

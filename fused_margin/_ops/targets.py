@@ -1,0 +1,55 @@
+"""The bias and the length of each sample's target, on the rank that has its class, and their gradients."""
+
+import torch
+from torch import Tensor
+
+from fused_margin._ops.inputs import ForwardOutput, LossInputs
+
+
+def _own_rows(inputs: LossInputs) -> tuple[Tensor, Tensor]:
+    """Whether a sample's class is among these, and its row; row 0 where it is not."""
+    known = (inputs.labels >= 0) & (inputs.labels < inputs.weight.shape[0])
+    return known, torch.where(known, inputs.labels, 0)
+
+
+def write(inputs: LossInputs, output: ForwardOutput) -> None:
+    """Writes target_bias and target_length (N,), 0 for a class of another rank, if they are wanted."""
+    if (inputs.bias is None and not inputs.target_length) or not inputs.weight.shape[0]:
+        output.target_bias.zero_()
+        output.target_length.zero_()
+        return
+    known, rows = _own_rows(inputs)
+    if inputs.bias is not None:
+        output.target_bias.copy_(torch.where(known, inputs.bias[rows].double(), 0.0))
+    if inputs.target_length:
+        length = torch.linalg.vector_norm(inputs.weight[rows], dim=1, dtype=torch.float64)
+        output.target_length.copy_(torch.where(known, length, 0.0))
+
+
+def _class_sums(inputs: LossInputs, upstream: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums (C,) of upstream gradients (N,) over the samples of each class, and `_own_rows`'s rows.
+
+    In float64, whose sums torch adds in a fixed order.
+    """
+    known, rows = _own_rows(inputs)
+    sums = upstream.new_zeros(inputs.weight.shape[0], dtype=torch.float64)
+    return sums.index_put_((rows,), torch.where(known, upstream.double(), 0.0), accumulate=True), rows
+
+
+def add_bias_gradient(inputs: LossInputs, gradient: Tensor, upstream: Tensor | None) -> Tensor:
+    """The gradient (C,) of the bias, with that of target_bias added."""
+    if upstream is None or not inputs.weight.shape[0]:
+        return gradient
+    return (gradient.double() + _class_sums(inputs, upstream)[0]).to(gradient.dtype)
+
+
+def add_length_gradient(inputs: LossInputs, gradient: Tensor, upstream: Tensor | None) -> None:
+    """Adds the gradient of target_length to that of weight (C, D), in place."""
+    if upstream is None or not inputs.weight.shape[0]:
+        return
+    sums, rows = _class_sums(inputs, upstream)
+    weight = inputs.weight[rows].double()
+    length = torch.linalg.vector_norm(weight, dim=1)
+    factor = torch.where(length > 0, sums[rows] / length, 0.0)
+    # Samples of one class write the same value, and no second gradient of all classes is made.
+    gradient[rows] = gradient[rows] + (factor.unsqueeze(1) * weight).to(gradient.dtype)
