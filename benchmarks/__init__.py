@@ -1,1 +1,1 @@
-"""Side-by-side measurements of fused_margin and what its users use today: `python -m benchmarks`."""
+"""Measurements of fused_margin, one folder for each study: see benchmarks/README.md."""

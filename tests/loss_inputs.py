@@ -4,7 +4,7 @@ import torch
 
 import fused_margin as fm
 from fused_margin import reference
-from fused_margin._ops.inputs import Problem
+from fused_margin._ops.inputs import LossInputs
 
 
 def problem(samples, classes, size, *, seed=0, spread=5.0):
@@ -53,7 +53,7 @@ def ours(embeddings, weight, labels, margin=None, scale=64.0, **options):
 def sweep_problem(samples, weight, *, nearest=False, workspace_bytes=256 << 20, products="portable"):
     """What the ops' planning is asked about; embeddings in the weight's dtype and on its device."""
     embeddings = weight.new_empty(samples, weight.shape[1]) if samples else None
-    return Problem(embeddings, weight, workspace_bytes, products, scale_value=64.0, nearest=nearest)
+    return LossInputs(embeddings, weight, workspace_bytes, products, scale_value=64.0, nearest=nearest)
 
 
 LAYOUTS = ("contiguous", "padded", "sliced", "misaligned", "transposed")

@@ -13,7 +13,7 @@ from test_search import full_sweep, same, training
 from torch.nn import functional as F
 
 import fused_margin as fm
-from fused_margin._ops.kernels import kernels
+from fused_margin._ops.backends.select import kernels
 from fused_margin._ops.nearest import cache, search, sharded_certified, sharded_nearest, sharded_search
 from fused_margin.distributed import Shard, slice_of
 from fused_margin.functional import NearestClass, exclusive_regularization, nearest_class

@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
+from fused_margin._ops.plan import CHUNK_BYTES, portable_plan
 from loss_inputs import loss_and_gradients, ours, problem, relative_error, sweep_problem, truth
 from torch.nn import functional as F
 
 import fused_margin as fm
 from fused_margin import reference
-from fused_margin._ops.plan import CHUNK_BYTES, portable_plan
 
 MARGINS = {
     "normface": {},

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from fused_margin._ops.plan import portable_plan
 from loss_inputs import problem, relative_error, sweep_problem
 
 import fused_margin as fm
 from fused_margin import reference
-from fused_margin._ops.plan import portable_plan
 from fused_margin.functional import exclusive_regularization, nearest_class, separability
 
 SMALL = 1e-6  # workspace_mb: smallest tiles

@@ -14,7 +14,7 @@ import fused_margin as fm
 from fused_margin._ops import library
 from fused_margin._ops.backends.select import PORTABLE
 from fused_margin._ops.class_pair_sums import other_class_sums
-from fused_margin._ops.inputs import Problem
+from fused_margin._ops.inputs import LossInputs
 from fused_margin._ops.nearest import cache
 from fused_margin.compat.insightface import CombinedMarginLoss, DenseGradient, PartialFC_V2
 from fused_margin.distributed import Shard
@@ -33,12 +33,12 @@ def test_opcheck_sweep(keep, uniform, nearest):
     scale = (torch.rand(9, dtype=torch.float64) + 5).requires_grad_()
     class_weight = torch.rand(50, dtype=torch.float64) if uniform else None
     for s in (scale, None):
-        problem = Problem(leaf(x), leaf(w), 1 << 20, PORTABLE, y, s, 64.0, class_weight, nearest)
+        problem = LossInputs(leaf(x), leaf(w), 1 << 20, PORTABLE, y, s, 64.0, class_weight, nearest)
         torch.library.opcheck(library.sweep, (*library.arguments(problem), uniform, -100, keep))
 
 
 def test_opcheck_nearest_only():
-    problem = Problem(None, leaf(torch.randn(50, 8)), 1 << 20, PORTABLE, nearest=True)
+    problem = LossInputs(None, leaf(torch.randn(50, 8)), 1 << 20, PORTABLE, nearest=True)
     torch.library.opcheck(library.sweep, (*library.arguments(problem), False, 0, False))
 
 
@@ -55,7 +55,7 @@ def test_opcheck_nearest_only():
 )
 def test_opcheck_portable_options(options):
     x, w, y = single(9, 50, 8)
-    problem = Problem(leaf(x), leaf(w), 1 << 20, PORTABLE, y % 10, scale_value=4.0, **options)
+    problem = LossInputs(leaf(x), leaf(w), 1 << 20, PORTABLE, y % 10, scale_value=4.0, **options)
     torch.library.opcheck(library.sweep, (*library.arguments(problem), False, -100, True))
 
 
@@ -63,7 +63,7 @@ def test_opcheck_sweep_backward():
     x, w, y = single(9, 50, 8)
     upstream = [torch.randn(9, dtype=torch.float64), torch.randn(9, dtype=torch.float64), None, torch.randn(50)]
     for options in ({"nearest": True}, {"inner_product": True, "bias": torch.randn(50)}):
-        arguments = library.arguments(Problem(x, w, 1 << 20, PORTABLE, y, **options))
+        arguments = library.arguments(LossInputs(x, w, 1 << 20, PORTABLE, y, **options))
         saved = library.sweep(*arguments, False, -100, True)
         if "bias" in options:
             upstream[3] = None
@@ -362,7 +362,7 @@ def test_the_dense_gradient_has_every_derivative():
 
 def test_no_gradient_keeps_nothing():
     x, w, y = single(12, 90, 16)
-    problem = Problem(x, w, 1 << 28, PORTABLE, y, scale_value=64.0)
+    problem = LossInputs(x, w, 1 << 28, PORTABLE, y, scale_value=64.0)
     assert library.run_sweep(problem, False, -100, keep=True).kept.numel() > 0
     assert library.run_sweep(problem, False, -100, keep=False).kept.numel() == 0
     with torch.no_grad():

@@ -10,7 +10,7 @@ from loss_inputs import leaf, problem
 from torch.nn import functional as F
 
 import fused_margin as fm
-from fused_margin._ops.kernels import kernels
+from fused_margin._ops.backends.select import kernels
 from fused_margin._ops.nearest import cache, search
 from fused_margin.functional import NearestClass, nearest_class
 

@@ -1,34 +1,33 @@
-"""Builds, checks, profiles and times the CUDA kernels on a GPU. Made for fifteen minutes on a rented device, in two calls.
+"""Builds, checks, profiles and times the CUDA kernels on a GPU. Two calls fit into fifteen minutes on a rented device.
 
-First call, at most 430 s, with a build brought along (without one, 40 s later):
+First call, at most 430 s with a prebuilt extension (40 s more without):
 
     python3 -m benchmarks.gpu check profile sanitize --limit 415 --prebuilt build/prebuilt --wheels build/wheels \\
         --commit HASH --output FOLDER
 
       0 s  missing packages, device, builds                          20 s
-     20 s  bring-up of each family in the build that traps           2 x 30 s, at most 75 s each
-     80 s  first times of the families that passed                   at most 60 s; the first are there by 110 s
-    140 s  ncu on the three kernels, and a step kernel by kernel     at most 75 s and 40 s; 160 s are left for what follows
+     20 s  basic tests of each family in the build that traps        2 x 30 s, at most 75 s each
+     80 s  first times of the families that passed                   at most 60 s; the first are ready by 110 s
+    140 s  ncu on the three kernels, and the kernels of a step       at most 75 s and 40 s; 160 s are reserved for the rest
     230 s  all tests: each family, portable kernels, search          4 x 30 s, at most 90 s each
-    350 s  memcheck of what failed, then compute-sanitizer on the rest with the time that is left
+    350 s  memcheck of failed tests, then compute-sanitizer on the rest in the remaining time
 
-Second call, at most 270 s: the times with all peers, and what failed and was mended.
+Second call, at most 270 s: times with all peers, and tests of kernels that failed and were fixed.
 
     python3 -m benchmarks.gpu time --limit 255 --earlier benchmarks/results/DEVICE.json ...as above
     python3 -m benchmarks.gpu check sanitize time --groups search --limit 255 --earlier ...as above
 
-HASH is the full hash of the commit; without one the result cannot switch anything on. FOLDER is the one that the device's
-files come back from: the result, the log, the report of ncu and a picture.
+HASH is the full hash of the commit; a result without it cannot switch anything on. FOLDER receives the result, the log, the
+report of ncu and a figure; copy it back from the device.
 
---prebuilt takes what `python3.12 -m benchmarks.gpu prebuild build/prebuilt` has made with a Python of the device's version,
-on a system whose glibc is not newer than the device's (needs nvcc, setuptools, pybind11 and ninja; 13 MB for both builds).
---wheels takes a folder of wheels for a machine without a network: `pip download --no-deps` of tyro, docstring_parser and
-typeguard, and for `time` of pytorch-metric-learning, cut-cross-entropy and liger-kernel. git ignores build/: a copy of the
-tree has to name these folders.
+--prebuilt is the folder that `python3.12 -m benchmarks.gpu prebuild build/prebuilt` writes, with the Python version of the
+device and a glibc that is not newer (needs nvcc, setuptools, pybind11 and ninja; 13 MB for both builds). --wheels is a folder
+of wheels for a machine without a network: `pip download --no-deps` of tyro, docstring_parser and typeguard, and for `time` of
+pytorch-metric-learning, cut-cross-entropy and liger-kernel. git ignores build/, so a copy of the tree must name these folders.
 
-Exit code 0: everything that ran passed, and all tests that were asked for ran. Times, profiles and sanitizers may be cut
-short. The result is DEVICE.json in FOLDER, written after every step; commit it in benchmarks/results, switch on what
-passed (fused_margin/ops/dispatch.py), and run `python -m benchmarks.publish benchmarks/results/DEVICE.json`.
+Exit code 0: everything that ran passed, and all requested tests ran. Times, profiles and sanitizers may be incomplete. The
+result is DEVICE.json in FOLDER, written after every step; commit it in benchmarks/results, switch on the kernels that passed
+(fused_margin/_ops/backends/select.py), and run `python -m benchmarks.publish benchmarks/results/DEVICE.json`.
 """
 
 from __future__ import annotations
@@ -45,19 +44,19 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..common.files import ROOT, device_slug
 from .builds import PLAIN, TRAP, Builds, prebuild
 from .outcomes import FAMILIES, PORTABLE, SEARCH, Outcomes, is_clean
-from .record import Record, commit_of, device_slug, failures_of, kernel_sources
+from .record import Record, commit_of, failures_of, kernel_sources
 from .steps import FAILED, PASSED, Steps
 from .testing import Tests
 
-ROOT = Path(__file__).parents[2]
 PARTS = ("check", "profile", "sanitize", "time")
 NEEDED = ("torch", "numpy", "pytest", "hypothesis", "matplotlib", "rich", "tyro", "docstring_parser", "typeguard")
 TO_BUILD = ("setuptools", "pybind11", "ninja")
 PEERS = ("pytorch_metric_learning", "cut_cross_entropy", "liger_kernel", "triton")
 FIRST_TIMES_SECONDS = 60
-TEST_SECONDS = 160  # that profiles leave for the tests
+TEST_SECONDS = 160  # reserved for the tests while profiling
 SANITIZERS = ("memcheck", "racecheck", "synccheck")
 NCU_SECTIONS = (
     "SpeedOfLight", "LaunchStats", "Occupancy", "SchedulerStats", "WarpStateStats", "MemoryWorkloadAnalysis",
@@ -66,12 +65,12 @@ FIND = "import importlib.util, sys; print(*(name for name in sys.argv[1:] if not
 DESCRIBE = """
 import json, platform, torch
 import fused_margin as fm
-from benchmarks import kernels
-if why := kernels.missing("cuda"):
+from benchmarks.kernels import comparisons
+if why := comparisons.missing("cuda"):
     raise SystemExit(why)
 gpu = torch.cuda.get_device_properties()
 print(json.dumps({
-    "families": kernels.available_families(),
+    "families": comparisons.available_families(),
     "hardware": {"gpu": gpu.name, "gpu_capability": f"{gpu.major}.{gpu.minor}"},
     "versions": {
         "python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda,
@@ -90,16 +89,16 @@ def arguments_of(arguments: Sequence[str]) -> argparse.Namespace:
         "--groups",
         nargs="+",
         choices=(*FAMILIES, PORTABLE, SEARCH),
-        help="what to check; default: all that the device runs",
+        help="tests to run; default: all that the device supports",
     )
     parser.add_argument("--limit", type=float, default=570.0, help="seconds for everything; default 570")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="folder of the results")
-    parser.add_argument("--prebuilt", type=Path, help="folder made by prebuild; default: build here")
+    parser.add_argument("--prebuilt", type=Path, help="folder written by prebuild; default: build here")
     parser.add_argument("--wheels", type=Path, help="folder of wheels to install first")
     parser.add_argument(
-        "--earlier", type=Path, help="result of an earlier call, whose tests count for the same sources"
+        "--earlier", type=Path, help="result of an earlier call; its tests count if the sources are the same"
     )
-    parser.add_argument("--commit", help="hash of the commit that is measured; default: from git")
+    parser.add_argument("--commit", help="hash of the measured commit; default: from git")
     parser.add_argument("--python", default=sys.executable, help="interpreter with torch; default: this one")
     chosen = parser.parse_intermixed_args(arguments)
     if unknown := [part for part in chosen.parts if part not in PARTS]:
@@ -152,7 +151,7 @@ class Run:
             self.steps.finish("interrupted", FAILED, 0.0)
         if hasattr(self, "record"):
             self.record.write()
-            for path in self.record.times:  # the record has their content
+            for path in self.record.times:  # the record contains them
                 path.unlink(missing_ok=True)
         self.steps.print(f"\n=== summary, {self.steps.elapsed():.0f} s")
         for step in self.steps.done:
@@ -178,7 +177,7 @@ class Run:
             self.time()
 
     def prepare(self, command: str) -> bool:
-        """Packages, builds, and what the machine is; False where one is missing."""
+        """Check packages, build, and describe the machine; False if one of them fails."""
         if self.options.wheels is not None:
             site = tempfile.mkdtemp(prefix="fused-margin-site-")
             wheels = sorted(map(str, self.options.wheels.glob("*.whl")))
@@ -212,7 +211,7 @@ class Run:
         earlier = json.loads(self.options.earlier.read_text()) if self.options.earlier else {}
         commit = self.options.commit or commit_of(self.root)
         if not re.fullmatch("[0-9a-f]{40}", commit or ""):
-            self.steps.print(f"=== no commit ({commit}): the result can switch nothing on; see --commit")
+            self.steps.print(f"=== no commit ({commit}): the result cannot switch anything on; see --commit")
         output = self.options.output
         self.record = Record(
             output / f"{self.gpu}.json", (output / f"{self.gpu}-first-times.json", output / f"{self.gpu}-times.json"),
@@ -224,12 +223,12 @@ class Run:
         return True
 
     def passed_earlier(self) -> list[str]:
-        """Families that passed in an earlier call with the same sources. The benchmarks check answers all the same."""
+        """Families that passed in an earlier call with the same sources. Benchmarks still check the answers."""
         tests = self.record.of_same_sources().get("tests", {})
         return [name for name in self.available if is_clean(tests.get(name)) and tests[name]["passed"]]
 
     def check(self, families: list[str], others: list[str]) -> None:
-        """Bring-up in the build that traps, first times and profiles of what passed, all tests, memcheck of what failed."""
+        """Basic tests in the build that traps, first times and profiles, all tests, memcheck of the failed ones."""
         for family in reversed(families):  # the simplest first
             found = self.record.tests.setdefault(family, Outcomes())
             found.add(self.tests.bring_up(family))
@@ -267,7 +266,7 @@ class Run:
         self.steps.finish(group, FAILED, 0.0, counts)
 
     def benchmark(self, name: str, seconds: float, path: Path, *options: str) -> None:
-        """Times of the families that passed. A contestant of ours whose answer is wrong is a fault."""
+        """Time the families that passed. A wrong answer of ours is a failure."""
         command = [self.python, "-m", "benchmarks", "kernels", "--device", "cuda", *options, "--families", *self.passed]
         self.steps.run(name, seconds, [*command, "--output", str(path)], optional=True)
         failures = failures_of(json.loads(path.read_text())["suites"], "ours") if path.exists() else []
@@ -285,7 +284,7 @@ class Run:
         self.benchmark("times", self.steps.left(), self.record.times[1], "--rounds", "9")
 
     def profile(self) -> None:
-        """Why a kernel takes as long as it does, and which kernels a step is made of."""
+        """Profile the kernels with ncu, and list the kernels of a step."""
         report = self.options.output / f"{self.gpu}-ncu"
         sections = [argument for name in NCU_SECTIONS for argument in ("--section", name)]
         kernels = [self.python, "-m", "benchmarks.gpu.profile", "kernels", *self.passed]
@@ -305,7 +304,7 @@ class Run:
         self.record.write()
 
     def sanitize(self, groups: Sequence[str]) -> None:
-        """What an earlier call found clean with the same sources is not run again."""
+        """Skip groups that an earlier call found clean with the same sources."""
         earlier = self.record.of_same_sources().get("sanitizers", {})
         for tool in SANITIZERS:
             for group in groups:
@@ -332,10 +331,10 @@ def main(arguments: Sequence[str], root: Path = ROOT) -> int:
         return 0
     options = arguments_of(arguments)
     groups = ["--groups", *options.groups] if options.groups else []
-    command = shlex.join(["python", "-m", "benchmarks.gpu", *options.parts, *groups])  # without this machine's paths
+    command = shlex.join(["python", "-m", "benchmarks.gpu", *options.parts, *groups])  # without paths of this machine
     return 0 if Run(options, root).main(command) else 1
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, interrupt)  # as Ctrl-C: the command that runs is ended, and the record written
+    signal.signal(signal.SIGTERM, interrupt)  # as Ctrl-C: end the running command, and write the record
     sys.exit(main(sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""Two builds of the extension: the plain one, and one in which a barrier that is waited for too long traps."""
+"""Two builds of the extension: the plain one, and one that traps when a kernel waits too long at a barrier."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BUILD_SECONDS = 150
 
 
 def architectures(capability: str) -> str:
-    """TORCH_CUDA_ARCH_LIST for a device, whatever the machine sets: all families that run on it are built."""
+    """TORCH_CUDA_ARCH_LIST for a device, so that all families that run on it are built."""
     return {"9.0": "9.0a"}.get(capability, capability)
 
 
@@ -31,9 +31,9 @@ def variables(variant: str, capability: str) -> dict[str, str]:
 
 
 def prebuild(root: Path, directory: Path, capability: str) -> None:
-    """Both builds at once, for this interpreter's Python and a device; `--prebuilt` takes the folder on another machine.
+    """Make both builds in parallel, for this Python version and a device. Another machine uses them with `--prebuilt`.
 
-    Raises CalledProcessError where one of them fails.
+    Raises CalledProcessError if one of them fails.
     """
     directory = directory.resolve()
     setup = [sys.executable, "setup.py", "-q"]
@@ -55,13 +55,13 @@ def prebuild(root: Path, directory: Path, capability: str) -> None:
 
 
 def extension(directory: Path, variant: str) -> Path:
-    """The only one of that variant."""
+    """The extension module of a variant."""
     (found,) = (directory / variant / "fused_margin").glob("_C.*.so")
     return found
 
 
 class Builds:
-    """Both builds in folders of their own; `use` puts one where the tree imports it from."""
+    """Both builds, each in its folder; `use` copies one into the package."""
 
     def __init__(self, steps: Steps, python: str, prebuilt: Path | None, capability: str):
         self.steps, self.python, self.capability = steps, python, capability
@@ -69,7 +69,7 @@ class Builds:
         self.prebuilt = prebuilt is not None
 
     def make(self) -> bool:
-        """Builds, unless the builds were brought along; False where that fails."""
+        """Build, unless the builds are prebuilt; False if that fails."""
         if not self.prebuilt:
             command = [self.python, "-m", "benchmarks.gpu", "prebuild", str(self.directory)]
             step = self.steps.run("builds", BUILD_SECONDS, [*command, "--capability", self.capability])

@@ -1,4 +1,4 @@
-"""Outcomes of tests on a device, by what they test: a family of tensor-core kernels, the portable kernels, the search."""
+"""Outcomes of tests on a device, by group: each family of tensor-core kernels, the portable kernels, the search."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ SELECTION = {  # expressions of pytest -k
     SEARCH: " or ".join(SEARCH_TESTS),
     PORTABLE: "not " + " and not ".join((*FAMILIES, *SEARCH_TESTS)),
 }
-INCOMPLETE = "not all tests have run"  # for want of time
+INCOMPLETE = "not all tests have run"  # the time limit was reached
 WORST_FIRST = ("failed", "unfinished", "passed", "skipped")
 
 
 @dataclass
 class Outcomes:
-    """Of the tests of one group; `complete` once all of them have run."""
+    """Outcomes of the tests of one group; `complete` when all of them have run."""
 
     tests: dict[str, str] = field(default_factory=dict)  # node ID: outcome
-    reasons: dict[str, str] = field(default_factory=dict)  # of those skipped or lost
-    notes: list[str] = field(default_factory=list)  # what tests have recorded as properties
+    reasons: dict[str, str] = field(default_factory=dict)  # of skipped tests and lost devices
+    notes: list[str] = field(default_factory=list)  # properties that tests recorded
     complete: bool = False
 
     @property
@@ -37,19 +37,19 @@ class Outcomes:
         return [test for test, outcome in self.tests.items() if outcome in ("failed", "unfinished")]
 
     def add(self, other: Outcomes) -> None:
-        """Of a test that has run more than once, the worse outcome counts."""
+        """Merge; the worst outcome of a test counts."""
         for test, outcome in other.tests.items():
             self.tests[test] = min(outcome, self.tests.get(test, "skipped"), key=WORST_FIRST.index)
         self.reasons |= other.reasons
         self.notes += [note for note in other.notes if note not in self.notes]
 
     def drop_last(self) -> None:
-        """Forgets the test that was running when the time was over."""
+        """Remove the test that was running when the time limit was reached."""
         if self.tests and list(self.tests.values())[-1] == "unfinished":
             del self.tests[list(self.tests)[-1]]
 
     def summary(self) -> dict:
-        """Number of tests passed, and the others by name."""
+        """The number of passed tests, and the names of the others."""
         named = {
             outcome: [self._described(test) for test, found in self.tests.items() if found == outcome]
             for outcome in ("failed", "skipped", "unfinished")
@@ -69,7 +69,7 @@ def is_clean(summary: dict | None) -> bool:
 
 
 def read(path: Path) -> Outcomes:
-    """What recorder.py has written; a test that began and has no outcome is unfinished."""
+    """Read the file of recorder.py. A test that began and has no outcome is unfinished."""
     result = Outcomes()
     for line in path.read_text().splitlines() if path.exists() else []:
         event = json.loads(line)

@@ -1,4 +1,4 @@
-"""Runs each tensor-core kernel once, for ncu, or shows a step kernel by kernel.
+"""Runs each tensor-core kernel once, for ncu, or lists the kernels of a step.
 
 python -m benchmarks.gpu.profile kernels|steps FAMILY...
 """
@@ -11,30 +11,31 @@ from collections.abc import Sequence
 import torch
 
 import fused_margin as fm
-from benchmarks import half, kernels
-from benchmarks.peers import LossStep
-from benchmarks.problems import MARGIN, Shape, make_inputs
+
+from ..common.contestants import LossStep
+from ..common.problems import MARGIN, Shape, make_inputs
+from ..kernels import half, names, steps
 
 KERNELS = (
-    (kernels.ExponentSum, kernels.STEP),
-    (kernels.Probabilities, kernels.STEP),
-    (kernels.Nearest, kernels.CLASSES),
+    (steps.ExponentSum, names.STEP),
+    (steps.Probabilities, names.STEP),
+    (steps.Nearest, names.CLASSES),
 )
-STEPS, ROWS = 3, 16  # steps that are profiled, rows of their table
+STEPS, ROWS = 3, 16  # number of profiled steps, and rows of the table
 
 
 def run_kernels(families: Sequence[str], device: str = "cuda") -> None:
     for kind, shape in KERNELS:
-        operands = kernels.Operands(make_inputs(shape, device, batches=2))
+        operands = steps.Operands(make_inputs(shape, device, batches=2))
         for family in families:
             kind(family, operands)(0)
     if device == "cuda":
         torch.cuda.synchronize()
 
 
-def table_of_step(way: str, device: str = "cuda", shape: Shape = kernels.STEP) -> str:
-    """The kernels of a step, the longest first."""
-    step = LossStep(half.our_loss(way, fm.Margin(m2=MARGIN)), make_inputs(shape, device))
+def table_of_step(backend: str, device: str = "cuda", shape: Shape = names.STEP) -> str:
+    """The kernels of a step, the slowest first."""
+    step = LossStep(half.our_loss(backend, fm.Margin(m2=MARGIN)), make_inputs(shape, device))
     step(0)
     with torch.profiler.profile() as profile:
         for turn in range(STEPS):
@@ -43,7 +44,7 @@ def table_of_step(way: str, device: str = "cuda", shape: Shape = kernels.STEP) -
             torch.cuda.synchronize()
     order = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
     table = profile.key_averages().table(sort_by=order, row_limit=ROWS, max_name_column_width=80)
-    return f"{way}, {STEPS} steps, {shape.label}\n{table}"
+    return f"{backend}, {STEPS} steps, {shape.label}\n{table}"
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -51,8 +52,8 @@ def main(arguments: Sequence[str]) -> None:
     if what == "kernels":
         run_kernels(families)
     else:
-        for way in families:
-            print(table_of_step(way))
+        for backend in families:
+            print(table_of_step(backend))
 
 
 if __name__ == "__main__":

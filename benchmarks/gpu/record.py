@@ -1,4 +1,4 @@
-"""What a run on a device leaves behind: one JSON file with its tests, its times, and what it ran on."""
+"""The result of a run on a device: one JSON file with tests, times, hardware and versions."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import subprocess
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from ..common.files import write_json
 from .outcomes import Outcomes
 from .steps import Steps
 
@@ -16,7 +17,7 @@ SOURCES = ("csrc/**/*", "fused_margin/_ops/**/*.py")
 
 
 def kernel_sources(root: Path) -> str:
-    """SHA-256 of the kernels and of the Python that calls them: results with the same one are of the same code."""
+    """SHA-256 of the kernels and of the Python code that calls them. Equal hashes mean the same code."""
     digest = hashlib.sha256()
     for file in sorted({file for pattern in SOURCES for file in root.glob(pattern) if file.is_file()}):
         digest.update(f"{file.relative_to(root)}\n".encode() + file.read_bytes())
@@ -31,18 +32,13 @@ def commit_of(root: Path) -> str | None:
     return result.stdout.strip() or None
 
 
-def device_slug(name: str) -> str:
-    """A device's name as that of a file."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
 def without_output(command: str | None) -> str | None:
-    """The command that reproduces times anywhere: without the folder that this machine wrote them to."""
+    """The command without its output folder on this machine."""
     return command and re.sub(r" --output \S+", "", command)
 
 
 def merge_times(earlier: dict, later: dict) -> dict:
-    """A report of `python -m benchmarks`, with those sections of an earlier one that it has not timed."""
+    """The later report of `python -m benchmarks`, completed with sections of an earlier one that it has not timed."""
     if not later:
         return earlier
     suites = {name: list(sections) for name, sections in later.get("suites", {}).items()}
@@ -59,7 +55,7 @@ def is_timed(section: dict) -> bool:
 
 
 def failures_of(suites: dict, prefix: str) -> list[str]:
-    """Contestants of that beginning that failed or were wrong; not those that a device has too little memory for."""
+    """Contestants whose name begins with `prefix` and that failed or were wrong; running out of memory is allowed."""
     return [
         f"{suite}: {entry['name']}: {entry['failure']}"
         for suite, sections in suites.items()
@@ -71,10 +67,10 @@ def failures_of(suites: dict, prefix: str) -> list[str]:
 
 @dataclass
 class Record:
-    """Written after every step: a run may end at any time."""
+    """Written after every step, since a run may end at any time."""
 
     path: Path
-    times: tuple[Path, ...]  # what `python -m benchmarks kernels` writes, the first times first
+    times: tuple[Path, ...]  # files of `python -m benchmarks kernels`, the first times first
     command: str
     commit: str | None
     sources: str
@@ -88,7 +84,7 @@ class Record:
         return self.earlier if self.earlier.get("kernel_sources") == self.sources else {}
 
     def all_times(self) -> dict:
-        """Of this call, and of the earlier one where this one has none."""
+        """Times of this call, and of the earlier call where this one has none."""
         keys = ("date", "complete", "threads", "suites", "edge_checks", "targets")
         times = {key: value for key, value in self.of_same_sources().items() if key in keys}
         if "benchmark_command" in self.of_same_sources():
@@ -116,6 +112,4 @@ class Record:
         }
 
     def write(self) -> None:
-        unfinished = self.path.with_name(self.path.name + ".unfinished")
-        unfinished.write_text(json.dumps(self.summary(), indent=1, ensure_ascii=False) + "\n")
-        unfinished.replace(self.path)
+        write_json(self.path, self.summary())

@@ -1,7 +1,7 @@
-"""A pytest plugin that records each test at once, and ends the process when its device is lost or a test hangs.
+"""A pytest plugin that records every test immediately, and ends the process if the device is lost or a test hangs.
 
-A kernel that traps or faults destroys the CUDA context of its process, and one that hangs never returns. The test at
-fault is known from the record, and the next process continues after it (testing.py).
+A kernel that traps or faults destroys the CUDA context of its process, and a kernel that hangs never returns. The record
+names the failing test, and the next process continues after it (testing.py).
 """
 
 import faulthandler
@@ -16,7 +16,7 @@ DEVICE_LOST = 70  # exit code
 
 
 def pytest_addoption(parser):
-    parser.addoption("--record", type=Path, help="file of JSON lines; tests that it has are not run again")
+    parser.addoption("--record", type=Path, help="file of JSON lines; recorded tests are not run again")
     parser.addoption("--hang-seconds", type=float, default=20.0, help="a test that takes longer ends the process")
 
 

@@ -1,4 +1,4 @@
-"""Runs commands one after another within one time limit, shows and logs their output, and records how they ended."""
+"""Runs commands one after another within a time limit, prints and logs their output, and records their outcomes."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-LEAST_SECONDS = 10  # a step with less time left is not begun
+LEAST_SECONDS = 10  # a step is not started with less time left
 GRACE_SECONDS = 5  # from SIGTERM to SIGKILL
-# Of the same session: whoever ends this process's session ends the command too.
+# A new group in the same session: ending the session of this process also ends the command.
 NEW_GROUP = {"process_group": 0} if sys.version_info >= (3, 11) else {"preexec_fn": os.setpgrp}
 PASSED, FAILED, TIMED_OUT, NOT_RUN, STOPPED = "passed", "FAILED", "TIMED OUT", "NOT RUN", "stopped"
 
@@ -36,7 +36,7 @@ class Step:
 
 @dataclass
 class Steps:
-    """All steps of one run. `limit` seconds are counted from its making."""
+    """All steps of one run. The `limit` in seconds counts from the creation of this object."""
 
     limit: float
     log: Path
@@ -65,9 +65,9 @@ class Steps:
     def run(
         self, name: str, seconds: float, command: Sequence[str], *, optional: bool = False, **environment: str
     ) -> Step:
-        """Runs a command for at most so many seconds, and no longer than the whole run may take.
+        """Run a command for at most `seconds`, and at most until the limit of the run.
 
-        An optional step does not fail for want of time.
+        An optional step that reaches its time limit does not count as failed.
         """
         budget = min(seconds, self.left())
         if budget < LEAST_SECONDS:
@@ -81,7 +81,7 @@ class Steps:
         return self.finish(name, PASSED if code == 0 else FAILED, took, "" if code == 0 else f"exit code {code}")
 
     def _wait(self, command: Sequence[str], seconds: float, environment: Mapping[str, str]) -> int | None:
-        """Exit code, or None where the time was over. The command's own processes end with it."""
+        """The exit code, or None at the time limit. Child processes of the command end with it."""
         process = subprocess.Popen(
             command, cwd=self.root, env={**os.environ, **self.environment, **environment}, text=True, errors="replace",
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **NEW_GROUP,
@@ -93,7 +93,7 @@ class Steps:
         except subprocess.TimeoutExpired:
             return None
         finally:
-            for sent in (signal.SIGTERM, signal.SIGKILL):  # what is left of the group
+            for sent in (signal.SIGTERM, signal.SIGKILL):  # remaining processes of the group
                 try:
                     os.killpg(process.pid, sent)
                     process.wait(GRACE_SECONDS)

@@ -1,4 +1,4 @@
-"""Runs the CUDA tests on a device. Where a process loses its device or hangs, another continues after that test."""
+"""Runs the CUDA tests on a device. After a process that loses its device or hangs, another continues with the next test."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .outcomes import SELECTION, Outcomes, read
 from .steps import FAILED, LEAST_SECONDS, NOT_RUN, STOPPED, TIMED_OUT, Steps
 
 SUITE = "tests/cuda"
-MOST_PROCESSES = 6  # that continue after each other
+MOST_PROCESSES = 6  # of one group, one after another
 BRING_UP_SECONDS, ALL_SECONDS = 75, 90
 HANG_SECONDS = 30
 # The tests that a family must pass before it is timed.
@@ -21,12 +21,13 @@ SANITIZER = (
     "compute-sanitizer", "--launch-timeout=0", "--target-processes=all", "--report-api-errors=no",
     "--kernel-name=kns=_ZN2fm4cuda", "--error-exitcode=99",
 )  # fmt: skip
-# On Hopper racecheck of CUDA 13.0 dies of a hardware exception in cuBLAS's products of halves, which are not instrumented.
+# On Hopper, racecheck of CUDA 13.0 fails with a hardware exception in cuBLAS's half-precision products, which it does not
+# instrument.
 WITHOUT_HALF_PRODUCTS = ("racecheck",)
 
 
 class Tests:
-    """Runs of tests/cuda."""
+    """Runs tests/cuda."""
 
     def __init__(self, steps: Steps, python: str):
         self.steps, self.python = steps, python
@@ -38,9 +39,9 @@ class Tests:
         return self._run(f"{group}: all tests", ALL_SECONDS, ["-k", SELECTION[group]])
 
     def sanitize(self, tool: str, group: str, tests: Sequence[str] = ()) -> Outcomes | None:
-        """The small tests of a group under a tool of compute-sanitizer, or those named; None where no time is left.
+        """Run the small tests of a group, or the named ones, under a tool of compute-sanitizer; None if no time is left.
 
-        Tensors are not cached, so that each has its own bounds.
+        Caching of device memory is off, so that every tensor has its own bounds.
         """
         if self.steps.left() < 2 * LEAST_SECONDS:
             self.steps.finish(f"{tool}, {group}", STOPPED, 0.0, "no time left")
@@ -58,7 +59,7 @@ class Tests:
         self, name: str, seconds: float, selected: list[str], *, under: Sequence[str] = (), marker: str = "cuda",
         hang_seconds: float | None = None, optional: bool = False, **environment: str,
     ) -> Outcomes:  # fmt: skip
-        """`selected`: an expression of -k, or node IDs."""
+        """`selected`: an expression for -k, or node IDs."""
         named = set(selected)
         if selected[0] == "-k":
             selected = [SUITE, *selected]
@@ -80,7 +81,7 @@ class Tests:
                 if step.state in (TIMED_OUT, STOPPED):
                     outcomes.drop_last()
                 outcomes.complete |= named <= set(outcomes.tests)
-                no_progress = len(outcomes.tests) == begun  # a process that cannot even begin a test
+                no_progress = len(outcomes.tests) == begun  # a process that began no test
                 if outcomes.complete or no_progress or step.state in (NOT_RUN, STOPPED, TIMED_OUT):
                     break
                 if end - self.steps.elapsed() < LEAST_SECONDS:

@@ -1,1 +1,1 @@
-"""Single operations of ours, by pytest-benchmark."""
+"""Single operations, by pytest-benchmark: `pytest benchmarks/micro`."""

@@ -9,8 +9,8 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 import fused_margin as fm
-from benchmarks.problems import SCALE, Shape, make_inputs
-from benchmarks.timing import synchronize
+from benchmarks.common.problems import SCALE, Shape, make_inputs
+from benchmarks.common.timing import synchronize
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 SHAPE = Shape(64, 256, 4_096)
@@ -28,7 +28,7 @@ def measure(benchmark: BenchmarkFixture, device: str, operation: Callable[[], ob
 
 
 def test_exponent_sum(benchmark: BenchmarkFixture, device: str) -> None:
-    """The forward alone: cosines, their exponentials and the sum over classes."""
+    """Forward only: cosines, exponentials and their sum over classes."""
     inputs = make_inputs(SHAPE, device, batches=1)
     embeddings, weight = inputs.embeddings[0].detach(), inputs.weight.detach()
     measure(

@@ -1,28 +1,28 @@
-"""What the kernels suite of the benchmarks asks of a family, and that it notices a wrong answer."""
+"""The kernels suite of the benchmarks on emulated kernels: it accepts right answers and detects wrong ones."""
 
 import pytest
 import torch
 
-from benchmarks import half, kernels
-from benchmarks.problems import Shape, make_inputs
+from benchmarks.common.problems import Shape, make_inputs
+from benchmarks.kernels import comparisons, half, names, steps
 from fused_margin._ops import forward_backward, library
 from fused_margin._ops.backends import select
-from fused_margin._ops.kernels import Kernels
+from fused_margin._ops.backends.select import Kernels
 
 SHAPE = Shape(130, 40, 403)
 
 
 @pytest.fixture
 def measured(emulated, monkeypatch):
-    monkeypatch.setattr(kernels, "kernels", lambda device: Kernels(emulated.cuda, 0))
-    monkeypatch.setattr(kernels, "EXACT_ROWS", 100)
-    by_suite = {each.suite: each for each in kernels.comparisons(("sm90", "sm80")) if each.suite in kernels.KERNELS}
+    monkeypatch.setattr(steps, "kernels", lambda device: Kernels(emulated.cuda, 0))
+    monkeypatch.setattr(steps, "EXACT_ROWS", 100)
+    by_suite = {each.suite: each for each in comparisons.comparisons(("sm90", "sm80")) if each.suite in names.KERNELS}
     inputs = make_inputs(SHAPE, "cpu", batches=2)
     return {
         (suite, contestant.name): (contestant, variant(inputs))
         for suite, comparison in by_suite.items()
         for contestant in comparison.contestants
-        if contestant.name in map(kernels.ours, ("sm90", "sm80"))
+        if contestant.name in map(names.ours, ("sm90", "sm80"))
         for variant in contestant.variants.values()
     }
 
@@ -35,12 +35,12 @@ class Idle:
 
 
 def test_right_answers_are_within_tolerance_and_wrong_ones_are_not(measured):
-    assert len(measured) == 2 * len(kernels.KERNELS)
+    assert len(measured) == 2 * len(names.KERNELS)
     for (suite, name), (contestant, step) in measured.items():
         for turn in range(3):  # what earlier rounds left behind does not count
             step(turn)
         assert max(step.errors().values()) <= contestant.tolerance, (suite, name)
-        if suite != kernels.NEAREST:  # another label is left out than should be
+        if suite != names.NEAREST:  # another label is left out than should be
             rows = step.rows[0]
             step.rows[0] = step.rows[1]
             assert not max(step.errors().values()) <= contestant.tolerance, (suite, name)
@@ -53,12 +53,12 @@ def test_the_forward_call_is_the_public_loss_without_gradients(emulated, monkeyp
     for module in (forward_backward, library):
         monkeypatch.setattr(module, "kernels", lambda device: Kernels(emulated.cuda, 0))
     inputs = make_inputs(SHAPE, "cpu", batches=2)
-    comparison = next(c for c in kernels.comparisons(("sm90", "sm80")) if c.suite == kernels.EXPONENT_SUM)
-    calls = {each.name: each for each in comparison.contestants if each.name.endswith(kernels.CALL)}
-    assert list(calls) == [kernels.ours(way, kernels.CALL) for way in ("sm90", "sm80", select.PORTABLE)]
+    comparison = next(c for c in comparisons.comparisons(("sm90", "sm80")) if c.suite == names.EXPONENT_SUM)
+    calls = {each.name: each for each in comparison.contestants if each.name.endswith(names.CALL)}
+    assert list(calls) == [names.ours(backend, names.CALL) for backend in ("sm90", "sm80", select.PORTABLE)]
     with half.precision("highest"):  # the call itself asks for half operands
-        for way in ("sm90", "sm80"):
-            contestant = calls[kernels.ours(way, kernels.CALL)]
+        for backend in ("sm90", "sm80"):
+            contestant = calls[names.ours(backend, names.CALL)]
             (build,) = contestant.variants.values()
             step = build(inputs)
             errors, losses = step.errors(), [step(turn) for turn in range(3)]

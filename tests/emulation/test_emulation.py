@@ -9,9 +9,8 @@ from loss_inputs import LAYOUTS, in_layout, leaf, ours, problem, relative_error
 
 import fused_margin as fm
 from fused_margin._ops import forward_backward, library, plan
-from fused_margin._ops.backends.select import PORTABLE
-from fused_margin._ops.inputs import Problem
-from fused_margin._ops.kernels import Kernels
+from fused_margin._ops.backends.select import PORTABLE, Kernels
+from fused_margin._ops.inputs import LossInputs
 from fused_margin.margins import FilteredNegatives, HardNegatives
 
 
@@ -108,7 +107,7 @@ def test_nearest_classes_in_chunks(emulated, monkeypatch, size, workspace_mb):
     for unit in (torch.eye(5)[torch.arange(301) % 5], F.normalize(torch.randn(301, 12))):
         w = unit * size
         found = forward_backward.forward(
-            Problem(None, w, int(workspace_mb * 2**20), PORTABLE, nearest=True), False, -100, True
+            LossInputs(None, w, int(workspace_mb * 2**20), PORTABLE, nearest=True), False, -100, True
         )
         cosine = (unit.double() @ unit.double().t()).fill_diagonal_(-2.0).amax(1)
         torch.testing.assert_close(found.nearest_cosine.double(), cosine, rtol=0, atol=1e-6)

@@ -8,7 +8,7 @@ import torch
 from test_search import training
 
 from fused_margin import _C
-from fused_margin._ops.kernels import Kernels
+from fused_margin._ops.backends.select import Kernels
 from fused_margin._ops.nearest import cache, search
 from fused_margin._ops.nearest.search import rounding_of
 

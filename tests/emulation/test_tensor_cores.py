@@ -12,8 +12,8 @@ from emulation import build
 from fused_margin import reference
 from fused_margin._ops import forward_backward, library
 from fused_margin._ops.backends import select, tensor_cores
-from fused_margin._ops.inputs import Problem
-from fused_margin._ops.kernels import Kernels
+from fused_margin._ops.backends.select import Kernels
+from fused_margin._ops.inputs import LossInputs
 
 
 @pytest.fixture(params=["sm90", "sm80"])
@@ -90,7 +90,7 @@ def test_accuracy_of_packed_operands(family, emulated, parts, tolerance):
         )
         torch.testing.assert_close(norms[-1], 1 / rows.norm(dim=1), rtol=1e-6, atol=0)
     out = torch.empty(40, 70)
-    run.family(family).dump(
+    getattr(run, family).dump(
         left=packed[0], right=packed[1], rows=40, columns=70, width=128, parts=parts, wide=False, out=out
     )
     expected = torch.nn.functional.normalize(x.double()) @ torch.nn.functional.normalize(w.double()).t()
@@ -260,13 +260,13 @@ def test_half_parameters(family, dtype):
 def test_which_products_serve(family):
     x, w, _ = single(3, 20, 40)
     exact = f"{family} {select.SPLIT}"
-    assert select.products_of(x, w) == select.products_of(None, w) == exact
-    assert select.products_of(x.bfloat16(), w) == select.products_of(x, w.half()) == family
+    assert select.select_backend(x, w) == select.select_backend(None, w) == exact
+    assert select.select_backend(x.bfloat16(), w) == select.select_backend(x, w.half()) == family
     with torch.autocast("cpu"):
-        assert select.products_of(x, w) == family
-    assert select.products_of(x.double(), w) == select.PORTABLE
-    assert select.products_of(x[:, :31], w[:, :31]) == select.PORTABLE
-    assert select.products_of(x[:0], w) == select.PORTABLE
+        assert select.select_backend(x, w) == family
+    assert select.select_backend(x.double(), w) == select.PORTABLE
+    assert select.select_backend(x[:, :31], w[:, :31]) == select.PORTABLE
+    assert select.select_backend(x[:0], w) == select.PORTABLE
 
 
 def test_compiles_into_one_graph(family):
@@ -285,7 +285,7 @@ def test_opcheck(family, keep, exact):
     x, w, y = single(9, 200, 40)
     products = f"{family} {select.SPLIT}" if exact else family
     scale = (torch.rand(9, dtype=torch.float64) + 5).requires_grad_()
-    problem = Problem(leaf(x), leaf(w), 1 << 18, products, y, scale, nearest=True)
+    problem = LossInputs(leaf(x), leaf(w), 1 << 18, products, y, scale, nearest=True)
     torch.library.opcheck(library.sweep, (*library.arguments(problem), False, -100, keep))
 
 

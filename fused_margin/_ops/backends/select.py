@@ -80,7 +80,7 @@ class Family:
 
 
 # The first that is compiled and on for the device serves float32, float16 and bfloat16.
-# The tests refuse a file that is missing or does not show enough (benchmarks/evidence.py).
+# The tests refuse a file that is missing or does not show enough (benchmarks/gpu/evidence.py).
 FAMILIES = (
     Family("sm90", (9, 0), only=True, results={(9, 0): "nvidia-h200.json"}),
     Family("sm80", (8, 0), only=False, results={(9, 0): "nvidia-h200.json"}),

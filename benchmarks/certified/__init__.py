@@ -1,0 +1,1 @@
+"""Certified refresh of nearest classes during a training: `python -m benchmarks.certified`."""

@@ -1,0 +1,1 @@
+"""The drop-ins beside the libraries that they replace: `python -m benchmarks.parity`."""

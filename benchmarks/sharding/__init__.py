@@ -1,0 +1,1 @@
+"""Classes divided among processes, measured and modelled: `python -m benchmarks.sharding`."""

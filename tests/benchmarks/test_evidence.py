@@ -1,0 +1,194 @@
+"""What is on by default rests on committed results of devices that are enough."""
+
+import dataclasses
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import fused_margin as fm
+from fused_margin._ops.backends import select
+
+pytest.importorskip("tyro")
+
+from benchmarks.gpu import evidence
+from benchmarks.gpu.outcomes import INCOMPLETE
+
+HOPPER, AMPERE = (9, 0), (8, 0)
+PASSED = {
+    "passed": 61,
+    "failed": [],
+    "skipped": [
+        "test_calls.py::test_offsets_beyond_31_bits[sm90]: needs 48 GiB of device memory",
+        "test_calls.py::test_the_second_device[sm90]: Skipped: needs two devices",
+    ],
+    "unfinished": [],
+}
+ENOUGH = {
+    "commit": "0123456789abcdef0123456789abcdef01234567",
+    "hardware": {"gpu": "NVIDIA H100 80GB HBM3", "gpu_capability": "9.0", "driver": "580.159.04"},
+    "versions": {"python": "3.11.7", "torch": "2.13.0", "cuda": "13.0", "fused_margin": {"version": "0.1.0"}},
+    "tests": {"sm90": PASSED, "search": PASSED},
+    "sanitizers": {"memcheck": {"sm90": PASSED, "search": PASSED}, "racecheck": {"sm90": PASSED}},
+}
+
+
+def changed(*path_and_value):
+    """ENOUGH with the value at a path of keys replaced; without a value the last key is removed."""
+    *path, last, value = path_and_value
+    result = json.loads(json.dumps(ENOUGH))
+    place = result
+    for key in path:
+        place = place[key]
+    if value is None:
+        del place[last]
+    else:
+        place[last] = value
+    return result
+
+
+@pytest.mark.parametrize("name", ["sm90", "search"])
+def test_a_result_that_is_enough(name):
+    assert evidence.shortcomings(ENOUGH, name, HOPPER) == []
+    cut_short = changed("sanitizers", "memcheck", name, "unfinished", [INCOMPLETE])
+    assert evidence.shortcomings(cut_short, name, HOPPER) == []
+
+
+@pytest.mark.parametrize(
+    ("path_and_value", "sentence"),
+    [
+        (("tests", "sm90", None), "The result has no tests of sm90."),
+        (("tests", None), "The result has no tests of sm90."),
+        (("tests", "sm90", "passed", 0), "No test of sm90 passed."),
+        (("tests", "sm90", "failed", ["a", "b"]), "Failed tests of sm90: a, b."),
+        (("tests", "sm90", "unfinished", ["a"]), "Unfinished tests of sm90: a."),
+        (("tests", "sm90", "skipped", ["a: sm90 is not compiled"]), "Skipped tests of sm90: a: sm90 is not compiled."),
+        (("tests", "sm90", "skipped", ["a[needs two devices]: other"]), "Skipped tests of sm90: a[needs two devices]: other."),
+        (("hardware", "gpu_capability", "8.0"), "The result is of compute capability 8.0, not of 9.0."),
+        (("hardware", None), "The result is of compute capability unknown, not of 9.0."),
+        (("hardware", "driver", None), "The result names no driver."),
+        (("commit", None), "The result names no commit."),
+        (("commit", "unknown"), "The result names no commit."),
+        (("versions", "cuda", None), "The result names no version of cuda."),
+        (("versions", None), "The result names no version of python, torch, cuda, fused_margin."),
+        (("sanitizers", "memcheck", "sm90", "failed", ["a"]), "Failed tests of sm90 under memcheck: a."),
+        (("sanitizers", "memcheck", "sm90", "unfinished", ["a"]), "Unfinished tests of sm90 under memcheck: a."),
+        (("suites", {"step": [{"contestants": [{"name": "ours, sm90 split", "failure": "wrong: 1"}]}]}),
+         "step: ours, sm90 split: wrong: 1."),
+        (("sanitizers", "racecheck", "sm90", "failed", ["a"]), "Failed tests of sm90 under racecheck: a."),
+    ],
+)  # fmt: skip
+def test_what_a_result_lacks(path_and_value, sentence):
+    assert sentence in evidence.shortcomings(changed(*path_and_value), "sm90", HOPPER)
+    if path_and_value[0] != "hardware":
+        assert evidence.shortcomings(changed(*path_and_value), "sm90", HOPPER) == [sentence]
+
+
+def test_the_tests_of_another_name_do_not_count():
+    result = changed("tests", "sm80", {**PASSED, "failed": ["a"]})
+    assert evidence.shortcomings(result, "sm90", HOPPER) == []
+    assert "Failed tests of sm80: a." in evidence.shortcomings(result, "sm80", HOPPER)
+
+
+def switch(monkeypatch, sm90=None, sm80=None, search=None):
+    """Name these results in backends/select.py."""
+    results = {"sm90": sm90 or {}, "sm80": sm80 or {}}
+    families = [dataclasses.replace(family, results=results[family.name]) for family in select.FAMILIES]
+    monkeypatch.setattr(select, "FAMILIES", tuple(families))
+    monkeypatch.setattr(select, "SEARCH_RESULTS", search or {})
+
+
+def test_what_is_on_is_proven():
+    assert evidence.unproven() == []
+
+
+@pytest.mark.parametrize("name", ["sm90", "search"])
+def test_what_is_on_without_proof_is_found(monkeypatch, tmp_path, name):
+    """A file that is missing, one of another capability, and one that has no tests of that name."""
+    (tmp_path / "enough.json").write_text(json.dumps(ENOUGH))
+    (tmp_path / "untested.json").write_text(json.dumps(changed("tests", {})))
+    monkeypatch.setattr(evidence, "RESULTS", tmp_path)
+    switch(monkeypatch, **{name: {HOPPER: "enough.json"}})
+    assert evidence.unproven() == []
+    for file, capability, sentence in (
+        ("absent.json", HOPPER, "There is no such file in benchmarks/results."),
+        ("enough.json", AMPERE, "The result is of compute capability 9.0, not of 8.0."),
+        ("untested.json", HOPPER, f"The result has no tests of {name}."),
+    ):
+        switch(monkeypatch, **{name: {capability: file}})
+        assert evidence.unproven() == [f"{file}: {sentence}"]
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """A CUDA device of the compute capability that the test sets; all families are compiled. Tensors on it are fake."""
+    chosen = SimpleNamespace(capability=HOPPER)
+    capability = select.constant_while_compiled(lambda device: chosen.capability)
+    monkeypatch.setattr(select, "_capability", capability)
+    monkeypatch.setattr(select, "_C", SimpleNamespace(cuda=SimpleNamespace(sm90=None, sm80=None)))
+    monkeypatch.setattr(select, "_TORCH_ADDS_TO_FLOAT32", True)
+    with FakeTensorMode():
+        chosen.weight = torch.empty(20, 40, device="cuda", dtype=torch.float16)
+        yield chosen
+
+
+def test_nothing_serves_where_it_has_not_passed(device, monkeypatch):
+    """A result of Hopper switches on Hopper, and no other GPU that the family runs on."""
+    switch(monkeypatch)
+    assert select.select_backend(None, device.weight) == select.PORTABLE
+    switch(monkeypatch, sm80={HOPPER: "a.json"})
+    assert select.select_backend(None, device.weight) == "sm80"
+    device.capability = AMPERE
+    assert select.select_backend(None, device.weight) == select.PORTABLE
+    switch(monkeypatch, sm90={HOPPER: "a.json"}, sm80={HOPPER: "a.json", AMPERE: "b.json"})
+    assert select.select_backend(None, device.weight) == "sm80"
+    device.capability = HOPPER
+    assert select.select_backend(None, device.weight) == "sm90"
+    with select.use("sm80"):
+        assert select.select_backend(None, device.weight) == "sm80"
+
+
+def test_the_search_serves_where_it_has_passed(device, monkeypatch):
+    switch(monkeypatch, search={HOPPER: "a.json"})
+    gpu = device.weight.device
+    assert select.searches(gpu) and select.searches(torch.device("cpu"))
+    assert not select.searches(torch.device("meta"))
+    device.capability = AMPERE
+    assert not select.searches(gpu)
+    with select.search_on_cuda():
+        assert select.searches(gpu)
+
+
+def test_the_choice_compiles_into_one_graph(device, monkeypatch):
+    switch(monkeypatch, sm90={HOPPER: "a.json"}, search={HOPPER: "a.json"})
+
+    def function(weight):
+        return weight + 1, select.select_backend(None, weight), select.searches(weight.device)
+
+    for capability, expected in ((HOPPER, ("sm90", True)), (AMPERE, (select.PORTABLE, False))):
+        device.capability = capability
+        torch._dynamo.reset()
+        assert torch.compile(function, fullgraph=True, backend="eager")(device.weight)[1:] == expected
+
+
+def test_what_is_on_is_described(monkeypatch):
+    monkeypatch.setattr(select, "_C", SimpleNamespace(cuda=SimpleNamespace(sm90=None, sm80=None)))
+    switch(monkeypatch)
+    off = "off: no committed device result yet"
+    assert select.describe()[0] == f"sm90 tensor cores: {off}"
+    assert select.describe()[-1] == f"exact search for nearest classes: {off}"
+    switch(monkeypatch, sm80={HOPPER: "h100.json", AMPERE: "a100.json"}, search={HOPPER: "h100.json"})
+    assert select.describe() == [
+        "sm80 tensor cores: on for compute capability 8.0 (a100.json), 9.0 (h100.json)",
+        f"sm90 tensor cores: {off}",
+        "portable kernels around torch.mm: serve all else",
+        "exact search for nearest classes: on for compute capability 9.0 (h100.json)",
+    ]
+
+
+def test_the_search_is_refused_where_it_is_off(device, monkeypatch):
+    switch(monkeypatch)
+    with pytest.raises(RuntimeError, match="the exact search is off for this compute capability.*got cuda:0"):
+        fm.checks.searched_device("query", device.weight)
