@@ -97,10 +97,8 @@ def label_values(value: Tensor, num_classes: int, ignore_index: int) -> None:
             raise bad_label_error(value[wrong][0].item(), f"for {num_classes} classes")
 
 
-def per_sample(name: str, value: float | Tensor, embeddings: Tensor) -> Tensor | None:
-    """The (N,) float64 tensor of a per-sample argument; None where it is one number."""
-    if not isinstance(value, Tensor):
-        return None
+def per_sample(name: str, value: Tensor, embeddings: Tensor) -> Tensor:
+    """The (N,) float64 tensor of a per-sample argument."""
     samples = embeddings.shape[0]
     if value.dim() > 1 or (value.dim() == 1 and value.shape[0] != samples):
         raise ValueError(f"{name}: expected a number or shape ({samples},), got {tuple(value.shape)}")
@@ -308,20 +306,17 @@ def bad_label_buffer(device: torch.device) -> Tensor:
     if device not in _bad_label_buffers:  # setdefault: threads that find none at the same time use the same one
         _bad_label_buffers.setdefault(device, torch.zeros(1, dtype=torch.int64, device="cpu", pin_memory=True))
     reported = _bad_label_buffers[device]
-    _raise_reported(reported, "in an earlier call (fused_margin.set_debug(True) reports it in its own call)")
+    where = "in an earlier call (fused_margin.set_debug(True) reports it in its own call)"
+    bad_label(reported, device, where, earlier=True)
     return reported
 
 
-def bad_label(reported: Tensor, device: torch.device, classes: int) -> None:
+def bad_label(reported: Tensor, device: torch.device, where: str, *, earlier: bool = False) -> None:
     """After the kernel that reads the labels: at once on the CPU; on CUDA one call later, without a host synchronisation."""
-    if device.type == "cuda":
+    if device.type == "cuda" and not earlier:
         if not _debug:
             return
         torch.cuda.synchronize(device)
-    _raise_reported(reported, f"for {classes} classes")
-
-
-def _raise_reported(reported: Tensor, where: str) -> None:
     value = int(reported)
     if value:
         reported.zero_()

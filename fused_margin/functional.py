@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from fused_margin import _checks
 from fused_margin._ops import library
 from fused_margin._ops.backends.select import select_backend
-from fused_margin._ops.inputs import PORTABLE, LossInputs, workspace_bytes
+from fused_margin._ops.inputs import MIB, PORTABLE, LossInputs
 from fused_margin.distributed import Shard
 from fused_margin.margins import BEYOND_PI, FilteredNegatives, HardNegatives, Margin
 from fused_margin.nearest import NearestClass, Separability, exclusive_regularization, nearest_class, separability
@@ -138,7 +138,7 @@ def unchecked_margin_cross_entropy(
         sample_rate: share of the classes that take part.
         sparse: whether the gradient of weight is sparse where ``sample_rate`` is below 1.
     """
-    classes, group = _classes_and_group(embeddings, weight, sub_centers, shard)
+    classes, group = (weight.shape[0] // sub_centers, "") if shard is None else _divided(embeddings, weight, shard)
     scales, scale_value = _scales(scale, embeddings)
     threshold = strength = None
     if hard_negatives is not None:
@@ -150,7 +150,7 @@ def unchecked_margin_cross_entropy(
     fused = exclusive and sample_rate >= 1  # the exclusive term is over all classes
     known = nearest if fused and nearest is not None else (None, None)
     inputs = LossInputs(
-        embeddings, weight, workspace_bytes(workspace_mb),
+        embeddings, weight, int(workspace_mb * MIB),
         PORTABLE if portable else select_backend(embeddings, weight, scale_value), labels.to(torch.int64).contiguous(),
         scales, scale_value, _local(class_weight, shard) if smooth else None, fused, *known, sub_centers, threshold,
         strength, group=group, num_classes=classes, sample_rate=sample_rate, sparse_gradient=sparse,
@@ -237,7 +237,7 @@ def unchecked_linear_cross_entropy(
     workspace_mb: float,
 ) -> Tensor:
     """:func:`linear_cross_entropy` of arguments that were checked before; see :func:`unchecked_margin_cross_entropy`."""
-    classes, group = _classes_and_group(embeddings, weight, 1, shard)
+    classes, group = (weight.shape[0], "") if shard is None else _divided(embeddings, weight, shard)
     labels, smooth = labels.to(torch.int64).contiguous(), label_smoothing > 0
     if class_weight is not None:
         class_weight = class_weight.detach().to(torch.float64).contiguous()
@@ -245,7 +245,7 @@ def unchecked_linear_cross_entropy(
     # Once, before all its uses: the parts of its gradient nearly cancel, and rounding each to a half would remain.
     bias = None if bias is None else bias.double()
     inputs = LossInputs(
-        embeddings, weight, workspace_bytes(workspace_mb), PORTABLE, labels, inner_product=True, bias=bias,
+        embeddings, weight, int(workspace_mb * MIB), PORTABLE, labels, inner_product=True, bias=bias,
         class_weight=own_class_weight if smooth else None, target_length=margin is not None, group=group,
         num_classes=classes, sample_rate=sample_rate, sparse_gradient=sparse,
     )  # fmt: skip
@@ -305,7 +305,7 @@ def cosine_logsumexp(
     _checks.number("workspace_mb", workspace_mb, 0.0, open_low=True)
     scales, scale_value = _scales(scale, embeddings)
     inputs = LossInputs(
-        embeddings, weight, workspace_bytes(workspace_mb), select_backend(embeddings, weight, scale_value),
+        embeddings, weight, int(workspace_mb * MIB), select_backend(embeddings, weight, scale_value),
         labels.to(torch.int64).contiguous(), scales, scale_value, num_classes=len(weight),
     )  # fmt: skip
     nothing_ignored = torch.iinfo(torch.int64).min
@@ -324,10 +324,8 @@ def _norm(rows: Tensor) -> Tensor:
     return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
 
 
-def _classes_and_group(embeddings: Tensor, weight: Tensor, sub_centers: int, shard: Shard | None) -> tuple[int, str]:
+def _divided(embeddings: Tensor, weight: Tensor, shard: Shard) -> tuple[int, str]:
     """C over all ranks, and the name of their group."""
-    if shard is None:
-        return weight.shape[0] // sub_centers, ""
     _checks.not_meta(weight)
     if not torch.compiler.is_compiling():
         library.refuse_transforms(embeddings, weight)
@@ -344,7 +342,9 @@ def _scales(scale: float | Tensor | None, embeddings: Tensor) -> tuple[Tensor | 
     if scale is None:
         norm = _norm(embeddings)
         return torch.where(norm.isnan(), 0.0, norm), 0.0  # the loss of that row is NaN by its cosines
-    return _checks.per_sample("scale", scale, embeddings), 0.0 if isinstance(scale, Tensor) else float(scale)
+    if isinstance(scale, Tensor):
+        return _checks.per_sample("scale", scale, embeddings), 0.0
+    return None, float(scale)
 
 
 def _hard_negatives(
@@ -409,7 +409,10 @@ def _margin_loss(
         # makes a constant of it too, and for good.
         ones = torch.ones(inputs.labels.shape[0], dtype=torch.float64, device=inputs.labels.device)
         numbers = {name: v if isinstance(v, Tensor) else v * ones for name, v in numbers.items()}
-    per_sample = [_checks.per_sample(f"margin.{name}", value, inputs.embeddings) for name, value in numbers.items()]
+    per_sample = [
+        _checks.per_sample(f"margin.{name}", value, inputs.embeddings) if isinstance(value, Tensor) else None
+        for name, value in numbers.items()
+    ]
     values = [0.0 if isinstance(value, Tensor) else float(value) for value in numbers.values()]
     loss, row_weight, _ = library.margin_rows(
         logsumexp, target_cosine, uniform_cosine, inputs.labels, class_weight,

@@ -8,7 +8,7 @@ from torch import Tensor
 from fused_margin import _checks
 from fused_margin._ops import library
 from fused_margin._ops.backends.select import select_backend
-from fused_margin._ops.inputs import PORTABLE, LossInputs, compute_dtype, workspace_bytes
+from fused_margin._ops.inputs import MIB, PORTABLE, LossInputs, compute_dtype
 from fused_margin._ops.nearest.library import nearest_rows
 from fused_margin._ops.nearest.search import MOST_NEAREST
 from fused_margin.distributed import Shard
@@ -93,7 +93,7 @@ def nearest_class(
         query, reference = (t.to(compute_dtype(query, reference)) for t in (query, reference))
     cosine, index = nearest_rows(
         query.detach(), None if reference is None else reference.detach(), k, metric == "inner_product",
-        workspace_bytes(workspace_mb),
+        int(workspace_mb * MIB),
     )  # fmt: skip
     return NearestClass(cosine, index) if k > 1 else NearestClass(cosine.squeeze(1), index.squeeze(1))
 
@@ -122,7 +122,7 @@ def differentiable_nearest(
         library.refuse_transforms(weight)
     cosine, index = (None, None) if known is None else known
     inputs = LossInputs(
-        None, weight, workspace_bytes(workspace_mb), PORTABLE if group else select_backend(None, weight), nearest=True,
+        None, weight, int(workspace_mb * MIB), PORTABLE if group else select_backend(None, weight), nearest=True,
         known_cosine=cosine, known_index=index, group=group, num_classes=classes,
     )  # fmt: skip
     output = library.run_forward(inputs, uniform=False, ignore_index=0)

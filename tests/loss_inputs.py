@@ -50,10 +50,15 @@ def ours(embeddings, weight, labels, margin=None, scale=64.0, **options):
     )
 
 
-def sweep_problem(samples, weight, *, nearest=False, workspace_bytes=256 << 20, products="portable"):
-    """What the ops' planning is asked about; embeddings in the weight's dtype and on its device."""
+def planned_inputs(samples, weight, *, nearest=False, workspace_bytes=256 << 20, backend="portable"):
+    """Inputs for the planning of chunks; embeddings in the weight's dtype and on its device."""
     embeddings = weight.new_empty(samples, weight.shape[1]) if samples else None
-    return LossInputs(embeddings, weight, workspace_bytes, products, scale_value=64.0, nearest=nearest)
+    return LossInputs(embeddings, weight, workspace_bytes, backend, scale_value=64.0, nearest=nearest)
+
+
+def saved_classes(plan):
+    """Classes of whose chunks the forward saves something."""
+    return min(plan.saved * plan.chunk, plan.classes)
 
 
 LAYOUTS = ("contiguous", "padded", "sliced", "misaligned", "transposed")

@@ -7,7 +7,7 @@ import torch
 from loss_inputs import leaf, problem
 
 import fused_margin as fm
-from fused_margin._ops import bad_labels
+from fused_margin import _checks
 from fused_margin.functional import (
     cosine_logsumexp,
     exclusive_regularization,
@@ -147,7 +147,7 @@ def test_cuda_tensor_in_a_cpu_build(monkeypatch):
 def test_host_threads_share_a_devices_flag(monkeypatch):
     """Each may find none at the same time; kernels must not write to one that is dropped."""
     both, zeros = threading.Barrier(2), torch.zeros
-    monkeypatch.setattr(bad_labels, "_flags", {})
+    monkeypatch.setattr(_checks, "_bad_label_buffers", {})
 
     def slow_zeros(*size, pin_memory, **options):
         both.wait(10)
@@ -155,9 +155,9 @@ def test_host_threads_share_a_devices_flag(monkeypatch):
 
     monkeypatch.setattr(torch, "zeros", slow_zeros)
     device, found = torch.device("cuda", 0), []
-    threads = [threading.Thread(target=lambda: found.append(bad_labels.flag(device))) for _ in range(2)]
+    threads = [threading.Thread(target=lambda: found.append(_checks.bad_label_buffer(device))) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert found[0] is found[1] is bad_labels._flags[device]
+    assert found[0] is found[1] is _checks._bad_label_buffers[device]

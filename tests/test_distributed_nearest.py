@@ -14,7 +14,9 @@ from torch.nn import functional as F
 
 import fused_margin as fm
 from fused_margin._ops.backends.select import kernels
-from fused_margin._ops.nearest import cache, search, sharded_certified, sharded_nearest, sharded_search
+from fused_margin._ops.forward_backward import forward_chunks
+from fused_margin._ops.inputs import PORTABLE, LossInputs
+from fused_margin._ops.nearest import cache, quantized, search, tiles
 from fused_margin.distributed import Shard, slice_of
 from fused_margin.functional import NearestClass, exclusive_regularization, nearest_class
 
@@ -28,9 +30,9 @@ def int8(request):
 def screened(int8):
     """Screens in int8, or in floating point, wherever the tests run; a few rows visit together."""
     with (
-        patch.object(search, "int8_wins", lambda device: int8),
+        patch.object(quantized, "int8_wins", lambda device: int8),
         patch.object(cache, "int8_wins", lambda device: int8),
-        patch.object(sharded_search, "SMALLEST_CHUNK", 1),
+        patch.object(search, "SMALLEST_CHUNK", 1),
     ):
         yield
 
@@ -39,7 +41,7 @@ def short_lists(capacity):
     """Of so many candidates; None: as they are."""
     if capacity is None:
         return nullcontext()
-    return patch.multiple(sharded_certified, capacity_of=lambda *_: capacity, capacity_for=lambda _: capacity)
+    return patch.object(cache, "capacity_for", lambda _: capacity)
 
 
 def found_by(group, int8, refresh, weights, dtype=torch.float32, room=256, capacity=None):
@@ -126,13 +128,14 @@ def test_few_classes(ranks, int8, classes):
 
 
 def every_step(group, int8, weights):
-    run, exact, rounded = kernels(weights[0].device), [], []
+    run, exact, rounded = kernels("cpu"), [], []
     for weight in weights:
         shard = Shard(len(weight), group)
         own = weight[shard.begin : shard.begin + shard.size]
         with screened(int8):
-            exact.append(sharded_nearest.find(shard, own, 1 << 22))
-        rounded.append(sharded_nearest.find_by_products(run, shard, own, 1 << 22))
+            exact.append(search.find_nearest_others(run, shard, own, 1 << 22))
+        inputs = LossInputs(None, own, 1 << 22, PORTABLE, nearest=True, group=shard.name, num_classes=len(weight))
+        rounded.append(tiles.find_by_tiles(run, shard, inputs, forward_chunks))
     return (exact, None), (rounded, None)
 
 
@@ -159,7 +162,7 @@ def test_frozen_neighbours(ranks):
         unit = F.normalize(weight.double())
         assert torch.equal(found.index, index)
         torch.testing.assert_close(found.cosine, (unit * unit[index]).sum(1), rtol=0, atol=1e-12)
-        one = cache.cosines_with(kernels(weight.device), weight, index)
+        one = cache.cosines_with(kernels("cpu"), Shard(len(weight)), weight, index)
         assert torch.equal(found.cosine, one)
 
 

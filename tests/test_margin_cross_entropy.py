@@ -4,12 +4,13 @@ import math
 
 import pytest
 import torch
-from fused_margin._ops.plan import CHUNK_BYTES, portable_plan
-from loss_inputs import loss_and_gradients, ours, problem, relative_error, sweep_problem, truth
+from loss_inputs import loss_and_gradients, ours, planned_inputs, problem, relative_error, saved_classes, truth
 from torch.nn import functional as F
 
 import fused_margin as fm
 from fused_margin import reference
+from fused_margin._ops.backends.portable import plan_chunks
+from fused_margin._ops.inputs import CHUNK_BYTES
 
 MARGINS = {
     "normface": {},
@@ -295,12 +296,12 @@ class TestExtremes:
 
 def test_workspace_decides_what_is_kept(monkeypatch):
     w = torch.empty(10_000, 64)
-    full = portable_plan(sweep_problem(256, w, workspace_bytes=256 << 20), keep=True)
+    full = plan_chunks(planned_inputs(256, w, workspace_bytes=256 << 20), keep=True)
     monkeypatch.setitem(CHUNK_BYTES, "cpu", 1 << 20)
-    some = portable_plan(sweep_problem(256, w, workspace_bytes=4 << 20), keep=True)
-    none = portable_plan(sweep_problem(256, w, workspace_bytes=1), keep=True)
-    assert full.kept_classes == 10_000 and 0 < some.kept_classes < 10_000 and none.kept_classes == 0
-    scratch = 256 * 4 * (some.chunk + some.kept_classes)
+    some = plan_chunks(planned_inputs(256, w, workspace_bytes=4 << 20), keep=True)
+    none = plan_chunks(planned_inputs(256, w, workspace_bytes=1), keep=True)
+    assert saved_classes(full) == 10_000 and 0 < saved_classes(some) < 10_000 and saved_classes(none) == 0
+    scratch = 256 * 4 * (some.chunk + saved_classes(some))
     assert scratch <= 4 << 20
     assert none.chunk == 64
 
@@ -308,8 +309,8 @@ def test_workspace_decides_what_is_kept(monkeypatch):
 def test_partly_kept_equals_all_kept(monkeypatch):
     monkeypatch.setitem(CHUNK_BYTES, "cpu", 50_000)
     x, w, y = (t.float() if t.is_floating_point() else t for t in problem(64, 3000, 16))
-    plan = portable_plan(sweep_problem(64, w, workspace_bytes=200_000), keep=True)
-    assert 0 < plan.kept < plan.chunks
+    plan = plan_chunks(planned_inputs(64, w, workspace_bytes=200_000), keep=True)
+    assert 0 < plan.saved < plan.chunks
     for m, e in zip(ours(x, w, y, workspace_mb=200_000 / 2**20), ours(x, w, y), strict=True):
         assert relative_error(m, e) < 1e-6
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from fused_margin._ops.plan import portable_plan
-from loss_inputs import problem, relative_error, sweep_problem
+from loss_inputs import planned_inputs, problem, relative_error, saved_classes
 
 import fused_margin as fm
 from fused_margin import reference
+from fused_margin._ops.backends.portable import plan_chunks
 from fused_margin.functional import exclusive_regularization, nearest_class, separability
 
 SMALL = 1e-6  # workspace_mb: smallest tiles
@@ -78,8 +78,10 @@ def test_separability_of_random_directions():
 def test_tiles_stay_within_the_workspace(samples, classes, workspace_mb):
     weight = torch.empty(classes, 512, device="meta")
     workspace = workspace_mb << 20
-    plan = portable_plan(sweep_problem(samples, weight, nearest=True, workspace_bytes=workspace), keep=True)
-    scratch = plan.chunk * plan.chunk + samples * (plan.kept_classes + (plan.chunk if plan.kept < plan.chunks else 0))
+    plan = plan_chunks(planned_inputs(samples, weight, nearest=True, workspace_bytes=workspace), keep=True)
+    scratch = plan.chunk * plan.chunk + samples * (
+        saved_classes(plan) + (plan.chunk if plan.saved < plan.chunks else 0)
+    )
     assert 4 * scratch <= workspace
     sizes = [end - begin for begin, end in map(plan.bounds, range(plan.chunks))]
     multiplied = sum(size * sum(sizes[: k + 1]) for k, size in enumerate(sizes))

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from loss_inputs import leaf, ours, problem, relative_error, sweep_problem, truth
+from loss_inputs import leaf, ours, planned_inputs, problem, relative_error, truth
 
 import fused_margin as fm
 from fused_margin import _C, reference
@@ -131,10 +131,10 @@ def test_a_threshold_of_one_filters_nothing():
 
 
 def test_filtered_negatives_share_one_exponent():
-    question = replace(sweep_problem(3, torch.randn(50, 6)), hard_threshold=torch.zeros(3, dtype=torch.float64))
-    assert portable.has_shared_exponent(question)
+    question = replace(planned_inputs(3, torch.randn(50, 6)), hard_threshold=torch.zeros(3, dtype=torch.float64))
+    assert portable.fixed_exponent(question) is not None
     hard_question = replace(question, hard_strength=torch.ones(1, dtype=torch.float64))
-    assert not portable.has_shared_exponent(hard_question)  # these cosines may become 2
+    assert portable.fixed_exponent(hard_question) is None  # these cosines may become 2
 
 
 def test_gradcheck():

@@ -14,9 +14,10 @@ import fused_margin as fm
 from fused_margin._ops import library
 from fused_margin._ops.backends.select import PORTABLE
 from fused_margin._ops.class_pair_sums import other_class_sums
-from fused_margin._ops.inputs import LossInputs
+from fused_margin._ops.inputs import ForwardOutput, LossInputs
 from fused_margin._ops.nearest import cache
-from fused_margin.compat.insightface import CombinedMarginLoss, DenseGradient, PartialFC_V2
+from fused_margin._ops.nearest import library as nearest_ops
+from fused_margin.compat.insightface import CombinedMarginLoss, PartialFC_V2
 from fused_margin.distributed import Shard
 
 
@@ -25,21 +26,25 @@ def single(samples, classes, size):
     return x.float(), w.float(), y
 
 
+def arguments_of(inputs):
+    return tuple(getattr(inputs, field.name) for field in library.FIELDS)
+
+
 @pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("uniform", [True, False])
 @pytest.mark.parametrize("nearest", [True, False])
-def test_opcheck_sweep(keep, uniform, nearest):
+def test_opcheck_forward(keep, uniform, nearest):
     x, w, y = single(9, 50, 8)
     scale = (torch.rand(9, dtype=torch.float64) + 5).requires_grad_()
     class_weight = torch.rand(50, dtype=torch.float64) if uniform else None
     for s in (scale, None):
-        problem = LossInputs(leaf(x), leaf(w), 1 << 20, PORTABLE, y, s, 64.0, class_weight, nearest)
-        torch.library.opcheck(library.sweep, (*library.arguments(problem), uniform, -100, keep))
+        inputs = LossInputs(leaf(x), leaf(w), 1 << 20, PORTABLE, y, s, 64.0, class_weight, nearest)
+        torch.library.opcheck(library.forward_chunks, (*arguments_of(inputs), uniform, -100, keep))
 
 
 def test_opcheck_nearest_only():
-    problem = LossInputs(None, leaf(torch.randn(50, 8)), 1 << 20, PORTABLE, nearest=True)
-    torch.library.opcheck(library.sweep, (*library.arguments(problem), False, 0, False))
+    inputs = LossInputs(None, leaf(torch.randn(50, 8)), 1 << 20, PORTABLE, nearest=True)
+    torch.library.opcheck(library.forward_chunks, (*arguments_of(inputs), False, 0, False))
 
 
 @pytest.mark.parametrize(
@@ -49,25 +54,32 @@ def test_opcheck_nearest_only():
         {"hard_threshold": torch.randn(9, dtype=torch.float64), "hard_strength": torch.ones(1, dtype=torch.float64)},
         {"hard_threshold": torch.randn(9, dtype=torch.float64)},
         {"inner_product": True},
-        {"inner_product": True, "bias": torch.randn(50, requires_grad=True)},
+        {"inner_product": True, "bias": torch.randn(50, dtype=torch.float64, requires_grad=True)},
     ],
     ids=lambda options: "+".join(options),
 )
 def test_opcheck_portable_options(options):
     x, w, y = single(9, 50, 8)
-    problem = LossInputs(leaf(x), leaf(w), 1 << 20, PORTABLE, y % 10, scale_value=4.0, **options)
-    torch.library.opcheck(library.sweep, (*library.arguments(problem), False, -100, True))
+    inputs = LossInputs(leaf(x), leaf(w), 1 << 20, PORTABLE, y % 10, scale_value=4.0, **options)
+    torch.library.opcheck(library.forward_chunks, (*arguments_of(inputs), False, -100, True))
 
 
-def test_opcheck_sweep_backward():
+def test_opcheck_backward():
     x, w, y = single(9, 50, 8)
-    upstream = [torch.randn(9, dtype=torch.float64), torch.randn(9, dtype=torch.float64), None, torch.randn(50)]
-    for options in ({"nearest": True}, {"inner_product": True, "bias": torch.randn(50)}):
-        arguments = library.arguments(LossInputs(x, w, 1 << 20, PORTABLE, y, **options))
-        saved = library.sweep(*arguments, False, -100, True)
+    upstream = [
+        torch.randn(9, dtype=torch.float64),
+        torch.randn(9, dtype=torch.float64),
+        None,
+        torch.randn(50),
+        None,
+        None,
+    ]
+    for options in ({"nearest": True}, {"inner_product": True, "bias": torch.randn(50, dtype=torch.float64)}):
+        arguments = arguments_of(LossInputs(x, w, 1 << 20, PORTABLE, y, **options))
+        saved = library.forward_chunks(*arguments, False, -100, True)
         if "bias" in options:
-            upstream[3] = None
-        torch.library.opcheck(library.sweep_backward, (*arguments, *upstream, *saved, True, True, "bias" in options))
+            upstream[3], upstream[4] = None, torch.randn(9, dtype=torch.float64)
+        torch.library.opcheck(library.backward_chunks, (*arguments, *upstream, *saved, True, True, "bias" in options))
 
 
 def test_opcheck_margin_rows():
@@ -211,24 +223,24 @@ print(json.dumps([name for name in ("torch._dynamo", "torch._inductor", "sympy")
 
 def test_a_state_that_an_op_writes_to_counts_as_modified():
     """As after any in-place operation: autograd must not use what it saved of it."""
-    state = cache.new_state(torch.randn(30, 6))
+    state = cache.new_cache(torch.randn(30, 6), 30)
     weight, index, age = torch.randn(30, 6), torch.zeros(30, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
     before = [t._version for t in (*state, index, age, weight)]
-    library.refresh_nearest(weight, *state, 1 << 20)
-    library.frozen_nearest(weight, index, age, 3, True, 1 << 20)
+    nearest_ops.certified_nearest(weight, *state, 1 << 20, "", 30)
+    nearest_ops.periodic_nearest(weight, index, age, 3, True, 1 << 20, "", 30)
     after = [t._version for t in (*state, index, age, weight)]
     assert all(a > b for a, b in zip(after[:-1], before[:-1], strict=True)) and after[-1] == before[-1]
     with torch.inference_mode():  # tensors made here have no version
-        library.frozen_nearest(weight, index.clone(), age.clone(), 3, True, 1 << 20)
+        nearest_ops.periodic_nearest(weight, index.clone(), age.clone(), 3, True, 1 << 20, "", 30)
 
 
 def test_ops_without_a_derivative_say_so():
     weight = leaf(torch.randn(30, 6))
-    cosine, _ = library.nearest_rows(weight, None, 1, False, 1 << 20)
+    cosine, _ = nearest_ops.nearest_rows(weight, None, 1, False, 1 << 20)
     with pytest.raises(RuntimeError, match="nearest_rows has no derivative"):
         cosine.sum().backward()
-    with pytest.raises(RuntimeError, match="refresh_nearest has no derivative"):
-        library.refresh_nearest(weight, *cache.new_state(weight.detach()), 1 << 20)
+    with pytest.raises(RuntimeError, match="certified_nearest has no derivative"):
+        nearest_ops.certified_nearest(weight, *cache.new_cache(weight.detach(), 30), 1 << 20, "", 30)
 
 
 X, W, Y = problem(6, 20, 8)
@@ -346,24 +358,11 @@ def test_several_gradients_at_once_of_drawn_classes(sparse):
         torch.autograd.grad(loss, loss_fn.weight, torch.eye(len(Y), dtype=loss.dtype), is_grads_batched=True)
 
 
-def test_the_dense_gradient_has_every_derivative():
-    def function(w):
-        return DenseGradient.apply(w).square().sum()
-
-    tangent = torch.ones_like(W)
-    for jvp in (torch.func.jvp, torch.autograd.functional.jvp):
-        torch.testing.assert_close(jvp(function, (W,), (tangent,))[1], 2 * W.sum())
-    torch.testing.assert_close(torch.func.grad(function)(W), 2 * W)
-    torch.testing.assert_close(torch.vmap(torch.func.grad(function))(W), 2 * W)
-    torch.testing.assert_close(
-        torch.autograd.functional.hessian(function, W).sum(), 2.0 * torch.tensor(W.numel()).double()
-    )
-
-
 def test_no_gradient_keeps_nothing():
     x, w, y = single(12, 90, 16)
-    problem = LossInputs(x, w, 1 << 28, PORTABLE, y, scale_value=64.0)
-    assert library.run_sweep(problem, False, -100, keep=True).kept.numel() > 0
-    assert library.run_sweep(problem, False, -100, keep=False).kept.numel() == 0
+    inputs = LossInputs(x, w, 1 << 28, PORTABLE, y, scale_value=64.0)
+    for keep in (True, False):
+        output = ForwardOutput(*library.forward_chunks(*arguments_of(inputs), False, -100, keep))
+        assert (output.saved_chunks.numel() > 0) == keep
     with torch.no_grad():
         assert not fm.functional.margin_cross_entropy(leaf(x), w, y).requires_grad

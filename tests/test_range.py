@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 import fused_margin as fm
-from fused_margin._ops.nearest import cache, search
+from fused_margin._ops.nearest import cache, quantized
 from fused_margin.distributed import Shard, slice_of
 
 N, C, D = 16, 50, 8
@@ -138,7 +138,7 @@ def nearest_of_long_weights(group, weight, classes):
     begin, end = slice_of(classes, group.rank(), group.size())
     part, found = weight[begin:end], []
     with (
-        patch.object(search, "int8_wins", lambda rows: False),
+        patch.object(quantized, "int8_wins", lambda rows: False),
         patch.object(cache, "int8_wins", lambda rows: False),
     ):
         for shard in [Shard(classes, group)] if group.size() > 1 else [Shard(classes, group), None]:
@@ -195,7 +195,7 @@ def test_inner_products_of_long_rows(dtype, of_query, of_reference, number, alon
     if alone:
         products.fill_diagonal_(-torch.inf)
     value, index = products.topk(number, 1)
-    with patch.object(search, "int8_wins", search.int8_wins if int8 else lambda rows: False):
+    with patch.object(quantized, "int8_wins", quantized.int8_wins if int8 else lambda rows: False):
         found = fm.functional.nearest_class(query, None if alone else reference, k=number, metric="inner_product")
     at, cosine = found.index.view(C, number), found.cosine.view(C, number).double()
     valid = torch.arange(C) != 9

@@ -11,14 +11,14 @@ from torch.nn import functional as F
 
 import fused_margin as fm
 from fused_margin._ops.backends.select import kernels
-from fused_margin._ops.nearest import cache, search
+from fused_margin._ops.nearest import cache, quantized, search
 from fused_margin.functional import NearestClass, nearest_class
 
 
 @pytest.fixture(params=[True, False], ids=["int8", "float"])
 def codes(request, monkeypatch):
     """Screens in int8, and in floating point, wherever the tests run."""
-    for module in (search, cache):
+    for module in (quantized, cache):
         monkeypatch.setattr(module, "int8_wins", lambda device: request.param)
     return request.param
 
@@ -55,7 +55,7 @@ def test_ragged_tiles_and_strides(codes, monkeypatch):
     torch.manual_seed(1)
     query, reference = torch.randn(21, 300).t(), torch.randn(21, 211).t()
     index = products(query, reference, "cosine").topk(3).indices
-    monkeypatch.setitem(search.TILE_BYTES, "cpu", 1)  # tiles of 64 rows and columns
+    monkeypatch.setitem(quantized.TILE_BYTES, "cpu", 1)  # tiles of 64 rows and columns
     found = nearest_class(query, reference, k=3)
     assert torch.equal(found.index, index)
     assert torch.equal(nearest_class(query).index, products(query, query, "cosine").fill_diagonal_(-1).argmax(1))
@@ -135,7 +135,7 @@ def training(classes, size, steps, seed=0):
 
 def full_sweep(weight):
     """In float64, as the certified ones are."""
-    found = search.find_nearest(kernels(weight.device), weight, None, 1, False, 1 << 22)
+    found = search.find_nearest(kernels("cpu"), weight, None, 1, False, 1 << 22)
     return NearestClass(*(answer.squeeze(1) for answer in found.answers(torch.float64)))
 
 
@@ -265,7 +265,7 @@ def test_a_share_of_the_classes():
 def test_opcheck():
     weight = torch.randn(30, 6)
     torch.library.opcheck(torch.ops.fused_margin.nearest_rows, (weight, torch.randn(9, 6), 3, True, 1 << 20))
-    state = cache.new_state(weight)
+    state = cache.new_cache(weight, len(weight))
     torch.library.opcheck(torch.ops.fused_margin.refresh_nearest, (weight, *state, 1 << 20))
     index, age = torch.zeros(30, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
     torch.library.opcheck(torch.ops.fused_margin.frozen_nearest, (weight, index, age, 3, True, 1 << 20))
@@ -294,7 +294,7 @@ def test_long_rows_of_one_number(size):
 
 def test_int8_products_of_torch_are_right():
     """They are no public function of torch: where they change, the search goes without them, and this fails."""
-    assert search.int8_products_are_right()
+    assert quantized.int8_products_are_right()
 
 
 def test_processors_with_instructions_for_int8_are_known():
@@ -302,21 +302,21 @@ def test_processors_with_instructions_for_int8_are_known():
     processor = Path("/proc/cpuinfo")
     if not (processor.exists() and "avx512_vnni" in processor.read_text(encoding="utf-8")):
         pytest.skip("a processor without AVX512-VNNI, or one that does not tell")
-    assert search.int8_wins(torch.ones(3, 64))
+    assert quantized.int8_wins(torch.ones(3, 64))
 
 
 def test_int8_products_that_are_wrong_are_not_used(monkeypatch):
-    search.int8_products_are_right.cache_clear()
+    quantized.int8_products_are_right.cache_clear()
     monkeypatch.setattr(torch, "_int_mm", lambda left, right, out: out)
     try:
-        assert not search.int8_products_are_right() and not search.int8_wins(torch.ones(3, 64))
+        assert not quantized.int8_products_are_right() and not quantized.int8_wins(torch.ones(3, 64))
         weight = torch.randn(70, 16)
         assert torch.equal(fm.functional.nearest_class(weight).index, fm.reference.nearest_class(weight.double())[1])
     finally:
-        search.int8_products_are_right.cache_clear()
+        quantized.int8_products_are_right.cache_clear()
 
 
-@pytest.mark.parametrize("size", [1, 3, search.INT8_SIZES.stop])
+@pytest.mark.parametrize("size", [1, 3, quantized.INT8_SIZES.stop])
 def test_certified_refresh_of_sizes_that_int8_does_not_take(size):
     weight = torch.randn(4, size)
     found = fm.ExclusiveRegularizer(refresh="certified").find(weight)

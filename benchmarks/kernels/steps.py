@@ -26,7 +26,7 @@ class Operands:
 
     def __init__(self, inputs: Inputs):
         weight = inputs.weight.detach()
-        self.run = kernels(weight.device)
+        self.run = kernels(weight.device.type)
         self.labels = inputs.labels
         self.inputs = LossInputs(inputs.embeddings[0], weight, 0, "", inputs.labels[0], scale_value=SCALE)
         self.left = [self._pack(batch.detach()) for batch in inputs.embeddings]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fused_margin import _checks
-from fused_margin._ops.inputs import CHUNK_BYTES, compute_dtype, whole_chunk
+from fused_margin._ops.inputs import CHUNK_BYTES, MIB, compute_dtype, whole_chunk
 from fused_margin._ops.library import refuse_second_order, register
 from fused_margin._ops.normalization import through_normalization, unit_rows
 
@@ -72,7 +72,7 @@ def other_class_sums(
     if function not in FUNCTIONS:
         raise ValueError(f"function: expected one of {', '.join(map(repr, FUNCTIONS))}, got {function!r}")
     _checks.number("workspace_mb", workspace_mb, 0.0, open_low=True)
-    return pairwise_sums(rows, weight, own, function, math.floor(workspace_mb * 2**20))
+    return pairwise_sums(rows, weight, own, function, int(workspace_mb * MIB))
 
 
 class Tile(NamedTuple):

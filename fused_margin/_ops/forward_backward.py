@@ -14,21 +14,18 @@ from torch import Tensor
 from fused_margin import _checks
 from fused_margin._ops import divided, targets
 from fused_margin._ops.backends import portable, tensor_cores
-from fused_margin._ops.backends.select import advise_huge_pages, kernels, on_device
+from fused_margin._ops.backends.select import advise_huge_pages, kernels_on
 from fused_margin._ops.inputs import PORTABLE, ChunkPlan, ForwardOutput, Gradients, LossInputs, OutputGradients
 from fused_margin._ops.nearest import find_nearest_classes
 from fused_margin._ops.nearest.gradient import add_remote_gradient
 
 LN2 = portable.LN2
-
-
-def backend_of(inputs: LossInputs):
-    return portable if inputs.backend == PORTABLE else tensor_cores
+BACKENDS = {PORTABLE: portable}  # all other names are families of tensor-core kernels
 
 
 def allocate_output(inputs: LossInputs, uniform: bool, keep: bool) -> tuple[ChunkPlan, ForwardOutput]:
     """The plan, and the output of one rank's pass, not yet written."""
-    plan = backend_of(inputs).plan_chunks(inputs, keep)
+    plan = BACKENDS.get(inputs.backend, tensor_cores).plan_chunks(inputs, keep)
     (samples, classes, size), weight, compute = inputs.shape, inputs.weight, inputs.compute
     statistic = weight.new_empty(0, dtype=torch.float64)
     nearest = classes if inputs.nearest else 0
@@ -59,10 +56,9 @@ def allocate_output(inputs: LossInputs, uniform: bool, keep: bool) -> tuple[Chun
 
 
 def forward(inputs: LossInputs, uniform: bool, ignore_index: int, keep: bool) -> ForwardOutput:
-    device = inputs.weight.device
-    _checks.scale_values(inputs.scale)
-    with on_device(device), torch.autocast(device.type, enabled=False):
-        run = kernels(device)
+    if inputs.scale is not None:
+        _checks.scale_values(inputs.scale)
+    with kernels_on(inputs.weight.device) as run:
         if not inputs.is_divided or inputs.embeddings is None:
             return forward_chunks(run, inputs, None, uniform, ignore_index, keep)
         gathered = divided.gather_samples(inputs, ignore_index, keep)
@@ -94,7 +90,7 @@ def forward_chunks(
             classes=classes, size=size, ignore_index=ignore_index, sub_centers=inputs.sub_centers,
             inner_product=inputs.inner_product,
         )  # fmt: skip
-        _checks.bad_label(reported, weight.device, classes // inputs.sub_centers)
+        _checks.bad_label(reported, weight.device, f"for {classes // inputs.sub_centers} classes")
         if inputs.inner_product:
             output.normalized_embeddings.copy_(inputs.embeddings)
             output.embedding_inverse_norm.fill_(1.0)
@@ -103,10 +99,11 @@ def forward_chunks(
                 rows=inputs.embeddings, normalized=output.normalized_embeddings,
                 inverse_norm=output.embedding_inverse_norm, count=samples, size=size,
             )  # fmt: skip
-        targets.write(inputs, output)
+        if inputs.bias is not None or inputs.target_length:
+            targets.write(inputs, output)
     if gathered is not None:
         inputs = divided.without_raw_embeddings(inputs, output)
-    backend = backend_of(inputs).ChunkBackend(run, inputs, plan, output, norms_known)
+    backend = BACKENDS.get(inputs.backend, tensor_cores).ChunkBackend(run, inputs, plan, output, norms_known)
     if uniform:
         output.uniform_weight.zero_()
     for k in range(plan.chunks):
@@ -131,9 +128,7 @@ def backward(
     need_weight: bool,
     need_bias: bool,
 ) -> Gradients:
-    device = inputs.weight.device
-    with on_device(device), torch.autocast(device.type, enabled=False):
-        run = kernels(device)
+    with kernels_on(inputs.weight.device) as run:
         if not inputs.is_divided:
             return backward_chunks(run, inputs, upstream, saved, need_embeddings, need_weight, need_bias)
         local, gathered = inputs, upstream
@@ -155,7 +150,7 @@ def backward_chunks(
     """One pass over this rank's classes: their gradients, and their part of the gradients of all samples."""
     compute, weight, x_hat = inputs.compute, inputs.weight, saved.normalized_embeddings
     samples, classes, size = inputs.shape
-    module = backend_of(inputs)
+    module = BACKENDS.get(inputs.backend, tensor_cores)
     plan = module.plan_chunks(inputs, saved.saved_chunks.numel() > 0)
     d_weight = weight.new_empty(0)
     d_bias = x_hat.new_empty(classes if need_bias else 0)

@@ -1,6 +1,5 @@
 """Inputs and outputs of one call, and its chunks of classes."""
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,6 +13,7 @@ DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)  # of emb
 # that there are few launches.
 CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 128 << 20}
 SMALLEST_CHUNK = 64
+MIB = 2**20
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
@@ -21,10 +21,6 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
         if tensor is not None and tensor.dtype == torch.float64:
             return torch.float64
     return torch.float32
-
-
-def workspace_bytes(workspace_mb: float) -> int:
-    return math.floor(workspace_mb * 2**20)
 
 
 @dataclass(frozen=True)
@@ -62,7 +58,8 @@ class LossInputs:
 
     @property
     def compute(self) -> torch.dtype:
-        return compute_dtype(self.embeddings, self.weight)
+        embeddings = self.weight if self.embeddings is None else self.embeddings
+        return torch.float64 if torch.float64 in (embeddings.dtype, self.weight.dtype) else torch.float32
 
     @property
     def scales(self) -> float | Tensor:

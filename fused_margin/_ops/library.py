@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 
 from fused_margin import _checks
 from fused_margin._ops import divided, forward_backward
-from fused_margin._ops.backends.select import kernels, on_device
+from fused_margin._ops.backends.select import kernels_on
 from fused_margin._ops.inputs import ForwardOutput, Gradients, LossInputs, OutputGradients
 from fused_margin.distributed import named_shard
 
@@ -187,13 +187,10 @@ def _arguments(kind: type, prefix: str = "") -> str:
 
 def run_forward(inputs: LossInputs, uniform: bool, ignore_index: int) -> ForwardOutput:
     """The forward of a call, differentiable in embeddings, weight, scale and bias."""
-    keep = torch.is_grad_enabled() and _any_requires_grad(inputs.embeddings, inputs.weight, inputs.bias, inputs.scale)
+    differentiable = (inputs.embeddings, inputs.weight, inputs.bias, inputs.scale)
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)
     arguments = [getattr(inputs, field.name) for field in FIELDS]
     return ForwardOutput(*forward_chunks(*arguments, uniform, ignore_index, keep))
-
-
-def _any_requires_grad(*tensors: Tensor | None) -> bool:
-    return any(t is not None and t.requires_grad for t in tensors)
 
 
 def _forward_kernel(*arguments):
@@ -347,7 +344,7 @@ def _margin_rows(
 
     label_smoothing is on the CPU: a number would be a constant of a compiled graph.
     """
-    samples, device = labels.shape[0], labels.device
+    samples = labels.shape[0]
     loss, row_weight = torch.empty_like(negative_logsumexp), torch.empty_like(negative_logsumexp)
     derivatives = negative_logsumexp.new_empty(len(DERIVATIVES), samples)
     for name, margin in (("m1", m1), ("m2", m2), ("m3", m3), ("annealing", annealing)):
@@ -355,8 +352,8 @@ def _margin_rows(
             _checks.margin_values(name, margin)
     scalars = [v if t is None else t for t, v in zip((scale, m1, m2, m3, annealing), values, strict=True)]
     scale, m1, m2, m3, annealing = scalars
-    with on_device(device):
-        kernels(device).margin_rows(
+    with kernels_on(labels.device) as run:
+        run.margin_rows(
             negative_logsumexp=negative_logsumexp, target_cosine=target_cosine, uniform_cosine=uniform_cosine,
             labels=labels, class_weight=class_weight, scale=scale, m1=m1, m2=m2, m3=m3, annealing=annealing,
             beyond_pi=beyond_pi, easy=easy, straight_through=straight_through, smallest_sine=smallest_sine,

@@ -13,8 +13,8 @@ def _own_rows(inputs: LossInputs) -> tuple[Tensor, Tensor]:
 
 
 def write(inputs: LossInputs, output: ForwardOutput) -> None:
-    """Writes target_bias and target_length (N,), 0 for a class of another rank, if they are wanted."""
-    if (inputs.bias is None and not inputs.target_length) or not inputs.weight.shape[0]:
+    """Writes target_bias and target_length (N,), 0 for a class of another rank, of those that are wanted."""
+    if not inputs.weight.shape[0]:
         output.target_bias.zero_()
         output.target_length.zero_()
         return

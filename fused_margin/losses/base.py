@@ -220,8 +220,7 @@ class ClassificationLoss(settings.Settings):
 
     def nearest(self) -> NearestClass | None:
         """Every class's nearest other class from the cache of ``exclusive_refresh``; None: to be searched."""
-        wanted = self.exclusive is not None and self.has_exclusive_term
-        return self.exclusive.find(self.weight) if wanted else None
+        return self.exclusive.find(self.weight) if self.has_exclusive_term else None
 
     def own_repr(self) -> list[str]:
         """The arguments that tell one loss from another, as name=value."""
@@ -331,6 +330,10 @@ class MarginLoss(ClassificationLoss):
         else:
             super().keep_setting(name, value)
 
+    def setting_changed(self, name: str) -> None:
+        super().setting_changed(name)
+        self.__dict__["_margin"] = None  # to be made of the new numbers
+
     def warn_of_small(self, scale: float) -> None:
         least = minimum_scale(self.num_classes, PROBABILITY) if self.num_classes > 1 else 0.0
         if scale < least:
@@ -350,11 +353,11 @@ class MarginLoss(ClassificationLoss):
             self.weight,
             labels,
             self.current_margin(embeddings, labels),
-            self.current_scale(labels.device),
+            self.scale if self.shard is None and not self.scale_varies else self.current_scale(labels.device),
             exclusive_weight=self.exclusive_weight if self.has_exclusive_term else 0.0,
             sub_centers=self.sub_centers,
             hard_negatives=self.hard_negatives(embeddings, labels),
-            nearest=self.nearest(),
+            nearest=None if self.exclusive is None else self.nearest(),
             **self.cross_entropy_options(),
         )
 
@@ -366,8 +369,13 @@ class MarginLoss(ClassificationLoss):
     @property
     def margin_function(self) -> Margin:
         """The margin that all samples have in common. Setting it sets the attributes that it consists of."""
-        numbers = {number: getattr(self, setting) for setting, number in self.NUMBERS.items()}
-        return Margin(**{**self.numbers, **numbers}, **self.margin_options)
+        margin = self.__dict__.get("_margin")
+        if margin is None or torch.compiler.is_compiling():  # compiled, the numbers stay variables
+            numbers = {number: getattr(self, setting) for setting, number in self.NUMBERS.items()}
+            margin = Margin(**{**self.numbers, **numbers}, **self.margin_options)
+            if not torch.compiler.is_compiling():
+                self.__dict__["_margin"] = margin
+        return margin
 
     @margin_function.setter
     def margin_function(self, value: Margin) -> None:
@@ -381,6 +389,7 @@ class MarginLoss(ClassificationLoss):
                     f"margin_function: expected {number}={default:g} in {type(self).__name__}, got {getattr(value, number)}"
                 )
         self.numbers = {number: getattr(value, number) for number in self.numbers}
+        self.__dict__["_margin"] = None
         for number, setting in (*names.items(), *((name, name) for name in self.margin_options)):
             setattr(self, setting, getattr(value, number))
 

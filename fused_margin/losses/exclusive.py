@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fused_margin import _checks
 from fused_margin._ops import library
-from fused_margin._ops.inputs import workspace_bytes
+from fused_margin._ops.inputs import MIB
 from fused_margin._ops.nearest.cache import NearestCache, fits, new_cache
 from fused_margin._ops.nearest.library import certified_nearest, periodic_nearest
 from fused_margin.distributed import Shard
@@ -108,7 +108,7 @@ class ExclusiveRegularizer(settings.Settings):
             library.refuse_transforms(weight)
         if divided and _checks.shard(self.shard, weight, 1, 0.0) < 2:
             _checks.class_weights(weight, at_least=2)
-        weight, room = weight.detach(), workspace_bytes(self.workspace_mb)
+        weight, room = weight.detach(), int(self.workspace_mb * MIB)
         group = (self.shard.name, self.shard.num_classes) if divided else ("", len(weight))
         self.start(weight)
         if self.refresh == "certified":

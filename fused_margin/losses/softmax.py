@@ -77,7 +77,10 @@ class SoftmaxLoss(ClassificationLoss):
         )
         if self.has_exclusive_term:
             loss = loss + self.exclusive_weight * exclusive_regularization(
-                self.weight, nearest=self.nearest(), shard=self.shard, workspace_mb=self.workspace_mb
+                self.weight,
+                nearest=None if self.exclusive is None else self.nearest(),
+                shard=self.shard,
+                workspace_mb=self.workspace_mb,
             )
         return loss
 

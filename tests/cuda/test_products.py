@@ -66,7 +66,7 @@ def test_small_integers_multiply_exactly(family, rows, columns, width, parts, wi
     """Any error in a descriptor, a swizzle or a phase shows at once."""
     left, right = (torch.randint(-4, 5, (n, parts * width), device=DEVICE).half() for n in (rows, columns))
     out = torch.full((rows, columns), math.nan, device=DEVICE)
-    kernels(out.device).family(family).dump(
+    getattr(kernels("cuda", torch.cuda.current_stream().cuda_stream), family).dump(
         left=left, right=right, rows=rows, columns=columns, width=width, parts=parts, wide=wide, out=out
     )
     a, b = (t.double().view(len(t), parts, width).unbind(1) for t in (left, right))
@@ -81,7 +81,7 @@ def test_rounding_of_products_of_fractions(family, positive, record_property):
     if positive:
         left, right = left.abs(), right.abs()
     out = torch.full((60, 70), math.nan, device=DEVICE)
-    kernels(out.device).family(family).dump(
+    getattr(kernels("cuda", torch.cuda.current_stream().cuda_stream), family).dump(
         left=left, right=right, rows=60, columns=70, width=512, parts=1, wide=False, out=out
     )
     models = {

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -34,25 +34,27 @@ class Kernels:
         raise AttributeError(f"this build has no kernel {name}")
 
 
-def kernels(device: torch.device) -> Kernels:
-    """The kernels of a device, on its current stream."""
-    if device.type == "cuda":
-        return _kernels_on("cuda", torch.cuda.current_stream(device).cuda_stream)
-    return _kernels_on("cpu", 0)
-
-
 @functools.lru_cache(maxsize=64)
-def _kernels_on(backend: str, stream: int) -> Kernels:
-    return Kernels(getattr(_C, backend), stream)
+def kernels(device_type: str, stream: int = 0) -> Kernels:
+    """The kernels of the CPU, or of CUDA devices on a stream."""
+    return Kernels(getattr(_C, device_type), stream)
+
+
+@contextmanager
+def kernels_on(device: torch.device) -> Iterator[Kernels]:
+    """The kernels of a device on its current stream. They are launched on the current device: this makes it the device.
+
+    Autocast is off within.
+    """
+    current, stream = nullcontext(), 0
+    if device.type == "cuda":
+        current, stream = torch.cuda.device(device), torch.cuda.current_stream(device).cuda_stream
+    with current, torch.autocast(device.type, enabled=False):
+        yield kernels(device.type, stream)
 
 
 def has_cuda_kernels() -> bool:
     return hasattr(_C, "cuda")
-
-
-def on_device(device: torch.device) -> AbstractContextManager:
-    """Makes a CUDA tensor's device the current device, on which kernels are launched."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def advise_huge_pages(tensor: torch.Tensor) -> None:

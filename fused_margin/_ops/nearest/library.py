@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_margin._ops.backends.select import kernels, on_device
+from fused_margin._ops.backends.select import kernels_on
 from fused_margin._ops.inputs import compute_dtype
 from fused_margin._ops.library import register
 from fused_margin._ops.nearest import cache, search
@@ -17,9 +17,9 @@ def _nearest_rows(
     query: Tensor, reference: Tensor | None, number: int, inner_product: bool, workspace_bytes: int
 ) -> tuple[Tensor, Tensor]:
     """Cosines, or inner products, (Q, number) of queries to their nearest references, or others, and the rows of these."""
-    device, dtype = query.device, compute_dtype(query, reference)
-    with on_device(device), torch.autocast(device.type, enabled=False):
-        found = search.find_nearest(kernels(device), query, reference, number, inner_product, workspace_bytes)
+    dtype = compute_dtype(query, reference)
+    with kernels_on(query.device) as run:
+        found = search.find_nearest(run, query, reference, number, inner_product, workspace_bytes)
     return found.answers(dtype)
 
 
@@ -43,9 +43,9 @@ def _certified_nearest(
     """Cosine (C,) float64 of every class to its nearest other, and that class, by the cache of earlier steps."""
     swept = swept.clone() if recomputing() else swept  # a recomputed forward counts once
     state = cache.NearestCache(code, scale, candidate, value, ceiling, swept)
-    device, shard = weight.device, named_shard(group, num_classes)
-    with on_device(device), torch.autocast(device.type, enabled=False):
-        return cache.certified_nearest(kernels(device), shard, weight, state, workspace_bytes)
+    shard = named_shard(group, num_classes)
+    with kernels_on(weight.device) as run:
+        return cache.certified_nearest(run, shard, weight, state, workspace_bytes)
 
 
 def _certified_nearest_fake(weight, *_):
@@ -63,9 +63,9 @@ def _periodic_nearest(
     num_classes: int,
 ) -> Tensor:
     """Cosine (C,) float64 of every class to its nearest of some steps ago: `index`, searched every so many steps."""
-    device, shard, age = weight.device, named_shard(group, num_classes), current_age(age)
-    with on_device(device), torch.autocast(device.type, enabled=False):
-        return cache.periodic_nearest(kernels(device), shard, weight, index, age, every, counts, workspace_bytes)
+    shard, age = named_shard(group, num_classes), current_age(age)
+    with kernels_on(weight.device) as run:
+        return cache.periodic_nearest(run, shard, weight, index, age, every, counts, workspace_bytes)
 
 
 def _periodic_nearest_fake(weight, *_):
