@@ -76,7 +76,7 @@ class NinjaBuild(build_ext):
 
         x86 = platform.machine().lower() in ("x86_64", "amd64")
         for name, flags in {"plain": "", **(X86_INSTRUCTION_SETS if x86 else {})}.items():
-            for file in ("kernels", "search"):
+            for file in ("loss", "search"):
                 objects[f"{file}_{name}.o"] = ("cxx", f"cpu/{file}.cpp", f"{flags} -DFM_ISA={name}")
         objects["dispatch.o"] = ("cxx", "cpu/dispatch.cpp", "-DFM_X86" if x86 else "")
 
@@ -90,7 +90,7 @@ class NinjaBuild(build_ext):
             defines += (
                 f' -DFM_CUDA -DFM_CUDA_ARCHITECTURES=\\"{",".join(architectures)}\\" -DFM_CUDA_TOOLKIT=\\"{toolkit}\\"'
             )
-            for file in ("kernels", "search"):
+            for file in ("loss", "search"):
                 objects[f"cuda_{file}.o"] = ("nvcc", f"cuda/{file}.cu", nvcc_flags(architectures))
             tensor_cores = [entry for entry in architectures if float(entry[: entry.index(".") + 2]) >= 8.0]
             if tensor_cores:
@@ -101,8 +101,8 @@ class NinjaBuild(build_ext):
                 defines += " -DFM_SM90"
                 objects["cuda_sm90.o"] = ("nvcc", "cuda/sm90.cu", nvcc_flags(["9.0a"]))
             link = f"{shlex.quote(nvcc)} -shared -cudart static -ccbin {compiler} $in -o $out -Xcompiler={openmp}"
-        for name in ("module", "tensor_module") if "-DFM_SM80" in defines else ("module",):
-            objects[f"{name}.o"] = ("cxx", f"{name}.cpp", f"{includes} {defines}")
+        for name in ("module", "tensor") if "-DFM_SM80" in defines else ("module",):
+            objects[f"bindings_{name}.o"] = ("cxx", f"bindings/{name}.cpp", f"{includes} {defines}")
 
         lines = [
             "rule cxx",

@@ -246,7 +246,7 @@ def unchecked_linear_cross_entropy(
     bias = None if bias is None else bias.double()
     inputs = LossInputs(
         embeddings, weight, int(workspace_mb * MIB), PORTABLE, labels, inner_product=True, bias=bias,
-        class_weight=own_class_weight if smooth else None, target_length=margin is not None, group=group,
+        class_weight=own_class_weight if smooth else None, need_length=margin is not None, group=group,
         num_classes=classes, sample_rate=sample_rate, sparse_gradient=sparse,
     )  # fmt: skip
     output = library.run_forward(inputs, smooth, ignore_index)

@@ -52,7 +52,7 @@ def build_rules(**environment) -> subprocess.CompletedProcess:
 
 def test_an_empty_cuda_home_builds_for_cpu_only():
     rules = build_rules(CUDA_HOME="").stdout
-    assert "kernels_plain.o" in rules and "build cuda_kernels.o" not in rules and "FM_CUDA" not in rules
+    assert "loss_plain.o" in rules and "build cuda_loss.o" not in rules and "FM_CUDA" not in rules
 
 
 def test_a_wrong_cuda_home_and_a_wrong_architecture_are_said():
@@ -80,7 +80,7 @@ def test_tensor_cores_are_built_for_architectures_that_have_them():
     assert "build cuda_sm90.o" not in ampere and "FM_SM90" not in ampere
     assert "sm_75" not in ampere[ampere.index("build cuda_sm80.o") :].split("build ")[1]
     turing = build_rules(TORCH_CUDA_ARCH_LIST="7.5").stdout
-    assert "build cuda_kernels.o" in turing and "FM_SM80" not in turing and "tensor_module.o" not in turing
+    assert "build cuda_loss.o" in turing and "FM_SM80" not in turing and "bindings_tensor.o" not in turing
 
 
 def import_without_kernels(folder: Path, *copied: str) -> str:

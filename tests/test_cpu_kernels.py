@@ -65,7 +65,7 @@ def test_exponentials_to_float32_rounding():
         output, one = cosine.clone(), torch.ones(4001)
         exponent, total = torch.empty(1, dtype=torch.float64), torch.empty(1, dtype=torch.float64)
         kernels("cpu").exponent_sum(
-            products=output, inverse_norm=one, bias=None, labels=torch.tensor([-100]), hard_threshold=None,
+            logits_chunk=output, inverse_norm=one, bias=None, labels=torch.tensor([-100]), hard_threshold=None,
             hard_strength=None, scale=scale, fixed_exponent=None, exponent=exponent, sum=total, samples=1, chunk=4001,
             class_begin=0, sub_centers=1,
         )  # fmt: skip

@@ -42,7 +42,9 @@ def kernels(architecture):
 
 
 def family(architecture, space):
-    found = {n: code for n, code in kernels(architecture).items() if re.match(rf"_ZN2fm4cuda4{space}\d.*5sweep", n)}
+    found = {
+        n: code for n, code in kernels(architecture).items() if re.match(rf"_ZN2fm4cuda4{space}\d.*14multiply_tiles", n)
+    }
     assert len(found) >= 5
     return found
 

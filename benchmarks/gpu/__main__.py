@@ -288,7 +288,16 @@ class Run:
         report = self.options.output / f"{self.gpu}-ncu"
         sections = [argument for name in NCU_SECTIONS for argument in ("--section", name)]
         kernels = [self.python, "-m", "benchmarks.gpu.profile", "kernels", *self.passed]
-        options = ["--clock-control", "none", "--kernel-name", "regex:sweep", *sections, "-f", "-o", str(report)]
+        options = [
+            "--clock-control",
+            "none",
+            "--kernel-name",
+            "regex:multiply_tiles",
+            *sections,
+            "-f",
+            "-o",
+            str(report),
+        ]
         reserved = TEST_SECONDS if self.wanted("check") else 0
         profiled = self.steps.run(
             "ncu", min(75, self.steps.left() - reserved), ["ncu", *options, *kernels], optional=True

@@ -1,124 +1,134 @@
-// Python's view of the search's kernels, for both backends.
+// The fields of every params struct, each listed once: its name is the keyword of the Python function.
 //
-// Arguments are trusted, as everywhere; structs that several kernels share come as tuples of tensors.
+// bind.h checks at compile time that a list has as many fields as its struct. A field that is a list of fields itself
+// (product, tile) contributes its own keywords.
 #pragma once
 
-#include "python.h"
+#include "../kernels/loss.h"
+#include "../kernels/search.h"
+#include "../kernels/tensor.h"
 
 namespace fm::python {
 
-inline int64_t columns_of(const py::object& matrix) { return py::tuple(matrix.attr("shape"))[1].cast<int64_t>(); }
+#define FM_FIELD(name) visit(#name, p.name)
 
-inline Coded coded_of(const py::tuple& t) { // rows, inverse_norm, scale, norm, length, error
-    return {view_of(t[0]), Address(t[1]), Address(t[2]), Address(t[3]), Address(t[4]), Address(t[5])};
+template <class T, class Visit> constexpr void for_each_field(RowNormalize<T>& p, Visit&& visit) {
+    FM_FIELD(rows), FM_FIELD(normalized), FM_FIELD(inverse_norm), FM_FIELD(count), FM_FIELD(size);
 }
 
-inline Lists lists_of(const py::object& value) { // candidate, value, ceiling; or None
-    if (value.is_none()) return {nullptr, nullptr, nullptr, 0};
-    py::tuple t = value;
-    return {Address(t[0]), Address(t[1]), Address(t[2]), columns_of(t[0])};
+template <class T, class Visit> constexpr void for_each_field(TargetCosine<T>& p, Visit&& visit) {
+    FM_FIELD(embeddings), FM_FIELD(weight), FM_FIELD(labels), FM_FIELD(cosine), FM_FIELD(row), FM_FIELD(bad_label),
+        FM_FIELD(samples), FM_FIELD(classes), FM_FIELD(size), FM_FIELD(ignore_index), FM_FIELD(sub_centers),
+        FM_FIELD(inner_product);
 }
 
-inline Answers answers_of(const py::object& value) { // cosine, index; or None
-    if (value.is_none()) return {nullptr, nullptr, 0};
-    py::tuple t = value;
-    return {Address(t[0]), Address(t[1]), columns_of(t[0])};
+template <class T, class Visit> constexpr void for_each_field(ExponentSum<T>& p, Visit&& visit) {
+    FM_FIELD(logits_chunk), FM_FIELD(inverse_norm), FM_FIELD(bias), FM_FIELD(labels), FM_FIELD(hard_threshold),
+        FM_FIELD(hard_strength), FM_FIELD(scale), FM_FIELD(fixed_exponent), FM_FIELD(exponent), FM_FIELD(sum),
+        FM_FIELD(samples), FM_FIELD(chunk), FM_FIELD(class_begin), FM_FIELD(sub_centers);
 }
 
-inline ProductTile tile_of(Tensor products, Tensor row_place, int64_t row_begin, Tensor row_number,
-                           int64_t column_begin, int64_t column_first, bool one_set) {
-    static const py::object int32 = py::module_::import("torch").attr("int32"); // NOLINT: lives as long as Python
-    py::object dtype = products.attr("dtype");
-    ProductTile::Type type = ProductTile::integer;
-    if (!dtype.is(int32)) type = dtype_of(products) == Dtype::float64 ? ProductTile::twice : ProductTile::single;
-    py::tuple shape = products.attr("shape");
-    return {Address(products).data, type,      shape[0].cast<int64_t>(), shape[1].cast<int64_t>(),
-            Address(row_place),     row_begin, Address(row_number),      column_begin,
-            column_first,           one_set};
+template <class Visit> constexpr void for_each_field(MarginRows& p, Visit&& visit) {
+    FM_FIELD(negative_logsumexp), FM_FIELD(target_cosine), FM_FIELD(uniform_cosine), FM_FIELD(labels),
+        FM_FIELD(class_weight), FM_FIELD(scale), FM_FIELD(m1), FM_FIELD(m2), FM_FIELD(m3), FM_FIELD(annealing),
+        FM_FIELD(beyond_pi), FM_FIELD(easy), FM_FIELD(straight_through), FM_FIELD(smallest_sine),
+        FM_FIELD(label_smoothing), FM_FIELD(class_weight_sum), FM_FIELD(loss), FM_FIELD(row_weight),
+        FM_FIELD(derivatives), FM_FIELD(samples), FM_FIELD(classes), FM_FIELD(ignore_index);
 }
 
-template <class Backend, class P> void run_without_gil(const P& p, uintptr_t stream) {
-    py::gil_scoped_release release;
-    Backend::run(p, stream);
+template <class T, class Visit> constexpr void for_each_field(ProjectWeightGradient<T>& p, Visit&& visit) {
+    FM_FIELD(gradient), FM_FIELD(weight), FM_FIELD(inverse_norm), FM_FIELD(dense_scale),
+        FM_FIELD(normalized_embeddings), FM_FIELD(sorted_labels), FM_FIELD(label_order), FM_FIELD(target_gradient),
+        FM_FIELD(uniform_direction), FM_FIELD(class_weight), FM_FIELD(nearest), FM_FIELD(sorted_nearest),
+        FM_FIELD(nearest_order), FM_FIELD(nearest_gradient), FM_FIELD(samples), FM_FIELD(classes), FM_FIELD(size),
+        FM_FIELD(class_begin), FM_FIELD(chunk), FM_FIELD(inner_product);
 }
 
-template <class Backend> void define_search_kernels(py::module_ m) {
-    m.def(
-        "encode_rows",
-        [](uintptr_t stream, Tensor rows, Tensor selected, bool inner_product, Tensor code, Tensor scale, int64_t count,
-           int64_t size) {
-            run_without_gil<Backend>(
-                EncodeRows{view_of(rows), Address(selected), inner_product, Address(code), Address(scale), count, size},
-                stream);
-        },
-        py::arg("stream"), py::kw_only(), py::arg("rows"), py::arg("selected"), py::arg("inner_product"),
-        py::arg("code"), py::arg("scale"), py::arg("count"), py::arg("size"));
-
-    m.def(
-        "measure_codes",
-        [](uintptr_t stream, Tensor rows, Tensor code, Tensor scale, bool inner_product, double rounding,
-           Tensor inverse_norm, Tensor norm, Tensor length, Tensor error, int64_t count, int64_t size) {
-            run_without_gil<Backend>(MeasureCodes{view_of(rows), view_of(code), Address(scale), inner_product, rounding,
-                                                  Address(inverse_norm), Address(norm), Address(length), Address(error),
-                                                  count, size},
-                                     stream);
-        },
-        py::arg("stream"), py::kw_only(), py::arg("rows"), py::arg("code"), py::arg("scale"), py::arg("inner_product"),
-        py::arg("rounding"), py::arg("inverse_norm"), py::arg("norm"), py::arg("length"), py::arg("error"),
-        py::arg("count"), py::arg("size"));
-
-    m.def(
-        "offer_tile",
-        [](uintptr_t stream, Tensor products, Tensor row_place, int64_t row_begin, Tensor row_number,
-           int64_t column_begin, int64_t column_first, bool one_set, Tensor row_scale, Tensor column_scale,
-           const py::object& of_rows, const py::object& of_columns, Tensor renewed) {
-            run_without_gil<Backend>(
-                OfferTile{tile_of(products, row_place, row_begin, row_number, column_begin, column_first, one_set),
-                          Address(row_scale), Address(column_scale), lists_of(of_rows), lists_of(of_columns),
-                          Address(renewed)},
-                stream);
-        },
-        py::arg("stream"), py::kw_only(), py::arg("products"), py::arg("row_place"), py::arg("row_begin"),
-        py::arg("row_number"), py::arg("column_begin"), py::arg("column_first"), py::arg("one_set"),
-        py::arg("row_scale"), py::arg("column_scale"), py::arg("of_rows"), py::arg("of_columns"), py::arg("renewed"));
-
-    m.def(
-        "forget_renewed",
-        [](uintptr_t stream, const py::object& lists, Tensor renewed_rows, Tensor renewed_candidates, int64_t count) {
-            run_without_gil<Backend>(
-                ForgetRenewed{lists_of(lists), Address(renewed_rows), Address(renewed_candidates), count}, stream);
-        },
-        py::arg("stream"), py::kw_only(), py::arg("lists"), py::arg("renewed_rows"), py::arg("renewed_candidates"),
-        py::arg("count"));
-
-    m.def(
-        "settle_candidates",
-        [](uintptr_t stream, const py::tuple& query, const py::tuple& reference, const py::object& lists,
-           const py::object& answers, Tensor reference_place, int64_t reference_first, int64_t references,
-           int64_t query_first, bool one_set, int64_t queries, int64_t size) {
-            run_without_gil<Backend>(SettleCandidates{coded_of(query), coded_of(reference), lists_of(lists),
-                                                      answers_of(answers), Address(reference_place), reference_first,
-                                                      references, query_first, one_set, queries, size},
-                                     stream);
-        },
-        py::arg("stream"), py::kw_only(), py::arg("query"), py::arg("reference"), py::arg("lists"), py::arg("answers"),
-        py::arg("reference_place"), py::arg("reference_first"), py::arg("references"), py::arg("query_first"),
-        py::arg("one_set"), py::arg("queries"), py::arg("size"));
-
-    m.def(
-        "resolve_tile",
-        [](uintptr_t stream, Tensor products, Tensor row_place, int64_t row_begin, Tensor row_number,
-           int64_t column_begin, int64_t column_first, bool one_set, const py::tuple& query, const py::tuple& reference,
-           const py::object& of_rows, const py::object& of_columns, Tensor renewed, int64_t size) {
-            run_without_gil<Backend>(
-                ResolveTile{tile_of(products, row_place, row_begin, row_number, column_begin, column_first, one_set),
-                            coded_of(query), coded_of(reference), answers_of(of_rows), answers_of(of_columns),
-                            Address(renewed), size},
-                stream);
-        },
-        py::arg("stream"), py::kw_only(), py::arg("products"), py::arg("row_place"), py::arg("row_begin"),
-        py::arg("row_number"), py::arg("column_begin"), py::arg("column_first"), py::arg("one_set"), py::arg("query"),
-        py::arg("reference"), py::arg("of_rows"), py::arg("of_columns"), py::arg("renewed"), py::arg("size"));
+template <class T, class Visit> constexpr void for_each_field(ProjectEmbeddingGradient<T>& p, Visit&& visit) {
+    FM_FIELD(gradient), FM_FIELD(normalized_embeddings), FM_FIELD(inverse_norm), FM_FIELD(weight),
+        FM_FIELD(weight_inverse_norm), FM_FIELD(labels), FM_FIELD(row_scale), FM_FIELD(scale),
+        FM_FIELD(target_gradient), FM_FIELD(uniform_gradient), FM_FIELD(uniform_weight), FM_FIELD(scale_gradient),
+        FM_FIELD(samples), FM_FIELD(classes), FM_FIELD(size), FM_FIELD(inner_product);
 }
+
+template <class T, class Visit> constexpr void for_each_field(NearestTile<T>& p, Visit&& visit) {
+    FM_FIELD(scores), FM_FIELD(cosine), FM_FIELD(index), FM_FIELD(rows), FM_FIELD(columns), FM_FIELD(row_begin),
+        FM_FIELD(column_begin);
+}
+
+template <class Visit> constexpr void for_each_field(QuantizeRows& p, Visit&& visit) {
+    FM_FIELD(rows), FM_FIELD(selected), FM_FIELD(inner_product), FM_FIELD(codes), FM_FIELD(scale), FM_FIELD(count),
+        FM_FIELD(size);
+}
+
+template <class Visit> constexpr void for_each_field(MeasureQuantization& p, Visit&& visit) {
+    FM_FIELD(rows), FM_FIELD(codes), FM_FIELD(scale), FM_FIELD(inner_product), FM_FIELD(rounding),
+        FM_FIELD(inverse_norm), FM_FIELD(norm), FM_FIELD(length), FM_FIELD(error), FM_FIELD(count), FM_FIELD(size);
+}
+
+template <class Visit> constexpr void for_each_field(ScoreTile& p, Visit&& visit) {
+    FM_FIELD(scores), FM_FIELD(row_place), FM_FIELD(row_begin), FM_FIELD(row_number), FM_FIELD(column_begin),
+        FM_FIELD(column_first), FM_FIELD(one_set);
+}
+
+template <class Visit> constexpr void for_each_field(UpdateCandidates& p, Visit&& visit) {
+    FM_FIELD(tile), FM_FIELD(row_scale), FM_FIELD(column_scale), FM_FIELD(row_candidates), FM_FIELD(column_candidates),
+        FM_FIELD(refreshed);
+}
+
+template <class Visit> constexpr void for_each_field(RemoveRefreshed& p, Visit&& visit) {
+    FM_FIELD(candidates), FM_FIELD(refreshed_rows), FM_FIELD(refreshed_candidates), FM_FIELD(count);
+}
+
+template <class Visit> constexpr void for_each_field(RerankCandidates& p, Visit&& visit) {
+    FM_FIELD(query), FM_FIELD(reference), FM_FIELD(candidates), FM_FIELD(nearest), FM_FIELD(reference_first),
+        FM_FIELD(references), FM_FIELD(query_first), FM_FIELD(one_set), FM_FIELD(queries), FM_FIELD(size);
+}
+
+template <class Visit> constexpr void for_each_field(SearchExact& p, Visit&& visit) {
+    FM_FIELD(tile), FM_FIELD(query), FM_FIELD(reference), FM_FIELD(row_nearest), FM_FIELD(column_nearest),
+        FM_FIELD(refreshed), FM_FIELD(size);
+}
+
+template <class Visit> constexpr void for_each_field(cuda::PackOperand& p, Visit&& visit) {
+    FM_FIELD(rows), FM_FIELD(packed), FM_FIELD(inverse_norm), FM_FIELD(count), FM_FIELD(size), FM_FIELD(width),
+        FM_FIELD(parts);
+}
+
+template <class Visit> constexpr void for_each_field(cuda::PrepareRows& p, Visit&& visit) {
+    FM_FIELD(labels), FM_FIELD(scale), FM_FIELD(exponent), FM_FIELD(prepared), FM_FIELD(samples);
+}
+
+template <class Visit> constexpr void for_each_field(cuda::CombinePartials& p, Visit&& visit) {
+    FM_FIELD(partial), FM_FIELD(negative_logsumexp), FM_FIELD(exponent), FM_FIELD(slots), FM_FIELD(samples);
+}
+
+template <class Visit> constexpr void for_each_field(cuda::UnpackNearest& p, Visit&& visit) {
+    FM_FIELD(best), FM_FIELD(index), FM_FIELD(count);
+}
+
+template <class Visit> constexpr void for_each_field(cuda::TensorProduct& p, Visit&& visit) {
+    FM_FIELD(left), FM_FIELD(right), FM_FIELD(rows), FM_FIELD(columns), FM_FIELD(width), FM_FIELD(parts);
+}
+
+template <class Visit> constexpr void for_each_field(cuda::TensorDump& p, Visit&& visit) {
+    FM_FIELD(product), FM_FIELD(wide), FM_FIELD(out);
+}
+
+template <class Visit> constexpr void for_each_field(cuda::TensorExponentSum& p, Visit&& visit) {
+    FM_FIELD(product), FM_FIELD(prepared), FM_FIELD(scale_value), FM_FIELD(fixed_exponent), FM_FIELD(class_begin),
+        FM_FIELD(partial);
+}
+
+template <class Visit> constexpr void for_each_field(cuda::TensorProbabilities& p, Visit&& visit) {
+    FM_FIELD(product), FM_FIELD(prepared), FM_FIELD(class_begin), FM_FIELD(probabilities), FM_FIELD(stride),
+        FM_FIELD(low);
+}
+
+template <class Visit> constexpr void for_each_field(cuda::TensorNearest& p, Visit&& visit) {
+    FM_FIELD(product), FM_FIELD(row_begin), FM_FIELD(column_begin), FM_FIELD(best);
+}
+
+#undef FM_FIELD
 
 } // namespace fm::python

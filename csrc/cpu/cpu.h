@@ -1,22 +1,7 @@
-// The CPU backend: the same kernels for every instruction set, one of them chosen when it is first used.
+// The CPU backend: the same kernels for every instruction set, which is chosen at the first use.
 #pragma once
 
-#include "../search.h"
-
-// X(params) for every kernel's params struct
-// clang-format off
-#define FM_ALL_KERNELS(X)                                                  \
-    X(RowNormalize<float>)             X(RowNormalize<double>)             \
-    X(TargetCosine<float>)             X(TargetCosine<double>)             \
-    X(ExponentSum<float>)              X(ExponentSum<double>)              \
-    X(MarginRows)                                                          \
-    X(ProjectWeightGradient<float>)    X(ProjectWeightGradient<double>)    \
-    X(ProjectEmbeddingGradient<float>) X(ProjectEmbeddingGradient<double>) \
-    X(NearestTile<float>)              X(NearestTile<double>)              \
-    X(EncodeRows)                      X(MeasureCodes)                     \
-    X(OfferTile)                       X(ForgetRenewed)                    \
-    X(SettleCandidates)                X(ResolveTile)
-// clang-format on
+#include "../kernels/all.h"
 
 namespace fm::cpu {
 
@@ -34,14 +19,14 @@ FM_ALL_KERNELS(FM_DECLARE)
 #undef FM_DECLARE
 
 enum class Capability : int { plain, avx2, avx512 };
-Capability best_capability(); // what was compiled in and this processor runs
+Capability best_capability(); // the best one that is compiled in and that this processor runs
 Capability capability();      // the one in use
 void use(Capability);         // for tests; must not exceed best_capability()
 
 int available_threads();
 
-// Asks for huge pages under memory that is about to be written for the first time: 205 MB of fresh
-// 4 KiB pages cost as much as a tenth of a training step.
+// Requests huge pages for memory that is about to be written for the first time: the page faults of 205 MB in pages of
+// 4 KiB take as long as a tenth of a training step.
 void advise_huge_pages(void* begin, int64_t bytes);
 
 } // namespace fm::cpu

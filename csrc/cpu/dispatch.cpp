@@ -1,4 +1,4 @@
-// Chooses the instruction set at run time, and the few things that are the operating system's.
+// The choice of the instruction set at run time, and calls of the operating system.
 #include "cpu.h"
 
 #ifdef _OPENMP

@@ -1,7 +1,8 @@
-// The CPU kernels. Compiled once per instruction set (FM_ISA names the namespace), vectorised by the compiler.
+// The CPU kernels of the losses. Compiled once per instruction set (FM_ISA names the namespace), vectorised by the
+// compiler.
 //
-// Nothing here may leave a shared out-of-line function behind (no standard containers, no external
-// templates): the linker would keep one copy for all instruction sets.
+// This file must not emit shared out-of-line functions (no standard containers, no external templates): the linker
+// would keep one copy for all instruction sets.
 #include "rows.h"
 
 #include <limits>
@@ -40,7 +41,7 @@ template <class T> void target_cosine(const TargetCosine<T>& p) {
             if (label == p.ignore_index) continue;
             if (label < 0 || label >= p.classes / p.sub_centers) {
 #pragma omp critical
-                if (p.bad_label) *p.bad_label = label < 0 ? label : label + 1;
+                if (p.bad_label.data) *p.bad_label.data = label < 0 ? label : label + 1;
                 continue;
             }
             const T* x = load_row<T>(p.embeddings, i, p.size, left);
@@ -57,28 +58,27 @@ template <class T> void target_cosine(const TargetCosine<T>& p) {
     }
 }
 
-// Leaves out all but the best of the sub-centers [begin, begin + sub_centers) of one class.
-template <class T> inline void leave_best(const ExponentSum<T>& p, int64_t begin, T* best) {
-    for (int64_t i = 0; i < p.samples; ++i) best[i] = kLeftOut<T>;
+// Masks all but the best of the sub-centers [begin, begin + sub_centers) of one class.
+template <class T> inline void mask_other_sub_centers(const ExponentSum<T>& p, int64_t begin, T* best) {
+    for (int64_t i = 0; i < p.samples; ++i) best[i] = kMasked<T>;
     for (int64_t j = begin; j < begin + p.sub_centers; ++j) {
-        T* row = p.products + j * p.samples;
+        T* row = p.logits_chunk + j * p.samples;
         T inverse = p.inverse_norm[j];
         for (int64_t i = 0; i < p.samples; ++i) best[i] = row[i] * inverse > best[i] ? row[i] * inverse : best[i];
     }
     for (int64_t j = begin; j < begin + p.sub_centers; ++j) {
-        T* row = p.products + j * p.samples;
+        T* row = p.logits_chunk + j * p.samples;
         T inverse = p.inverse_norm[j];
         for (int64_t i = 0; i < p.samples; ++i) {
             T c = row[i] * inverse;
-            if (c < best[i]) row[i] = kLeftOut<T>;                          // NaN stays, and makes the row's sum NaN
+            if (c < best[i]) row[i] = kMasked<T>;                           // NaN stays and makes the sum NaN
             if (c == best[i]) best[i] = std::numeric_limits<T>::infinity(); // the first of equals
         }
     }
 }
 
-// A negative's cosine as the exponential sees it, and its derivative: as it is, or by a transform of
-// math/exponential.h.
-template <class T> struct AsItIs {
+// The transforms of a negative's cosine, with their derivative: none, or those of math/exponential.h.
+template <class T> struct Unchanged {
     T operator()(int64_t, T cosine, T& slope) const {
         slope = 1;
         return cosine;
@@ -94,25 +94,25 @@ template <class T> struct FilteredNegatives {
     T operator()(int64_t i, T cosine, T& slope) const { return filtered_negative(cosine, threshold[i], slope); }
 };
 
-// The largest cosine of every sample with the classes [begin, end), as the exponential will see it.
+// The largest transformed cosine of every sample with the classes [begin, end).
 template <class T, class Transform>
 inline void largest_cosines(const ExponentSum<T>& p, int64_t begin, int64_t end, Transform transform, T* largest) {
-    for (int64_t i = 0; i < p.samples; ++i) largest[i] = kLeftOut<T>;
+    for (int64_t i = 0; i < p.samples; ++i) largest[i] = kMasked<T>;
     for (int64_t j = begin; j < end; ++j) {
-        const T* row = p.products + j * p.samples;
+        const T* row = p.logits_chunk + j * p.samples;
         T inverse = p.inverse_norm[j], bias = p.bias ? p.bias[j] : static_cast<T>(0);
 #pragma omp simd
         for (int64_t i = 0; i < p.samples; ++i) {
             T slope;
             T c = transform(i, row[i] * inverse + bias, slope);
-            c = row[i] == kLeftOut<T> ? kLeftOut<T> : c;
+            c = row[i] == kMasked<T> ? kMasked<T> : c;
             largest[i] = c > largest[i] ? c : largest[i];
         }
     }
 }
 
-// Exponentials of the classes [begin, end) in place, and every sample's sum of them. Sums of 64 classes are
-// taken in T, their total in double.
+// Replaces the products of the classes [begin, end) by their exponentials, and sums these for every sample: 64 classes
+// in T, the total in double.
 template <class T, class Transform, class Power> inline void exponentials(const ExponentSum<T>& p, int64_t begin,
                                                                           int64_t end, Transform transform, Power power,
                                                                           T* sum, double* total) {
@@ -120,14 +120,14 @@ template <class T, class Transform, class Power> inline void exponentials(const 
     for (int64_t block = begin; block < end; block += 64) {
         for (int64_t i = 0; i < p.samples; ++i) sum[i] = 0;
         for (int64_t j = block; j < (block + 64 < end ? block + 64 : end); ++j) {
-            T* row = p.products + j * p.samples;
+            T* row = p.logits_chunk + j * p.samples;
             T inverse = p.inverse_norm[j], bias = p.bias ? p.bias[j] : static_cast<T>(0);
 #pragma omp simd
             for (int64_t i = 0; i < p.samples; ++i) {
                 T slope;
                 T c = transform(i, row[i] * inverse + bias, slope);
                 T e = power(i, c);
-                e = row[i] == kLeftOut<T> ? static_cast<T>(0) : e;
+                e = row[i] == kMasked<T> ? static_cast<T>(0) : e;
                 sum[i] += e;
                 row[i] = e * inverse * slope;
             }
@@ -146,22 +146,22 @@ template <class T, class Transform> void exponent_sum(const ExponentSum<T>& p, T
 #pragma omp parallel for schedule(static) num_threads(threads)
         for (int t = 0; t < threads; ++t)
             for (int64_t group = groups * t / threads; group < groups * (t + 1) / threads; ++group)
-                leave_best(p, group * p.sub_centers, per_thread + t * samples);
+                mask_other_sub_centers(p, group * p.sub_centers, per_thread + t * samples);
     }
     for (int64_t i = 0; i < samples; ++i) {
         int64_t target = p.labels[i] * p.sub_centers - p.class_begin;
         if (target >= 0 && target < p.chunk)
-            for (int64_t j = target; j < target + p.sub_centers; ++j) p.products[j * samples + i] = kLeftOut<T>;
+            for (int64_t j = target; j < target + p.sub_centers; ++j) p.logits_chunk[j * samples + i] = kMasked<T>;
     }
-    if (!p.fixed) {
+    if (!p.fixed_exponent.given) {
 #pragma omp parallel for schedule(static) num_threads(threads)
         for (int t = 0; t < threads; ++t)
             largest_cosines(p, p.chunk * t / threads, p.chunk * (t + 1) / threads, transform, per_thread + t * samples);
     }
     for (int64_t i = 0; i < samples; ++i) {
-        double scale = p.scale ? p.scale[i] : p.scale_value;
-        p.exponent[i] = p.fixed_exponent;
-        if (!p.fixed) {
+        double scale = value_at(p.scale, i);
+        p.exponent[i] = p.fixed_exponent.value;
+        if (!p.fixed_exponent.given) {
             T largest = per_thread[i];
             for (int t = 1; t < threads; ++t) {
                 T other = per_thread[t * samples + i];
@@ -198,7 +198,7 @@ template <class T, class Transform> void exponent_sum(const ExponentSum<T>& p, T
 }
 
 template <class T> void exponent_sum(const ExponentSum<T>& p) {
-    if (!p.hard_threshold) return exponent_sum(p, AsItIs<T>{});
+    if (!p.hard_threshold) return exponent_sum(p, Unchanged<T>{});
     Scratch<T> threshold(p.samples);
     for (int64_t i = 0; i < p.samples; ++i) threshold[i] = static_cast<T>(p.hard_threshold[i]);
     if (!p.hard_strength) return exponent_sum(p, FilteredNegatives<T>{threshold});
@@ -267,7 +267,7 @@ template <class T> void project_embedding_gradient(const ProjectEmbeddingGradien
             const T* x = p.normalized_embeddings + i * p.size;
             T row = p.row_scale ? static_cast<T>(p.row_scale[i]) : static_cast<T>(1);
             if (p.scale_gradient) p.scale_gradient[i] = dot(g, x, p.size) * static_cast<double>(row);
-            T scale = row * static_cast<T>(p.scale ? p.scale[i] : p.scale_value);
+            T scale = row * static_cast<T>(value_at(p.scale, i));
             for (int64_t d = 0; d < p.size; ++d) g[d] *= scale;
             int64_t label = p.labels[i];
             if (label >= 0 && label < p.classes)
@@ -279,16 +279,16 @@ template <class T> void project_embedding_gradient(const ProjectEmbeddingGradien
     }
 }
 
-// Best column of one row, strictly greater wins, so the lowest column keeps a tie.
+// The best column of one row. Only a greater cosine replaces it, so that the lowest column wins a tie.
 template <class T> struct Best {
     T cosine;
     int64_t column;
 };
 
-// One row of a tile: its own best column, and its offer to every column's best. The lanes keep the
-// first best they see; merging prefers the lower column.
-template <class T> inline Best<T> scan_row(const T* products, int64_t begin, int64_t end, int32_t row, T* column_best,
-                                           int32_t* column_row) {
+// Finds the best column of one row of a tile, and updates the best row of every column. Each lane keeps the first of
+// equals, and merging the lanes prefers the lower column.
+template <class T>
+inline Best<T> scan_row(const T* scores, int64_t begin, int64_t end, int32_t row, T* column_best, int32_t* column_row) {
     constexpr int lanes = 16;
     T best[lanes];
     int32_t at[lanes];
@@ -297,17 +297,17 @@ template <class T> inline Best<T> scan_row(const T* products, int64_t begin, int
     for (; j + lanes <= end; j += lanes) {
 #pragma omp simd
         for (int l = 0; l < lanes; ++l) {
-            T c = products[j + l];
+            T c = scores[j + l];
             bool more = c > best[l];
             best[l] = more ? c : best[l];
             at[l] = more ? static_cast<int32_t>(j) + l : at[l];
-            bool offer = c > column_best[j + l];
-            column_best[j + l] = offer ? c : column_best[j + l];
-            column_row[j + l] = offer ? row : column_row[j + l];
+            bool better = c > column_best[j + l];
+            column_best[j + l] = better ? c : column_best[j + l];
+            column_row[j + l] = better ? row : column_row[j + l];
         }
     }
     for (int l = 0; j < end; ++j, ++l) {
-        T c = products[j];
+        T c = scores[j];
         if (c > best[l]) best[l] = c, at[l] = static_cast<int32_t>(j);
         if (c > column_best[j]) column_best[j] = c, column_row[j] = row;
     }
@@ -319,15 +319,15 @@ template <class T> inline Best<T> scan_row(const T* products, int64_t begin, int
     return result;
 }
 
-template <class T> inline void offer(const NearestTile<T>& p, int64_t to, T cosine, int64_t index) {
-    if (index < 0) return; // an empty row, or nothing but NaN
+template <class T> inline void update_nearest(const NearestTile<T>& p, int64_t to, T cosine, int64_t index) {
+    if (index < 0) return; // an empty row, or a row of NaN only
     if (cosine > p.cosine[to]) p.cosine[to] = cosine, p.index[to] = index;
 }
 
 template <class T> void nearest_tile(const NearestTile<T>& p) {
     const bool diagonal = p.row_begin == p.column_begin;
     const int threads = threads_for(p.rows * p.columns);
-    // every thread's best row of every column, merged in ascending row order afterwards
+    // the best row of every column in each thread, merged in ascending row order afterwards
     Scratch<T> best(threads * p.columns);
     Scratch<int32_t> best_row(threads * p.columns);
     for (int64_t k = 0; k < threads * p.columns; ++k) best[k] = static_cast<T>(-4), best_row[k] = -1;
@@ -336,21 +336,21 @@ template <class T> void nearest_tile(const NearestTile<T>& p) {
         T* column_best = best + t * p.columns;
         int32_t* column_row = best_row + t * p.columns;
         for (int64_t r = p.rows * t / threads; r < p.rows * (t + 1) / threads; ++r) {
-            const T* row = p.products + r * p.columns;
+            const T* row = p.scores + r * p.columns;
             int64_t end = diagonal ? r : p.columns;
             for (int half = 0; half < (diagonal ? 2 : 1); ++half) { // both sides of the diagonal
                 Best<T> b = scan_row(row, half ? r + 1 : 0, half ? p.columns : end, static_cast<int32_t>(r),
                                      column_best, column_row);
-                offer(p, p.row_begin + r, b.cosine, b.column < 0 ? b.column : p.column_begin + b.column);
+                update_nearest(p, p.row_begin + r, b.cosine, b.column < 0 ? b.column : p.column_begin + b.column);
             }
         }
     }
-    if (diagonal) return; // the tile is symmetric: its rows have seen everything
+    if (diagonal) return; // the tile is symmetric: its rows have covered everything
 #pragma omp parallel for schedule(static) num_threads(threads_for(p.columns* threads))
     for (int64_t j = 0; j < p.columns; ++j)
         for (int t = 0; t < threads; ++t) {
             int32_t row = best_row[t * p.columns + j];
-            offer(p, p.column_begin + j, best[t * p.columns + j], row < 0 ? -1 : p.row_begin + row);
+            update_nearest(p, p.column_begin + j, best[t * p.columns + j], row < 0 ? -1 : p.row_begin + row);
         }
 }
 

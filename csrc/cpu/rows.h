@@ -1,4 +1,4 @@
-// What the CPU kernels do with rows of a matrix: load, multiply, add. Compiled once per instruction set, as they are.
+// Operations on rows of a matrix for the CPU kernels: load, multiply, add. Compiled once per instruction set.
 #pragma once
 
 #include "cpu.h"
@@ -7,11 +7,12 @@
 #include <cstring>
 
 #include "../math/element.h"
+#include "../math/norm.h"
 
 namespace fm::cpu::FM_ISA {
 namespace {
 
-// Uninitialised scratch of one thread.
+// Uninitialised memory of one thread.
 template <class T> class Scratch {
 public:
     explicit Scratch(int64_t count)
@@ -35,7 +36,7 @@ template <class From, class T> inline void copy_row(const From* from, int64_t st
     for (int64_t d = 0; d < size; ++d) to[d] = static_cast<T>(from[d * stride]);
 }
 
-// A row of the matrix as contiguous T: in place where it already is, else converted into the buffer.
+// A row of the matrix as contiguous T: the row itself if it is that already, else a copy in the buffer.
 template <class T> inline const T* load_row(const MatrixView& m, int64_t row, int64_t size, T* buffer) {
     int64_t begin = row * m.row_stride, stride = m.column_stride;
     if (m.dtype == dtype_of<T> && stride == 1) return static_cast<const T*>(m.data) + begin;
@@ -58,7 +59,7 @@ template <class T> __attribute__((always_inline)) inline void load_eight(const T
 }
 
 template <class A, class B> inline double dot(const A* a, const B* b, int64_t size) {
-    Eight sums[4] = {}, x, y; // four that do not wait for one another
+    Eight sums[4] = {}, x, y; // four independent sums hide the latency of an addition
     int64_t d = 0;
     for (; d + 32 <= size; d += 32)
 #pragma GCC unroll 4
@@ -76,19 +77,14 @@ template <class T> inline void add_scaled(T* to, T scale, const T* from, int64_t
 #pragma omp simd
     for (int64_t d = 0; d < size; ++d) to[d] += scale * from[d];
 }
-// to += scale unit from. Of a very long row the product of the two factors would be too small for a T.
+// to += scale unit from. The product of the two factors would be too small for a T if the row is very long.
 template <class T> inline void add_scaled(T* to, T scale, T unit, const T* from, int64_t size) {
 #pragma omp simd
     for (int64_t d = 0; d < size; ++d) to[d] += scale * (unit * from[d]);
 }
 
-inline double inverse_norm_of(double squares) {
-    double norm = sqrt(squares);
-    // NaN stays NaN; norm - norm makes one of a norm that is infinite, which would otherwise count as zero
-    return norm < kSmallestNorm ? 0.0 : 1.0 / norm + (norm - norm);
-}
-
-// Threads worth waking for work on so many numbers: a team costs microseconds, and far more on a busy machine.
+// The number of threads for work on so many numbers: starting a team costs microseconds, and far more on a busy
+// machine.
 inline int threads_for(int64_t numbers) {
     int64_t useful = 1 + numbers / 32768;
     return useful < available_threads() ? static_cast<int>(useful) : available_threads();

@@ -1,7 +1,7 @@
-// The CUDA backend: the same kernels, launched on the caller's stream and current device.
+// The CUDA backend: the kernels of the CPU backend, launched on the caller's stream and the current device.
 #pragma once
 
-#include "../cpu/cpu.h"
+#include "../kernels/all.h"
 
 namespace fm::cuda {
 

@@ -1,4 +1,4 @@
-// What the kernels take from CUDA: the runtime itself, or, under FM_EMULATE, fibers on the host.
+// The CUDA runtime for the kernels or, under FM_EMULATE, fibers on the host.
 #pragma once
 
 #ifdef FM_EMULATE
@@ -27,8 +27,8 @@ inline void check(cudaError_t error, const char* what) {
         throw std::runtime_error(std::string("fused_margin: ") + what + ": " + cudaGetErrorString(error));
 }
 
-// How blocks are launched. Blocks of one cluster run at the same time and reach each other's shared memory; a size of 1
-// launches without the cluster attribute.
+// The configuration of a launch. Blocks of one cluster run at the same time and access each other's shared memory. A
+// cluster size of 1 launches without the cluster attribute.
 struct LaunchConfig {
     cudaLaunchConfig_t config{};
     cudaLaunchAttribute cluster{};
@@ -46,10 +46,10 @@ struct LaunchConfig {
         config.attrs = &cluster;
         config.numAttrs = cluster_size > 1 ? 1 : 0;
     }
-    LaunchConfig(const LaunchConfig&) = delete; // config points into this
+    LaunchConfig(const LaunchConfig&) = delete; // config points to a member
 };
 
-// Allows runtime calls that load a kernel while this thread captures a graph.
+// Permits runtime calls that load a kernel while this thread captures a graph.
 struct RelaxedCapture {
     cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
     RelaxedCapture() { check(cudaThreadExchangeStreamCaptureMode(&mode), "capture mode"); }
@@ -57,8 +57,8 @@ struct RelaxedCapture {
     RelaxedCapture(const RelaxedCapture&) = delete;
 };
 
-// The launch is all that a call does on its stream. Nothing before it allocates, waits or uses a stream, and kernels
-// get parameters and tensor maps by value: a CUDA graph can capture it.
+// A CUDA graph can capture a call: the launch is its only operation on a stream, nothing before it allocates or waits,
+// and kernels receive parameters and tensor maps by value.
 template <class... A> void launch_cluster(void (*kernel)(A...), int64_t clusters, int cluster_size, int threads,
                                           int shared_bytes, void* stream, const A&... arguments) {
     LaunchConfig launch(clusters, cluster_size, threads, shared_bytes, stream);
@@ -81,8 +81,9 @@ inline int multiprocessors() {
     return count;
 }
 
-// Lets a kernel have dynamic shared memory up to `most_bytes`, its largest launch, once for each device. If each launch
-// set its own size, another host thread could set a smaller one between the setting and the launch.
+// Allows a kernel to use dynamic shared memory up to `most_bytes`, the size of its largest launch, once for each
+// device. If each launch set its own size, another host thread could set a smaller one between the setting and the
+// launch.
 template <class... A> void allow_shared_memory(void (*kernel)(A...), int most_bytes) {
     static std::mutex mutex;
     static std::set<std::pair<int, void (*)(A...)>> allowed;
@@ -96,7 +97,7 @@ template <class... A> void allow_shared_memory(void (*kernel)(A...), int most_by
     allowed.insert(key);
 }
 
-// Clusters of these blocks that the current device runs at a time. Asked once for each way to launch.
+// The number of clusters that the current device runs at a time. Queried once for each launch configuration.
 template <class... A> int resident_clusters(void (*kernel)(A...), int cluster_size, int threads, int shared_bytes) {
     static std::mutex mutex;
     static std::map<std::tuple<int, void (*)(A...), int, int, int>, int> known;
@@ -114,7 +115,7 @@ template <class... A> int resident_clusters(void (*kernel)(A...), int cluster_si
 
 #ifdef __CUDACC__
 
-// 2^x, two units in the last place; flushes denormals
+// 2^x with an error of at most two units in the last place; flushes denormals
 __device__ __forceinline__ float exp2_approx(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -134,7 +135,7 @@ __device__ __forceinline__ float low_half(uint32_t word) {
 }
 __device__ __forceinline__ float high_half(uint32_t word) { return low_half(word >> 16); }
 
-// value, an array of 4, 8 or 16 bytes, in one load; the address is a multiple of as many
+// Loads value, an array of 4, 8 or 16 bytes, in one instruction. The address is aligned to its size.
 template <class Value> __device__ __forceinline__ void load_aligned(const void* from, Value& value) {
     static_assert(sizeof value == 4 || sizeof value == 8 || sizeof value == 16);
     using Words = std::conditional_t<sizeof value == 16, uint4, std::conditional_t<sizeof value == 8, uint2, uint32_t>>;
@@ -145,7 +146,7 @@ template <class Value> __device__ __forceinline__ void store_16_bytes(void* to, 
     static_assert(sizeof value == 16);
     uint32_t words[4];
     memcpy(words, &value, sizeof words);
-    // in assembly: the compiler sometimes splits the store of a uint4 into four
+    // in assembly, because the compiler sometimes splits the store of a uint4 into four
     asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(words[0]),
                  "r"(words[1]), "r"(words[2]), "r"(words[3])
                  : "memory");

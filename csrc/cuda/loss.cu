@@ -1,5 +1,5 @@
-// Portable CUDA kernels, for any GPU: matrix products are the caller's, these are all that stands around
-// them. Every output element has one owner and every sum one order, so results repeat bit for bit.
+// The kernels of the losses in portable CUDA, for any GPU; the caller computes the matrix products. One thread group
+// writes each output, and reductions run in a fixed order, so that results repeat bit for bit.
 #include "cuda.h"
 #include "row.h"
 
@@ -24,7 +24,7 @@ template <class Piece, class S> __global__ void row_normalize(RowNormalize<typen
     T inverse = static_cast<T>(inverse_norm_of(warp_sum(squares)));
     if (lane() == 0) p.inverse_norm[r] = inverse;
     if (!p.normalized) return;
-    for (int64_t begin = last; begin >= 0; begin -= Piece::kSize) { // the last is still in registers
+    for (int64_t begin = last; begin >= 0; begin -= Piece::kSize) { // the last piece is still in registers
         if (begin < last) x.load(row, begin, p.size);
         x.for_each([&](T& value) { value *= inverse; });
         x.store(p.normalized + r * p.size, begin, p.size);
@@ -40,7 +40,7 @@ template <class Piece> __global__ void target_cosine(TargetCosine<typename Piece
         if (lane() == 0) {
             p.cosine[i] = 0.0;
             if (p.row) p.row[i] = -1;
-            if (label != p.ignore_index && p.bad_label) *p.bad_label = label < 0 ? label : label + 1;
+            if (label != p.ignore_index && p.bad_label.data) *p.bad_label.data = label < 0 ? label : label + 1;
         }
         return;
     }
@@ -65,7 +65,7 @@ template <class Piece> __global__ void target_cosine(TargetCosine<typename Piece
     }
 }
 
-// Combines one value of every thread of a block, in a fixed order, and gives the result to all.
+// Combines one value of every thread of a block in a fixed order. Every thread gets the result.
 template <class Combine> __device__ double block_reduce(double value, double* shared, Combine combine) {
     value = warp_reduce(value, combine);
     __syncthreads(); // an earlier reduction may still be reading
@@ -76,14 +76,14 @@ template <class Combine> __device__ double block_reduce(double value, double* sh
     return value;
 }
 
-// Leaves out, of one row, all but the best of every class's sub-centers.
-template <class T> __device__ void leave_best(const ExponentSum<T>& p, T* row) {
+// Masks all but the best of every class's sub-centers in one row.
+template <class T> __device__ void mask_other_sub_centers(const ExponentSum<T>& p, T* row) {
     for (int64_t begin = threadIdx.x * p.sub_centers; begin < p.chunk; begin += kRowThreads * p.sub_centers) {
         int64_t best = begin;
         for (int64_t j = begin + 1; j < begin + p.sub_centers; ++j)
             if (row[j] * p.inverse_norm[j] > row[best] * p.inverse_norm[best]) best = j;
-        for (int64_t j = begin; j < begin + p.sub_centers; ++j) // NaN stays, and makes the row's sum NaN
-            if (j != best && row[j] == row[j]) row[j] = kLeftOut<T>;
+        for (int64_t j = begin; j < begin + p.sub_centers; ++j) // NaN stays and makes the sum NaN
+            if (j != best && row[j] == row[j]) row[j] = kMasked<T>;
     }
     __syncthreads();
 }
@@ -91,25 +91,25 @@ template <class T> __device__ void leave_best(const ExponentSum<T>& p, T* row) {
 template <class T> __global__ void exponent_sum(ExponentSum<T> p) {
     __shared__ double shared[kRowThreads / kWarp];
     int64_t i = blockIdx.x;
-    T* row = p.products + i * p.chunk;
-    double scale = p.scale ? p.scale[i] : p.scale_value;
+    T* row = p.logits_chunk + i * p.chunk;
+    double scale = value_at(p.scale, i);
     int64_t target = p.labels[i] * p.sub_centers - p.class_begin;
     T threshold = p.hard_threshold ? static_cast<T>(p.hard_threshold[i]) : static_cast<T>(0);
     T strength = p.hard_strength ? static_cast<T>(*p.hard_strength) : static_cast<T>(0);
-    if (p.sub_centers > 1) leave_best(p, row);
-    auto left_out = [&](int64_t j) { return (j >= target && j < target + p.sub_centers) || row[j] == kLeftOut<T>; };
+    if (p.sub_centers > 1) mask_other_sub_centers(p, row);
+    auto is_masked = [&](int64_t j) { return (j >= target && j < target + p.sub_centers) || row[j] == kMasked<T>; };
     auto cosine = [&](int64_t j, T& slope) {
         T c = row[j] * p.inverse_norm[j] + (p.bias ? p.bias[j] : static_cast<T>(0));
         slope = static_cast<T>(1);
         if (!p.hard_threshold) return c;
         return p.hard_strength ? hard_negative(c, threshold, strength, slope) : filtered_negative(c, threshold, slope);
     };
-    double k = p.fixed_exponent, top = static_cast<double>(kLeftOut<T>);
+    double k = p.fixed_exponent.value, top = static_cast<double>(kMasked<T>);
     T slope;
-    if (!p.fixed) {
+    if (!p.fixed_exponent.given) {
         for (int64_t j = threadIdx.x; j < p.chunk; j += kRowThreads) {
             double c = static_cast<double>(cosine(j, slope));
-            if (!left_out(j) && c > top) top = c;
+            if (!is_masked(j) && c > top) top = c;
         }
         top = block_reduce(top, shared, [](double a, double b) { return a > b ? a : b; });
     }
@@ -117,15 +117,15 @@ template <class T> __global__ void exponent_sum(ExponentSum<T> p) {
     auto exponentiate = [&](auto power) {
         for (int64_t j = threadIdx.x; j < p.chunk; j += kRowThreads) {
             T c = cosine(j, slope);
-            T e = left_out(j) ? static_cast<T>(0) : power(c);
+            T e = is_masked(j) ? static_cast<T>(0) : power(c);
             sum += static_cast<double>(e);
             row[j] = e * p.inverse_norm[j] * slope;
         }
     };
-    if (!p.fixed && WideExponential<T>::needed(scale, static_cast<T>(top))) {
+    if (!p.fixed_exponent.given && WideExponential<T>::needed(scale, static_cast<T>(top))) {
         exponentiate(WideExponential<T>::of(scale, static_cast<T>(top), k));
     } else {
-        if (!p.fixed) k = row_exponent(scale, top);
+        if (!p.fixed_exponent.given) k = row_exponent(scale, top);
         exponentiate(Exponential<T>::of(scale, k));
     }
     sum = block_reduce(sum, shared, [](double a, double b) { return a + b; });
@@ -140,8 +140,8 @@ __global__ void margin_rows(MarginRows p) {
     if (i < p.samples) margin_row(p, i);
 }
 
-// One row of a gradient: g := inverse (g - (g . u) u), where u = direction * unit, of what prepare(piece of g, begin)
-// makes of g. With `project` false g is only prepared.
+// One row g of a gradient: prepare(piece of g, begin) changes each piece in place, then g := inverse (g - (g . u) u),
+// where u = direction * unit. With `project` false g is only prepared.
 template <class Piece, class T, class S, class Prepare> __device__ void
 project_row(T* gradient, const Row<S>& direction, int64_t size, bool project, T unit, T inverse, Prepare prepare) {
     const int64_t last = Piece::last(size);
@@ -159,7 +159,7 @@ project_row(T* gradient, const Row<S>& direction, int64_t size, bool project, T 
     }
     if (!project) return;
     T along = static_cast<T>(warp_sum(dot) * static_cast<double>(unit));
-    for (int64_t begin = last; begin >= 0; begin -= Piece::kSize) { // the last is still in registers
+    for (int64_t begin = last; begin >= 0; begin -= Piece::kSize) { // the last piece is still in registers
         if (begin < last) load(begin);
         g.for_each(u, [&](T& value, T other) { value = inverse * (value - along * (unit * other)); });
         g.store(gradient, begin, size);
@@ -207,7 +207,7 @@ template <class Piece> __global__ void project_embedding_gradient(ProjectEmbeddi
     if (i >= p.samples) return;
     const Row<T> embedding(p.normalized_embeddings + i * p.size);
     double row = p.row_scale ? p.row_scale[i] : 1.0, along = 0.0;
-    T scale = static_cast<T>(row * (p.scale ? p.scale[i] : p.scale_value));
+    T scale = static_cast<T>(row * value_at(p.scale, i));
     int64_t label = p.labels[i];
     auto prepare = [&](Piece& g, int64_t begin) {
         if (p.scale_gradient) {
@@ -230,11 +230,11 @@ template <class Piece> __global__ void project_embedding_gradient(ProjectEmbeddi
     if (lane() == 0) p.scale_gradient[i] = along;
 }
 
-// The best partner one thread has seen. A thread sees its partners in ascending order.
+// The best partner that one thread has found. A thread visits its partners in ascending order.
 template <class T> struct Best {
     T cosine = static_cast<T>(-4);
     int64_t index = -1;
-    __device__ void see(T c, int64_t at) {
+    __device__ void update(T c, int64_t at) {
         if (c > cosine) cosine = c, index = at;
     }
     __device__ void merge(T c, int64_t at) {
@@ -242,20 +242,20 @@ template <class T> struct Best {
     }
 };
 
-template <class T> __device__ void offer(const NearestTile<T>& p, int64_t to, const Best<T>& best) {
+template <class T> __device__ void update_nearest(const NearestTile<T>& p, int64_t to, const Best<T>& best) {
     if (best.index >= 0 && best.cosine > p.cosine[to]) p.cosine[to] = best.cosine, p.index[to] = best.index;
 }
 
-// One block: the best column of one row.
+// The best column of one row, by one block.
 template <class T> __global__ void nearest_of_rows(NearestTile<T> p) {
     __shared__ T cosines[kRowThreads];
     __shared__ int64_t indices[kRowThreads];
     int64_t row = p.row_begin + blockIdx.x;
-    const T* products = p.products + static_cast<int64_t>(blockIdx.x) * p.columns;
+    const T* scores = p.scores + static_cast<int64_t>(blockIdx.x) * p.columns;
     Best<T> best;
     for (int64_t j = threadIdx.x; j < p.columns; j += kRowThreads) {
         int64_t column = p.column_begin + j;
-        if (column != row) best.see(products[j], column);
+        if (column != row) best.update(scores[j], column);
     }
     cosines[threadIdx.x] = best.cosine;
     indices[threadIdx.x] = best.index;
@@ -268,10 +268,10 @@ template <class T> __global__ void nearest_of_rows(NearestTile<T> p) {
             indices[t] = best.index;
         }
     }
-    if (threadIdx.x == 0) offer(p, row, best);
+    if (threadIdx.x == 0) update_nearest(p, row, best);
 }
 
-// One block: the best row of 32 neighbouring columns, its eight warps taking every eighth row.
+// The best row of each of 32 adjacent columns, by one block: each of its eight warps takes every eighth row.
 template <class T> __global__ void nearest_of_columns(NearestTile<T> p) {
     constexpr int groups = kRowThreads / kWarp;
     __shared__ T cosines[groups][kWarp];
@@ -280,13 +280,13 @@ template <class T> __global__ void nearest_of_columns(NearestTile<T> p) {
     int group = static_cast<int>(threadIdx.x) / kWarp;
     Best<T> best;
     if (j < p.columns)
-        for (int64_t r = group; r < p.rows; r += groups) best.see(p.products[r * p.columns + j], p.row_begin + r);
+        for (int64_t r = group; r < p.rows; r += groups) best.update(p.scores[r * p.columns + j], p.row_begin + r);
     cosines[group][lane()] = best.cosine;
     indices[group][lane()] = best.index;
     __syncthreads();
     if (group > 0 || j >= p.columns) return;
     for (int g = 1; g < groups; ++g) best.merge(cosines[g][lane()], indices[g][lane()]);
-    offer(p, p.column_begin + j, best);
+    update_nearest(p, p.column_begin + j, best);
 }
 
 template <class T> void nearest_tile(const NearestTile<T>& p, void* stream) {
@@ -307,7 +307,7 @@ template <class T> void start(const RowNormalize<T>& p, void* stream) {
 template <class T> void start(const TargetCosine<T>& p, void* stream) {
     constexpr int group = 16 / sizeof(T);
     bool vectors = has_vectors<group>(p.embeddings, p.size) && has_vectors<group>(p.weight, p.size);
-    // short pieces for rows of any size: no row is read a second time, and there are two of them
+    // short pieces for rows of any size: no row is read a second time, and each thread holds two pieces
     auto kernel = vectors ? target_cosine<Piece<T, group, 4, Access::vectors>>
                           : target_cosine<Piece<T, group, 4, Access::strided>>;
     launch_warp_rows(kernel, p.samples, stream, p);

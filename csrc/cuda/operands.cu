@@ -1,11 +1,11 @@
-// What the tensor-core products need before and after them: fp16 operands, logsumexp of the slots, indices of keys.
+// The kernels before and after the tensor-core products: fp16 operands, logsumexp of the slots, indices of the keys.
 #include "logit.h"
 #include "row.h"
 
 namespace fm::cuda {
 namespace {
 
-// One warp to a row, and groups of 8 neighbours, which are 16 bytes of the operand, to a lane.
+// One warp per row. A lane has groups of 8 adjacent elements, which are 16 bytes of the operand.
 template <int K, Access A> using OperandPiece = Piece<float, 8, K, A>;
 
 template <class Piece, class S> __global__ void pack_operand(PackOperand p) {
@@ -28,14 +28,14 @@ template <class Piece, class S> __global__ void pack_operand(PackOperand p) {
     if (lane() == 0 && p.inverse_norm) p.inverse_norm[r] = static_cast<float>(inverse);
     const auto scale = static_cast<float>(inverse * kOperandScale);
     uint16_t* high = p.packed + r * p.parts * p.width;
-    for (int64_t begin = last; begin >= 0; begin -= Piece::kSize) { // the last is still in registers
+    for (int64_t begin = last; begin >= 0; begin -= Piece::kSize) { // the last piece is still in registers
         if (begin < last) x.load(row, begin, p.size);
         FM_UNROLL
         for (int k = 0; k < Piece::kGroups; ++k) {
             const int64_t at = begin + Piece::offset(k, 0);
             uint32_t words[4], rest[4];
             FM_UNROLL
-            for (int i = 0; i < 4; ++i) { // beyond the row's end 0, though scale may be NaN
+            for (int i = 0; i < 4; ++i) { // 0 beyond the row's end, even if scale is NaN
                 float a = at + 2 * i < p.size ? x.value[k][2 * i] * scale : 0.0f;
                 float b = at + 2 * i + 1 < p.size ? x.value[k][2 * i + 1] * scale : 0.0f;
                 words[i] = pack_half(a, b);
@@ -51,13 +51,13 @@ template <class Piece, class S> __global__ void pack_operand(PackOperand p) {
 __global__ void prepare_rows(PrepareRows p) {
     int64_t i = static_cast<int64_t>(blockIdx.x) * kRowThreads + threadIdx.x;
     if (i >= p.samples) return;
-    Logit logit = Logit::of(p.scale ? p.scale[i] : p.scale_value);
+    Logit logit = Logit::of(value_at(p.scale, i));
     float lowest = rintf(logit(-1.001f * kOperandScale * kOperandScale, 1.0f));
-    p.rows[i] = {logit.high, logit.low, p.exponent ? static_cast<float>(p.exponent[i]) : lowest,
-                 static_cast<int>(p.labels[i])};
+    p.prepared[i] = {logit.high, logit.low, p.exponent ? static_cast<float>(p.exponent[i]) : lowest,
+                     static_cast<int>(p.labels[i])};
 }
 
-// One warp to a row.
+// One warp per row.
 __global__ void combine_partials(CombinePartials p) {
     int64_t i = warp_row();
     if (i >= p.samples) return;
@@ -75,7 +75,7 @@ __global__ void combine_partials(CombinePartials p) {
     }
     sum = warp_sum(sum);
     if (lane() > 0) return;
-    double logsumexp2 = sum == 0.0 ? -INFINITY : log2(sum) + top; // a NaN stays one
+    double logsumexp2 = sum == 0.0 ? -INFINITY : log2(sum) + top; // NaN stays
     p.negative_logsumexp[i] = logsumexp2 * 0.6931471805599453;
     p.exponent[i] = isfinite(logsumexp2) ? rint(logsumexp2) : 0.0;
 }
@@ -84,7 +84,7 @@ __global__ void unpack_nearest(UnpackNearest p) {
     int64_t i = static_cast<int64_t>(blockIdx.x) * kRowThreads + threadIdx.x;
     if (i >= p.count) return;
     unsigned long long key = p.best[i];
-    // a class of NaN found none: any other serves, the cosine with it is NaN
+    // a class of NaN has found none: any other will do, because the cosine is NaN
     p.index[i] = key ? static_cast<int64_t>(0xffffffffu - static_cast<uint32_t>(key)) : (i == 0 ? 1 : 0);
 }
 
@@ -93,7 +93,7 @@ __global__ void unpack_nearest(UnpackNearest p) {
 void run(const PackOperand& p, void* stream) {
     dispatch_dtype(p.rows.dtype, [&](auto s) {
         using S = decltype(s);
-        auto kernel = pack_operand<OperandPiece<2, Access::neighbours>, S>;
+        auto kernel = pack_operand<OperandPiece<2, Access::adjacent>, S>;
         if (has_vectors<8>(p.rows, p.size))
             kernel = p.width <= 512 ? pack_operand<OperandPiece<2, Access::vectors>, S>
                                     : pack_operand<OperandPiece<4, Access::vectors>, S>;

@@ -1,12 +1,13 @@
-// Rows of any element type, in the registers of the warp that a kernel gives to a row.
+// Rows of any element type, held in the registers of the warp that a kernel assigns to a row.
 //
-// The element type and the kind of access are template parameters: kernels choose them once per launch, or once per
-// piece of a row, not per element.
+// The element type and the kind of access are template parameters: they are chosen once per launch, or once per piece
+// of a row, not per element.
 #pragma once
 
 #include "warp.h"
 
 #include "../math/element.h"
+#include "../math/norm.h"
 
 namespace fm::cuda {
 
@@ -24,7 +25,7 @@ template <class T> __device__ T value_of(BFloat16 x) { return static_cast<T>(fro
 
 // Calls f with a value of the type that stands for a floating-point dtype.
 #ifdef __CUDACC__
-#pragma nv_exec_check_disable // f is a lambda of the caller, who is on the host or on the device
+#pragma nv_exec_check_disable // f is a lambda of the caller, which runs on the host or on the device
 #endif
 template <class F> FM_HD auto dispatch_dtype(Dtype dtype, F f) {
     switch (dtype) {
@@ -46,11 +47,11 @@ template <class S> struct Row {
     template <class T> __device__ T at(int64_t column) const { return value_of<T>(data[column * stride]); }
 };
 
-// Which elements of a row a lane has, and how it reads them.
+// Which elements of a row belong to a lane, and how it reads them.
 enum class Access {
-    vectors,    // groups of neighbours, 16 bytes at a time
-    neighbours, // groups of neighbours, one by one: for rows that are strided or not aligned
-    strided,    // every 32nd element, one by one: for the same rows, where lanes need no neighbours
+    vectors,  // groups of adjacent elements, 16 bytes at a time
+    adjacent, // groups of adjacent elements, one by one: for rows that are strided or not aligned
+    strided,  // every 32nd element, one by one: for the same rows, if a lane needs no adjacent elements
 };
 
 // Elements of S in one load of a group of G.
@@ -89,7 +90,7 @@ template <class T, int G, int K, Access A> struct Piece {
                     for (int i = 0; i < kLoad<S, G>; ++i) values[e + i] = value_of<V>(loaded[i]);
                 }
             } else {
-                // one address that moves on, for 64-bit addresses of all elements take too many registers
+                // one advancing address, because 64-bit addresses of all elements take too many registers
                 const S* at = data + offset(k, 0) * row.stride;
                 const int64_t step = (offset(k, 1) - offset(k, 0)) * row.stride;
                 FM_UNROLL
@@ -107,7 +108,7 @@ template <class T, int G, int K, Access A> struct Piece {
         });
     }
 
-    // The same of a matrix whose element type is not a template parameter.
+    // Loads from a matrix whose element type is not a template parameter.
     __device__ void load(const MatrixView& m, int64_t row, int64_t begin, int64_t size) {
         dispatch_dtype(m.dtype, [&](auto s) { load(Row<decltype(s)>(m, row), begin, size); });
     }
@@ -127,7 +128,7 @@ template <class T, int G, int K, Access A> struct Piece {
         }
     }
 
-    // Calls f(element) for each, with the element of the same place of another piece where one is given.
+    // Calls f(element) for each element, or f(element, element at the same place of another piece).
     template <class F> __device__ void for_each(F f) {
         FM_UNROLL
         for (int k = 0; k < K; ++k) {
@@ -149,7 +150,7 @@ template <class T, int G, int K, Access A> struct Piece {
             for (int e = 0; e < G; ++e) value[k][e] += scale * x[e];
         });
     }
-    // Of a very long row the product of the two factors would be too small for a T.
+    // The product of the two factors would be too small for a T if the row is very long.
     template <class S> __device__ void add(T scale, T unit, const Row<S>& row, int64_t begin, int64_t size) {
         read<T>(row, begin, size, [&](int k, const T(&x)[G]) {
             FM_UNROLL
@@ -179,12 +180,12 @@ template <int G> bool has_vectors(const MatrixView& m, int64_t size) {
     });
 }
 
-// Whether Access::vectors can read and write contiguous rows of T, or there are none.
+// Whether Access::vectors can read and write contiguous rows of T; true for null.
 template <class T> bool has_vectors(const T* rows, int64_t size) {
     return !rows || (size * sizeof(T) % 16 == 0 && reinterpret_cast<uintptr_t>(rows) % 16 == 0);
 }
 
-// Calls f with a piece that suits rows of this size. A longer row than the longest piece is read a second time.
+// Calls f with a piece that suits rows of this size. A row longer than the longest piece is read a second time.
 template <class T, class F> void dispatch_piece(bool vectors, int64_t size, F f) {
     constexpr int group = 16 / static_cast<int>(sizeof(T));
     using Short = Piece<T, group, 4, Access::vectors>;

@@ -1,7 +1,7 @@
-// The family of every GPU since Ampere: cp.async into a ring of stages, ldmatrix, mma.sync.
+// The family for every GPU since Ampere: cp.async into a ring of stages, ldmatrix, mma.sync.
 //
-// A persistent block of 2 x 4 warps multiplies 128 rows with 128 classes, each warp 64 with 32. Loads run
-// ahead across tiles, so the ring drains only where the block goes on to other rows.
+// A persistent block of 2 x 4 warps multiplies 128 rows with 128 classes, each warp 64 with 32. Loads run ahead across
+// tiles, so the ring drains only when the block changes to other rows.
 #include "epilogues.h"
 #include "sm80.h"
 #include "tiles.h"
@@ -19,10 +19,10 @@ constexpr int kDepth = 32; // elements of a row that a stage holds
 constexpr int kLineBytes = 2 * kDepth;
 constexpr int kStages = 4;
 constexpr int kOperandBytes = kRows * kLineBytes;         // of either operand, in one stage
-constexpr int kSharedBytes = kStages * 2 * kOperandBytes; // 64 KiB: two blocks fit where there are 164, one in 100
-constexpr int kMostBlocks = 2;                            // of a multiprocessor
+constexpr int kSharedBytes = kStages * 2 * kOperandBytes; // 64 KiB: two blocks fit in 164 KiB, one in 100 KiB
+constexpr int kMostBlocks = 2;                            // per multiprocessor
 
-// Where 16 bytes of a line lie. Eight neighbouring rows' chunks fall into different banks.
+// The offset of 16 bytes of a line. The chunks of eight adjacent rows are in different banks.
 __device__ uint32_t place(int row, int chunk) {
     return static_cast<uint32_t>(row * kLineBytes + ((chunk ^ (row >> 1 & 3)) << 4));
 }
@@ -39,7 +39,7 @@ __device__ void load_operand(uint32_t to, const uint16_t* data, int rows, int wi
 }
 
 template <class Epilogue, int kBlocks> __global__ void __launch_bounds__(kThreads, kBlocks)
-    sweep(const __grid_constant__ typename Epilogue::Params p) {
+    multiply_tiles(const __grid_constant__ typename Epilogue::Params p) {
     const TensorProduct& product = p.product;
     uint32_t memory = dynamic_shared();
     int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
@@ -54,7 +54,7 @@ template <class Epilogue, int kBlocks> __global__ void __launch_bounds__(kThread
     while (schedule.next(segment)) {
         int first_row = segment.group * kRows, row = first_row + down + lane / 4;
         epilogue.begin(p, row, lane);
-        // what is loaded next, kStages - 1 lines ahead of what is multiplied
+        // the next line to load, kStages - 1 lines ahead of the line being multiplied
         int next_tile = segment.begin, next_line = 0;
         auto load = [&](int stage) {
             if (next_tile < segment.end) {
@@ -66,7 +66,7 @@ template <class Epilogue, int kBlocks> __global__ void __launch_bounds__(kThread
                              next_tile * kColumns, x + (right_is_low(product, pass) ? half : 0));
                 if (++next_line == count) next_line = 0, ++next_tile;
             }
-            copy_commit(); // also an empty group, so that waiting counts lines
+            copy_commit(); // even an empty group, so that waiting counts lines
         };
         for (int s = 0; s < kStages - 1; ++s) load(s);
         int stage = 0;
@@ -80,7 +80,8 @@ template <class Epilogue, int kBlocks> __global__ void __launch_bounds__(kThread
 #pragma unroll 1
             for (int k = 0; k < count; ++k) {
                 copy_wait<kStages - 2>();
-                __syncthreads(); // everyone's copies are there, and everyone is done with the stage loaded next
+                __syncthreads(); // all copies are complete, and all threads have finished with the stage that is loaded
+                                 // next
                 load(stage + kStages - 1);
                 uint32_t a = memory + static_cast<uint32_t>(stage * 2 * kOperandBytes), b = a + kOperandBytes;
                 stage = (stage + 1) % kStages;
@@ -107,16 +108,16 @@ template <class Epilogue, int kBlocks> __global__ void __launch_bounds__(kThread
             epilogue.tile(p, products, row, column, column + 2 * (lane % 4), lane);
         }
         copy_wait<0>();
-        __syncthreads(); // the next rows' first loads must not overtake a warp that still multiplies
+        __syncthreads(); // the first loads of the next rows must not overwrite a stage that a warp still reads
         epilogue.end(p, row, slot, lane);
     }
 }
 
-// kBlocks to a multiprocessor: half as many registers for each of two.
+// kBlocks per multiprocessor: with two blocks each has half as many registers.
 template <class Epilogue, int kBlocks = kMostBlocks> void start(const typename Epilogue::Params& p, void* stream) {
     int64_t tiles = ((p.product.rows + kRows - 1) / kRows) * ((p.product.columns + kColumns - 1) / kColumns);
     if (tiles == 0) return;
-    auto kernel = sweep<Epilogue, kBlocks>;
+    auto kernel = multiply_tiles<Epilogue, kBlocks>;
     allow_shared_memory(kernel, kSharedBytes);
     launch_cluster(kernel, std::min<int64_t>(kBlocks * multiprocessors(), tiles), 1, kThreads, kSharedBytes, stream, p);
 }
@@ -126,7 +127,7 @@ template <class Epilogue, int kBlocks = kMostBlocks> void start(const typename E
 void run(const TensorDump& p, void* stream) { start<DumpEpilogue<kM, kN, 16>>(p, stream); }
 
 void run(const TensorExponentSum& p, void* stream) {
-    if (p.online)
+    if (!p.fixed_exponent.given)
         start<ExponentSumEpilogue<kM, kN, 16, true>, 1>(p, stream);
     else
         start<ExponentSumEpilogue<kM, kN, 16, false>>(p, stream);

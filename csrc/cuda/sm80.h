@@ -1,4 +1,4 @@
-// Ampere's instructions by name: cp.async, ldmatrix, mma.sync. Under FM_EMULATE the same names run on the host.
+// Functions for Ampere's instructions: cp.async, ldmatrix, mma.sync. Under FM_EMULATE they run on the host.
 #pragma once
 
 #include "device.h"
@@ -16,18 +16,18 @@ __device__ __forceinline__ uint32_t dynamic_shared() {
     return static_cast<uint32_t>(__cvta_generic_to_shared(memory));
 }
 
-// 16 bytes into shared memory, zeros where they are not valid.
+// Copies 16 bytes into shared memory, or zeros if not valid.
 __device__ __forceinline__ void copy_async(uint32_t destination, const void* source, bool valid) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(destination), "l"(source), "r"(valid ? 16 : 0)
                  : "memory");
 }
 __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Until at most N of this thread's groups are still on their way.
+// Waits until at most N of this thread's groups are incomplete.
 template <int N> __device__ __forceinline__ void copy_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
-// Four 8 x 8 matrices of fp16; lane l gives the address of row l % 8 of matrix l / 8.
+// Loads four 8 x 8 matrices of fp16. Lane l provides the address of row l % 8 of matrix l / 8.
 __device__ __forceinline__ void load_matrix(uint32_t (&fragment)[4], uint32_t address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])

@@ -1,8 +1,8 @@
-// Hopper's family: a persistent kernel, one producer that streams operands by TMA, two consumers on wgmma.
+// The family for Hopper: a persistent kernel with one producer that loads operands by TMA and two wgmma consumers.
 //
-// Each consumer warpgroup owns whole tiles and they take turns, so one's epilogue hides behind the other's
-// main loop. A cluster of two blocks holds two blocks of 128 rows and shares one multicast stream of classes.
-// Up to 512 wide, a block's rows stay in shared memory for all of its tiles; wider ones are streamed too.
+// Each consumer warpgroup owns whole tiles, and the two alternate, so that the epilogue of one overlaps with the main
+// loop of the other. A cluster of two blocks holds two blocks of 128 rows and shares one multicast stream of classes.
+// Up to a width of 512, the rows of a block stay in shared memory for all of its tiles; wider rows are streamed too.
 #include "epilogues.h"
 #include "sm90.h"
 #include "tiles.h"
@@ -22,19 +22,19 @@ constexpr int kLineBytes = 2 * kDepth;
 constexpr int kRowsBytes = kRows * kLineBytes; // a block's rows, one line deep
 constexpr int kMostStages = 12;
 constexpr int kBarrierBytes = 8 * (2 * kMostStages + 2);
-constexpr int kSharedBytes = 232448; // most a block can have
+constexpr int kSharedBytes = 232448; // the most that a block can have
 constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
 
-// How one launch divides shared memory, [rows that stay | ring of stages | barriers], and the device.
+// The division of the device into clusters and of shared memory into [rows that stay | ring of stages | barriers].
 struct Layout {
-    int cluster; // blocks in it
+    int cluster; // blocks per cluster
     int depth;   // lines of an operand's row
     int stages, stage_bytes;
     int rows_bytes; // of the rows that stay, or 0
     int shared_bytes() const { return rows_bytes + stages * stage_bytes + kBarrierBytes; }
 };
 
-// A place in the ring, and the parity of its current use.
+// A position in the ring, and the parity of its current use.
 struct Cursor {
     int stage;
     uint32_t parity;
@@ -61,7 +61,7 @@ struct Shared {
     __device__ uint32_t empty_of(int s) const { return empty + 8 * static_cast<uint32_t>(s); }
 };
 
-// Lines that one tile multiplies.
+// The number of lines that one tile multiplies.
 __device__ int lines(const TensorProduct& p, const Layout& layout) { return layout.depth * passes(p); }
 
 template <int kColumns, bool kStationary, class Schedule>
@@ -70,7 +70,7 @@ __device__ void produce(const TensorMap& left, const TensorMap& right, const Ten
     Cursor cursor{0, 1}; // the first wait on an empty stage returns at once
     uint32_t rows_parity = 1;
     int depth = layout.depth, count = lines(p, layout);
-    int share = kColumns / layout.cluster; // each block of the cluster loads its share of a tile into all of them
+    int share = kColumns / layout.cluster; // each block of the cluster loads its share of a tile into all blocks
     auto all_blocks = static_cast<uint16_t>((1 << layout.cluster) - 1);
     Segment segment;
     while (schedule.next(segment)) {
@@ -107,12 +107,12 @@ template <class Epilogue, int kColumns, bool kStationary, class Schedule>
 __device__ void consume(const typename Epilogue::Params& p, const Layout& layout, const Shared& shared,
                         Schedule schedule, uint32_t rank, int consumer, int slot) {
     int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32 % 4;
-    int count = lines(p.product, layout), total = schedule.left, turn = 0;
+    int count = lines(p.product, layout), total = schedule.remaining, turn = 0;
     Cursor cursor{0, 0};
     uint32_t rows_parity = 0;
     Epilogue epilogue;
     float products[2][kColumns / 2];
-    // one arrival per warp that has read the stage, at every block that may write into it
+    // each warp that has read the stage arrives once at every block that may write into it
     auto release = [&](int stage) {
         if (lane < layout.cluster) barrier_arrive(shared.empty_of(stage), static_cast<uint32_t>(lane));
     };
@@ -139,8 +139,8 @@ __device__ void consume(const typename Epilogue::Params& p, const Layout& layout
                 uint64_t b = descriptor(stage);
                 uint64_t a = descriptor(kStationary ? shared.rows + static_cast<uint32_t>(k * kRowsBytes)
                                                     : stage + kColumns * kLineBytes);
-                keep(products[0]);
-                keep(products[1]);
+                pin_registers(products[0]);
+                pin_registers(products[1]);
                 wgmma_fence();
                 FM_UNROLL
                 for (int i = 0; i < kDepth / 16; ++i) { // 16 elements at a time
@@ -149,18 +149,18 @@ __device__ void consume(const typename Epilogue::Params& p, const Layout& layout
                         wgmma<kColumns>(products[m], a + m * 512 + i * 2, b + i * 2, k > 0 || i > 0);
                 }
                 wgmma_commit();
-                keep(products[0]);
-                keep(products[1]);
+                pin_registers(products[0]);
+                pin_registers(products[1]);
                 wgmma_wait<1>();
                 if (previous >= 0) release(previous);
                 previous = cursor.stage;
                 cursor.advance(1, layout.stages);
             }
-            // the tensor cores go to the other consumer before this one's last product is done
+            // the other consumer may use the tensor cores before the last product of this one is complete
             if (turn + 1 < total) named_arrive(1 + (consumer ^ 1), kConsumerThreads);
             wgmma_wait<0>();
-            keep(products[0]);
-            keep(products[1]);
+            pin_registers(products[0]);
+            pin_registers(products[1]);
             release(previous);
             int column = tile * kColumns;
             epilogue.tile(p, products, row, column, column + 2 * (lane % 4), lane);
@@ -171,8 +171,8 @@ __device__ void consume(const typename Epilogue::Params& p, const Layout& layout
 }
 
 template <class Epilogue, int kColumns, bool kStationary> __global__ void __launch_bounds__(kThreads, 1)
-    sweep(const __grid_constant__ TensorMap left, const __grid_constant__ TensorMap right,
-          const __grid_constant__ typename Epilogue::Params p, const __grid_constant__ Layout layout) {
+    multiply_tiles(const __grid_constant__ TensorMap left, const __grid_constant__ TensorMap right,
+                   const __grid_constant__ typename Epilogue::Params p, const __grid_constant__ Layout layout) {
     Shared shared(layout);
     uint32_t rank = cluster_rank();
     if (threadIdx.x == 0) {
@@ -187,7 +187,7 @@ template <class Epilogue, int kColumns, bool kStationary> __global__ void __laun
     cluster_sync();
     int worker = static_cast<int>(blockIdx.x) / layout.cluster, workers = static_cast<int>(gridDim.x) / layout.cluster;
     Tiles<kColumns> schedule(p.product, kRows * layout.cluster, is_triangle(p), worker, workers);
-    // one if and else for the roles: setmaxnreg must be uniform in a warpgroup, and known to be
+    // a single if and else for the roles: the compiler must see that setmaxnreg is uniform in a warpgroup
     int group = __shfl_sync(kWholeWarp, static_cast<int>(threadIdx.x) / 128, 0);
     if (group == 0) {
         registers_decrease<kProducerRegisters>();
@@ -197,7 +197,7 @@ template <class Epilogue, int kColumns, bool kStationary> __global__ void __laun
         registers_increase<kConsumerRegisters>();
         consume<Epilogue, kColumns, kStationary>(p, layout, shared, schedule, rank, group - 1, worker * 2 + group - 1);
     }
-    cluster_sync(); // no block leaves while another may still write into it or arrive at its barriers
+    cluster_sync(); // no block exits while another may still write into it or arrive at its barriers
 }
 
 template <class Epilogue, int kColumns, bool kStationary>
@@ -211,14 +211,14 @@ void start(const typename Epilogue::Params& p, const Layout& layout, void* strea
                                  " or " + std::to_string(product.columns) + " rows of " + std::to_string(width));
     int64_t groups = (product.rows + kRows * layout.cluster - 1) / (kRows * layout.cluster);
     int64_t tiles = (product.columns + kColumns - 1) / kColumns;
-    auto kernel = sweep<Epilogue, kColumns, kStationary>;
+    auto kernel = multiply_tiles<Epilogue, kColumns, kStationary>;
     allow_shared_memory(kernel, kSharedBytes);
     int most = resident_clusters(kernel, layout.cluster, kThreads, layout.shared_bytes());
     launch_cluster(kernel, static_cast<int>(std::min<int64_t>(most, groups * tiles)), layout.cluster, kThreads,
                    layout.shared_bytes(), stream, left, right, p, layout);
 }
 
-// The ring takes what the rows leave.
+// The ring takes the shared memory that the rows leave.
 template <class Epilogue, int kColumns> void start(const typename Epilogue::Params& p, void* stream) {
     if (p.product.rows == 0 || p.product.columns == 0) return;
     Layout layout{};
@@ -234,7 +234,7 @@ template <class Epilogue, int kColumns> void start(const typename Epilogue::Para
         start<Epilogue, kColumns, false>(p, layout, stream);
 }
 
-constexpr int kStride = 64; // between the two m64 products of a tile
+constexpr int kStride = 64; // rows between the two m64 products of a tile
 
 } // namespace
 
@@ -246,7 +246,7 @@ void run(const TensorDump& p, void* stream) {
 }
 
 void run(const TensorExponentSum& p, void* stream) {
-    if (p.online)
+    if (!p.fixed_exponent.given)
         start<ExponentSumEpilogue<2, 16, kStride, true>, 128>(p, stream);
     else
         start<ExponentSumEpilogue<2, 24, kStride, false>, 192>(p, stream);

@@ -1,6 +1,6 @@
-// Hopper's instructions by name: TMA, mbarrier, wgmma, clusters. Under FM_EMULATE the same names run on the host.
+// Functions for Hopper's instructions: TMA, mbarrier, wgmma, clusters. Under FM_EMULATE they run on the host.
 //
-// Shared memory is addressed as the instructions do it, by 32-bit addresses within the block's window.
+// Like the instructions, they address shared memory by 32-bit addresses within the block's window.
 #pragma once
 
 #include "device.h"
@@ -15,8 +15,8 @@
 
 namespace fm::cuda::sm90 {
 
-// Of an operand in shared memory with rows of 128 bytes, swizzled in groups of 8 rows, 1024-byte aligned.
-// + 2 is 16 elements further along the rows, + 512 is 64 rows further down.
+// The descriptor of an operand in shared memory with rows of 128 bytes, swizzled in groups of 8 rows, 1024-byte
+// aligned. Adding 2 advances by 16 elements along the rows, adding 512 by 64 rows.
 __device__ inline uint64_t descriptor(uint32_t address) {
     return static_cast<uint64_t>((address & 0x3ffff) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
 }
@@ -25,7 +25,8 @@ __device__ inline uint64_t descriptor(uint32_t address) {
 
 using TensorMap = CUtensorMap;
 
-// Of [rows, width] fp16, read in boxes of box_rows x 64, zeros outside. False where TMA cannot read it.
+// Makes the map of a [rows, width] fp16 matrix that is read in boxes of box_rows x 64, with zeros outside. Returns
+// false if TMA cannot read it.
 inline bool make_map(TensorMap* map, const uint16_t* data, int64_t rows, int64_t width, int box_rows) {
     using Encode = decltype(&cuTensorMapEncodeTiled);
     static const Encode encode = [] {
@@ -58,7 +59,7 @@ __device__ __forceinline__ uint32_t cluster_rank() {
     return rank;
 }
 __device__ __forceinline__ void cluster_sync() {
-    __syncwarp(); // aligned instructions want the whole warp, also where one lane has just been alone
+    __syncwarp(); // aligned instructions need the whole warp, even if one lane has just diverged
     asm volatile("barrier.cluster.arrive.release.aligned;\n barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 __device__ __forceinline__ bool elect_one() {
@@ -73,15 +74,15 @@ __device__ __forceinline__ void barrier_init(uint32_t bar, uint32_t count) {
 __device__ __forceinline__ void fence_barrier_init() {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
-// Arrives, and adds the bytes this phase waits for.
+// Arrives, and adds to the bytes that this phase waits for.
 __device__ __forceinline__ void barrier_expect(uint32_t bar, uint32_t bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
 }
 __device__ __forceinline__ void barrier_arrive(uint32_t bar) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
 }
-// The same barrier of another block of the cluster. Plain, without .release.cluster: that would put a
-// memory fence of the whole GPU into the inner loop, and wgmma has read what is released here.
+// Arrives at the same barrier of another block of the cluster. Without .release.cluster, which would put a memory fence
+// of the whole GPU into the inner loop: wgmma has already read the stage that is released here.
 __device__ __forceinline__ void barrier_arrive(uint32_t bar, uint32_t block) {
     asm volatile("{.reg .b32 remote;\n mapa.shared::cluster.u32 remote, %0, %1;\n"
                  " mbarrier.arrive.shared::cluster.b64 _, [remote];}" ::"r"(bar),
@@ -96,9 +97,9 @@ __device__ __forceinline__ bool barrier_try(uint32_t bar, uint32_t parity) {
                  : "memory");
     return done != 0;
 }
-// Returns once the phase of this parity is complete; a fresh barrier counts as having completed parity 1.
+// Waits until the phase of this parity is complete. A new barrier counts as having completed parity 1.
 __device__ __forceinline__ void barrier_wait(uint32_t bar, uint32_t parity) {
-#ifdef FM_TRAP_AFTER // nanoseconds, not polls: a poll may take as long as the hardware's own time limit for it
+#ifdef FM_TRAP_AFTER // in nanoseconds, not polls: a poll may take as long as the time limit of the hardware
     uint64_t begin, now;
     asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(begin));
     while (!barrier_try(bar, parity)) {
@@ -111,14 +112,14 @@ __device__ __forceinline__ void barrier_wait(uint32_t bar, uint32_t parity) {
 #endif
 }
 
-// Box at element x of row y. Its bytes are counted by the barrier.
+// Loads the box at element x of row y. The barrier counts its bytes.
 __device__ __forceinline__ void tma_load(uint32_t destination, const TensorMap* map, uint32_t bar, int x, int y) {
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
                  " [%0], [%1, {%3, %4}], [%2];" ::"r"(destination),
                  "l"(map), "r"(bar), "r"(x), "r"(y)
                  : "memory");
 }
-// The same into every block whose bit is in mask, each counted by its own barrier.
+// Loads it into every block whose bit is set in mask. The barrier of each block counts the bytes.
 __device__ __forceinline__ void tma_load_multicast(uint32_t destination, const TensorMap* map, uint32_t bar, int x,
                                                    int y, uint16_t mask) {
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster"
@@ -132,8 +133,8 @@ __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_grou
 template <int N> __device__ __forceinline__ void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 }
-// The compiler must not move accumulators while wgmma writes them.
-template <int N> __device__ __forceinline__ void keep(float (&registers)[N]) {
+// Prevents the compiler from moving accumulators while wgmma writes them.
+template <int N> __device__ __forceinline__ void pin_registers(float (&registers)[N]) {
     FM_UNROLL
     for (int i = 0; i < N; ++i) asm volatile("" : "+f"(registers[i])::"memory");
 }
@@ -172,7 +173,7 @@ template <> __device__ __forceinline__ void wgmma<192>(float (&d)[96], uint64_t 
 #undef FM_R32
 #undef FM_R64
 
-// Registers per thread of a warpgroup; all of its warps call it.
+// Sets the registers per thread of a warpgroup. All of its warps call it.
 template <int R> __device__ __forceinline__ void registers_increase() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(R));
 }

@@ -1,8 +1,9 @@
-// Deals the tiles of a product out to workers: every worker gets one run of tiles, row group after row group.
+// Distributes the tiles of a product among workers: each worker gets one contiguous run of tiles, ordered by row group.
 #pragma once
 
 #include "device.h"
-#include "tensor.h"
+
+#include "../kernels/tensor.h"
 
 namespace fm::cuda {
 
@@ -10,9 +11,9 @@ struct Segment {
     int group, begin, end; // tiles [begin, end) of one group of rows
 };
 
-// Runs differ by at most one tile, and the row state an epilogue carries changes at most once per row group.
+// Runs differ by at most one tile, and an epilogue begins a row group at most once per worker.
 template <int kColumns> struct Tiles {
-    int group_rows, tiles, group, tile, left;
+    int group_rows, tiles, group, tile, remaining;
     bool triangle; // only tiles that touch the upper triangle
 
     __device__ Tiles(const TensorProduct& p, int group_rows, bool triangle, int worker, int workers)
@@ -22,7 +23,7 @@ template <int kColumns> struct Tiles {
         int64_t total = 0;
         for (int g = 0; g < groups; ++g) total += tiles - first(g);
         int64_t begin = total * worker / workers;
-        left = static_cast<int>(total * (worker + 1) / workers - begin);
+        remaining = static_cast<int>(total * (worker + 1) / workers - begin);
         group = 0;
         while (group < groups && begin >= tiles - first(group)) begin -= tiles - first(group++);
         tile = first(group) + static_cast<int>(begin);
@@ -31,18 +32,18 @@ template <int kColumns> struct Tiles {
     __device__ int first(int g) const { return triangle ? g * group_rows / kColumns : 0; }
 
     __device__ bool next(Segment& segment) {
-        if (left <= 0) return false;
-        int count = tiles - tile < left ? tiles - tile : left;
+        if (remaining <= 0) return false;
+        int count = tiles - tile < remaining ? tiles - tile : remaining;
         segment = {group, tile, tile + count};
-        left -= count;
+        remaining -= count;
         tile = first(++group);
         return true;
     }
 };
 
-// Split operands are multiplied in three passes: high by low, low by high, high by high. Low by low is below float32's
-// rounding. The tensor cores round their sums towards zero, by an error as large as the sum's last bit: the large
-// products come last, so that the small ones are summed before there is a large sum to be rounded.
+// Split operands are multiplied in three passes: high by low, low by high, high by high. Low by low is smaller than
+// float32's rounding error. The tensor cores round their sums towards zero, with an error as large as the last bit of
+// the sum. The large products therefore come last: the small ones are added up before the sum is large.
 __device__ inline int passes(const TensorProduct& p) { return p.parts == 2 ? 3 : 1; }
 __device__ inline bool right_is_low(const TensorProduct& p, int pass) { return p.parts == 2 && pass == 0; }
 __device__ inline bool left_is_low(const TensorProduct&, int pass) { return pass == 1; }

@@ -1,9 +1,7 @@
-// Kernels that give one warp to a row: which row, and sums over the lanes.
+// Helpers of kernels that assign one warp to a row: the row's number, and reductions over the lanes.
 #pragma once
 
 #include "device.h"
-
-#include "../kernels.h"
 
 #include <cstdint>
 #include <math.h>
@@ -11,8 +9,8 @@
 namespace fm::cuda {
 
 constexpr int kWarp = 32;
-constexpr int kRowThreads = 256;  // one block for one long row
-constexpr int kWarpsPerBlock = 4; // one warp for one row of D elements
+constexpr int kRowThreads = 256;  // of a block that works on one long row
+constexpr int kWarpsPerBlock = 4; // each works on one row of D elements
 constexpr unsigned kWholeWarp = 0xffffffffu;
 
 __device__ inline int lane() { return static_cast<int>(threadIdx.x) % kWarp; }
@@ -35,7 +33,7 @@ __device__ inline double warp_sum(double value) {
     return warp_reduce(value, [](double a, double b) { return a + b; });
 }
 
-// The sum of products a(d) b(d) in double, in one order.
+// The sum of the products a(d) b(d) in double, in a fixed order.
 template <class A, class B> __device__ double warp_dot_of(A a, B b, int64_t size) {
     double sum = 0.0;
     for (int64_t d = lane(); d < size; d += kWarp) sum += static_cast<double>(a(d)) * static_cast<double>(b(d));
@@ -43,7 +41,7 @@ template <class A, class B> __device__ double warp_dot_of(A a, B b, int64_t size
 }
 
 // First position in ascending keys[0, count) that is not below key. A warp compares 32 keys at a time, so that few
-// loads depend on each other.
+// loads depend on one another.
 __device__ inline int64_t warp_lower_bound(const int64_t* keys, int64_t count, int64_t key) {
     int64_t low = 0;
     while (count > 0) {
@@ -55,12 +53,6 @@ __device__ inline int64_t warp_lower_bound(const int64_t* keys, int64_t count, i
         count = (end < count ? end : count) - found;
     }
     return low;
-}
-
-__device__ inline double inverse_norm_of(double squares) {
-    double norm = sqrt(squares);
-    // NaN stays NaN; norm - norm makes one of a norm that is infinite, which would otherwise count as zero
-    return norm < kSmallestNorm ? 0.0 : 1.0 / norm + (norm - norm);
 }
 
 } // namespace fm::cuda

@@ -1,24 +1,22 @@
-// Tensor-core kernels: the product of two fp16 operands, and three things done with it where it arises.
+// The tensor-core kernels: the product of two fp16 operands, and the epilogues that consume it in registers.
 //
-// Two families do the same work: sm90 (Hopper) and sm80 (every GPU since Ampere). One launch multiplies a
-// block of rows with a chunk of classes; the callers' chunks bound all memory. Arrays are contiguous.
+// Two families implement them: sm90 (Hopper) and sm80 (every GPU since Ampere). One launch multiplies a block of rows
+// with a chunk of classes; the size of the chunks bounds all memory. Arrays are contiguous.
 #pragma once
 
-#include "../kernels.h"
+#include "types.h"
 
 namespace fm::cuda {
 
-// Operands hold normalised rows times this power of two: then neither a small entry nor the low half of a
-// split one is denormal in fp16.
+// Operands hold normalised rows times this power of two, so that neither a small entry nor the low half of a split
+// entry is denormal in fp16.
 inline constexpr float kOperandScale = 1024.0f;
-// Exponentials are at most sqrt(2) before they are stored as fp16; times this they keep 39 bits below that.
+// Exponentials are at most sqrt(2) before they are stored as fp16. Times this factor they keep 39 bits below that.
 inline constexpr float kProbabilityScale = 32768.0f;
 inline constexpr int kWidthMultiple = 64; // one 128-byte line of fp16
 
-enum class Family : int { sm80, sm90 };
-
-// Normalises rows into an operand. With two parts a row is [high, low]: each entry's nearest fp16, then the
-// nearest fp16 of what is left, so that a product of both operands keeps 22 bits of each.
+// Normalises rows into an operand. With two parts a row is [high, low]: the nearest fp16 of each entry, then the
+// nearest fp16 of the remainder, so that a product of two operands keeps 22 bits of each.
 struct PackOperand {
     MatrixView rows;     // [R, D]
     uint16_t* packed;    // [R, parts * width], zeros beyond D
@@ -34,63 +32,62 @@ struct TensorProduct {
     int parts;
 };
 
-// The product itself, as accumulated. What bringing up a device begins with: small integers must come out exact.
+// The product itself, as accumulated. A test of a device starts with it: small integers must come out exact.
 struct TensorDump {
     TensorProduct product;
-    bool wide;  // in tiles of the exponent sum's width, else of the others'
+    bool wide;  // with the tile width of the exponent sum, else that of the other kernels
     float* out; // [rows, columns]
 };
 
-// A sample as the kernels want it at hand: 16 bytes, read where they are needed rather than kept in registers.
+// The constants of a sample: 16 bytes, loaded at each use instead of kept in registers.
 struct TensorRow {
-    float high, low; // a = scale * log2(e), split: rounding it would cost |a cos| / 2^25
+    float high, low; // a = scale * log2(e) in two parts: rounding a to one float would cost |a cos| / 2^25
     float exponent;
     int label;
 };
 struct PrepareRows {
-    const int64_t* labels; // [N]
-    const double* scale;   // [N] or null
-    double scale_value;
-    const double* exponent; // [N], or null for one below every logit of the row
-    TensorRow* rows;        // [N]
+    const int64_t* labels;  // [N]
+    Scalar scale;           // [N]
+    const double* exponent; // [N], or null for an exponent below every logit of the row
+    TensorRow* prepared;    // [N]
     int64_t samples;
 };
 
-// Sum of 2^(a cos - k) over a chunk's classes, the label's own left out. `slots` thread groups each add to
-// their own element of every row, in a fixed order. With `online` each slot finds its own k, for scales that
-// differ by row or are too large for one k; else k is fixed_exponent and the scale scale_value.
+// Sums 2^(a cos - k) over the classes of a chunk without the label's own. Each of `slots` thread groups adds to its own
+// element of every row, in a fixed order. If fixed_exponent is given, it is k, and the scale is scale_value. Otherwise
+// each slot finds its own k, for scales that differ by row or are too large for one k.
 struct Partial {
-    float sum, exponent; // the sum is this times 2^exponent; starts as 0, 0
+    float sum, exponent; // represents sum * 2^exponent; starts as 0, 0
 };
 struct TensorExponentSum {
-    TensorProduct product; // embeddings, classes
-    const TensorRow* rows; // [N]
-    bool online;
-    double scale_value, fixed_exponent;
+    TensorProduct product;     // embeddings, classes
+    const TensorRow* prepared; // [N]
+    double scale_value;
+    OptionalNumber fixed_exponent;
     int64_t class_begin;
     Partial* partial; // [slots, N]
 };
 
-// The slots' sums as one logsumexp of every row, and the integer power of two nearest to it.
+// Combines the sums of the slots into one logsumexp per row, and the integer power of two nearest to it.
 struct CombinePartials {
     const Partial* partial;     // [slots, N]
     double* negative_logsumexp; // [N]
-    double* exponent;           // [N], 0 where there is no class
+    double* exponent;           // [N], 0 for a row without classes
     int64_t slots, samples;
 };
 
-// 2^(a cos - k) * kProbabilityScale over a chunk as fp16, the label's own entry 0; with two parts its rest
-// in a second matrix, `low` elements further on.
+// Stores 2^(a cos - k) * kProbabilityScale of a chunk as fp16, with the label's own entry 0. With two parts the
+// remainder goes to a second matrix, `low` elements further on.
 struct TensorProbabilities {
     TensorProduct product;
-    const TensorRow* rows; // [N], k from CombinePartials
+    const TensorRow* prepared; // [N], k from CombinePartials
     int64_t class_begin;
-    uint16_t* probabilities; // [N, stride], columns beyond the chunk 0
+    uint16_t* probabilities; // [N, stride], columns beyond the chunk are 0
     int64_t stride, low;     // stride is a multiple of 8
 };
 
-// Offers the product of two chunks of classes to the best of each of its rows and columns, as keys that
-// order by cosine, then by lowest index. Where the chunks are the same, its upper triangle.
+// Updates the nearest class of each row and column from the product of two chunks of classes, or from its upper
+// triangle if the chunks are the same. A key orders by cosine, then by lowest index.
 struct TensorNearest {
     TensorProduct product;
     int64_t row_begin, column_begin;
@@ -102,7 +99,7 @@ struct UnpackNearest {
     int64_t count;
 };
 
-// X(params) for every struct above that a family launches, and for the others
+// X(params) for every struct that a family launches, and for the others
 #define FM_TENSOR_PRODUCTS(X) X(TensorDump) X(TensorExponentSum) X(TensorProbabilities) X(TensorNearest)
 #define FM_TENSOR_HELPERS(X) X(PackOperand) X(PrepareRows) X(CombinePartials) X(UnpackNearest)
 

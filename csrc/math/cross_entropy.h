@@ -1,11 +1,10 @@
-// One sample's loss from its sums, and its derivative in everything it depends on.
+// The loss of one sample from its sums, and its derivatives in everything it depends on.
 #pragma once
 
+#include "element.h"
 #include "margin.h"
 
 namespace fm {
-
-FM_HD double at(const Scalar& s, int64_t i) { return s.values ? s.values[i] : s.value; }
 
 FM_HD void margin_row(const MarginRows& p, int64_t i) {
     double* derivative = p.derivatives + i;
@@ -18,11 +17,11 @@ FM_HD void margin_row(const MarginRows& p, int64_t i) {
         for (int k = 0; k < kMarginDerivatives; ++k) derivative[k * p.samples] = 0.0;
         return;
     }
-    double s = at(p.scale, i), cosine = p.target_cosine[i];
-    Margin m = apply_margin(cosine, at(p.m1, i), at(p.m2, i), at(p.m3, i), at(p.annealing, i), p.beyond_pi, p.easy,
-                            p.straight_through, p.smallest_sine);
+    double s = value_at(p.scale, i), cosine = p.target_cosine[i];
+    Margin m = apply_margin(cosine, value_at(p.m1, i), value_at(p.m2, i), value_at(p.m3, i), value_at(p.annealing, i),
+                            p.beyond_pi, p.easy, p.straight_through, p.smallest_sine);
     double z = s * m.value;
-    double gap = p.negative_logsumexp[i] - z; // -inf where there is no other class
+    double gap = p.negative_logsumexp[i] - z; // -inf if there is no other class
     double tail = exp(-fabs(gap));
     double nll = (gap > 0.0 ? gap : 0.0) + log1p(tail);     // log(1 + exp(gap))
     double other = (gap > 0.0 ? 1.0 : tail) / (1.0 + tail); // probability of all other classes

@@ -1,7 +1,7 @@
-// Reading one element of a matrix of any dtype.
+// Reading one element: of a matrix of any dtype, of a scalar per sample, of sorted keys.
 #pragma once
 
-#include "../kernels.h"
+#include "../kernels/types.h"
 #include "platform.h"
 
 namespace fm {
@@ -11,7 +11,7 @@ FM_HD float from_bfloat16(uint16_t h) { return float_of(static_cast<uint32_t>(h)
 FM_HD float from_float16(uint16_t h) {
     uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16, rest = h & 0x7fffu;
     if (rest >= 0x7c00u) return float_of(sign | 0x7f800000u | (rest & 0x3ffu) << 13); // inf, NaN
-    // shifted into a float's place the value is 2^-112 too small, denormals included
+    // the bits shifted to a float's position stand for the value times 2^-112, denormals included
     return float_of(sign | bits_of(float_of(rest << 13) * 5.192296858534828e33f));
 }
 
@@ -25,6 +25,8 @@ template <class T> FM_HD T element(const MatrixView& m, int64_t row, int64_t col
     default: return static_cast<T>(from_bfloat16(static_cast<const uint16_t*>(m.data)[at]));
     }
 }
+
+FM_HD double value_at(const Scalar& s, int64_t i) { return s.values ? s.values[i] : s.value; }
 
 // First position in ascending keys[0, count) that is not below key.
 FM_HD int64_t lower_bound(const int64_t* keys, int64_t count, int64_t key) {

@@ -1,19 +1,22 @@
 // 2^(a c - k) for a cosine c: one branch-free polynomial for both devices, accurate to 1e-7.
 #pragma once
 
-#include "../kernels.h"
 #include "platform.h"
 
 namespace fm {
 
-// The constants of one sample. a is split in two floats, because rounding a alone would cost |a c| / 2^25.
+// Marks a product that is excluded from its row's sum. No product of rows that have norms is that low, and its
+// exponential is 0 for any scale.
+template <class T> inline constexpr T kMasked = static_cast<T>(-3.0e38);
+
+// The constants of one sample. a is split into two floats, because rounding it to one would cost |a c| / 2^25.
 template <class T> struct Exponential;
 
 template <> struct Exponential<float> {
     float high, low, k;
 
     FM_HD static Exponential of(double scale, double k) {
-        double a = scale * 1.4426950408889634;
+        double a = scale * kLog2E;
         float high = static_cast<float>(a);
         return {high, static_cast<float>(a - static_cast<double>(high)), static_cast<float>(k)};
     }
@@ -38,29 +41,28 @@ template <> struct Exponential<float> {
 
 template <> struct Exponential<double> {
     double high, low, k;
-    FM_HD static Exponential of(double scale, double k) { return {scale * 1.4426950408889634, 0.0, k}; }
+    FM_HD static Exponential of(double scale, double k) { return {scale * kLog2E, 0.0, k}; }
     FM_HD double operator()(double cosine) const { return exp2(high * cosine - k); }
 };
 
-// The integer k that puts a row's largest logit at 2^0. A row without negatives has no logit: 0.
+// The integer nearest to the row's largest logit, in powers of two; 0 for a row without negatives.
 FM_HD double row_exponent(double scale, double largest_cosine) {
-    return largest_cosine <= static_cast<double>(kLeftOut<float>) ? 0.0
-                                                                  : rint(scale * 1.4426950408889634 * largest_cosine);
+    return largest_cosine <= static_cast<double>(kMasked<float>) ? 0.0 : rint(scale * kLog2E * largest_cosine);
 }
 
-// The same for rows whose logits are so large that Exponential cannot round them to integers: k is then the largest
-// logit itself, whose exponential is exactly 1. Right as long as a is finite in T.
+// Exponential for rows whose logits are too large to be rounded to integers: k is then the largest logit itself, whose
+// exponential is exactly 1. Correct as long as a is finite in T.
 template <class T> struct WideExponential {
     static constexpr double kLeast = sizeof(T) == 4 ? 4194304.0 : 1125899906842624.0; // 2^22, 2^50
 
-    T high, low, k, base; // base is subtracted from the cosine: the largest, or 0
+    T high, low, k, base; // base is subtracted from the cosine: the largest cosine, or 0
 
     FM_HD static bool needed(double scale, T largest) {
-        return largest > kLeftOut<T> && fabs(scale * 1.4426950408889634 * static_cast<double>(largest)) > kLeast;
+        return largest > kMasked<T> && fabs(scale * kLog2E * static_cast<double>(largest)) > kLeast;
     }
-    // `exponent` becomes k.
+    // Sets `exponent` to k.
     FM_HD static WideExponential of(double scale, T largest, double& exponent) {
-        double a = scale * 1.4426950408889634;
+        double a = scale * kLog2E;
         T high = static_cast<T>(a), low = static_cast<T>(a - static_cast<double>(high));
         if (!needed(scale, largest)) {
             exponent = row_exponent(scale, static_cast<double>(largest));
@@ -72,20 +74,20 @@ template <class T> struct WideExponential {
 
     FM_HD T operator()(T cosine) const {
         T below = cosine - base;
-        T power = multiply_add(below, high, -k) + below * low;        // NaN where below is -infinity and low is 0
+        T power = multiply_add(below, high, -k) + below * low;        // NaN if below is -infinity and low is 0
         bool nothing = below < 0 && !(power >= static_cast<T>(-125)); // no denormals
         return nothing ? static_cast<T>(0) : static_cast<T>(exp2(power));
     }
 };
 
-// A cosine as the exponential sees it, and its derivative: CurricularFace's hard negatives (arXiv:2004.00288, eq. 6).
+// The transformed cosine of a negative, and its derivative: CurricularFace's hard negatives (arXiv:2004.00288, eq. 6).
 template <class T> FM_HD T hard_negative(T cosine, T threshold, T strength, T& slope) {
     bool hard = cosine > threshold;
     slope = hard ? strength + 2 * cosine : static_cast<T>(1);
     return hard ? cosine * (strength + cosine) : cosine;
 }
 
-// The same for InsightFace's interclass filtering: what is above the threshold counts as 0. NaN stays.
+// The transformed cosine of InsightFace's interclass filtering: 0 above the threshold. NaN stays.
 template <class T> FM_HD T filtered_negative(T cosine, T threshold, T& slope) {
     bool filtered = cosine > threshold;
     slope = static_cast<T>(filtered ? 0 : 1);

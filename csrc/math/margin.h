@@ -1,7 +1,7 @@
 // psi(theta) = cos(m1 theta + m2) - m3 and its derivatives, in double, for one sample.
 #pragma once
 
-#include "../kernels.h"
+#include "../kernels/loss.h"
 #include "platform.h"
 
 namespace fm {
@@ -10,8 +10,8 @@ struct Margin {
     double value, d_cosine, d_m1, d_m2, d_m3, d_annealing;
 };
 
-// sin(phi) / sin(theta), with the limit as theta approaches 0 or pi. Where there is none (m2 > 0 at
-// theta = 0) sin(theta) is held at `floor`: the direction it scales is known no better than rounding.
+// sin(phi) / sin(theta), with its limit as theta approaches 0 or pi. If there is no limit (m2 > 0 at theta = 0),
+// sin(theta) is held at `floor`: the direction that the ratio scales has no more accuracy than that.
 FM_HD double sine_ratio(double theta, double phi, double m1, double m2, double floor) {
     double sine = sin(theta);
     if (sine >= floor) return sin(phi) / sine;

@@ -1,12 +1,12 @@
-// What lets one header serve the host compiler at every instruction set and nvcc.
+// Helpers that let one header serve nvcc and the host compiler at every instruction set.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 #include <math.h>
 
-// Inlined by force: these headers are compiled once per instruction set, and a shared out-of-line copy
-// could be the one the running processor cannot execute.
+// Always inlined: these headers are compiled once per instruction set, and a shared out-of-line copy could contain
+// instructions that the running processor does not have.
 #if defined(__CUDACC__)
 #define FM_HD __host__ __device__ __forceinline__
 #else
@@ -27,7 +27,9 @@ FM_HD float float_of(uint32_t bits) {
     return value;
 }
 
-// a * b + c, rounded once where the processor can, whatever the compiler makes of the loop around it.
+constexpr double kLog2E = 1.4426950408889634;
+
+// a * b + c, rounded once on processors that can, independently of the compiler's choices in the surrounding loop.
 FM_HD float multiply_add(float a, float b, float c) {
 #if defined(__CUDACC__) || defined(__FMA__)
     return fmaf(a, b, c);

@@ -172,7 +172,7 @@ def gather_upstream(
         "target_cosine": True,
         "uniform_cosine": saved.uniform_cosine.numel() > 0 or saved.uniform_weight.numel() > 0,
         "target_bias": inputs.bias is not None,
-        "target_length": inputs.target_length,
+        "target_length": inputs.need_length,
     }
     zeros = saved.largest_logit.new_zeros(len(inputs.embeddings))
     asked = {name: getattr(per_sample, name) for name, is_wanted in wanted.items() if is_wanted}

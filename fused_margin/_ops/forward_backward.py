@@ -38,7 +38,7 @@ def allocate_output(inputs: LossInputs, uniform: bool, keep: bool) -> tuple[Chun
         nearest_cosine=weight.new_empty(nearest, dtype=compute),
         nearest_index=no_index(nearest),
         target_bias=statistic.new_empty(samples if inputs.bias is not None else 0),
-        target_length=statistic.new_empty(samples if inputs.target_length else 0),
+        target_length=statistic.new_empty(samples if inputs.need_length else 0),
         target_row=no_index(samples if inputs.sub_centers > 1 else 0),
         normalized_embeddings=weight.new_empty(samples, size, dtype=compute),
         embedding_inverse_norm=weight.new_empty(samples, dtype=compute),
@@ -99,7 +99,7 @@ def forward_chunks(
                 rows=inputs.embeddings, normalized=output.normalized_embeddings,
                 inverse_norm=output.embedding_inverse_norm, count=samples, size=size,
             )  # fmt: skip
-        if inputs.bias is not None or inputs.target_length:
+        if inputs.bias is not None or inputs.need_length:
             targets.write(inputs, output)
     if gathered is not None:
         inputs = divided.without_raw_embeddings(inputs, output)

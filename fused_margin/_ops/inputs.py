@@ -44,7 +44,7 @@ class LossInputs:
     hard_strength: Tensor | None = None  # (1,) float64; None: classes above the threshold are filtered
     inner_product: bool = False  # nothing is normalised
     bias: Tensor | None = None  # (C,) float64, of inner products
-    target_length: bool = False  # whether to return the length of every target's weight
+    need_length: bool = False  # whether to return the length of every target's weight
     # classes divided among ranks, or drawn
     group: str = ""  # name of the process group; empty: one rank
     num_classes: int = 0  # over all ranks

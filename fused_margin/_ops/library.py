@@ -285,7 +285,7 @@ def _forward_gradient(ctx, _d_largest, d_logsumexp, d_target, d_uniform, d_neare
         d_uniform if saved.uniform_cosine.numel() else None,
         d_nearest if inputs.nearest else None,
         d_bias if inputs.bias is not None else None,
-        d_length if inputs.target_length else None,
+        d_length if inputs.need_length else None,
     ]
     result = dict.fromkeys(needed)
     if inputs.is_divided:

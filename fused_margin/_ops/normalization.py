@@ -5,9 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from fused_margin import _C
 from fused_margin._ops.inputs import SMALLEST_CHUNK
-
-SHORTEST = 1e-12  # a row shorter than this counts as zero
 
 
 def unit_rows(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -16,7 +15,7 @@ def unit_rows(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     A row whose norm is not finite is NaN: one with NaN or infinity, and a float64 row longer than about 1e154.
     """
     norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64)  # squares of 1e-25 count too
-    short = norm < SHORTEST
+    short = norm < _C.SMALLEST_NORM
     inverse = (1.0 / norm.masked_fill(short, 1.0)).masked_fill(short, 0.0)
     inverse = inverse.masked_fill(norm.isinf(), math.nan).to(dtype)
     return rows.to(dtype) * inverse, inverse

@@ -21,7 +21,7 @@ def write(inputs: LossInputs, output: ForwardOutput) -> None:
     known, rows = _own_rows(inputs)
     if inputs.bias is not None:
         output.target_bias.copy_(torch.where(known, inputs.bias[rows].double(), 0.0))
-    if inputs.target_length:
+    if inputs.need_length:
         length = torch.linalg.vector_norm(inputs.weight[rows], dim=1, dtype=torch.float64)
         output.target_length.copy_(torch.where(known, length, 0.0))
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fused_margin import _checks
+from fused_margin import _C, _checks
 from fused_margin.functional import exclusive_regularization, unchecked_linear_cross_entropy
 from fused_margin.losses import settings
 from fused_margin.losses.base import ClassificationLoss
@@ -143,7 +143,7 @@ class L2SoftmaxLoss(SoftmaxLoss):
 
     def features(self, embeddings: Tensor) -> Tensor:
         norm = torch.linalg.vector_norm(embeddings, dim=1, keepdim=True, dtype=torch.float64)
-        short = norm < 1e-12  # a zero embedding stays zero, and so does its gradient
+        short = norm < _C.SMALLEST_NORM  # a zero embedding stays zero, and so does its gradient
         return (
             embeddings * torch.where(short, 0.0, self.all_reduce_gradient(self.alpha) / torch.where(short, 1.0, norm))
         ).to(torch.promote_types(embeddings.dtype, torch.float32))

@@ -1,1 +1,1 @@
-"""The CUDA kernels' code, run on the host."""
+"""Tests that run the code of the CUDA kernels on the host."""

@@ -1,4 +1,4 @@
-"""Builds csrc with its CUDA backend compiled for the host by emulation.h, as the module _emulated."""
+"""Builds csrc as the module _emulated, whose CUDA backend is compiled for the host by emulation.h."""
 
 import ctypes
 import importlib.util
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def load(directory: Path):
-    """Compiles into directory and imports. The module's ``cuda`` kernels take host tensors."""
+    """Compiles into a directory and imports the module, whose ``cuda`` kernels take host tensors."""
     target = directory / f"_emulated{sysconfig.get_config_var('EXT_SUFFIX')}"
     compiler = [
         os.environ.get("CXX", "c++"),
@@ -31,14 +31,9 @@ def load(directory: Path):
         f"-I{ROOT / 'tests/emulation'}",
     ]
     defines = ["-DFM_MODULE_NAME=_emulated", "-DFM_CUDA", "-DFM_SM80", "-DFM_SM90", "-DFM_EMULATE", "-DFM_ISA=plain"]
-    sources = [
-        "csrc/module.cpp",
-        "csrc/tensor_module.cpp",
-        "csrc/cpu/dispatch.cpp",
-        "csrc/cpu/kernels.cpp",
-        "csrc/cpu/search.cpp",
-    ]
-    sources += [f"csrc/cuda/{name}.cu" for name in ("kernels", "search", "operands", "sm80", "sm90")]
+    sources = [f"csrc/bindings/{name}.cpp" for name in ("module", "tensor")]
+    sources += [f"csrc/cpu/{name}.cpp" for name in ("dispatch", "loss", "search")]
+    sources += [f"csrc/cuda/{name}.cu" for name in ("loss", "search", "operands", "sm80", "sm90")]
     sources += ["tests/emulation/half_product.cpp"]
     jobs = []
     for source in sources:
@@ -56,7 +51,7 @@ def load(directory: Path):
 
 
 def half_product(module):
-    """tensor_cores.half_product of host tensors with the arithmetic of tensor cores: sums are rounded towards zero."""
+    """tensor_cores.half_product for host tensors, with the arithmetic of tensor cores: sums round towards zero."""
     product = ctypes.CDLL(module.__file__).half_product
     product.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 3
 

@@ -1,4 +1,4 @@
-"""The CUDA backend compiled for the host, once for all tests that run it."""
+"""The CUDA backend compiled for the host, once for all tests."""
 
 import pytest
 

@@ -1,13 +1,13 @@
-// Runs CUDA kernels on the host: every thread is a fiber, the blocks of a cluster run together, clusters in turn.
+// Runs CUDA kernels on the host: every thread is a fiber, the blocks of a cluster run concurrently.
 //
-// Enough of the dialect for csrc/cuda: warp collectives, barriers, static and dynamic shared memory; what Hopper and
-// Ampere add is in sm90_emulation.h and sm80_emulation.h. Order is hostile on purpose: a warp, then a block, runs
-// alone as far as it can, from either end, and asynchronous work happens as early and as late as a GPU may do it, so
-// that a missing wait or barrier gives a wrong result. Threads that can never go on are an error.
+// Covers the part of CUDA that csrc/cuda uses: warp collectives, barriers, static and dynamic shared memory. The
+// instructions of Hopper and Ampere are in sm90_emulation.h and sm80_emulation.h. The schedule is adversarial: a warp,
+// then a block, runs alone as far as it can, from either end, and asynchronous operations complete as early and as late
+// as a GPU permits, so that a missing wait or barrier gives a wrong result. A deadlock is an error.
 #pragma once
 
 #if defined(_FORTIFY_SOURCE) && _FORTIFY_SOURCE > 0
-#error "compile with -U_FORTIFY_SOURCE, which takes a jump to another fiber's stack for an error"
+#error "compile with -U_FORTIFY_SOURCE, which reports a jump to another fiber's stack as an error"
 #endif
 
 #include <math.h>
@@ -29,12 +29,12 @@
 #define __device__
 #define __grid_constant__
 #define __launch_bounds__(...)
-#define __shared__ static // blocks that have any do not run concurrently
+#define __shared__ static // blocks with static shared memory do not run concurrently
 
 namespace emulation {
 
 constexpr int kLanes = 32;
-constexpr uint32_t kSharedBase = 1024; // of dynamic shared memory: not 0, so that an offset is not taken for an address
+constexpr uint32_t kSharedBase = 1024; // not 0, so that an offset that is used as an address is found
 
 struct Index {
     unsigned x;
@@ -45,43 +45,43 @@ struct Fiber {
     std::unique_ptr<char[]> stack;
     int thread, rank; // of its block in the cluster
     bool (*ready)(const void*);
-    const void* condition; // what ready looks at
-    const char* place;     // where it waits, and for which address or number
+    const void* condition; // the argument of ready
+    const char* place;     // the operation that waits, with its address or number in detail
     uint32_t detail;
-    bool late;      // goes on when no other fiber can
-    int unfinished; // asynchronous operations it has not waited for
+    bool late;      // continues when no other fiber can
+    int unfinished; // asynchronous operations that it has not waited for
 };
 
 struct Warp {
-    void* posts[kLanes]; // what each lane brought to the collective
+    void* posts[kLanes]; // the arguments of each lane
     const char* place;
     int arrived;
     unsigned generation;
 };
 
-struct Meeting {
+struct BarrierState {
     int arrived, expected;
     unsigned generation;
 };
 
 struct Block {
     std::vector<uint16_t> shared;
-    int threads; // that have not left
-    Meeting all, named[16];
+    int threads; // that have not exited
+    BarrierState all, named[16];
 };
 
 inline Index thread_index, block_index, block_size, grid_size;
-inline std::vector<Fiber> fibers; // never fewer than the largest cluster so far: a fiber outlives its kernel
+inline std::vector<Fiber> fibers; // as many as the largest cluster so far: a fiber outlives its kernel
 inline std::vector<Warp> warps;
 inline std::vector<Block> blocks;
-inline Meeting cluster;
-inline int threads;          // of the cluster, that have not left
+inline BarrierState cluster;
+inline int threads;          // of the cluster, that have not exited
 inline unsigned first_block; // of the cluster
 inline int self;             // the running fiber
 inline jmp_buf scheduler;
 inline void (*body)(const void*);
 inline const void* argument;
-inline bool (*idle)(); // what the hardware does when no thread can move; false: nothing
+inline bool (*idle)(); // the hardware's next operation when no thread can continue; false if there is none
 
 inline int lane() { return self % kLanes; }
 inline Block& block() { return blocks[fibers[self].rank]; }
@@ -92,19 +92,19 @@ inline Block& block() { return blocks[fibers[self].rank]; }
     abort();
 }
 
-inline void become(int fiber) {
+inline void select_fiber(int fiber) {
     self = fiber;
     thread_index.x = static_cast<unsigned>(fibers[fiber].thread);
     block_index.x = first_block + static_cast<unsigned>(fibers[fiber].rank);
 }
 
-// Fibers switch by jumps: swapcontext would make a system call each time.
-inline void leave() {
+// Fibers switch by jumps, because swapcontext makes a system call each time.
+inline void switch_to_scheduler() {
     if (!_setjmp(fibers[self].context)) _longjmp(scheduler, 1);
 }
 
 inline void resume(int fiber) {
-    become(fiber);
+    select_fiber(fiber);
     if (!_setjmp(scheduler)) _longjmp(fibers[fiber].context, 1);
 }
 
@@ -118,32 +118,32 @@ template <class Ready> void wait_until(const char* place, uint32_t detail, const
     f.condition = &ready;
     f.place = place;
     f.detail = detail;
-    leave();
+    switch_to_scheduler();
 }
 
-inline void let_others_go_first(const char* place) {
+inline void wait_until_idle(const char* place) {
     Fiber& f = fibers[self];
     f.ready = never;
     f.late = true;
     f.place = place;
-    leave();
+    switch_to_scheduler();
 }
 
-inline void settle(Meeting& m, int expected) {
+inline void complete_if_full(BarrierState& m, int expected) {
     if (m.arrived == 0 || m.arrived < expected) return;
     m.arrived = 0;
     ++m.generation;
 }
 
-inline void meet(const char* place, uint32_t detail, Meeting& m, int expected) {
+inline void arrive_and_wait(const char* place, uint32_t detail, BarrierState& m, int expected) {
     unsigned generation = m.generation;
     ++m.arrived;
-    settle(m, expected);
+    complete_if_full(m, expected);
     wait_until(place, detail, [&] { return m.generation != generation; });
 }
 
-// All lanes of a warp bring a Post; the last to come completes them all, complete(lanes), before any goes on.
-template <class Post, class Complete> void together(const char* place, Post& mine, const Complete& complete) {
+// A collective of a warp: every lane provides a Post, and the last one calls complete(lanes) before any lane continues.
+template <class Post, class Complete> void warp_collective(const char* place, Post& mine, const Complete& complete) {
     Warp& warp = warps[self / kLanes];
     if (warp.arrived == 0) warp.place = place;
     if (strcmp(warp.place, place) != 0) fail("other lanes of the warp are in another collective");
@@ -166,7 +166,7 @@ inline uint8_t* shared(uint32_t address, uint32_t size, int rank = fibers[self].
     return reinterpret_cast<uint8_t*>(blocks[rank].shared.data()) + offset;
 }
 
-// What one fiber keeps for the instructions of a GPU family. Empty again when its kernel ends.
+// The state of one fiber for the instructions of a GPU family. Empty again when its kernel ends.
 template <class State> State& state(int fiber = self) {
     static std::vector<State> all;
     if (all.size() < fibers.size()) all.resize(fibers.size());
@@ -195,15 +195,15 @@ template <class Operation> struct Groups {
     }
 };
 
-inline void live() {
+inline void run_fiber() {
     for (;;) {
-        leave(); // until there is a kernel to run
+        switch_to_scheduler(); // until a kernel is launched
         body(argument);
         if (fibers[self].unfinished) fail("leaves without waiting for its asynchronous operations");
         fibers[self].ready = never;
         fibers[self].place = nullptr;
-        settle(cluster, --threads);
-        settle(block().all, --block().threads);
+        complete_if_full(cluster, --threads);
+        complete_if_full(block().all, --block().threads);
     }
 }
 
@@ -216,7 +216,7 @@ inline void make_fiber() {
     start.uc_stack.ss_sp = fibers.back().stack.get();
     start.uc_stack.ss_size = size;
     start.uc_link = nullptr;
-    makecontext(&start, live, 0);
+    makecontext(&start, run_fiber, 0);
     if (!_setjmp(scheduler)) setcontext(&start);
 }
 
@@ -233,13 +233,13 @@ inline void make_fiber() {
     abort();
 }
 
-inline bool coin() {
+inline bool random_bit() {
     static uint32_t state = 0;
     state = state * 1664525u + 1013904223u;
     return state >> 31;
 }
 
-// Each of these runs what can go on without others, and tells whether anything could.
+// Each of these runs the fibers that can continue, and returns whether there were any.
 inline bool run_warp(int warp) {
     bool moved = false;
     for (int fiber = warp * kLanes; fiber < (warp + 1) * kLanes; ++fiber) {
@@ -252,7 +252,7 @@ inline bool run_warp(int warp) {
 
 inline bool run_block(int rank) {
     int count = static_cast<int>(warps.size() / blocks.size());
-    bool backwards = coin(), moved = false;
+    bool backwards = random_bit(), moved = false;
     for (int i = 0; i < count; ++i)
         while (run_warp(rank * count + (backwards ? count - 1 - i : i))) moved = true;
     return moved;
@@ -260,7 +260,7 @@ inline bool run_block(int rank) {
 
 inline bool run_blocks() {
     int count = static_cast<int>(blocks.size());
-    bool backwards = coin(), moved = false;
+    bool backwards = random_bit(), moved = false;
     for (int i = 0; i < count; ++i)
         while (run_block(backwards ? count - 1 - i : i)) moved = true;
     return moved;
@@ -268,7 +268,7 @@ inline bool run_blocks() {
 
 inline bool run_late() {
     int count = kLanes * static_cast<int>(warps.size());
-    bool backwards = coin();
+    bool backwards = random_bit();
     for (int i = 0; i < count; ++i) {
         int fiber = backwards ? count - 1 - i : i;
         if (!fibers[fiber].late) continue;
@@ -287,7 +287,7 @@ inline void run_cluster(int size, int block_threads, int shared_bytes) {
         b.shared.assign((shared_bytes + 1) / 2, 0x7fff); // NaN
         b.threads = block_threads;
         b.all = {};
-        for (Meeting& m : b.named) m = {};
+        for (BarrierState& m : b.named) m = {};
     }
     warps.assign(threads / kLanes, {});
     while (static_cast<int>(fibers.size()) < threads) make_fiber();
@@ -300,10 +300,10 @@ inline void run_cluster(int size, int block_threads, int shared_bytes) {
     }
     while (threads > 0)
         if (!run_blocks() && !run_late() && !(idle && idle())) deadlock();
-    if (idle) idle(); // work still under way fails: its block has left
+    if (idle) idle(); // a transfer that is not complete fails, because its block has exited
     for (int rank = 0; rank < size; ++rank)
         for (uint32_t id = 0; id < 16; ++id)
-            if (become(rank * block_threads); blocks[rank].named[id].arrived)
+            if (select_fiber(rank * block_threads); blocks[rank].named[id].arrived)
                 fail("the block leaves a named barrier half full:", id);
 }
 
@@ -314,7 +314,6 @@ inline void run_cluster(int size, int block_threads, int shared_bytes) {
 #define blockDim emulation::block_size
 #define gridDim emulation::grid_size
 
-using std::max;
 using std::min;
 
 template <class T> T __shfl_sync(unsigned mask, T value, int source) {
@@ -323,7 +322,7 @@ template <class T> T __shfl_sync(unsigned mask, T value, int source) {
         T value, result;
         int source;
     } post{value, value, source & (emulation::kLanes - 1)};
-    emulation::together("shuffle", post, [](Post* const* lanes) {
+    emulation::warp_collective("shuffle", post, [](Post* const* lanes) {
         for (int l = 0; l < emulation::kLanes; ++l) lanes[l]->result = lanes[lanes[l]->source]->value;
     });
     return post.result;
@@ -339,7 +338,7 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
         bool predicate;
         unsigned result;
     } post{predicate != 0, 0};
-    emulation::together("ballot", post, [](Post* const* lanes) {
+    emulation::warp_collective("ballot", post, [](Post* const* lanes) {
         unsigned result = 0;
         for (int l = 0; l < emulation::kLanes; ++l) result |= static_cast<unsigned>(lanes[l]->predicate) << l;
         for (int l = 0; l < emulation::kLanes; ++l) lanes[l]->result = result;
@@ -356,7 +355,7 @@ inline void __syncwarp(unsigned mask = 0xffffffffu) { __ballot_sync(mask, 0); }
 
 inline void __syncthreads() {
     emulation::Block& block = emulation::block();
-    emulation::meet("__syncthreads", 0, block.all, block.threads);
+    emulation::arrive_and_wait("__syncthreads", 0, block.all, block.threads);
 }
 
 inline unsigned long long atomicMax(unsigned long long* at, unsigned long long value) {
@@ -366,13 +365,12 @@ inline unsigned long long atomicMax(unsigned long long* at, unsigned long long v
 }
 
 template <class T> T __ldcg(const T* at) { return *at; }
-template <class T> T __ldg(const T* at) { return *at; }
 
 namespace fm::cuda {
 
 template <class... A> int& allowed_shared_memory(void (*kernel)(A...)) {
     static std::map<void (*)(A...), int> allowed;
-    return allowed.emplace(kernel, 48 << 10).first->second; // without asking
+    return allowed.emplace(kernel, 48 << 10).first->second; // the limit without permission
 }
 
 template <class... A> void allow_shared_memory(void (*kernel)(A...), int most_bytes) {
@@ -400,7 +398,7 @@ template <class P> void launch(void (*kernel)(P), int64_t blocks, int threads, v
     launch_cluster(kernel, blocks, 1, threads, 0, stream, params);
 }
 
-// ex2.approx.ftz: 1 at 0, else two units in the last place off, either way. Subnormal numbers are zeros.
+// ex2.approx.ftz: 1 at 0, elsewhere two units in the last place too large or too small. Denormals are 0.
 inline float exp2_approx(float x) {
     constexpr float smallest = 0x1p-126f;
     if (fabsf(x) < smallest) return 1.0f;
@@ -414,7 +412,7 @@ inline uint32_t to_half(float value) {
     if (rest > 0x7f800000u) return 0x7fffu;
     if (rest >= 0x477ff000u) return sign | 0x7c00u; // 65520 and more
     if (rest < 0x38800000u)
-        return sign | (bits_of(float_of(rest) + 0.5f) - bits_of(0.5f)); // one ulp of 0.5 is a denormal's
+        return sign | (bits_of(float_of(rest) + 0.5f) - bits_of(0.5f)); // one ulp of 0.5 is one ulp of a denormal
     return sign | ((rest - 0x38000000u + 0xfffu + (rest >> 13 & 1u)) >> 13);
 }
 

@@ -1,4 +1,4 @@
-// The product of two fp16 matrices as torch makes it on CUDA: by the tensor cores, with float32 sums.
+// The product of two fp16 matrices as torch computes it on CUDA: on the tensor cores, with float32 sums.
 #include "inner_product.h"
 
 #include <vector>

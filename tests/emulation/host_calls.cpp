@@ -1,5 +1,5 @@
-// What csrc/cuda/device.h asks of the CUDA runtime, with a runtime that records: once for a kernel and device, per
-// call.
+// Tests the calls that csrc/cuda/device.h makes to the CUDA runtime, once per kernel and device and once per launch,
+// with a runtime that records them.
 #include "../../csrc/cuda/device.h"
 
 #include <cstdio>
@@ -16,7 +16,7 @@ int count(const char* name) {
     return found;
 }
 
-// As a family of tensor-core kernels starts one.
+// Launches a kernel as a tensor-core family does.
 void start(void (*which)(int), int cluster, int shared_bytes, void* stream) {
     fm::cuda::allow_shared_memory(which, 200000);
     int most = fm::cuda::resident_clusters(which, cluster, 384, shared_bytes);
@@ -36,12 +36,12 @@ int main() {
     CHECK(runtime::calls.back().cluster == 2 && runtime::calls.back().value == 100 &&
           runtime::calls.back().shared_bytes == 150000);
 
-    // A later call, such as one that is being captured: a launch on the caller's stream, and nothing else.
+    // A later call, which a graph may capture, is a launch on the caller's stream and nothing else.
     runtime::calls.clear();
     start(kernel, 2, 150000, &stream);
     CHECK(runtime::calls.size() == 1 && runtime::calls[0].name == "launch" && runtime::calls[0].stream == &stream);
 
-    // Another way to launch is asked about once more; it is never allowed less.
+    // Another launch configuration is queried once, and does not reduce the allowed shared memory.
     runtime::calls.clear();
     start(kernel, 1, 100000, nullptr);
     CHECK(count("allow") == 0 && count("occupancy") == 1 && count("launch") == 1);
@@ -56,7 +56,7 @@ int main() {
     CHECK(runtime::calls[0].kernel == reinterpret_cast<void*>(&other) && runtime::calls.back().device == 1);
     runtime::device = 0;
 
-    // Host threads that launch one kernel with different sizes: every launch is allowed its size.
+    // Host threads launch one kernel with different sizes: every launch is allowed its size.
     runtime::calls.clear();
     std::thread threads[8];
     for (int t = 0; t < 8; ++t)
@@ -75,7 +75,7 @@ int main() {
         }
     }
 
-    // The portable kernels' launch: no grid of zero blocks, none that is too large, and errors are thrown.
+    // The launch of the portable kernels: no grid of zero blocks, no grid that is too large, and errors are thrown.
     runtime::calls.clear();
     fm::cuda::launch(kernel, 0, 128, nullptr, 1);
     CHECK(runtime::calls.empty());

@@ -1,10 +1,10 @@
 // How tensor cores add the products of fp16 operands to a float32 accumulator, bit for bit.
 //
-// The terms, some products and the accumulator, are aligned to the largest exponent among them and cut towards zero a
-// few bits below float32's last. Their sum is exact, and is rounded towards zero to float32. The numbers of products
-// and of extra bits are those that Khattak and Mikaitis (arXiv:2512.07004) found for each GPU. Their models
-// align by the exponents of the factors. This one aligns by those of the products: it cuts at the same bit or one
-// higher.
+// The terms, several products and the accumulator, are aligned to the largest exponent among them and truncated towards
+// zero a few bits below the last bit of float32. Their sum is exact, and is rounded towards zero to float32. The
+// numbers of products and of extra bits are those that Khattak and Mikaitis (arXiv:2512.07004) found for each GPU.
+// Their models align by the exponents of the factors, this one by those of the products: it truncates at the same bit
+// or one higher.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +15,7 @@ namespace emulation {
 struct HopperUnit { // H100, H200, B200
     static constexpr int kProducts = 16, kExtraBits = 2;
 };
-struct AmpereUnit { // A100: less exact than later GPUs
+struct AmpereUnit { // A100: less accurate than later GPUs
     static constexpr int kProducts = 8, kExtraBits = 1;
 };
 
@@ -33,7 +33,7 @@ inline FourInts larger(FourInts a, FourInts b) { return a > b ? a : b; }
 
 // accumulator + the sum of Unit::kProducts products a[k] * b[k * stride].
 template <class Unit> Four add_products(const float* a, const Four* b, int stride, Four accumulator) {
-    constexpr int kLeastExponent = 32; // biased: below it float32 could not hold the scales; fp16 products are larger
+    constexpr int kLeastExponent = 32; // biased: below it float32 has no such scales; fp16 products are larger
     Four products[Unit::kProducts], plain = accumulator;
     FourInts largest = without_sign(same_bits<FourInts>(accumulator));
     for (int k = 0; k < Unit::kProducts; ++k) {

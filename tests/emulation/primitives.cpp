@@ -1,4 +1,4 @@
-// Toy kernels on the emulator: a GEMM for each GPU family, and the same with one mistake injected by its name.
+// Small kernels on the emulator: a GEMM for each GPU family, and variants with one injected mistake, selected by name.
 #include <cmath>
 #include <string>
 
@@ -12,7 +12,7 @@ const char* mistake = "";
 bool injected(const char* name) { return strcmp(mistake, name) == 0; }
 
 constexpr unsigned kAll = 0xffffffffu;
-constexpr int kRows = 200, kColumns = 90, kDepth = 296; // ragged everywhere
+constexpr int kRows = 200, kColumns = 90, kDepth = 296; // no multiple of a tile
 constexpr int kSteps = (kDepth + 63) / 64;
 
 struct Gemm {
@@ -36,7 +36,7 @@ __device__ uint64_t descriptor(uint32_t address) {
     return address >> 4 | 1ull << 16 | (injected("descriptor") ? 32ull : 64ull) << 32 | 1ull << 62;
 }
 
-// A cluster of two blocks shares one stream of B; a producer warp, and two warpgroups that take every other tile.
+// A cluster of two blocks shares one stream of B. Each has a producer warp and two warpgroups that alternate tiles.
 __global__ void __launch_bounds__(384, 1)
     gemm(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b, const __grid_constant__ Gemm p) {
     constexpr int tiles = (kColumns + kWidth - 1) / kWidth;
@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(384, 1)
             }
             if (tile + 1 < tiles || injected("turn after the last")) named_arrive(2 - mine, 256);
             if (!injected("no last wait")) wgmma_wait<0>();
-            keep(sums);
+            pin_registers(sums);
             if (!injected("early release")) release(tile * kSteps + kSteps - 1);
             for (int i = 0; i < kWidth / 2; ++i)
                 store(p, row + 16 * warp + lane / 4 + 8 * (i >> 1 & 1),
@@ -171,7 +171,7 @@ void run(const Gemm& p) {
 
 } // namespace ampere
 
-// Small integers: sums are exact, so the results are equal or wrong.
+// With small integers sums are exact, so that any difference is an error.
 template <class Run> bool same_as_loop(const Run& run) {
     alignas(16) static uint16_t a[kRows * kDepth], b[kColumns * kDepth];
     static float out[kRows * kColumns];
@@ -206,7 +206,7 @@ __global__ void collectives(Collectives p) {
     if (injected("a lane leaves") && thread == 37) return;
     shared[thread] = thread;
     __syncthreads();
-    bool right = __ldg(&shared[63 - thread]) == 63 - thread && blockDim.x == 64 && gridDim.x == 3;
+    bool right = shared[63 - thread] == 63 - thread && blockDim.x == 64 && gridDim.x == 3;
     right &= __shfl_xor_sync(kAll, thread, 5) == (thread ^ 5);
     right &= __shfl_sync(kAll, 0.5 * thread, lane / 8) == 0.5 * (thread - lane + lane / 8);
     right &= __ballot_sync(kAll, lane % 3 == 0) == 0x49249249u;
@@ -215,7 +215,7 @@ __global__ void collectives(Collectives p) {
         __shfl_xor_sync(kAll, thread, 1);
     else
         __syncwarp();
-    if (thread == 63) return; // barriers do without those that left
+    if (thread == 63) return; // a barrier does not wait for threads that have exited
     __syncthreads();
     atomicMax(p.key, (static_cast<unsigned long long>(thread) << 32) + blockIdx.x);
     p.right[blockIdx.x * 64 + threadIdx.x] = right;
@@ -230,7 +230,8 @@ bool run_collectives() {
     return key == (62ull << 32) + 2;
 }
 
-// Every half comes back, and what lies between two neighbours goes to the nearer, to the even one from the middle.
+// Every half is converted to itself, and a number between two adjacent halves to the nearer one, or to the even one
+// from the middle.
 bool halves_round() {
     auto low = [](float value) { return fm::cuda::pack_half(value, -1.0f); };
     for (uint32_t h = 0; h < 0x7c00u; ++h) {
@@ -246,7 +247,7 @@ bool halves_round() {
     return low(INFINITY) << 16 == 0x7c000000u && low(-1e9f) << 16 == 0xfc000000u && low(NAN) << 16 == 0x7fff0000u;
 }
 
-// What the published models say of small cases: where a term is cut, and that the sum is rounded towards zero.
+// Small cases of the published models: the bit at which a term is truncated, and sums rounded towards zero.
 template <class Unit> bool adds_like_tensor_cores() {
     auto sum = [](float accumulator, float product, int count) {
         float left[16] = {};
@@ -254,7 +255,7 @@ template <class Unit> bool adds_like_tensor_cores() {
         for (int k = 0; k < count; ++k) left[k] = 1.0f, right[k] += product;
         return emulation::add_products<Unit>(left, right, 1, emulation::Four{} + accumulator)[2];
     };
-    constexpr float bit = 0x1p-23f; // float32's last, of one
+    constexpr float bit = 0x1p-23f; // the last bit of float32 at 1
     constexpr float cut = bit / (1 << Unit::kExtraBits);
     constexpr int all = Unit::kProducts;
     return sum(1.0f, cut, all) == 1.0f + all * cut && sum(1.0f, 0.99f * cut, all) == 1.0f &&

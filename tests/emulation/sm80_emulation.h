@@ -10,7 +10,7 @@ struct Copy {
     uint8_t* destination;
     const void* source; // null: zeros
 
-    void land() const {
+    void complete() const {
         if (source)
             memcpy(destination, source, 16);
         else
@@ -28,9 +28,9 @@ inline void copy_async(uint32_t destination, const void* source, bool valid) {
     if (destination % 16 != 0 || (valid && reinterpret_cast<uintptr_t>(source) % 16 != 0))
         emulation::fail("cp.async needs 16-byte aligned addresses, destination", destination);
     emulation::Copy copy{emulation::shared(destination, 16), valid ? source : nullptr};
-    // As late as a copy may land, or as early: the one shows a missing wait, the other a buffer still in use.
+    // Copies complete as late as permitted, which shows a missing wait, or at once, which shows a buffer still in use.
     if (destination / 16 % 2)
-        copy.land();
+        copy.complete();
     else
         emulation::state<emulation::Groups<emulation::Copy>>().add(emulation::self, copy);
 }
@@ -39,7 +39,7 @@ inline void copy_commit() { emulation::state<emulation::Groups<emulation::Copy>>
 
 template <int N> void copy_wait() {
     auto& groups = emulation::state<emulation::Groups<emulation::Copy>>();
-    for (size_t i = 0, due = groups.due(N); i < due; ++i) groups.operations[i].land();
+    for (size_t i = 0, due = groups.due(N); i < due; ++i) groups.operations[i].complete();
     groups.retire(emulation::self, N);
 }
 
@@ -49,7 +49,7 @@ inline void load_matrix(uint32_t (&fragment)[4], uint32_t address) {
         uint32_t* fragment;
         const uint8_t* row;
     } post{fragment, emulation::shared(address, 16)};
-    emulation::together("ldmatrix", post, [](Post* const* lanes) {
+    emulation::warp_collective("ldmatrix", post, [](Post* const* lanes) {
         for (int l = 0; l < emulation::kLanes; ++l)
             for (int m = 0; m < 4; ++m) memcpy(&lanes[l]->fragment[m], lanes[8 * m + l / 4]->row + l % 4 * 4, 4);
     });
@@ -61,7 +61,7 @@ inline void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1)
         const uint32_t* a;
         uint32_t b[2];
     } post{c, a, {b0, b1}};
-    emulation::together("mma", post, [](Post* const* lanes) {
+    emulation::warp_collective("mma", post, [](Post* const* lanes) {
         using Unit = emulation::AmpereUnit;
         float a[16][16];
         emulation::Four b[16][2];

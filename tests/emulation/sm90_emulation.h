@@ -18,12 +18,12 @@ namespace emulation {
 
 constexpr uint32_t kRowBytes = 128;
 
-// Where 128-byte swizzling puts a byte.
+// The address of a byte after 128-byte swizzling.
 inline uint32_t swizzle(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
 
-// Lies in shared memory, as on a GPU; the seal tells when there is none, or data have been written over it.
+// In shared memory, as on a GPU. A wrong seal shows that it is not initialised or has been overwritten.
 struct Barrier {
-    int64_t bytes : 22; // still to come; below 0 where they came before they were expected
+    int64_t bytes : 22; // still expected; negative if they arrived before they were expected
     uint64_t count : 13, pending : 13, phase : 1, seal : 15;
 };
 static_assert(sizeof(Barrier) == 8);
@@ -36,7 +36,7 @@ inline Barrier& barrier(uint32_t address, int rank = fibers[self].rank) {
     return b;
 }
 
-inline void settle(Barrier& b) {
+inline void complete_phase(Barrier& b) {
     if (b.pending > 0 || b.bytes != 0) return;
     b.pending = b.count;
     b.phase ^= 1;
@@ -47,7 +47,7 @@ inline void arrive(uint32_t address, int rank, uint32_t bytes) {
     if (b.pending == 0) fail("more arrivals than the phase expects on the mbarrier at", address);
     b.bytes += bytes;
     --b.pending;
-    settle(b);
+    complete_phase(b);
 }
 
 struct Transfer {
@@ -81,17 +81,17 @@ struct Transfer {
 
 inline std::vector<Transfer> transfers;
 
-// The newest: they finish in any order.
+// Completes the newest transfer: the order is arbitrary.
 inline bool finish_transfer() {
     if (transfers.empty()) return false;
     Transfer t = transfers.back();
     transfers.pop_back();
-    become(t.fiber);
+    select_fiber(t.fiber);
     t.write_every_other_row(1);
     t.each_block([&](int rank) {
         Barrier& b = barrier(t.bar, rank);
         b.bytes -= t.bytes();
-        settle(b);
+        complete_phase(b);
     });
     return true;
 }
@@ -130,7 +130,7 @@ inline void read_operand(uint64_t descriptor, int first, int count, float* out, 
         }
 }
 
-// The 16 rows of one warp. Every lane's operation is the same but for the accumulators.
+// Multiplies the 16 rows of one warp. The operations of the lanes differ only in the accumulators.
 inline void multiply(const Product* const* lanes, int warp) {
     static float a[16][16]; // transposed, as read_operand leaves it
     static Four b[16][256 / 4];
@@ -152,11 +152,11 @@ inline void multiply(const Product* const* lanes, int warp) {
     }
 }
 
-inline Meeting& named_barrier(int id, int threads) {
+inline BarrierState& named_barrier(int id, int threads) {
     if (id < 1 || id > 15 || threads % kLanes != 0) fail("no such named barrier:", static_cast<uint32_t>(id));
-    Meeting& m = block().named[id];
+    BarrierState& m = block().named[id];
     if (m.arrived == 0) m.expected = threads;
-    if (m.expected != threads) fail("threads disagree about how many meet at named barrier", static_cast<uint32_t>(id));
+    if (m.expected != threads) fail("threads disagree about how many wait at named barrier", static_cast<uint32_t>(id));
     return m;
 }
 
@@ -166,7 +166,7 @@ namespace fm::cuda::sm90 {
 
 inline uint32_t dynamic_shared() { return emulation::kSharedBase; }
 inline uint32_t cluster_rank() { return static_cast<uint32_t>(emulation::fibers[emulation::self].rank); }
-inline void cluster_sync() { emulation::meet("cluster_sync", 0, emulation::cluster, emulation::threads); }
+inline void cluster_sync() { emulation::arrive_and_wait("cluster_sync", 0, emulation::cluster, emulation::threads); }
 
 inline bool elect_one() {
     __syncwarp();
@@ -200,8 +200,8 @@ inline bool make_map(TensorMap* map, const uint16_t* data, int64_t rows, int64_t
     return true;
 }
 
-// Half of the rows land at once, which shows a stage that was still in use; the other half, and with it the bytes on
-// the barriers, when no thread can move, which shows a missing wait.
+// Half of the rows are written at once, which shows a stage that is still in use. The other half is written, and the
+// bytes are counted, when no thread can continue, which shows a missing wait.
 inline void start_transfer(uint32_t destination, const TensorMap* map, uint32_t bar, int x, int y, uint16_t mask) {
     if (destination % emulation::kRowBytes != 0) emulation::fail("a swizzled tile cannot lie at", destination);
     emulation::Transfer t{emulation::self, *map, destination, bar, x, y, mask};
@@ -230,14 +230,14 @@ template <int N> void wgmma(float (&accumulators)[N / 2], uint64_t a, uint64_t b
 inline void wgmma_fence() { emulation::state<emulation::Wgmma>().fenced = true; }
 inline void wgmma_commit() { emulation::state<emulation::Wgmma>().groups.commit(); }
 
-// Operands are read here, after all that other threads can do: a stage given back too early has been overwritten.
+// Reads operands after everything that other threads can do, so that a stage released too early has been overwritten.
 template <int N> void wgmma_wait() {
     using namespace emulation;
     Wgmma& mine = state<Wgmma>();
-    together("wgmma_wait", mine.groups, [](Groups<Product>* const* lanes) {
+    warp_collective("wgmma_wait", mine.groups, [](Groups<Product>* const* lanes) {
         int warp = self / kLanes;
         size_t due = lanes[0]->due(N);
-        if (due) let_others_go_first("wgmma_wait");
+        if (due) wait_until_idle("wgmma_wait");
         for (size_t i = 0; i < due; ++i) {
             const Product* operations[kLanes];
             for (int l = 0; l < kLanes; ++l) {
@@ -252,18 +252,19 @@ template <int N> void wgmma_wait() {
     if (N == 0) mine.fenced = false;
 }
 
-template <int N> void keep(float (&)[N]) {}
+template <int N> void pin_registers(float (&)[N]) {}
 template <int R> void registers_increase() { static_assert(R % 8 == 0 && R >= 24 && R <= 256); }
 template <int R> void registers_decrease() { static_assert(R % 8 == 0 && R >= 24 && R <= 256); }
 
 inline void named_sync(int id, int threads) {
-    emulation::meet("named barrier", static_cast<uint32_t>(id), emulation::named_barrier(id, threads), threads);
+    emulation::arrive_and_wait("named barrier", static_cast<uint32_t>(id), emulation::named_barrier(id, threads),
+                               threads);
 }
 
 inline void named_arrive(int id, int threads) {
-    emulation::Meeting& m = emulation::named_barrier(id, threads);
+    emulation::BarrierState& m = emulation::named_barrier(id, threads);
     ++m.arrived;
-    emulation::settle(m, threads);
+    emulation::complete_if_full(m, threads);
 }
 
 } // namespace fm::cuda::sm90

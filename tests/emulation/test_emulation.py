@@ -1,4 +1,4 @@
-"""The portable CUDA kernels, executed by the host emulator, against the CPU kernels on the whole path of a call."""
+"""The portable CUDA kernels, executed by the host emulator, against the CPU kernels: whole calls."""
 
 import math
 
@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from loss_inputs import LAYOUTS, in_layout, leaf, ours, problem, relative_error
 
 import fused_margin as fm
-from fused_margin._ops import forward_backward, library, plan
+from fused_margin._ops import forward_backward
+from fused_margin._ops.backends import select
 from fused_margin._ops.backends.select import PORTABLE, Kernels
 from fused_margin._ops.inputs import LossInputs
 from fused_margin.margins import FilteredNegatives, HardNegatives
@@ -16,13 +17,12 @@ from fused_margin.margins import FilteredNegatives, HardNegatives
 
 @pytest.fixture
 def compare(emulated, monkeypatch):
-    """Runs a function with the CPU's kernels, then with CUDA's on the host, and compares all it returns."""
+    """Runs a function with the kernels of the CPU, then with those of CUDA on the host, and compares the results."""
 
     def run(function, tolerance):
         expected = function()
         with monkeypatch.context() as patch:
-            for module in (forward_backward, library):
-                patch.setattr(module, "kernels", lambda device: Kernels(emulated.cuda, 0))
+            patch.setattr(select, "kernels", lambda *_: Kernels(emulated.cuda, 0))
             measured = function()
         for m, e in zip(measured, expected, strict=True):
             assert relative_error(m, e) < tolerance
@@ -48,7 +48,7 @@ def test_losses(compare, case, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("workspace_mb", [256, 1e-6], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("workspace_mb", [256, 1e-6], ids=["saved", "recomputed"])
 def test_sub_centers_and_hard_negatives(compare, dtype, workspace_mb):
     x, w, y = (t.to(dtype) if t.is_floating_point() else t for t in problem(7, 777, 45))
     y = torch.where(torch.arange(7) == 2, -100, y % 259)
@@ -63,7 +63,7 @@ def test_sub_centers_and_hard_negatives(compare, dtype, workspace_mb):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("workspace_mb", [256, 1e-6], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("workspace_mb", [256, 1e-6], ids=["saved", "recomputed"])
 def test_inner_products(compare, dtype, workspace_mb):
     x, w, y = (t.to(dtype) if t.is_floating_point() else t for t in problem(7, 333, 45, spread=1.0))
     bias = torch.randn(333, dtype=dtype)
@@ -78,7 +78,7 @@ def test_inner_products(compare, dtype, workspace_mb):
         compare(lambda o=options: run(workspace_mb=workspace_mb, **o), 2e-6 if dtype == torch.float32 else 1e-12)
 
 
-@pytest.mark.parametrize("workspace_mb", [256, 1e-6], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("workspace_mb", [256, 1e-6], ids=["saved", "recomputed"])
 @pytest.mark.parametrize("size", [1e6, 1e9, 1e16, 1e37])
 def test_large_logits(compare, size, workspace_mb):
     x, w, y = (t.float() if t.is_floating_point() else t for t in problem(7, 333, 45))
@@ -98,11 +98,9 @@ def test_large_logits(compare, size, workspace_mb):
 @pytest.mark.parametrize("size", [1.0, 1e24])
 @pytest.mark.parametrize("workspace_mb", [256, 1e-6])
 def test_nearest_classes_in_chunks(emulated, monkeypatch, size, workspace_mb):
-    """As on a GPU, where a loss does not wait for a search."""
-    for module in (forward_backward, plan):
-        monkeypatch.setattr(module, "is_searched", lambda problem: False)
-    monkeypatch.setattr(library, "kernels", lambda device: Kernels(emulated.cuda, 0))
-    monkeypatch.setattr(forward_backward, "kernels", lambda device: Kernels(emulated.cuda, 0))
+    """As in a loss on a GPU, which does not wait for a search."""
+    monkeypatch.setattr(LossInputs, "uses_tiled_nearest", property(lambda inputs: inputs.nearest))
+    monkeypatch.setattr(select, "kernels", lambda *_: Kernels(emulated.cuda, 0))
     torch.manual_seed(0)
     for unit in (torch.eye(5)[torch.arange(301) % 5], F.normalize(torch.randn(301, 12))):
         w = unit * size
@@ -140,13 +138,12 @@ def test_margins_and_bad_labels(compare, emulated, monkeypatch):
     x, w, y = problem(40, 20, 6)
     for margin in ({"m1": 4.0}, {"m2": 0.5, "beyond_pi": "linear"}, {"m2": 0.5, "easy": True}):
         compare(lambda margin=margin: ours(x, w, y, margin, 16.0), 1e-12)
-    for module in (forward_backward, library):
-        monkeypatch.setattr(module, "kernels", lambda device: Kernels(emulated.cuda, 0))
+    monkeypatch.setattr(select, "kernels", lambda *_: Kernels(emulated.cuda, 0))
     with pytest.raises(ValueError, match="got 20 for 20 classes"):
         ours(x, w, y.index_fill(0, torch.tensor([3]), 20))
 
 
-# around a vector of 2 or 4 elements, what a warp reads at once, and what fits in its registers: 256 to 1024 elements
+# around a vector of 2 or 4 elements, one read of a warp, and the capacity of its registers, 256 to 1024 elements
 SIZES = (1, 3, 4, 5, 31, 127, 128, 129, 256, 258, 512, 513, 1024, 1025, 1028, 4096)
 DTYPES = {  # of the weights, and of the arithmetic
     "float32": (torch.float32, torch.float32),
@@ -159,7 +156,7 @@ DTYPES = {  # of the weights, and of the arithmetic
 
 
 def rows_of(count, size, dtype, layout):
-    """Random rows whose last element is large, so that a result without it is wrong."""
+    """Random rows with a large last element, so that a result without it is wrong."""
     rows = torch.randn(count, size, dtype=torch.float64)
     rows[:, -1] = 2.0 + rows[:, -1].abs()
     return in_layout(rows.to(dtype), layout)
@@ -301,7 +298,7 @@ def test_embedding_gradients_of_rows_in_any_layout(run, dtype, layout, inner_pro
 
 
 def test_samples_of_a_class_among_many(run):
-    """The warp's search in the sorted labels: of counts around its 32 lanes, for classes at both ends and absent."""
+    """A warp's search in the sorted labels: counts around its 32 lanes, classes at both ends, and absent classes."""
     for samples in (1, 31, 32, 33, 63, 64, 65, 1023, 1024, 1025, 2049):
         labels = torch.randint(0, 60, (samples,)) // 3 * 3  # runs of equals, and classes without a sample
         gradient, x = torch.zeros(64, 4), torch.randn(samples, 4)

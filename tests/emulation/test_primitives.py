@@ -1,4 +1,4 @@
-"""The emulator itself: toy kernels give the right result, and the same with a mistake in them are found out."""
+"""The emulator itself: correct kernels give the right result, and kernels with an injected mistake are detected."""
 
 import os
 import subprocess

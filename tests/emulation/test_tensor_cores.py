@@ -1,4 +1,4 @@
-"""Whole tensor-core kernels, executed by the host emulator: pipelines, tiles and epilogues, on the path of a call."""
+"""Whole tensor-core kernels, executed by the host emulator: pipelines, tiles and epilogues, in whole calls."""
 
 import math
 
@@ -10,7 +10,7 @@ from loss_inputs import LAYOUTS, in_layout, leaf, loss_and_gradients, ours, prob
 import fused_margin as fm
 from emulation import build
 from fused_margin import reference
-from fused_margin._ops import forward_backward, library
+from fused_margin._ops import library
 from fused_margin._ops.backends import select, tensor_cores
 from fused_margin._ops.backends.select import Kernels
 from fused_margin._ops.inputs import LossInputs
@@ -18,8 +18,7 @@ from fused_margin._ops.inputs import LossInputs
 
 @pytest.fixture(params=["sm90", "sm80"])
 def family(request, emulated, monkeypatch):
-    for module in (forward_backward, library):
-        monkeypatch.setattr(module, "kernels", lambda device: Kernels(emulated.cuda, 0))
+    monkeypatch.setattr(select, "kernels", lambda *_: Kernels(emulated.cuda, 0))
     monkeypatch.setattr(tensor_cores, "half_product", build.half_product(emulated))
     with select.use(request.param):
         yield request.param
@@ -47,10 +46,10 @@ def check(x, w, y, tolerance, **options):
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize(("rows", "columns", "width"), [(1, 1, 64), (130, 200, 128), (300, 450, 576)])
 def test_small_integers_multiply_exactly(family, emulated, rows, columns, width, parts, wide):
-    """Any error in a descriptor, a swizzle or a phase shows at once."""
+    """Shows any error in a descriptor, a swizzle or a phase."""
     left, right = (torch.randint(-4, 5, (n, parts * width)).half() for n in (rows, columns))
     out = torch.full((rows, columns), float("nan"))
-    Kernels(emulated.cuda, 0).family(family).dump(
+    getattr(Kernels(emulated.cuda, 0), family).dump(
         left=left, right=right, rows=rows, columns=columns, width=width, parts=parts, wide=wide, out=out
     )
     a, b = (t.float().view(len(t), parts, width).unbind(1) for t in (left, right))
@@ -60,21 +59,21 @@ def test_small_integers_multiply_exactly(family, emulated, rows, columns, width,
 
 @pytest.mark.parametrize("spread", [0, 8], ids=["one magnitude", "many magnitudes"])
 def test_sums_are_those_of_the_published_model(family, emulated, spread):
-    """Bit for bit, with the coarser alignment; the emulator's own arithmetic is in integers."""
+    """The same bits, with the coarser alignment; the arithmetic of the emulator is in integers."""
     left, right = (torch.randn(n, 192) * torch.exp2(torch.randint(-spread, 1, (n, 192))) for n in (20, 30))
     left, right = left.half(), right.half()
     out = torch.empty(20, 30)
-    Kernels(emulated.cuda, 0).family(family).dump(
+    getattr(Kernels(emulated.cuda, 0), family).dump(
         left=left, right=right, rows=20, columns=30, width=192, parts=1, wide=False, out=out
     )
     assert torch.equal(out.double(), tensor_core_model.product(left, right, family, "products"))
     exact = left.double() @ right.double().t()
-    assert (out - exact).abs().max() > (exact.float() - exact).abs().max()  # which float32 alone does not do
+    assert (out - exact).abs().max() > (exact.float() - exact).abs().max()  # which float32 alone would not show
 
 
 @pytest.mark.parametrize(("parts", "tolerance"), [(1, 2e-4), (2, 2e-6)])
 def test_accuracy_of_packed_operands(family, emulated, parts, tolerance):
-    """Cosines near one among others, of rows of any length.
+    """Cosines, some of them near one, of rows of any length.
 
     Split operands keep 22 bits; near one the tensor cores' rounding towards zero is the larger error.
     """
@@ -105,7 +104,7 @@ def test_accuracy_of_packed_operands(family, emulated, parts, tolerance):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
 def test_operands_of_rows_in_any_layout(emulated, dtype, layout):
-    """The bits of every half, for sizes around a group of 8 and what fits in registers, 512 and 1024; then zeros."""
+    """The bits of every half, then zeros, for sizes around a group of 8 and the register limits, 512 and 1024."""
     run = Kernels(emulated.cuda, 0)
     for size in (1, 3, 4, 5, 8, 127, 128, 129, 511, 512, 513, 1000, 1024, 1025, 4096):
         rows = torch.randn(7, size)
@@ -138,7 +137,7 @@ def test_losses_and_gradients(family, precision, shape):
 @pytest.mark.parametrize("precision", ["highest"], indirect=True)
 @pytest.mark.parametrize("shape", [(129, 193, 40), (300, 1100, 512), (33, 260, 1000), (20, 200, 2048)], ids=str)
 def test_exponent_sum(family, precision, shape):
-    """The limits of tests/cuda. At a scale of one a class that is missing or counted twice shows."""
+    """The limits of tests/cuda. A scale of one shows a class that is missing or counted twice."""
     x, w, y = single(*shape)
     cosines = reference.normalize(x.double()) @ reference.normalize(w.double()).t()
     for scale, limit in ((64.0, 2e-5), (1.0, 2e-6)):
@@ -163,7 +162,7 @@ def test_long_sums_of_split_operands(family, monkeypatch):
 
 @pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_the_default_dtype_changes_nothing(family, default):
-    """A kernel's scratch has the dtype that the kernel writes, whatever torch.set_default_dtype says."""
+    """The scratch memory of a kernel has the dtype that the kernel writes, for any default dtype."""
     x, w, y = single(140, 300, 40)
     expected = ours(x, w, y, {"m2": 0.5}, exclusive_weight=0.3)
     torch.set_default_dtype(default)
@@ -193,7 +192,7 @@ def test_options(family, options):
 
 @pytest.mark.parametrize("size", [1e3, 1e5, 1.9e6])
 def test_large_logits(family, size):
-    """The exponent of every row is exact: what is left is the rounding of the products, of logits that large."""
+    """The exponent of every row is exact: the remaining error is the rounding of the products of such logits."""
     x, w, y = single(40, 300, 48)
     x = torch.nn.functional.normalize(x) * size
     y[3] = -100
@@ -203,7 +202,7 @@ def test_large_logits(family, size):
 
 
 def test_logits_beyond_the_range_are_no_number(family):
-    """Of a fixed scale the portable kernels take care."""
+    """The portable kernels serve a fixed scale."""
     x, w, y = single(40, 300, 48)
     x[5] *= 1e9 / x[5].norm()
     loss = fm.functional.margin_cross_entropy(x, w, y, scale=None, reduction="none")
@@ -283,10 +282,11 @@ def test_compiles_into_one_graph(family):
 @pytest.mark.parametrize("exact", [True, False])
 def test_opcheck(family, keep, exact):
     x, w, y = single(9, 200, 40)
-    products = f"{family} {select.SPLIT}" if exact else family
+    backend = f"{family} {select.SPLIT}" if exact else family
     scale = (torch.rand(9, dtype=torch.float64) + 5).requires_grad_()
-    problem = LossInputs(leaf(x), leaf(w), 1 << 18, products, y, scale, nearest=True)
-    torch.library.opcheck(library.sweep, (*library.arguments(problem), False, -100, keep))
+    inputs = LossInputs(leaf(x), leaf(w), 1 << 18, backend, y, scale, nearest=True)
+    arguments = [getattr(inputs, field.name) for field in library.FIELDS]
+    torch.library.opcheck(library.forward_chunks, (*arguments, False, -100, keep))
 
 
 def test_the_same_bits_every_time(family):

@@ -73,7 +73,7 @@ class ChunkBackend:
         self, run: Kernels, inputs: LossInputs, plan: ChunkPlan, output: ForwardOutput, norms_known: bool = False
     ):
         self.run, self.inputs, self.plan, self.output, self.norms_known = run, inputs, plan, output, norms_known
-        self.samples = output.normalized_embeddings.shape[0]
+        self.samples, self.compute = output.normalized_embeddings.shape[0], output.normalized_embeddings.dtype
         self.fixed = fixed_exponent(inputs)
         advise_huge_pages(output.saved_chunks)
         self.buffer = output.normalized_embeddings.new_empty(
@@ -82,10 +82,6 @@ class ChunkBackend:
         advise_huge_pages(self.buffer)
         self.sums = output.exponent.new_empty(plan.chunks, self.samples)
         self.exponents = torch.empty_like(self.sums)
-
-    def rows(self, begin: int, end: int) -> Tensor:
-        """Class weights as an operand: the caller's memory, or a converted copy."""
-        return self.inputs.weight[begin:end].to(self.output.normalized_embeddings.dtype)
 
     def exponentials(self, k: int) -> Tensor:
         """Where the exponentials (N, classes) of a chunk go."""
@@ -111,7 +107,7 @@ class ChunkBackend:
     def forward_chunk(self, k: int) -> None:
         """The norms of a chunk's classes, and their part of every row's sum."""
         begin, end = self.plan.bounds(k)
-        operand = self.rows(begin, end)
+        operand = self.inputs.weight[begin:end].to(self.compute)  # the caller's memory, or a converted copy
         inverse_norm = self.output.weight_inverse_norm[begin:end]
         if self.inputs.inner_product:
             inverse_norm.fill_(1.0)
@@ -127,7 +123,7 @@ class ChunkBackend:
     def unit_rows(self, k: int) -> Tensor:
         """A chunk's class weights, normalised: products of longer ones can be infinite."""
         begin, end = self.plan.bounds(k)
-        return self.rows(begin, end) * self.output.weight_inverse_norm[begin:end].unsqueeze(1)
+        return self.inputs.weight[begin:end].to(self.compute) * self.output.weight_inverse_norm[begin:end].unsqueeze(1)
 
     def compare_classes(self, column: int) -> None:
         """Compares a chunk with all classes up to its end. Ascending order gives ties to the lowest index."""
@@ -181,7 +177,7 @@ class ChunkBackend:
     def backward_chunk(self, k: int, gradient: Tensor | None, bias_gradient: Tensor | None) -> None:
         """Adds to d_embeddings; writes the dense parts of a chunk's gradients of weight and bias."""
         begin, end = self.plan.bounds(k)
-        operand = self.rows(begin, end)
+        operand = self.inputs.weight[begin:end].to(self.compute)  # the caller's memory, or a converted copy
         exponentials = self.exponentials(k) if k < self.plan.saved else self.exponentiate(k, operand)
         if self.d_embeddings is not None and self.shared:
             self.d_embeddings.addmm_(exponentials, operand)

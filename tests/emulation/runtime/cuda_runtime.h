@@ -1,4 +1,4 @@
-// A CUDA runtime that launches nothing and records what the host code of csrc/cuda/device.h asks of it.
+// A CUDA runtime that launches nothing and records the calls of the host code in csrc/cuda/device.h.
 #pragma once
 
 #include <mutex>
@@ -49,7 +49,7 @@ inline std::vector<Call> calls;
 inline std::mutex mutex;
 inline thread_local int device = 0;
 inline thread_local cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGlobal;
-inline bool loaded_in_capture = false; // a call that may load a kernel came without the relaxed mode
+inline bool loaded_in_capture = false; // a call that may load a kernel was made without the relaxed mode
 inline cudaError_t next_launch = cudaSuccess;
 
 inline cudaError_t record(const Call& call) {
