@@ -1,4 +1,4 @@
-"""The program `fused-margin`: sets what has to be set before torch is imported, and runs fused_margin.cli.
+"""The program `fused-margin`: sets OpenMP's environment variables before torch is imported, and runs fused_margin.cli.
 
 It is a separate module, because importing the package imports torch, and OpenMP reads its environment variables then.
 """
@@ -10,8 +10,8 @@ SPIN_COUNT = "3000"  # tens of microseconds; by default it is 300,000, which is 
 
 def main() -> int:
     """Run the command line; returns the exit code."""
-    # An OpenMP thread spins while it waits for the others. Where another process needs the core, that keeps the thread
-    # waited for from running. Sleeping at once (OMP_WAIT_POLICY=passive) costs more time where the cores are free.
+    # An OpenMP thread spins while it waits for other threads. If these need the same core, spinning delays them.
+    # Sleeping at once (OMP_WAIT_POLICY=passive) is slower if the cores are free.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
     from fused_margin.cli import main

@@ -1,4 +1,4 @@
-"""The command `fused-margin`: hands each subcommand to its module, imported only when asked for."""
+"""The program `fused-margin`: runs the module in `fused_margin.commands` that has the name of the subcommand."""
 
 from __future__ import annotations
 
@@ -9,37 +9,22 @@ from collections.abc import Sequence
 from importlib.metadata import version
 
 COMMANDS = {
-    "info": ("show the version and what this build can do", "fused_margin.info", "main"),
-    "train": (
-        "train and verify a network; without options in minutes on two CPU cores",
-        "fused_margin.trainer.cli",
-        "main",
-    ),
-    "evaluate": (
-        "evaluate a trained network, or features from a file, under a named protocol",
-        "fused_margin.trainer.cli",
-        "evaluate_main",
-    ),
-    "export": ("write a trained network as PyTorch weights and as ONNX", "fused_margin.trainer.export", "main"),
-    "compare": (
-        "train several losses with the same settings and write a table of their results",
-        "fused_margin.trainer.compare",
-        "main",
-    ),
-    "consolidate": (
-        "merge a checkpoint that several ranks have written into one file",
-        "fused_margin.consolidate",
-        "main",
-    ),
-    "figure": ("draw the 2-d embeddings that losses learn for a few digits", "fused_margin.trainer.toy", "main"),
-    "align": ("bring faces onto a template by their five landmarks", "fused_margin.trainer.align", "main"),
-}  # help, module and function, which takes the arguments and returns the exit code
+    "info": "show the version and what this build can do",
+    "train": "train and verify a network; without options in minutes on two CPU cores",
+    "evaluate": "evaluate a trained network, or features from a file, under a named protocol",
+    "export": "write a trained network as PyTorch weights and as ONNX",
+    "compare": "train several losses with the same settings and write a table of their results",
+    "consolidate": "merge a checkpoint that several ranks have written into one file",
+    "figure": "draw the 2-d embeddings that losses learn for a few digits",
+    "align": "align faces to a template by their five landmarks",
+}  # name and help. `main` of the module takes the arguments and returns the exit code.
 
 EXTRAS = {
     "lightning": ("lightning", "trainer"),
     "matplotlib": ("matplotlib", "trainer"),
     "PIL": ("Pillow", "trainer"),
     "fontTools": ("fonttools", "trainer"),
+    "pydantic": ("pydantic", "trainer"),
     "pytorch_metric_learning": ("pytorch-metric-learning", "trainer"),
     "rich": ("rich", "trainer"),
     "scipy": ("scipy", "trainer"),
@@ -50,7 +35,7 @@ EXTRAS = {
     "onnx": ("onnx", "export"),
     "onnxruntime": ("onnxruntime", "export"),
     "onnxscript": ("onnxscript", "export"),
-}  # module: its package, and the extra that brings it
+}  # module: its package, and the extra that installs it
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,23 +43,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="fused-margin", description="Fused margin losses for face recognition.")
     parser.add_argument("--version", action="version", version=f"fused-margin {version('fused_margin')}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
-    for name, (help_text, _, _) in COMMANDS.items():
-        subparsers.add_parser(name, help=help_text, add_help=False)  # each answers --help itself
+    for name, help_text in COMMANDS.items():
+        subparsers.add_parser(name, help=help_text, add_help=False)  # the command prints its own help
 
     known, rest = parser.parse_known_args(argv)
     if known.command is None:
         parser.print_help()
         return 2 if rest else 0
-    _, module, function = COMMANDS[known.command]
     try:
-        run = getattr(importlib.import_module(module), function)
+        command = importlib.import_module(f"fused_margin.commands.{known.command}")
     except ModuleNotFoundError as error:
         return _missing(known.command, error)
-    return run(rest)
+    return command.main(rest)
 
 
 def _missing(command: str, error: ModuleNotFoundError) -> int:
-    """Say which package of which extra `command` lacks; any other missing module is raised."""
+    """Print which package and extra `command` needs; other missing modules are raised."""
     module = (error.name or "").partition(".")[0]
     if module not in EXTRAS:
         raise error

@@ -1,7 +1,5 @@
-"""What this build is, and the command `fused-margin info`."""
+"""The version, and the properties of this build."""
 
-import argparse
-from collections.abc import Sequence
 from importlib.metadata import version
 
 import torch
@@ -36,22 +34,3 @@ def build_info() -> dict:
         },
         "kernels": kernels,
     }
-
-
-def main(args: Sequence[str]) -> int:
-    """Print `build_info`; returns the exit code."""
-    argparse.ArgumentParser(
-        prog="fused-margin info", description="Show the version and what this build can do."
-    ).parse_args(args)
-    _print_nested(build_info())
-    return 0
-
-
-def _print_nested(values: dict, indent: str = "") -> None:
-    for name, value in values.items():
-        if isinstance(value, dict):
-            print(f"{indent}{name}:")
-            _print_nested(value, indent + "  ")
-        else:
-            shown = ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
-            print(f"{indent}{name}: {shown}")

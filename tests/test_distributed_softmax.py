@@ -9,7 +9,7 @@ from loss_inputs import leaf, problem, relative_error
 from ranks import MOST, RankError
 
 import fused_margin as fm
-from fused_margin.consolidate import main as consolidate
+from fused_margin.commands.consolidate import main as consolidate
 from fused_margin.distributed import Shard, slice_of
 from fused_margin.functional import linear_cross_entropy
 

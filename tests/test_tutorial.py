@@ -16,7 +16,8 @@ from PIL import Image
 pytest.importorskip("lightning", reason="the trainer's extra is not installed")
 
 from fused_margin import cli
-from fused_margin.trainer.data import find_benchmark_reader, load_splits
+from fused_margin.evaluation import find_pair_list
+from fused_margin.trainer.data import load_splits
 
 DOCS = Path(__file__).parents[1] / "docs"
 TUTORIAL = (DOCS / "tutorial.md").read_text(encoding="utf-8")
@@ -84,7 +85,7 @@ def test_the_seed_decides_the_pictures(faces, tmp_path):
 def test_the_readers_take_the_folders(faces):
     splits = load_splits(str(faces / "train"), (16, 16), 3, 0.5, 0)
     assert (splits.train.num_classes, splits.test.num_classes) == (2, 2)
-    lfw = find_benchmark_reader(str(faces / "lfw"))()
+    lfw = find_pair_list(str(faces / "lfw"))()
     assert np.bincount(lfw.fold).tolist() == [8] * 10 and lfw.same.sum() == 40
     people = [
         {Path(lfw.images[item]).parent.name for item in lfw.pairs[lfw.fold == fold].ravel()} for fold in range(10)

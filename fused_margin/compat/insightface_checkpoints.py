@@ -8,17 +8,31 @@ import os
 from collections.abc import Iterable, Iterator
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from fused_margin._tensor_files import UnreadableFileError, load_tensors
-from fused_margin.distributed import slice_of
+from fused_margin.distributed import Shard, slice_of
 
-if TYPE_CHECKING:
-    from fused_margin.compat.insightface import PartialFC_V2
+
+class ShardedClasses(Protocol):
+    """The attributes of `insightface.PartialFC_V2` that checkpoints need; that module imports this one."""
+
+    rank: int
+    world_size: int
+    num_classes: int
+    embedding_size: int
+    class_start: int
+    num_local: int
+    weight: nn.Parameter
+    shard: Shard
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> Any: ...
 
 
 class Progress(NamedTuple):
@@ -45,7 +59,7 @@ def save_checkpoint(
     epoch: int,
     global_step: int,
     backbone: nn.Module,
-    partial_fc: PartialFC_V2,
+    partial_fc: ShardedClasses,
     optimizer: torch.optim.Optimizer,
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler,
 ) -> None:
@@ -86,7 +100,7 @@ def save_checkpoint(
 def load_checkpoint(
     folder: str | os.PathLike,
     backbone: nn.Module,
-    partial_fc: PartialFC_V2,
+    partial_fc: ShardedClasses,
     optimizer: torch.optim.Optimizer | None = None,
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
 ) -> Progress:
@@ -123,7 +137,7 @@ def load_checkpoint(
     return Progress(own["epoch"], own["global_step"])
 
 
-def read_all(folder: Path, partial_fc: PartialFC_V2) -> list[dict[str, Any]]:
+def read_all(folder: Path, partial_fc: ShardedClasses) -> list[dict[str, Any]]:
     """The files of the ranks that wrote together: the first so many as hold all classes."""
     files, classes, num_classes = [], 0, partial_fc.num_classes
     while classes < num_classes:
@@ -248,7 +262,7 @@ def loaded_scheduler(
         raise
 
 
-def check_finite(weight: Tensor, partial_fc: PartialFC_V2, files: list[dict[str, Any]], folder: Path) -> None:
+def check_finite(weight: Tensor, partial_fc: ShardedClasses, files: list[dict[str, Any]], folder: Path) -> None:
     """This rank's class weights, which are of these files."""
     wrong = (~weight.isfinite().all(dim=1)).nonzero()
     if len(wrong):
@@ -278,7 +292,7 @@ def check_scheduler(saved: dict[str, Any], lr_scheduler: torch.optim.lr_schedule
         )
 
 
-def own_rows(parts: Iterable[Tensor], partial_fc: PartialFC_V2) -> Tensor:
+def own_rows(parts: Iterable[Tensor], partial_fc: ShardedClasses) -> Tensor:
     """This rank's rows of what the parts are together."""
     rows, begin, end = [], partial_fc.class_start, partial_fc.class_start + partial_fc.num_local
     for part in parts:
@@ -319,7 +333,7 @@ def optimizer_state(
     files: list[dict[str, Any]],
     own: dict[str, Any],
     optimizer: torch.optim.Optimizer,
-    partial_fc: PartialFC_V2,
+    partial_fc: ShardedClasses,
     path: Path,
 ) -> dict[str, Any]:
     """The state dict of the own file, at `path`, but with the rows of this rank's classes, as this optimizer takes it."""
@@ -365,7 +379,7 @@ def optimizer_state(
     return copy.deepcopy({"state": state, "param_groups": merged_groups})  # nothing of it stays in the files
 
 
-def of_classes(name: str, parts: list[dict[str, Any]], partial_fc: PartialFC_V2, folder: Path):
+def of_classes(name: str, parts: list[dict[str, Any]], partial_fc: ShardedClasses, folder: Path):
     """One entry of an optimizer's state of the class weights: rows, as momentum, or a number that all ranks have."""
     values = [part[name] for part in parts]
     if not isinstance(values[0], Tensor) or values[0].dim() == 0:

@@ -1,4 +1,4 @@
-"""The trainer's options: dataclasses whose docstrings are the command line's help."""
+"""The options of `fused-margin train`. The docstrings of the fields are the help of the command."""
 
 from __future__ import annotations
 
@@ -9,56 +9,57 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import ConfigDict
+
 from .config_values import ConfigError, missing_options, overlay, to_plain
-from .data import find_reader
+from .data import EMBEDDED, find_reader
 from .data.augment import AugmentationConfig
-from .losses import LossConfig
 from .models import ModelConfig, Network
 from .options import NamedOptions
+from .train.named_losses import LossConfig
 
-EMBEDDED = ("glyphs", "digits")
-LARGEST_SEED = 2**64 - 1  # that torch takes
-# What a resumed run may do differently without becoming another run.
+LARGEST_SEED = 2**64 - 1  # of torch
+# Options that may differ in a resumed run.
 RUNTIME_FIELDS = ("output", "config", "resume", "accelerator", "devices", "workers", "checkpoint_every", "log_every")
-# Options that checkpoints of older versions do not have; they take their default.
+# Options that early checkpoints do not have; they get their defaults.
 LATER_OPTIONS = ("weights",)
-# What the configuration file of a run leaves out, so that it may start another.
+# Options that the configuration file of a run omits, so that it can start another run.
 LAUNCH_FIELDS = ("output", "config", "resume")
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """SGD. Class weights whose norm does not count are projected onto the unit sphere after every step."""
+    """SGD. Class weights whose norm has no effect are normalised after every step."""
 
     lr: float = 0.05
     """Largest learning rate of the backbone."""
     class_lr: float = 0.5
-    """Largest learning rate of class weights that are kept on the unit sphere."""
+    """Largest learning rate of normalised class weights."""
     momentum: float = 0.9
     """Momentum of the backbone and of the class weights."""
     weight_decay: float = 5e-4
     """Weight decay of the backbone.
-    It also applies to class weights whose norm counts (softmax, l2-softmax, l-softmax)."""
+    It also applies to class weights whose norm has an effect (softmax, l2-softmax, l-softmax)."""
     warmup: float = 0.1
-    """Share of the steps at the start in which the learning rate rises linearly from 0."""
+    """Share of the steps with linear warmup of the learning rate."""
     schedule: Literal["poly", "step"] = "poly"
-    """How the learning rate falls after the warmup.
+    """Decay of the learning rate after the warmup.
     poly: polynomial decay (--optimizer.decay-power).
     step: constant between milestones (--optimizer.milestones, --optimizer.gamma)."""
     decay_power: float = 1.0
-    """Power of the schedule poly: the learning rate falls as (1 - progress) to this power.
-    0 keeps it constant."""
+    """Power of the schedule poly: the factor of the learning rate is (1 - progress) to this power.
+    0: constant."""
     milestones: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8)
-    """Milestones of the schedule step: shares of the run after which the learning rate falls.
-    The default is RegularFace's, every 6 of 30 epochs.
-    SphereFace's are 0.571 0.857 with a gamma of 0.1: after 16,000 and 24,000 of 28,000 steps."""
+    """Milestones of the schedule step, as shares of the run.
+    The default is RegularFace's: every 6 of 30 epochs.
+    SphereFace's are 0.571 0.857, with a gamma of 0.1: after 16,000 and 24,000 of 28,000 steps."""
     gamma: float = 0.5
     """Factor of the learning rate at each milestone of the schedule step."""
     clip_norm: float = 5.0
-    """Largest norm of the backbone's gradient. A larger gradient is scaled down to it."""
+    """Largest norm of the backbone's gradient; larger gradients are clipped."""
     ema: float = 0.0
-    """Decay per step of a moving average of the backbone's weights, such as 0.999.
-    The average is then evaluated and exported. 0 keeps no average."""
+    """Decay per step of an exponential moving average of the backbone's weights, such as 0.999.
+    The average is then evaluated and exported. 0: no average."""
 
     def __post_init__(self) -> None:
         for name in ("lr", "class_lr", "clip_norm"):
@@ -78,7 +79,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """Verification on pairs of images of unseen identities."""
+    """Verification on pairs of images of the test identities."""
 
     pairs: int = 6000
     """Number of pairs, half of them of one identity."""
@@ -87,8 +88,9 @@ class EvaluationConfig:
     far: float = 1e-3
     """False accept rate at which the true accept rate is reported."""
     flip: Literal["none", "concat"] = "none"
-    """concat: embed the mirror image too, and concatenate both embeddings. Suits faces.
-    none: embed the image only."""
+    """How to combine the features of an image and its mirror image.
+    concat: concatenate both. Suitable for faces.
+    none: use the image only."""
 
     def __post_init__(self) -> None:
         if self.folds < 2:
@@ -101,69 +103,65 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Train a network with a fused margin loss and verify it on identities it has not seen.
+    """Train a network with a fused margin loss and verify it on identities that it was not trained on.
 
-    Without options: characters of the fonts that matplotlib carries, two CPU cores, under three
-    minutes.
+    Without options: characters of matplotlib's fonts, in under three minutes on two CPU cores.
     """
 
     data: str = "glyphs"
-    """Images to train and verify on: glyphs, digits, or a path.
-    glyphs are characters of twelve fonts, digits are scikit-learn's handwritten ones. Both need no download.
-    A folder of identities is read as FOLDER/identity/image.jpg.
-    A folder with train.rec and train.idx can be named too.
-    So can a list (.txt, .lst) with a path and a label in each line, or as mxnet's im2rec writes it.
-    The defaults of the other options depend on it."""
+    """Images to train and verify on. The defaults of other options depend on it.
+    glyphs: characters of twelve fonts. digits: scikit-learn's handwritten digits. Both need no download.
+    A folder of identities: FOLDER/identity/image.jpg.
+    A folder with InsightFace's train.rec and train.idx.
+    A list (.txt, .lst) of a path and a label per line, or in the format of mxnet's im2rec."""
     config: Path | None = None
-    """YAML file with values that replace the defaults, such as the config.yaml of an earlier run.
+    """YAML file of options, such as the config.yaml of an earlier run.
     Options on the command line take precedence."""
     output: Path | None = None
     """Folder for checkpoint, configuration, logs, report and figure.
     If not given, runs/<data>-<time>."""
     resume: bool = False
-    """Continue the run in --output, or the latest in runs/, with the options it was started with."""
+    """Continue the run in --output, or the latest run in runs/, with its options."""
     epochs: int = 5
     """Passes over the training images."""
     batch_size: int = 128
     """Images per step."""
     accumulate: int = 1
-    """Number of micro-batches that a step is divided into, whose gradients are added. More of them need less memory.
-    Batch norm, mined triplets and adaptive margins depend on the other images of a batch.
-    They see one micro-batch at a time, so with them the step is not quite the same. Otherwise it is."""
+    """Gradient-accumulation micro-batches per step. More of them need less memory.
+    Batch norm, mined triplets and adaptive margins see one micro-batch at a time, which changes their results."""
     seed: int = 0
-    """Seed of the identities' split, the initial weights, the order and the augmentation."""
+    """Seed of the split of identities, the initial weights, the order of images and the augmentation."""
     test_fraction: float = 0.2
-    """Share of the identities that are kept for verification.
-    0 trains on all identities and verifies on none."""
+    """Share of the identities that are used for verification.
+    0: train on all identities, without verification."""
     network: Network = "small"
-    """Network whose settings are the defaults of the --model options.
-    small: ResNet of SphereFace and RegularFace, in a size for two CPU cores.
+    """Network, which determines the defaults of the --model options.
+    small: ResNet of SphereFace and RegularFace, sized for two CPU cores.
     paper: the same ResNet as published, with 512-d embeddings.
-    lenet: LeNet++ of the center-loss paper, with 2-d embeddings that can be drawn."""
+    lenet: LeNet++ of the center-loss paper, with 2-d embeddings."""
     backbone: str | None = None
-    """Network of your own in place of --network, as package.module.factory.
-    The factory is called with --backbone-options.
-    It returns a module from images (N, channels, H, W) to embeddings (N, D).
-    Name it again to resume, evaluate or export: a checkpoint alone imports and calls nothing."""
+    """Your own network instead of --network, as package.module.factory.
+    The factory takes --backbone-options and returns a module from images (N, channels, H, W) to embeddings (N, D).
+    Repeat this option to resume, evaluate or export, because a checkpoint must not decide which code runs."""
     backbone_options: NamedOptions = field(default_factory=dict)
     """Keyword arguments of --backbone, such as model_name=resnet18 num_classes=128.
-    Values are Python literals, or text where they are not."""
+    Values are Python literals; other values are text."""
     weights: Path | None = None
-    """Trained weights that the backbone starts from, instead of random ones.
-    The folder or the checkpoint of an earlier run, or a backbone.pt of fused-margin export.
-    Class weights still start at random."""
+    """Initial weights of the backbone; random by default.
+    The folder or checkpoint of an earlier run, or a backbone.pt of fused-margin export.
+    Class weights always start at random."""
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
-    """Device. auto takes a GPU if there is one and the kernels are built for it."""
+    """Device. auto: a GPU, if there is one and the kernels are built for it."""
     devices: int = 1
-    """Number of processes. Each has a GPU, or a part of the CPU.
+    """Number of processes, each with a GPU or a part of the CPU.
     The images of a step and the classes are divided among them.
     A resumed run may have another number."""
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     """Precision of the backbone. 16-mixed needs a GPU."""
     workers: int = 0
-    """Number of processes that read images ahead, for images in files."""
+    """Number of processes that load image files."""
     checkpoint_every: int = 100
-    """Steps between checkpoints. One is always written at the end and on Ctrl-C."""
+    """Steps between checkpoints. A checkpoint is also written at the end and on Ctrl-C."""
     log_every: int = 10
     """Steps between rows of log.csv and points of TensorBoard's curves."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -171,6 +169,8 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    __pydantic_config__ = ConfigDict(strict=True, extra="forbid")  # also of the sections
 
     def __post_init__(self) -> None:
         if self.data not in EMBEDDED:
@@ -182,27 +182,27 @@ class TrainConfig:
             if getattr(self, name) > self.batch_size:
                 raise ValueError(f"{name} must be at most batch_size ({self.batch_size}), got {getattr(self, name)}")
         if self.backbone_options and self.backbone is None:
-            raise ValueError("backbone_options are for a --backbone, and there is none")
+            raise ValueError("backbone_options need a --backbone")
         for name in ("workers", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.seed > LARGEST_SEED:
             raise ValueError(f"seed must be at most {LARGEST_SEED}, got {self.seed}")
         if not 0 <= self.test_fraction < 1:
-            raise ValueError(f"test_fraction must be between 0 and 1, or 0 for none, got {self.test_fraction}")
+            raise ValueError(f"test_fraction must be in [0, 1), got {self.test_fraction}")
 
     @classmethod
     def defaults(cls, data: str = "glyphs", network: Network = "small", loss: str = "arcface") -> TrainConfig:
-        """The settings that suit one source of images, one size of network and one loss."""
+        """Default options for a source of images, a network and a loss."""
         model = ModelConfig.of(network)
         settings = LossConfig.small_data(loss) if data in EMBEDDED else LossConfig(loss)
         config = cls(data=data, network=network, model=model, loss=settings)
         if data == "glyphs":
             return config
         if data == "digits":
-            # Ten identities, 180 images each: seven classes to train on.
+            # Ten identities of 180 images; seven of them are training classes.
             return dataclasses.replace(config, epochs=8, batch_size=64, test_fraction=0.3)
-        # Aligned faces: half the published side, and as published only mirrored.
+        # Aligned faces: half the published image size, and only mirroring, as published.
         if network == "small":
             model = ModelConfig(channels=3, image_size=(56, 48))
         mirror_only = AugmentationConfig(rotation=0, scale=0, shear=0, shift=0, blur=0, noise=0, mirror=True)
@@ -215,11 +215,11 @@ class TrainConfig:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values: what a checkpoint and a report hold."""
+        """Plain values, as in checkpoints and reports."""
         return to_plain(self)
 
     def to_file_values(self) -> dict[str, Any]:
-        """Plain values that start the same run again, elsewhere."""
+        """Plain values for a configuration file that starts the same run again."""
         return {name: value for name, value in self.to_dict().items() if name not in LAUNCH_FIELDS}
 
     @classmethod
@@ -227,14 +227,14 @@ class TrainConfig:
         """The inverse of `to_dict`.
 
         Args:
-            values: what `to_dict` has returned.
-            reads_data: whether the images of `data` will be read. If not, they may be gone, and `data` is "glyphs".
+            values: result of `to_dict`.
+            reads_data: whether the images of `data` will be read. If not, they need not exist, and `data` is "glyphs".
 
         Raises:
             ValueError: a field is unknown or missing, or its value is not valid.
         """
         try:
-            config = overlay(cls(), values if reads_data else {**values, "data": EMBEDDED[0]})
+            config = overlay(cls(), values if reads_data else {**values, "data": "glyphs"})
             missing = [name for name in missing_options(cls().to_dict(), values) if name not in LATER_OPTIONS]
             if missing:
                 raise ConfigError(f"{', '.join(missing)}: not given")
@@ -243,7 +243,7 @@ class TrainConfig:
         return config
 
     def differences(self, other: TrainConfig) -> list[str]:
-        """Options in which two runs differ, beyond where and on what they run."""
+        """Descriptions of the options that differ, except `RUNTIME_FIELDS`."""
         return _differences(self.to_dict(), other.to_dict(), "")
 
 

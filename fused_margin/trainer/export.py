@@ -1,84 +1,43 @@
-"""The command `fused-margin export`: a trained network as PyTorch weights and as ONNX, both checked."""
+"""Exports a trained network as PyTorch weights and as ONNX, and checks both."""
 
 from __future__ import annotations
 
 import json
-import logging
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import onnxruntime
 import onnxscript  # noqa: F401 - torch's exporter needs it
 import torch
-import tyro
 from rich.console import Console
 from torch import Tensor, nn
 
-from .checkpoint import FILE_NAME, WEIGHTS_NAME, CheckpointError, criterion_state, load_run
-from .cli import failed, find_latest_run
 from .config import TrainConfig
-from .consoles import command_consoles
-from .losses import stored_class_weight
-from .models import BackboneError, build_backbone, describe_backbone, require_named, restore_backbone
+from .models.build import build_backbone, describe_backbone, require_named, restore_backbone
+from .train.checkpoint import WEIGHTS_NAME, CheckpointError, criterion_state, load_run
+from .train.criterion import stored_class_weight
 
-PROG = "fused-margin export"
 ONNX_NAME, CLASSES_NAME, IDENTITIES_NAME = "backbone.onnx", "class_weight.npy", "identities.json"
 INPUT = "images (batch, channels, height, width): pixels as (value - 127.5) / 127.5, that is -1 to 1, RGB or gray"
 OUTPUT = "embeddings (batch, size): not normalised; compare them by their cosine"
-# Relative to the largest feature. Kernels of another library add in another order; 20 layers of float32 differ by 1e-6.
+# Relative to the largest feature. Another order of summation changes float32 features of 20 layers by 1e-6.
 TOLERANCE = 1e-4
-BATCHES = (1, 3)  # sizes that are compared, other than the exporter's example: the batch must be free
+BATCHES = (1, 3)  # batch sizes to compare; the exporter's example has 2, so the batch size must be dynamic
 
 
 class ExportError(Exception):
-    """What was written does not compute what was trained."""
-
-
-@dataclass(frozen=True)
-class ExportConfig:
-    """Write a trained network as PyTorch weights (backbone.pt) and as ONNX (backbone.onnx), and check both.
-
-    The input of both is pixels from -1 to 1, (value - 127.5) / 127.5, as (batch, channels, height, width), with a batch
-    of any size. The output is embeddings (batch, size), not normalised. If the run keeps a moving average of the
-    weights, the average is exported.
-
-    The class weights are written as class_weight.npy (classes, size), and the identity of each row as identities.json,
-    a list of names.
-    """
-
-    run: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="[RUN]")] = None
-    """Folder of the run, or its checkpoint. If not given, the latest run in runs/."""
-    output: Path | None = None
-    """Folder for the files. If not given, the folder of the checkpoint."""
-    backbone: str | None = None
-    """The --backbone that the checkpoint was trained with, named again, if it has one.
-    It is imported and called."""
-
-
-def main(args: Sequence[str]) -> int:
-    """Run the command; returns the exit code."""
-    console, errors = command_consoles()
-    config = tyro.cli(ExportConfig, prog=PROG, args=args)
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of packages that it would support too
-    try:
-        run = config.run or find_latest_run("export", "its path")
-        export(run / FILE_NAME if run.is_dir() else run, config.output, console, config.backbone)
-    except (BackboneError, CheckpointError, ExportError, OSError) as error:
-        return failed(errors, error)
-    return 0
+    """The network cannot be exported, or an exported file gives other features."""
 
 
 def export(checkpoint: Path, output: Path | None, console: Console, own_backbone: str | None = None) -> float:
-    """Write and check both files; returns the largest difference of an ONNX feature, relative to the largest one.
+    """Write and check both files; return the largest error of ONNX features relative to the largest feature.
 
     Raises:
         BackboneError: the network cannot be built.
-        CheckpointError: the checkpoint cannot be read, or its network is another one's than `own_backbone`.
-        ExportError: the network cannot be written as ONNX, or a file does not give the same features.
+        CheckpointError: the checkpoint cannot be read, or has another backbone than `own_backbone`.
+        ExportError: the network cannot be written as ONNX, or a file gives other features.
     """
     output = output or checkpoint.parent
     state = load_run(checkpoint, "export")
@@ -105,7 +64,7 @@ def export(checkpoint: Path, output: Path | None, console: Console, own_backbone
         f"{describe_backbone(config)}: pixels from -1 to 1, (batch, {config.model.channels}, {height}, {width}), to "
         f"embeddings (batch, {_features(backbone, batches[0]).shape[1]})\n"
         f"{output / WEIGHTS_NAME}: gives the same features\n"
-        f"{output / ONNX_NAME}: features differ by {error:.1e} of the largest at most (allowed: {TOLERANCE:g})\n"
+        f"{output / ONNX_NAME}: features differ by at most {error:.1e} of the largest (allowed: {TOLERANCE:g})\n"
         f"{classes}",
         highlight=False,
         soft_wrap=True,
@@ -114,16 +73,16 @@ def export(checkpoint: Path, output: Path | None, console: Console, own_backbone
 
 
 def _write_classes(output: Path, config: TrainConfig, state: dict[str, Any]) -> str:
-    """Write the class weights and the name of each row's identity; returns what to say of them."""
+    """Write the class weights and the identities of their rows; return a description."""
     weight = stored_class_weight(config.loss, criterion_state(state)).float().numpy()
     np.save(output / CLASSES_NAME, weight)
-    said = f"{output / CLASSES_NAME}: class weights {weight.shape}"
+    description = f"{output / CLASSES_NAME}: class weights {weight.shape}"
     if "identities" not in state:
-        (output / IDENTITIES_NAME).unlink(missing_ok=True)  # of another export: the rows are other ones
-        return f"{said}; the checkpoint is of an older version, without the names of the identities"
-    # ASCII, because names of files may be in any encoding.
+        (output / IDENTITIES_NAME).unlink(missing_ok=True)  # a file of another export has other rows
+        return f"{description}; the checkpoint of an older version has no names of the identities"
+    # ASCII, because file names may have any encoding.
     (output / IDENTITIES_NAME).write_text(json.dumps(state["identities"], indent=0) + "\n", encoding="ascii")
-    return f"{said}\n{output / IDENTITIES_NAME}: the identity of each of their rows"
+    return f"{description}\n{output / IDENTITIES_NAME}: the identity of each row"
 
 
 @torch.no_grad()
@@ -135,7 +94,9 @@ def _check_weights(path: Path, backbone: nn.Module, config: TrainConfig, batches
     fresh = build_backbone(config).eval()
     fresh.load_state_dict(torch.load(path, weights_only=True))
     if not all(torch.equal(_features(fresh, images), _features(backbone, images)) for images in batches):
-        raise ExportError(f"{path} loaded into a new network gives other features: the network has state elsewhere")
+        raise ExportError(
+            f"{path} loaded into a new network gives other features: the network has state outside its state_dict"
+        )
 
 
 def _write_onnx(path: Path, backbone: nn.Module, example: Tensor, name: str) -> None:
@@ -166,6 +127,6 @@ def _check_onnx(path: Path, backbone: nn.Module, batches: list[Tensor]) -> float
         (found,) = session.run(["embeddings"], {"images": images.numpy()})
         expected = _features(backbone, images).numpy()
         worst = max(worst, float(np.abs(found - expected).max() / np.abs(expected).max()))
-    if not worst <= TOLERANCE:  # NaN is none
+    if not worst <= TOLERANCE:  # also if NaN
         raise ExportError(f"{path}: features differ by {worst:.1e} of the largest, more than {TOLERANCE:g}")
     return worst

@@ -1,4 +1,4 @@
-"""Options whose names only a user's own code knows: NAME=VALUE on the command line, a mapping in a file."""
+"""Options with free names: NAME=VALUE on the command line, which tyro does not have, and a mapping in files."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import tyro
+from pydantic import AfterValidator
 from tyro.constructors import PrimitiveConstructorSpec
 
 
 def parse_options(words: Sequence[str]) -> dict[str, Any]:
-    """NAME=VALUE words to a dictionary; values are Python literals, and text where they are not."""
+    """NAME=VALUE words to a dictionary. Values are Python literals; other values are text."""
     options = {}
     for word in words:
         name, equals, value = word.partition("=")
@@ -22,10 +23,10 @@ def parse_options(words: Sequence[str]) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """A value that a checkpoint and a YAML file can hold; lists become tuples, so that both give the same.
+    """Convert lists to tuples, so that files, checkpoints and the command line give equal values.
 
     Raises:
-        TypeError: it is something else.
+        TypeError: the value cannot be stored in a checkpoint and a YAML file.
     """
     if isinstance(value, list | tuple):
         return tuple(map(plain, value))
@@ -55,6 +56,7 @@ def _word(value: Any) -> str:
 
 NamedOptions = Annotated[
     dict[str, Any],
+    AfterValidator(plain),
     PrimitiveConstructorSpec(
         nargs="*",
         metavar="[NAME=VALUE ...]",

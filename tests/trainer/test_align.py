@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from fused_margin import cli
-from fused_margin.trainer.data.align import TEMPLATES, goodness_of_fit, similarity_transform, warp
+from fused_margin.trainer.align.geometry import TEMPLATES, goodness_of_fit, similarity_transform, warp
 
 EVERY_TEMPLATE = pytest.mark.parametrize("name", list(TEMPLATES))
 
@@ -66,9 +66,9 @@ def test_a_reflection_is_never_returned(name):
 
 def test_points_that_no_similarity_fits():
     template = TEMPLATES["112x112"].points
-    with pytest.raises(ValueError, match="no similarity"):
+    with pytest.raises(ValueError, match="no unique similarity"):
         similarity_transform(np.full((5, 2), 3.0), template)
-    with pytest.raises(ValueError, match="no similarity"):
+    with pytest.raises(ValueError, match="no unique similarity"):
         similarity_transform(template, np.zeros((5, 2)))
 
 
@@ -149,7 +149,7 @@ def test_a_tree_is_aligned(photographs, tmp_path, capsys, kind, name):
         file = tmp_path / "landmarks.json"
         file.write_text(json.dumps(flat if "flat" in kind else landmarks))
     code, out, err = run(capsys, images, file, tmp_path / "out", "--size", name)
-    assert (code, err) == (0, "") and "3 aligned, 0 there already, 0 could not be" in out
+    assert (code, err) == (0, "") and "3 aligned, 0 already existed, 0 failed" in out
     written = sorted(str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*") if p.is_file())
     assert written == sorted(landmarks)
     size, template = TEMPLATES[name]
@@ -166,10 +166,10 @@ def test_existing_outputs_are_kept(photographs, tmp_path, capsys):
     file, out = write_csv(tmp_path / "landmarks.csv", landmarks), tmp_path / "out"
     (out / "anna").mkdir(parents=True)
     (out / "anna" / "1.png").write_bytes(b"made before")
-    assert "2 aligned, 1 there already" in run(capsys, images, file, out)[1]
+    assert "2 aligned, 1 already existed" in run(capsys, images, file, out)[1]
     assert (out / "anna" / "1.png").read_bytes() == b"made before"
     code, said, _ = run(capsys, images, file, out)
-    assert code == 0 and "0 aligned, 3 there already" in said
+    assert code == 0 and "0 aligned, 3 already existed" in said
 
 
 def test_existing_outputs_of_another_size_are_told(photographs, tmp_path, capsys):
@@ -194,8 +194,8 @@ def test_points_outside_the_picture_make_no_face(photographs, tmp_path, capsys):
         landmarks[name] = points.tolist()
     file, out = write_csv(tmp_path / "landmarks.csv", landmarks), tmp_path / "out"
     code, said, err = run(capsys, images, file, out)
-    assert code == 0 and "4 aligned, 0 there already, 1 could not be" in said
-    assert "outside.png: none of the points is in the upright picture, which is 300 wide and 300 high" in err
+    assert code == 0 and "4 aligned, 0 already existed, 1 failed" in said
+    assert "outside.png: none of the points is in the upright image, which is 300 wide and 300 high" in err
     assert not (out / "outside.png").exists()
 
 
@@ -233,7 +233,7 @@ def test_bad_rows_are_reported_and_the_others_aligned(photographs, tmp_path, cap
     file = tmp_path / "landmarks.csv"
     file.write_text("\n".join(map(",".join, rows)))
     code, out, err = run(capsys, images, file, tmp_path / "out", "--workers", "2")
-    assert code == 0 and "2 aligned, 0 there already, 11 could not be" in out
+    assert code == 0 and "2 aligned, 0 already existed, 11 failed" in out
     said = err.splitlines()
     assert len(said) == 11
     for line, words in {
@@ -246,7 +246,7 @@ def test_bad_rows_are_reported_and_the_others_aligned(photographs, tmp_path, cap
         8: "notes.txt: expected an image ending in",
         9: "word.png: expected ten numbers",
         10: "nan.png: expected ten numbers",
-        11: "one-point.png: no similarity transform fits",
+        11: "one-point.png: no unique similarity transform fits",
         12: "mirrored.png: the points are not those of a face",
     }.items():
         assert any(entry.startswith(f"{file}, line {line}: {words}") for entry in said), words

@@ -7,12 +7,15 @@ import json
 import pytest
 from rich.console import Console
 
-from fused_margin.trainer import compare as module
-from fused_margin.trainer.checkpoint import CheckpointError
-from fused_margin.trainer.compare import RANDOM, CompareConfig, compare, loss_config, main, markdown, table
+from fused_margin.commands.compare import main
+from fused_margin.trainer.compare import run as module
+from fused_margin.trainer.compare.config import RANDOM, CompareConfig, loss_config
+from fused_margin.trainer.compare.run import compare
+from fused_margin.trainer.compare.table import markdown, table
 from fused_margin.trainer.config import TrainConfig
-from fused_margin.trainer.losses import SMALL_DATA
 from fused_margin.trainer.models import ModelConfig
+from fused_margin.trainer.train.checkpoint import CheckpointError
+from fused_margin.trainer.train.named_losses import SMALL_DATA
 
 
 @pytest.fixture

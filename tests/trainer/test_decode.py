@@ -200,12 +200,12 @@ def without_adobe_marker():
     [
         (encoded(real(1.0), "TIFF"), "not all between 0"),
         (encoded(Image.fromarray(np.full((2, 2), np.nan, np.float32)), "TIFF"), "not all between 0"),
-        (encoded(Image.fromarray(GREY.astype(np.int32)), "TIFF"), "do not tell which"),
+        (encoded(Image.fromarray(GREY.astype(np.int32)), "TIFF"), "do not define which"),
         (encoded(deep(), "PNG", transparency=0), "transparent value"),
         (png(1, 16, 2, bytes(6), bytes(6)), "16-bit colours have a transparent one"),
-        (tiff(2, 1, bytes([0, 200]), {339: 2}), "its numbers are signed"),
-        (tiff(1, 1, bytes(4), {258: (8, 8, 8, 8), 262: 2, 277: 4}), "does not tell what the fourth is"),
-        (tiff(1, 1, bytes(1), {262: 3, 320: (255,) * 768}), "palette has numbers of 8 bits"),
+        (tiff(2, 1, bytes([0, 200]), {339: 2}), "its values are signed"),
+        (tiff(1, 1, bytes(4), {258: (8, 8, 8, 8), 262: 2, 277: 4}), "the fourth without a meaning"),
+        (tiff(1, 1, bytes(1), {262: 3, 320: (255,) * 768}), "palette has 8-bit values"),
         (encoded(SEEN, "GIF", save_all=True, append_images=[deep().convert("L")]), "2 frames"),
         (encoded(SEEN, "PNG", save_all=True, append_images=[Image.new("L", SEEN.size)]), "2 frames"),
         (encoded(SEEN, "WEBP", save_all=True, append_images=[Image.new("L", SEEN.size)]), "2 frames"),
@@ -288,7 +288,7 @@ class Files(DecodedImages):
 
 def test_a_batch_has_the_pictures_as_they_are_seen_and_names_the_others():
     batch = Files([encoded(deep(), "PNG"), encoded(real(1.0), "TIFF"), encoded(SEEN, "PNG")]).__getitems__([0, 1, 2])
-    assert batch.unreadable == ("1: its floating-point numbers are not all between 0 (black) and 1 (white)",)
+    assert batch.unreadable == ("1: its floating-point values are not all between 0 (black) and 1 (white)",)
     assert batch.labels.tolist() == [0, 2]
     for image in batch.images:
         np.testing.assert_array_equal(image[0].numpy(), GREY)

@@ -13,13 +13,13 @@ import pytest
 import torch
 from rich.console import Console
 
-from fused_margin.trainer.checkpoint import FILE_NAME, load_checkpoint, save_checkpoint
 from fused_margin.trainer.config import TrainConfig
 from fused_margin.trainer.data import load_splits
 from fused_margin.trainer.data.augment import AugmentationConfig
 from fused_margin.trainer.data.base import DataError
-from fused_margin.trainer.loop import Trainer
-from fused_margin.trainer.losses import LossConfig
+from fused_margin.trainer.train.checkpoint import FILE_NAME, load_checkpoint, save_checkpoint
+from fused_margin.trainer.train.loop import Trainer
+from fused_margin.trainer.train.named_losses import LossConfig
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals as POSIX has them")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -13,9 +13,10 @@ import torch
 from PIL import Image
 
 import fused_margin as fm
-from fused_margin import cli
-from fused_margin.trainer import feature_set, protocols, verification
-from fused_margin.trainer.checkpoint import FILE_NAME, load_checkpoint, save_checkpoint
+from fused_margin import cli, evaluation
+from fused_margin.evaluation import protocols
+from fused_margin.trainer.evaluate import inputs
+from fused_margin.trainer.train.checkpoint import FILE_NAME, load_checkpoint, save_checkpoint
 
 TRAIN = """train --data digits --epochs 2 --batch-size 64 --model.image-size 8 8 --model.widths 4 4 8 8
     --model.embedding-size 8 --evaluation.pairs 200 --accelerator cpu"""
@@ -130,7 +131,7 @@ def test_other_images_than_the_training_s(trained, face_folder, capsys):
     assert "9 identities not trained on" in report["input"]["description"]
     assert report["input"]["skipped"] == {"files ending in .jfif": 1}
     said = capsys.readouterr().out
-    assert "left out 1 unreadable image, named in the report" in said and "skipped: files ending in .jfif (1)" in said
+    assert "skipped 1 unreadable image, listed in the report" in said and "skipped: files ending in .jfif (1)" in said
     assert report["result"]["accuracy"] > 0.6  # even an untrained network tells these patterns apart
 
 
@@ -180,7 +181,7 @@ def test_identities_with_names_that_were_trained_on_are_counted(face_folder, cap
     state = load_checkpoint(Path("run", FILE_NAME))
     del state["identities"]  # of an older version
     save_checkpoint(Path("run", FILE_NAME), state)
-    assert "it is not known whether the network was trained on any" in evaluate(*arguments)["input"]["description"]
+    assert "it is unknown whether the network was trained on any" in evaluate(*arguments)["input"]["description"]
 
 
 def test_images_that_have_changed_are_not_evaluated(trained, capsys, tmp_path):
@@ -252,16 +253,14 @@ def test_the_learned_metric_beside_the_cosine(capsys):
     for name in ("auc", "tar_at_far", "threshold_at_far", "genuine", "impostors"):
         assert np.isfinite(learned["scores"][name])
 
-    drawn = verification.make_pairs(labels, 400, 5, 0)
+    drawn = evaluation.make_pairs(labels, 400, 5, 0)
     expected = protocols.weighted_l1_pairs(features, drawn.indices, drawn.same, drawn.fold)
     result = learned["result"]
     assert result["fold_accuracy"] == expected.folds.accuracy.tolist()
     assert result["fold_threshold"] == expected.folds.threshold.tolist()
     assert result["heads"]["fitted_pairs"] == [np.count_nonzero(drawn.fold != number) for number in range(5)]
     assert result["heads"]["regularisation_c"] == [head.regularisation for head in expected.heads]
-    assert learned["scores"]["auc"] == pytest.approx(
-        verification.summarize_pairs(expected.scores, drawn.same, 1e-3).auc
-    )
+    assert learned["scores"]["auc"] == pytest.approx(evaluation.summarize_pairs(expected.scores, drawn.same, 1e-3).auc)
 
     pairs, same = drawn.indices[:200], drawn.same[:200]
     file = write(features=features, video=np.arange(len(features)), pairs=pairs, same=same)
@@ -275,7 +274,7 @@ def test_megaface_with_distractors_of_its_own():
     arrays = {"distractors": others["features"] + 1, "mirrored_distractors": others["mirrored"] + 1}
     report = evaluate(*write(**given, **arrays), "--protocol", "megaface", "--far", 1e-2, "--flip", "concat")
     probes, distractors = np.hstack([given["features"], given["mirrored"]]), np.hstack(list(arrays.values()))
-    expected = protocols.megaface(probes, given["labels"], distractors, far=1e-2)
+    expected = evaluation.megaface(probes, given["labels"], distractors, far=1e-2)
     assert [row["rate"] for row in report["result"]["rank1"]] == expected.rank1.tolist()
     assert report["result"]["searches"] == 12 * 6 * 5
     scores = report["scores"]
@@ -293,9 +292,9 @@ def test_megaface_with_distractors_of_its_own():
         ("--protocol ijbc", "ijbc"),
         ("--protocol lfw --flip none", "flip: lfw's variant insightface prescribes sum"),
         ("--protocol lfw --metric weighted-l1", "metric: lfw's variants prescribe theirs; for weighted-l1"),
-        ("--protocol megaface --metric weighted-l1", "metric: weighted-l1 is learned on pairs in folds"),
+        ("--protocol megaface --metric weighted-l1", "metric: weighted-l1 is learned on folds of pairs"),
         ("--metric l2", "l2"),
-        ("--features x.npz --checkpoint runs", "features: a file of features needs no checkpoint"),
+        ("--features x.npz --checkpoint runs", "features: cannot be combined with checkpoint or data"),
         ("--data no/such/folder", "no folder 'no/such/folder'"),
         ("--far 0", "far must be between 0 and 1"),
         ("--folds 1", "folds must be at least 2"),
@@ -333,7 +332,7 @@ def test_files_without_an_answer(capsys, tmp_path):
         (
             {**given, "pairs": np.array([[0, 1]] * 20), "same": np.arange(20) % 2 == 0, "video": given["labels"]},
             "",
-            "video: with this array `pairs` are numbers of videos, which --protocol ytf evaluates",
+            "video: with this array, `pairs` are video indices, which --protocol ytf evaluates",
         ),
         (given, "--protocol ytf", "needs the arrays pairs, same"),
         ({**given, "mirrored": nan}, "--protocol lfw --num-pairs 60", "mirrored: expected finite values"),
@@ -342,9 +341,13 @@ def test_files_without_an_answer(capsys, tmp_path):
         ({**given, "labels": given["labels"] * 0}, "--protocol megaface", "megaface needs distractors"),
         ({**given, "features": given["features"].astype(str)}, "--num-pairs 60", "features: expected"),
         ({**given, "class_weight": nan}, "--num-pairs 60", "class_weight: expected finite values"),
-        (given, "--num-pairs 4 --folds 2 --metric weighted-l1", "same: expected 3 pairs of each kind or more"),
+        (
+            given,
+            "--num-pairs 4 --folds 2 --metric weighted-l1",
+            "same: expected at least 3 genuine and 3 impostor pairs",
+        ),
         (given, "--num-pairs 10", "num-pairs must be at least two per fold"),
-        ({**given, "features": np.array([{}])}, "", "is not an .npz file of arrays"),
+        ({**given, "features": np.array([{}])}, "", "is not a file of arrays"),
     ):
         assert message in fails(capsys, 1, *write(**arrays), *options.split())
     assert "No such file" in fails(capsys, 1, "--features", "nowhere.npz")
@@ -353,7 +356,7 @@ def test_files_without_an_answer(capsys, tmp_path):
     (tmp_path / "empty.npz").write_bytes(b"")
     (tmp_path / "half.npz").write_bytes((tmp_path / "features.npz").read_bytes()[:200])
     for name in ("features.npy", "text.npz", "empty.npz", "half.npz"):
-        assert "is not an .npz file of arrays" in fails(capsys, 1, "--features", name)
+        assert "is not a file of arrays" in fails(capsys, 1, "--features", name)
     assert not list(tmp_path.glob("*.json"))
 
 
@@ -398,14 +401,14 @@ def test_published_verification_sets(trained, monkeypatch, tmp_path, capsys):
         assert len(report["input"]["unreadable"]) == 1
 
     # A protocol for another kind of set is refused before any feature is computed.
-    monkeypatch.setattr(feature_set, "embed", None)
+    monkeypatch.setattr(inputs, "embed", None)
     for data, protocol, message in (
-        ("ytf", "pairs", "splits.txt pairs videos: evaluate it with --protocol ytf"),
-        ("ytf", "lfw", "splits.txt pairs videos: evaluate it with --protocol ytf"),
-        ("ytf", "megaface", "not which identities the images show, as megaface needs: evaluate it with --protocol ytf"),
-        ("lfw", "ytf", "pairs.txt pairs images, and --protocol ytf compares videos"),
-        ("lfw", "megaface", "not which identities the images show, as megaface needs"),
-        ("faces.bin", "ytf", "faces.bin pairs images, and --protocol ytf compares videos"),
+        ("ytf", "pairs", "splits.txt has pairs of videos: evaluate it with --protocol ytf"),
+        ("ytf", "lfw", "splits.txt has pairs of videos: evaluate it with --protocol ytf"),
+        ("ytf", "megaface", "without their identities, which megaface needs: evaluate it with --protocol ytf"),
+        ("lfw", "ytf", "pairs.txt has pairs of images, and --protocol ytf compares videos"),
+        ("lfw", "megaface", "without their identities, which megaface needs"),
+        ("faces.bin", "ytf", "faces.bin has pairs of images, and --protocol ytf compares videos"),
         ("digits", "ytf", "digits has images of identities, and --protocol ytf compares videos"),
     ):
         assert message in fails(capsys, 1, "--checkpoint", trained, "--data", data, "--protocol", protocol)
@@ -444,7 +447,9 @@ def test_pairs_without_folds(trained, capsys):
     save_checkpoint(Path("moved", FILE_NAME), gone)
     moved = evaluate("--checkpoint", "moved", *arguments[2:])
     assert moved["result"]["fold_accuracy"] == evaluate(*arguments)["result"]["fold_accuracy"]
-    assert "pairs.txt: pairs: expected at least 13 of either kind" in fails(capsys, 1, *arguments, "--folds", 13)
+    assert "pairs.txt: pairs: expected at least 13 genuine and 13 impostor pairs" in fails(
+        capsys, 1, *arguments, "--folds", 13
+    )
 
 
 def test_options_that_the_input_leaves_no_choice_for(trained, capsys):
@@ -471,7 +476,7 @@ def test_an_error_of_the_images_names_them(trained, capsys):
     rng = np.random.default_rng(0)
     Path("faces.bin").write_bytes(pickle.dumps(([encoded_digit(rng, 20)] * 40, [True] * 20)))
     said = fails(capsys, 1, "--checkpoint", trained, "--data", "faces.bin")
-    assert "faces.bin: same: expected pairs of one identity and of two" in said
+    assert "faces.bin: same: expected genuine and impostor pairs" in said
 
 
 def test_a_pair_without_its_image_is_an_error(trained, capsys):

@@ -16,11 +16,17 @@ import onnxruntime
 
 from fused_margin import cli
 from fused_margin.trainer import export as export_module
-from fused_margin.trainer.checkpoint import FILE_NAME, CheckpointError, backbone_state, load_checkpoint, save_checkpoint
 from fused_margin.trainer.data import load_splits
 from fused_margin.trainer.export import ExportError, export
-from fused_margin.trainer.loop import Trainer
-from fused_margin.trainer.models import build_backbone
+from fused_margin.trainer.models.build import build_backbone
+from fused_margin.trainer.train.checkpoint import (
+    FILE_NAME,
+    CheckpointError,
+    backbone_state,
+    load_checkpoint,
+    save_checkpoint,
+)
+from fused_margin.trainer.train.loop import Trainer
 
 CONSOLE = Console(quiet=True)
 
@@ -46,9 +52,7 @@ def test_average_of_a_network_with_batch_norm(tiny_config):
     )
     path = trained(config)
     for named in (None, "own_networks.Forgetful"):  # a checkpoint alone imports nothing
-        with pytest.raises(
-            CheckpointError, match="if you trust that, name it with --backbone own_networks.BatchNormNet"
-        ):
+        with pytest.raises(CheckpointError, match="if you trust it, add --backbone own_networks.BatchNormNet"):
             export(path, None, CONSOLE, named)
     assert export(path, None, CONSOLE, config.backbone) < 1e-5
 
@@ -105,7 +109,7 @@ def test_a_file_that_computes_something_else_is_an_error(tiny_config, monkeypatc
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("Forgetful", "gives other features: the network has state elsewhere"),
+        ("Forgetful", "gives other features: the network has state outside its state_dict"),
         ("Undecided", "cannot be written as ONNX"),
     ],
 )
@@ -134,7 +138,7 @@ def test_checkpoint_of_an_older_version_has_no_names(tiny_config):
     (tiny_config.output / "identities.json").write_text('["of another run"]')
     console = Console(record=True, file=io.StringIO(), width=200)
     export(path, None, console)
-    assert "without the names of the identities" in console.export_text()
+    assert "has no names of the identities" in console.export_text()
     assert not (tiny_config.output / "identities.json").exists()
     assert (tiny_config.output / "class_weight.npy").exists()
 

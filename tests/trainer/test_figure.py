@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 
 from fused_margin import cli
-from fused_margin.trainer import toy
-from fused_margin.trainer.loop import Trainer
-from fused_margin.trainer.toy import Geometry, measure, split_images
-from fused_margin.trainer.toy_config import PANELS
+from fused_margin.trainer.figure import run as figure_run
+from fused_margin.trainer.figure.config import PANELS
+from fused_margin.trainer.figure.run import Geometry, measure, split_images
+from fused_margin.trainer.train.loop import Trainer
 
 TINY = ["figure", "--losses", "softmax", "regularface", "--epochs", "1", "--softmax-epochs", "1"]
 
@@ -33,13 +33,13 @@ def own_folder(tmp_path, monkeypatch):
 @pytest.fixture
 def panels(monkeypatch):
     """What was drawn by the runs of a test."""
-    found, draw = [], toy.draw_panels
+    found, draw = [], figure_run.draw_panels
 
     def keep(path, title, panels, names, colors):
         found.append(panels)
         draw(path, title, panels, names, colors)
 
-    monkeypatch.setattr(toy, "draw_panels", keep)
+    monkeypatch.setattr(figure_run, "draw_panels", keep)
     return found
 
 

@@ -191,4 +191,4 @@ def test_training_from_a_list(listed, tmp_path, tiny_options, capsys):
     assert unreadable.startswith(f"{tmp_path / 'corrupt.png'}: it is damaged, no image")
     assert report["data"]["skipped"] == {"comment lines": 1}
     said = capsys.readouterr().out
-    assert f"left out 1 unreadable image:\n  {unreadable}\n" in said and "skipped: comment lines (1)" in said
+    assert f"skipped 1 unreadable image:\n  {unreadable}\n" in said and "skipped: comment lines (1)" in said

@@ -9,9 +9,9 @@ import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fused_margin.trainer.logs import CURVES_NAME, LOG_NAME, RunLog
-from fused_margin.trainer.loop import Trainer
-from fused_margin.trainer.run import run
+from fused_margin.trainer.train.logs import CURVES_NAME, LOG_NAME, RunLog
+from fused_margin.trainer.train.loop import Trainer
+from fused_margin.trainer.train.run import run
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +35,7 @@ def curve(folder, name):
 
 
 def test_rows_after_the_checkpoint_are_dropped(tmp_path):
-    log = RunLog(tmp_path, 0)
+    log = RunLog(tmp_path, 0, ["loss"])
     for step in (2, 4, 6, 8):
         log.write(step, {"loss": step / 2})
     log.close()
@@ -43,7 +43,7 @@ def test_rows_after_the_checkpoint_are_dropped(tmp_path):
     with open(tmp_path / LOG_NAME, "a") as file:
         file.write("1")  # half a row: 10 or more
 
-    log = RunLog(tmp_path, 5)  # the checkpoint's step
+    log = RunLog(tmp_path, 5, ["loss", "accuracy"])  # the checkpoint's step
     for step in (6, 8):
         log.write(step, {"loss": step / 4})
     log.write(8, {"accuracy": 0.5})  # more of the same step
@@ -60,20 +60,44 @@ def test_rows_after_the_checkpoint_are_dropped(tmp_path):
 
 
 def test_a_run_that_never_reached_a_checkpoint_leaves_nothing(tmp_path):
-    log = RunLog(tmp_path, 0)
+    log = RunLog(tmp_path, 0, ["loss/arcface"])
     log.write(3, {"loss/arcface": 1.0})
     log.close()
-    RunLog(tmp_path, 0).close()
-    assert (tmp_path / LOG_NAME).read_text().split() == ["step"]
+    RunLog(tmp_path, 0, ["loss"]).close()
+    assert (tmp_path / LOG_NAME).read_text().split() == ["step,loss"]
 
 
 def test_flushed_rows_survive_a_kill(tmp_path):
-    log = RunLog(tmp_path, 0)
+    log = RunLog(tmp_path, 0, ["loss"])
     log.write(1, {"loss": 1.0})
     log.flush()
     assert [row["step"] for row in rows_of(tmp_path)] == ["1"]
     assert curve(tmp_path, "loss") == [(1, 1)]
     log.close()
+
+
+def test_rows_are_appended(tmp_path):
+    """The file is not replaced, and values of the last step extend its row."""
+    log = RunLog(tmp_path, 0, ["loss", "accuracy"])
+    file = (tmp_path / LOG_NAME).stat().st_ino
+    for step, loss in enumerate((0.123456, 0.25), 1):
+        log.write(step, {"loss": loss})
+        log.flush()
+    for accuracy in (0.123456, 0.5):  # the second value is shorter
+        log.write(2, {"accuracy": accuracy})
+        log.flush()
+        assert (tmp_path / LOG_NAME).read_text().splitlines() == [
+            "step,loss,accuracy", "1,0.123456,", f"2,0.25,{accuracy}"
+        ]  # fmt: skip
+    log.write(3, {"loss": 1.0})
+    log.close()
+    assert (tmp_path / LOG_NAME).read_text().splitlines()[2:] == ["2,0.25,0.5", "3,1,"]
+    assert (tmp_path / LOG_NAME).stat().st_ino == file
+
+    log = RunLog(tmp_path, 3, ["loss", "separability"])  # of another version: columns are added
+    log.write(3, {"separability": 0.75})
+    log.close()
+    assert (tmp_path / LOG_NAME).read_text().splitlines()[::3] == ["step,loss,accuracy,separability", "3,1,,0.75"]
 
 
 def test_killed_and_resumed_run_logs_what_an_unbroken_one_does(tiny_config, tmp_path, monkeypatch):
@@ -99,7 +123,7 @@ def test_killed_and_resumed_run_logs_what_an_unbroken_one_does(tiny_config, tmp_
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "train_step", die_at_27)
         patch.setattr(
-            "fused_margin.trainer.progress.LINE_SECONDS", 0.0
+            "fused_margin.trainer.train.progress.LINE_SECONDS", 0.0
         )  # so that steps after the checkpoint are logged
         with pytest.raises(MemoryError):
             run(config, console)

@@ -9,7 +9,8 @@ from torch import nn
 
 from fused_margin.trainer.config import TrainConfig
 from fused_margin.trainer.data.base import on_gray, to_input
-from fused_margin.trainer.models import BackboneError, LeNet, ModelConfig, ResNet, build_backbone, embedding_size
+from fused_margin.trainer.models import BackboneError, LeNet, ModelConfig, ResNet
+from fused_margin.trainer.models.build import build_backbone, embedding_size
 
 
 def convolutions(network: nn.Module) -> int:
@@ -123,7 +124,7 @@ def test_own_backbone():
         (
             "torch.nn.Conv2d",
             {"in_channels": 3, "out_channels": 1, "kernel_size": 1},
-            "does not take images of 1 x 8 x 8",
+            "does not accept images of 1 x 8 x 8",
         ),
     ],
 )

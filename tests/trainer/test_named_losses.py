@@ -1,4 +1,4 @@
-"""Losses chosen by name: their papers' settings, a step of each in bounded memory, companions, and resuming."""
+"""Losses chosen by name: their papers' settings, a step of each in bounded memory, auxiliary losses, and resuming."""
 
 import dataclasses
 import math
@@ -11,22 +11,15 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 import fused_margin as fm
-from fused_margin.trainer.checkpoint import FILE_NAME, load_checkpoint
-from fused_margin.trainer.cli import parse
-from fused_margin.trainer.companions import TAKES, CompanionConfig, PairLoss, TripletLoss
+from fused_margin.commands.train import parse
 from fused_margin.trainer.config import TrainConfig
 from fused_margin.trainer.data import load_splits
-from fused_margin.trainer.interrupts import Interrupted
-from fused_margin.trainer.loop import Trainer
-from fused_margin.trainer.losses import (
-    LOSSES,
-    SMALL_DATA,
-    Criterion,
-    LossConfig,
-    class_directions,
-    make_loss,
-    stored_class_weight,
-)
+from fused_margin.trainer.train.auxiliary import ARGUMENTS, AuxiliaryConfig, PairLoss, TripletLoss
+from fused_margin.trainer.train.checkpoint import FILE_NAME, load_checkpoint
+from fused_margin.trainer.train.criterion import Criterion, class_directions, stored_class_weight
+from fused_margin.trainer.train.interrupts import Interrupted
+from fused_margin.trainer.train.loop import Trainer
+from fused_margin.trainer.train.named_losses import LOSSES, SMALL_DATA, LossConfig, make_loss
 
 # What the papers trained with; of the margin losses m1, m2 and m3 of cos(m1 * theta + m2) - m3.
 PAPERS = {
@@ -104,9 +97,9 @@ def test_a_step_never_holds_the_logits(name):
     assert largest_allocation(lambda: criterion(x, y).backward()) < samples * classes * 4 // 2
 
 
-def test_companions_never_hold_the_cosines():
+def test_auxiliary_losses_never_hold_the_cosines():
     samples, classes, size = 64, 2000, 8
-    everything = CompanionConfig(**dict.fromkeys(TAKES, 1.0), triplet_mining="all")
+    everything = AuxiliaryConfig(**dict.fromkeys(ARGUMENTS, 1.0), triplet_mining="all")
     criterion = Criterion(LossConfig(options={"workspace_mb": 0.25}, companions=everything), classes, size)
     x, y = batch(samples, classes, size)
     y = y % 30  # triplets, and with them scratch of N^3 bytes
@@ -136,7 +129,7 @@ STATEFUL = {
     "companions": LossConfig(
         margin=0.2,
         scale=16.0,
-        companions=CompanionConfig(center=0.01, ring=0.01, inter=0.1, uniform=0.1, triplet=0.1, contrastive=0.1),
+        companions=AuxiliaryConfig(center=0.01, ring=0.01, inter=0.1, uniform=0.1, triplet=0.1, contrastive=0.1),
     ),
 }
 
@@ -160,13 +153,13 @@ def test_resumed_run_ends_as_the_unbroken_one(tiny_config, splits, tmp_path, nam
 
 
 def test_parts_add_up():
-    everything = CompanionConfig(**{name: 0.1 * (i + 1) for i, name in enumerate(TAKES)})
+    everything = AuxiliaryConfig(**{name: 0.1 * (i + 1) for i, name in enumerate(ARGUMENTS)})
     config = LossConfig("cosface", companions=everything)
     criterion = Criterion(config, 12, 8).eval()
     x, y = batch(32, 12, 8)
     total = criterion(x, y)
     parts = criterion.last_parts
-    assert list(parts) == ["cosface", *TAKES] and not any(part.requires_grad for part in parts.values())
+    assert list(parts) == ["cosface", *ARGUMENTS] and not any(part.requires_grad for part in parts.values())
     torch.testing.assert_close(total.detach(), sum(parts.values()))
     weight = criterion.loss_fn.weight
     expected = {
@@ -183,7 +176,7 @@ def test_parts_add_up():
 
 def test_half_precision_embeddings():
     """As mixed precision gives them, within autocast: everything is computed in float32 all the same."""
-    everything = CompanionConfig(**dict.fromkeys(TAKES, 1.0))
+    everything = AuxiliaryConfig(**dict.fromkeys(ARGUMENTS, 1.0))
     criterion = Criterion(LossConfig(companions=everything), 12, 8).eval()
     x, y = batch(32, 12, 8)
     half = x.detach().bfloat16()
@@ -213,7 +206,7 @@ def test_triplets(mining, lowest, highest):
     ]
     assert len(losses) > 20
     assert TripletLoss(0.2, mining)(x, y).item() == pytest.approx(sum(losses) / len(losses), rel=1e-5)
-    companions = CompanionConfig(triplet=0.5, triplet_mining=mining)
+    companions = AuxiliaryConfig(triplet=0.5, triplet_mining=mining)
     criterion = Criterion(LossConfig("arcface", companions=companions), 6, 8)
     criterion(x, y).backward()
     torch.testing.assert_close(
@@ -233,7 +226,7 @@ def test_pairs(margins):
     far = (negative - d[y[:, None] != y[None]]).clamp(min=0) ** 2 / 2
     expected = near[near > 0].mean() + far[far > 0].mean()
     torch.testing.assert_close(PairLoss(*margins)(x, y).detach(), expected)
-    companions = CompanionConfig(contrastive=0.05, contrastive_margins=margins)
+    companions = AuxiliaryConfig(contrastive=0.05, contrastive_margins=margins)
     criterion = Criterion(LossConfig(companions=companions), 6, 8)
     criterion(x, y).backward()
     torch.testing.assert_close(criterion.last_parts["contrastive"], 0.05 * expected)
@@ -286,7 +279,7 @@ def test_options_on_the_command_line():
         TrainConfig, args=words.split(), default=dataclasses.replace(TrainConfig.defaults(), loss=default)
     )
     assert config.loss.options == {"margins": (0.3, 0.6), "norm_weight": 10, "easy": True}
-    assert config.loss.companions == CompanionConfig(ring=0.01)
+    assert config.loss.companions == AuxiliaryConfig(ring=0.01)
     assert TrainConfig.from_dict(config.to_dict()) == config
     other = dataclasses.replace(config, loss=default)
     assert sum("--loss.options" in difference for difference in config.differences(other)) == 1
@@ -330,7 +323,7 @@ def test_wrong_configurations(values, said):
 )
 def test_wrong_companions(values, said):
     with pytest.raises(ValueError, match=said):
-        CompanionConfig(**values)
+        AuxiliaryConfig(**values)
 
 
 @pytest.fixture

@@ -254,7 +254,7 @@ def test_broken_files_are_found_before_the_training(tmp_path):
     payloads = faces(COUNTS)
     del payloads[7]
     write(folder, payloads)
-    with pytest.raises(DataError, match="train.idx does not tell where record 7 is"):
+    with pytest.raises(DataError, match="train.idx has no position of record 7"):
         read()
     write(folder, {0: packed([1, 2], 0), 1: packed([1, 1], 1)})
     with pytest.raises(DataError, match="no identity with images"):

@@ -1,4 +1,4 @@
-"""Random affine change, mirror, blur and noise of a whole batch, from an explicit generator."""
+"""Random affine transform, mirroring, blur and noise of a batch, from an explicit generator."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class AugmentationConfig:
-    """Strength of the random changes of the training images. 0 switches a change off."""
+    """Random augmentation of the training images. 0 disables a transform."""
 
     rotation: float = 10.0
     """Largest rotation in degrees, in either direction."""
     scale: float = 0.1
-    """Largest relative change of size, larger or smaller, of each axis on its own."""
+    """Largest relative change of size, up or down, independently for each axis."""
     shear: float = 0.1
     """Largest shear in either direction: horizontal shift over vertical distance."""
     shift: float = 0.06
-    """Largest translation over the image side in either direction, of each axis on its own."""
+    """Largest translation as a share of the image side, in either direction, independently for each axis."""
     blur: float = 0.8
     """Largest standard deviation of the Gaussian blur, in pixels."""
     noise: float = 0.15
     """Largest standard deviation of the Gaussian noise. Black to white is 2."""
     mirror: bool = False
-    """Mirror half of the images left to right. Suits faces; a mirrored letter is another letter."""
+    """Mirror half of the images horizontally. Suitable for faces, not for characters."""
 
     def __post_init__(self) -> None:
         for name in ("rotation", "scale", "shear", "shift", "blur", "noise"):
@@ -37,9 +37,9 @@ class AugmentationConfig:
 
 
 def augment(images: Tensor, config: AugmentationConfig, generator: torch.Generator) -> Tensor:
-    """Distort a batch of inputs (N, C, H, W), every image in its own way."""
+    """Augment a batch of inputs (N, C, H, W), each image independently."""
     if not len(images):
-        return images  # which torch's sampling would refuse
+        return images  # grid_sample refuses an empty batch
 
     def uniform(*shape: int) -> Tensor:  # in [-1, 1)
         draw = torch.rand(len(images), *shape, generator=generator, device=images.device)
@@ -63,7 +63,7 @@ def _affine(images: Tensor, angle: Tensor, stretch: Tensor, shear: Tensor, shift
     cos, sin = angle.cos(), angle.sin()
     linear = torch.stack([cos, shear * cos - sin, sin, shear * sin + cos], dim=1)
     linear = linear.view(-1, 2, 2) / stretch[:, None, :]
-    # affine_grid measures in half image sides, and across a non-square image unequally.
+    # affine_grid has units of half an image side, which differ between the axes of a non-square image.
     height, width = images.shape[-2:]
     half_sides = torch.tensor([width / 2, height / 2], device=images.device)
     linear = linear * half_sides[None, None, :] / half_sides[None, :, None]
@@ -78,7 +78,7 @@ def gaussian_blur(images: Tensor, sigma: Tensor, largest: float) -> Tensor:
     offsets = torch.arange(-radius, radius + 1, device=images.device)
     kernels = torch.softmax(-(offsets**2) / (2 * sigma[:, None] ** 2).clamp(min=1e-4), dim=1)
     n, channels, height, width = images.shape
-    # Every (image, channel) is a group of its own, so that one convolution blurs them all.
+    # Each (image, channel) is a group, so that one convolution blurs all.
     kernels = kernels.repeat_interleave(channels, dim=0)
     planes = images.reshape(1, n * channels, height, width)
     planes = F.pad(planes, (radius,) * 4, mode="replicate")

@@ -1,11 +1,10 @@
-"""What every source of images gives the trainer: labelled sets, read by batch."""
+"""Labelled image sets, their split into training and test identities, and the order of training batches."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -13,18 +12,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ..wording import identities
+from fused_margin.evaluation.errors import DataError
+from fused_margin.evaluation.plurals import identities
+
 from .augment import AugmentationConfig
-
-UTF16_MARKS = ("\udcff\udcfe", "\udcfe\udcff")  # byte order marks, read as UTF-8 with surrogateescape
-
-
-class DataError(ValueError):
-    """The images given do not allow what was asked."""
 
 
 class Batch(NamedTuple):
-    """Images that could be read, and `name: reason` of those that could not."""
+    """The readable images, and `name: reason` of the unreadable ones."""
 
     images: Tensor  # (N, channels, H, W) uint8
     labels: Tensor  # (N,) int64
@@ -32,7 +27,7 @@ class Batch(NamedTuple):
 
 
 class ImageSet(Dataset[Batch]):
-    """Labelled images of a set of identities; subclasses read them by a list of indices."""
+    """Labelled images of a set of identities. Subclasses read a batch by indices."""
 
     def __init__(self, labels: Tensor, identities: Sequence[str]) -> None:
         self.labels = labels  # (num_images,) int64
@@ -45,18 +40,18 @@ class ImageSet(Dataset[Batch]):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitems__(self, indices: list[int]) -> Batch:  # the DataLoader's hook for a whole batch
+    def __getitems__(self, indices: list[int]) -> Batch:  # called by DataLoader for a whole batch
         raise NotImplementedError
 
     def fingerprint(self) -> str:
-        """Digest of the identities and of how many images each has."""
+        """Hash of the identities and their numbers of images."""
         counts = torch.bincount(self.labels, minlength=self.num_classes).tolist()
         text = "\n".join(f"{n} {name}" for n, name in zip(counts, self.identities, strict=True))
         return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
 class TensorImages(ImageSet):
-    """Images held in memory."""
+    """Images in memory."""
 
     def __init__(self, images: Tensor, labels: Tensor, identities: Sequence[str]) -> None:
         super().__init__(labels, identities)
@@ -68,22 +63,9 @@ class TensorImages(ImageSet):
 
     @classmethod
     def of(cls, images: Tensor, labels: Tensor, names: Sequence[str], identities: Sequence[int]) -> TensorImages:
-        """The images of some `identities`, which are numbered anew."""
+        """The images of some `identities`, with labels from 0."""
         rows, labels = rows_of(labels, len(names), identities)
         return cls(images[rows].contiguous(), labels, [names[i] for i in identities])
-
-
-def text_lines(path: Path, newline: str | None = None) -> Iterator[str]:
-    """Lines of a UTF-8 text, `newline` as for `open`; other bytes are kept: file names may be in any encoding.
-
-    Raises:
-        DataError: it is UTF-16, as some programs of Windows write, or no text.
-    """
-    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline=newline) as lines:
-        for line in lines:
-            if "\0" in line or line.startswith(UTF16_MARKS):
-                raise DataError(f"{path} is not UTF-8 text: it may be UTF-16; save it as UTF-8")
-            yield line
 
 
 @dataclass(frozen=True)
@@ -93,8 +75,8 @@ class Splits:
     train: ImageSet
     test: ImageSet
     description: str
-    test_distortion: AugmentationConfig | None  # where distortion is part of what an image is
-    skipped: Mapping[str, int] = field(default_factory=dict)  # number of files, folders or lines of each kind
+    test_distortion: AugmentationConfig | None  # applied to test images that are drawn undistorted
+    skipped: Mapping[str, int] = field(default_factory=dict)  # number of skipped files, folders or lines by kind
 
     def fingerprint(self) -> str:
         return f"{self.train.fingerprint()}-{self.test.fingerprint()}"
@@ -103,9 +85,8 @@ class Splits:
 class TrainingBatches(Sampler[list[int]]):
     """Batches of indices from `start_step` to the last epoch, each epoch in a new random order.
 
-    The order is a function of (seed, epoch) alone, so that a resumed run needs no more than its
-    step to see what it would have seen. The batches of an epoch differ by one image at most:
-    there is no small last one.
+    The order depends on (seed, epoch) only, so a resumed run needs its step only to continue with the same batches. The
+    batch sizes of an epoch differ by at most one; there is no small last batch.
     """
 
     def __init__(
@@ -119,7 +100,7 @@ class TrainingBatches(Sampler[list[int]]):
     ) -> None:
         self.num_images, self.epochs, self.seed = num_images, epochs, seed
         self.start_step = start_step
-        self.number, self.parts = part  # of every batch, the part with this number of so many
+        self.number, self.parts = part  # this process's part of every batch, and the number of parts
         self.steps_per_epoch = -(-num_images // batch_size)
 
     def __len__(self) -> int:
@@ -139,25 +120,25 @@ def data_loader(images: ImageSet, batches: Sampler[list[int]], workers: int) -> 
     return DataLoader(
         images,
         batch_sampler=batches,
-        collate_fn=_as_it_is,
+        collate_fn=_unchanged,
         num_workers=workers,
         worker_init_fn=_ignore_interrupt,
     )
 
 
-def _as_it_is(batch: Batch) -> Batch:
+def _unchanged(batch: Batch) -> Batch:
     return batch
 
 
 def _ignore_interrupt(_worker: int) -> None:
-    # A terminal sends Ctrl-C to the workers too; only the trainer decides when to stop.
+    # A terminal sends Ctrl-C to the workers too, but the training process decides when to stop.
     import signal
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def seeded_generator(*entropy: int, device: str | torch.device = "cpu") -> torch.Generator:
-    """Return a generator whose stream is a function of `entropy`, unrelated for unequal numbers."""
+    """A generator seeded by `entropy`. Different numbers give independent streams."""
     seed = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1))
     return torch.Generator(device).manual_seed(seed)
 
@@ -165,12 +146,9 @@ def seeded_generator(*entropy: int, device: str | torch.device = "cpu") -> torch
 def split_identities(
     num_identities: int, test_fraction: float, seed: int, eligible: Sequence[int] | None = None
 ) -> tuple[list[int], list[int]]:
-    """Train and test identities, in ascending order; only `eligible` ones go to the test set.
-
-    A fraction of 0 keeps none for the test.
-    """
+    """Training and test identities, ascending. Test identities are `eligible` ones; a fraction of 0 gives none."""
     candidates = np.arange(num_identities) if eligible is None else np.asarray(eligible)
-    # Two of each at least: a verification pair of unlike identities, a class and its rival.
+    # At least two, for impostor pairs.
     num_test = min(max(2, round(test_fraction * num_identities)), len(candidates)) if test_fraction else 0
     test = np.random.default_rng(seed).permutation(candidates)[:num_test]
     train = np.setdiff1d(np.arange(num_identities), test)
@@ -178,10 +156,10 @@ def split_identities(
 
 
 def split_by_images(source: str, counts: np.ndarray, test_fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Train and test identities by their numbers of images (num_identities,); one image is for training.
+    """Training and test identities by `counts` of images (num_identities,). Those with one image are for training.
 
     Raises:
-        DataError: `source` has too few identities to train and verify on.
+        DataError: `source` has too few identities for training and verification.
     """
     paired = np.flatnonzero(counts >= 2)
     if not test_fraction:
@@ -191,41 +169,41 @@ def split_by_images(source: str, counts: np.ndarray, test_fraction: float, seed:
     if len(counts) < 4 or len(paired) < 2:
         raise DataError(
             f"{source} has {identities(len(counts))}, {len(paired)} of them with two images or more; "
-            "at least two are needed to train on and two more with two images to verify on "
-            "(--test-fraction 0 trains on all and verifies on none)"
+            "at least two are needed for training and two more with two images for verification "
+            "(--test-fraction 0 uses all for training)"
         )
     train, test = split_identities(len(counts), test_fraction, seed, eligible=paired)
     if len(train) < 2:
         raise DataError(
             f"{len(test)} of the {len(counts)} identities in {source} are for verification, which "
-            "leaves fewer than two to train on: lower the test fraction"
+            "leaves fewer than two for training: lower the test fraction"
         )
     return train, test
 
 
 class Part(NamedTuple):
-    """The images of some identities among all that are listed."""
+    """The listed images of some identities."""
 
-    rows: np.ndarray  # (num_images,) places in the listing
-    labels: Tensor  # (num_images,) numbered anew
+    rows: np.ndarray  # (num_images,) positions in the list
+    labels: Tensor  # (num_images,) from 0
     identities: list[str]  # name of each label
 
 
 def split_listed(
     source: str, labels: np.ndarray, names: Sequence[str], test_fraction: float, seed: int
 ) -> tuple[Part, Part]:
-    """Training and test part of images with labels (num_images,) and a name for each label; as `split_by_images`."""
-    kept = split_by_images(source, np.bincount(labels, minlength=len(names)), test_fraction, seed)
+    """Training and test part of images with labels (num_images,) and a name per label, as `split_by_images`."""
+    train, test = split_by_images(source, np.bincount(labels, minlength=len(names)), test_fraction, seed)
 
     def part(identities: list[int]) -> Part:
         rows, new_labels = rows_of(torch.from_numpy(labels), len(names), identities)
         return Part(rows.numpy(), new_labels, [names[i] for i in identities])
 
-    return part(kept[0]), part(kept[1])
+    return part(train), part(test)
 
 
 def rows_of(labels: Tensor, num_identities: int, kept: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Rows of the images (num_images,) of some identities, and their labels, numbered anew."""
+    """Rows of the images (num_images,) of the `kept` identities, and their labels from 0."""
     new_label = torch.full((num_identities,), -1)
     new_label[list(kept)] = torch.arange(len(kept))
     labels = new_label[labels]
@@ -234,14 +212,13 @@ def rows_of(labels: Tensor, num_identities: int, kept: Sequence[int]) -> tuple[T
 
 
 def to_input(images: Tensor) -> Tensor:
-    """Pixels (uint8, 0 to 255) to the network's input, (x - 127.5) / 127.5."""
+    """Pixels (uint8, 0 to 255) as network input, (x - 127.5) / 127.5."""
     return (images.float() - 127.5) / 127.5
 
 
 def on_gray(images: Tensor) -> Tensor:
-    """White on black (uint8) to white on mid-gray, which is the input's zero.
+    """Convert white on black (uint8) to white on mid-gray, which is zero in the network input.
 
-    Without batch norm a constant background makes all embeddings start out alike, and the first
-    epochs go into undoing it.
+    Without batch norm, a non-zero constant background gives nearly equal initial embeddings, which slows down training.
     """
     return 128 + images // 2

@@ -1,4 +1,4 @@
-"""Images decoded as a person sees them, and resized when their batch is read; unreadable ones are left out and named."""
+"""Decodes images as a viewer shows them and resizes them by batch; unreadable images are skipped and reported."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ from torch import Tensor
 
 from .base import Batch, ImageSet
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".pgm", ".ppm", ".tif", ".tiff")
 WHITE_IS_ZERO = 0  # TIFF's PhotometricInterpretation
 UNSIGNED, REAL = 1, 3  # TIFF's SampleFormat
-# What a viewer does for each EXIF orientation; none for 1.
+# The transposition for each EXIF orientation; orientation 1 needs none.
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -27,22 +26,22 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-PACKED_GREY = {"L;2": 85, "L;4": 17}  # a PNG's grey of 2 and 4 bits, and what Pillow multiplies it by
+PACKED_GREY = {"L;2": 85, "L;4": 17}  # a PNG's grey of 2 and 4 bits, and Pillow's factor to 8 bits
 
 
 class UnreadableError(Exception):
-    """An image cannot be decoded, or does not tell how it looks; the message is the reason."""
+    """An image cannot be decoded, or its appearance is ambiguous. The message is the reason."""
 
 
 class DecodedImages(ImageSet):
-    """Labelled images that are kept encoded; subclasses say where each is."""
+    """Labelled encoded images. Subclasses define `source`."""
 
     def __init__(self, labels: Tensor, identities: Sequence[str], image_size: tuple[int, int], channels: int) -> None:
         super().__init__(labels, identities)
         self.image_size, self.channels = image_size, channels
 
     def source(self, index: int) -> tuple[str, Path | BytesIO]:
-        """Name of an image, and its file or its encoded bytes."""
+        """Name of an image, and its path or encoded bytes."""
         raise NotImplementedError
 
     def __getitems__(self, indices: list[int]) -> Batch:
@@ -61,35 +60,34 @@ class DecodedImages(ImageSet):
 
 
 def read_image(file: Path | BytesIO) -> Image.Image:
-    """The picture in a file as an image viewer shows it: upright, opaque, mode "L" or "RGB".
+    """Read an image as an image viewer shows it: upright, opaque, mode "L" or "RGB".
 
-    The EXIF orientation and an embedded colour profile are applied. Transparent parts are white. In
-    grey of more than 8 bits the largest number is white, in floating-point grey 1 is. A PNG's gAMA
-    is ignored, as most viewers do.
+    The EXIF orientation and an embedded colour profile are applied. Transparent parts become white. White is the
+    largest value of integer grey with more than 8 bits, and 1 in floating-point grey. A PNG's gAMA is ignored, as in
+    most viewers.
 
     Raises:
-        UnreadableError: the file is broken, it is an animation or has several pages, or it does not
-            tell which of its numbers is white.
+        UnreadableError: the file is damaged, has several frames or pages, or does not define which value is white.
     """
     try:
         return _read(file)
-    except UnidentifiedImageError as error:  # its message has the name of the file, or an address in memory
-        raise UnreadableError("it is damaged, no image, or of a kind that Pillow does not read") from error
+    except UnidentifiedImageError as error:  # its message has the file name or a memory address
+        raise UnreadableError("it is damaged, no image, or in a format that Pillow does not read") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        # Without the name of the file, which whoever prints this has.
+        # Without the file name, which the caller adds.
         raise UnreadableError(getattr(error, "strerror", None) or str(error)) from error
-    except Exception as error:  # damaged bytes make Pillow fail in any way: TypeError, struct.error, ...
+    except Exception as error:  # Pillow raises many types for damaged files: TypeError, struct.error, ...
         raise UnreadableError(f"Pillow fails with {type(error).__name__}: {error}") from error
 
 
 def _read(file: Path | BytesIO) -> Image.Image:
     with Image.open(file) as image:
-        # Further frames of an MPO, as telephones write it, are depth and previews of one photograph.
+        # Phones write MPO files whose further frames are depth maps and previews of one photograph.
         if image.format != "MPO" and (frames := getattr(image, "n_frames", 1)) > 1:
-            raise ValueError(f"it has {frames} frames or pages: expected one picture")
+            raise ValueError(f"it has {frames} frames or pages: expected one image")
         if image.format == "JPEG" and image.mode == "CMYK" and "adobe" not in image.info:
-            raise ValueError("its CMYK numbers may be inverted: there is no Adobe marker to tell")
-        # These come before loading, which drops what they look at.
+            raise ValueError("its CMYK values may be inverted: there is no Adobe marker")
+        # These checks come before loading, which discards the metadata that they read.
         deep = image.mode == "F" or image.mode.startswith("I")  # more than 8 bits
         black_and_white = _black_and_white(image) if deep else ()
         if isinstance(image, PngImagePlugin.PngImageFile):
@@ -102,13 +100,13 @@ def _read(file: Path | BytesIO) -> Image.Image:
 
 
 def _prepare_png(image: PngImagePlugin.PngImageFile, file: Path | BytesIO) -> None:
-    """Compare the checksums, and bring a transparent grey value to 8 bits, as Pillow brings the pixels.
+    """Verify the checksums, and scale a transparent grey value to 8 bits as Pillow scales the pixels.
 
     Raises:
-        OSError, SyntaxError: a checksum is not that of its data, or the file is cut off.
-        ValueError: a transparent colour has 16 bits, of which Pillow drops 8.
+        OSError, SyntaxError: a checksum is wrong, or the file is truncated.
+        ValueError: a transparent colour has 16 bits, of which Pillow reads 8.
     """
-    with Image.open(file) as checked:  # Pillow compares none of the pixels' when it loads them
+    with Image.open(file) as checked:  # Pillow does not verify pixel data when it loads it
         checked.verify()
     packed = image.tile[0][3]
     if "transparency" in image.info:
@@ -119,26 +117,26 @@ def _prepare_png(image: PngImagePlugin.PngImageFile, file: Path | BytesIO) -> No
 
 
 def _check_tiff(image: TiffImagePlugin.TiffImageFile) -> None:
-    """Refuse what Pillow reads although it does not tell how it looks.
+    """Refuse TIFF images whose appearance is ambiguous.
 
     Raises:
-        ValueError: samples are signed, or what the fourth of four samples or the palette means is not told.
+        ValueError: samples are signed, or the meaning of the fourth sample or of the palette is undefined.
     """
     tags = image.tag_v2
     formats = tags.get(TiffImagePlugin.SAMPLEFORMAT, (UNSIGNED,))
     if not set(formats) <= {UNSIGNED, REAL}:
-        raise ValueError("its numbers are signed: they do not tell which of them is white")
+        raise ValueError("its values are signed: white is undefined")
     if image.mode == "RGBA" and TiffImagePlugin.EXTRASAMPLES not in tags:
-        raise ValueError("it has four numbers a pixel and does not tell what the fourth is")
+        raise ValueError("it has four values per pixel, the fourth without a meaning")
     if image.mode in ("P", "PA") and 0 < max(tags[TiffImagePlugin.COLORMAP]) < 256:
-        raise ValueError("its palette has numbers of 8 bits where 16 are expected")
+        raise ValueError("its palette has 8-bit values where 16 bits are expected")
 
 
 def _black_and_white(image: Image.Image) -> tuple[int, int]:
-    """The numbers that are black and white, in grey of more than 8 bits.
+    """The values of black and white in grey of more than 8 bits.
 
     Raises:
-        ValueError: they are not known.
+        ValueError: they are undefined.
     """
     black, white = 0, 1
     if image.mode != "F" and image.format in ("PNG", "PPM"):
@@ -146,42 +144,42 @@ def _black_and_white(image: Image.Image) -> tuple[int, int]:
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         if image.mode.startswith("I;16"):
             white = 2 ** image.tag_v2[ExifTags.Base.BitsPerSample][0] - 1
-        # Pillow inverts such grey at 8 bits only.
+        # Pillow inverts it at 8 bits only.
         if image.tag_v2.get(ExifTags.Base.PhotometricInterpretation) == WHITE_IS_ZERO:
             black, white = white, black
     if image.mode != "F" and {black, white} == {0, 1}:
-        raise ValueError(f"its integers ({image.mode}) do not tell which of them is white")
+        raise ValueError(f"its integers ({image.mode}) do not define which value is white")
     if "transparency" in image.info:
         raise ValueError("its 16-bit grey has a transparent value")
     return black, white
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """The loaded image with its EXIF orientation applied; a viewer ignores EXIF data that it cannot read."""
+    """The loaded image with its EXIF orientation applied; unreadable EXIF data is ignored, as in viewers."""
     image.load()
     try:
-        # Not ImageOps.exif_transpose, which writes all EXIF data again and fails where some of it is odd.
+        # ImageOps.exif_transpose writes all EXIF data again, which fails for some files.
         turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
-    except Exception:  # noqa: BLE001  damaged data makes Pillow fail in any way
+    except Exception:  # noqa: BLE001  Pillow raises many types for damaged data
         return image
     return image if turn is None else image.transpose(turn)
 
 
 def _eight_bits(image: Image.Image, black: int, white: int) -> Image.Image:
-    """Grey of more bits as mode "L".
+    """Grey of more than 8 bits as mode "L".
 
     Raises:
-        ValueError: floating-point numbers go beyond black and white.
+        ValueError: floating-point values are out of range.
     """
     grey = (np.asarray(image, np.float64) - black) / (white - black)
     if not (grey.min() >= 0 and grey.max() <= 1):  # NaN too
-        raise ValueError("its floating-point numbers are not all between 0 (black) and 1 (white)")
+        raise ValueError("its floating-point values are not all between 0 (black) and 1 (white)")
     return Image.fromarray(np.rint(255 * grey).astype(np.uint8))
 
 
 def _on_white(image: Image.Image) -> Image.Image:
-    """An image of 8 bits or fewer as mode "L", "RGB" or "CMYK", without alpha."""
-    if image.mode == "La":  # grey that is multiplied by its alpha, of which Pillow converts no other way
+    """An image of at most 8 bits as mode "L", "RGB" or "CMYK", blended with white."""
+    if image.mode == "La":  # premultiplied grey, which Pillow converts to LA only
         image = image.convert("LA")
     kind = "L" if image.mode in ("1", "L", "LA") else "RGB"
     if image.has_transparency_data:
@@ -191,7 +189,7 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def _in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """The image with its ICC profile applied, as mode "L" or "RGB"; a viewer ignores a profile that does not fit."""
+    """The image with its ICC profile applied, as mode "L" or "RGB"; an unsuitable profile is ignored, as in viewers."""
     kind = "L" if image.mode == "L" else "RGB"
     if profile:
         try:
@@ -203,12 +201,12 @@ def _in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     return image
 
 
-@lru_cache(maxsize=16)  # photographs of one camera share their profile; to make a transform takes milliseconds
+@lru_cache(maxsize=16)  # photographs of one camera share a profile, and building a transform takes milliseconds
 def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform:
-    """From numbers of a mode under an ICC profile, whatever it is called, to "RGB"; those of sRGB move by 1 at most.
+    """Transform from a mode with an ICC profile to sRGB. The transform of an sRGB profile changes values by at most 1.
 
     Raises:
-        ImageCms.PyCMSError, OSError: it is no profile, or none for images of this mode.
+        ImageCms.PyCMSError, OSError: the profile is invalid or for another mode.
     """
     source = ImageCms.ImageCmsProfile(BytesIO(profile))
     return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")

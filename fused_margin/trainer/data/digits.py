@@ -1,4 +1,4 @@
-"""Handwritten digits of scikit-learn: ten identities, some kept for verification."""
+"""scikit-learn's handwritten digits: ten identities, some of them for verification."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NAMES = "0123456789"
 
 
 def digit_splits(image_size: tuple[int, int], channels: int, test_fraction: float, seed: int) -> Splits:
-    """Some of the ten digits to train on, the others for verification; a digit is an identity, whoever wrote it."""
+    """Split the ten digits into training and test identities; each digit is an identity."""
     images, labels = read_digits(image_size, channels)
     names = list(NAMES)
     train, test = split_identities(len(NAMES), test_fraction, seed)
@@ -26,7 +26,7 @@ def digit_splits(image_size: tuple[int, int], channels: int, test_fraction: floa
 
 
 def read_digits(image_size: tuple[int, int], channels: int) -> tuple[Tensor, Tensor]:
-    """1,797 real 8 x 8 images, enlarged to (num_images, channels, H, W) uint8, and the digit (num_images,) of each."""
+    """1,797 images of 8 x 8 pixels, enlarged to (num_images, channels, H, W) uint8, and their digits (num_images,)."""
     digits = load_digits()
     images = torch.from_numpy(digits.images).float()[:, None] * (255 / 16)
     images = F.interpolate(images, image_size, mode="bilinear").round().to(torch.uint8)

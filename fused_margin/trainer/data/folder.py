@@ -1,4 +1,4 @@
-"""A folder of identities, root/identity/image.jpg, read as the training goes."""
+"""A folder of identities, root/identity/image.jpg."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .base import DataError, Splits, split_by_images
-from .decode import SUFFIXES, DecodedImages
-from .listing import HIDDEN, describe_skipped, image_names, is_hidden
+from fused_margin.evaluation.errors import DataError
+from fused_margin.evaluation.files import HIDDEN, SUFFIXES, describe_skipped, image_names, is_hidden
+
+from .base import Splits, split_by_images
+from .decode import DecodedImages
 
 
 def folder_splits(root: str, image_size: tuple[int, int], channels: int, test_fraction: float, seed: int) -> Splits:
     """List the identities and split them; an identity with one image is always for training.
 
-    Hidden and system folders are no identities, and hidden files no images; they and all else that is
-    skipped are counted.
+    Hidden and system files and folders, and files of other kinds, are skipped and counted.
 
     Raises:
-        DataError: the folder has too few identities to train and verify on.
+        DataError: the folder has too few identities for training and verification.
     """
     identities, skipped = _list_identities(Path(root))
     if not identities:
@@ -56,7 +57,7 @@ class FolderImages(DecodedImages):
     ) -> None:
         counts = torch.tensor([len(names) for names in files], dtype=torch.int64)
         super().__init__(torch.arange(len(files)).repeat_interleave(counts), identities, image_size, channels)
-        # One array of relative names: workers share it, where a list would be copied page by page.
+        # An array, because workers share its memory, but copy a list of strings page by page.
         self.files = np.array([name for names in files for name in names])
         self.root = Path(root)
 
@@ -66,7 +67,7 @@ class FolderImages(DecodedImages):
 
 
 def _list_identities(root: Path) -> tuple[dict[str, list[str]], Counter[str]]:
-    """File names of each identity that has any, both in order of name; and how many of what were skipped."""
+    """Sorted file names of each identity, sorted by identity, and the number of skipped entries by kind."""
     found: dict[str, list[str]] = {}
     skipped: Counter[str] = Counter()
     with os.scandir(root) as entries:

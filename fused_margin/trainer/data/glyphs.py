@@ -1,8 +1,7 @@
-"""Glyph identities: Unicode characters as people, the DejaVu font faces as their photographs.
+"""Images of Unicode characters: a character is an identity, and each DejaVu font face gives one image of it.
 
-Needs no download: matplotlib carries the fonts. A character counts when at least eight of the
-twelve faces draw it. Characters drawn alike (Latin A, Greek Alpha, Cyrillic A) become one
-identity, found by comparing their images.
+The fonts are part of matplotlib, so nothing is downloaded. A character is used if at least eight of the twelve font
+faces draw it. Characters with equal images (Latin A, Greek Alpha, Cyrillic A) are merged into one identity.
 """
 
 from __future__ import annotations
@@ -35,9 +34,9 @@ FACES = (
     "DejaVuSerif-Italic",
     "DejaVuSerif-BoldItalic",
 )
-MIN_FACES = 8  # faces that draw the character
-MIN_IMAGES = 4  # of them unequal: the faces of box drawings are all the same picture
-ALIKE = 0.997  # cosine of the pixels from which a face draws two characters alike
+MIN_FACES = 8  # font faces that draw the character
+MIN_IMAGES = 4  # distinct images; box-drawing characters look the same in all faces
+ALIKE = 0.997  # cosine of the pixels above which two images are equal
 
 
 def glyph_splits(image_size: tuple[int, int], channels: int, test_fraction: float, seed: int) -> Splits:
@@ -54,7 +53,7 @@ def glyph_splits(image_size: tuple[int, int], channels: int, test_fraction: floa
 
 
 def glyph_identities(image_size: tuple[int, int]) -> tuple[Tensor, Tensor, list[str]]:
-    """Images (num_images, H, W) uint8, their identity labels, each identity's characters."""
+    """Images (num_images, H, W) uint8, their identity labels, and the characters of each identity."""
     images, drawn, characters = render_characters(image_size)
     identity = merge_alike(images, drawn)
     kept_images, kept_labels, names = [], [], []
@@ -71,10 +70,10 @@ def glyph_identities(image_size: tuple[int, int]) -> tuple[Tensor, Tensor, list[
 
 
 def render_characters(image_size: tuple[int, int]) -> tuple[Tensor, Tensor, list[str]]:
-    """Draw every character that enough faces have.
+    """Draw every character that enough font faces have.
 
-    Returns images (characters, faces, H, W) uint8, white on black and centred, a mask
-    (characters, faces) of those that show something, and the characters.
+    Returns images (characters, faces, H, W) uint8, white on black and centred, a mask (characters, faces) of the images
+    that are not blank, and the characters.
     """
     folder = Path(matplotlib.get_data_path(), "fonts", "ttf")
     files = [folder / f"{face}.ttf" for face in FACES]
@@ -85,7 +84,7 @@ def render_characters(image_size: tuple[int, int]) -> tuple[Tensor, Tensor, list
     images = np.zeros((len(candidates), len(FACES), *image_size), np.uint8)
     for face, (file, charmap) in enumerate(zip(files, charmaps, strict=True)):
         font = ImageFont.truetype(str(file), round(0.75 * min(image_size)), layout_engine=ImageFont.Layout.BASIC)
-        missing = _ink(font, "\uffff")  # no font has it: shows the sign for a missing glyph
+        missing = _ink(font, "\uffff")  # no font has this character, so this is the missing-glyph image
         for i, codepoint in enumerate(candidates):
             if codepoint in charmap:
                 ink = _ink(font, chr(codepoint))
@@ -98,15 +97,15 @@ def render_characters(image_size: tuple[int, int]) -> tuple[Tensor, Tensor, list
 
 
 def merge_alike(images: Tensor, drawn: Tensor, threshold: float = ALIKE) -> Tensor:
-    """Label (characters,) of the identity each character belongs to.
+    """Identity label (characters,) of each character.
 
-    Two characters are one identity when at least half of the faces that draw both draw them
-    alike: some faces tell Cyrillic A from Latin A by their spacing or their italics.
+    Two characters are one identity if their images are equal in at least half of the faces that draw both. Some faces
+    draw Cyrillic A and Latin A differently, in spacing or italics.
     """
     alike = torch.zeros(len(images), len(images))
     common = torch.zeros_like(alike)
     for face in range(images.shape[1]):
-        # Half the resolution is enough: what is finer is lost under the distortion anyway.
+        # Half the resolution is enough, because the random distortion hides finer differences.
         pixels = F.avg_pool2d(images[:, face].float(), 2).flatten(1)
         pixels = F.normalize(pixels)  # a blank row stays zero
         alike += pixels @ pixels.T > threshold
@@ -118,7 +117,7 @@ def merge_alike(images: Tensor, drawn: Tensor, threshold: float = ALIKE) -> Tens
 
 
 def _ink(font: ImageFont.FreeTypeFont, character: str) -> np.ndarray:
-    """Pixels of a character, cut to what is not black; empty when nothing is drawn."""
+    """Pixels of a character, cropped to the drawn area; empty if nothing is drawn."""
     mask = font.getmask(character)
     pixels = np.frombuffer(bytes(mask), np.uint8).reshape(mask.size[::-1])
     rows, columns = np.flatnonzero(pixels.any(axis=1)), np.flatnonzero(pixels.any(axis=0))
@@ -128,7 +127,7 @@ def _ink(font: ImageFont.FreeTypeFont, character: str) -> np.ndarray:
 
 
 def _paste_centred(canvas: np.ndarray, ink: np.ndarray) -> None:
-    """Draw `ink` in the middle, shrunk where it would touch the border."""
+    """Draw `ink` at the centre, shrunk if it would touch the border."""
     limits = np.array(canvas.shape) - 2
     shrink = min(1.0, *(limits / ink.shape))
     if shrink < 1:

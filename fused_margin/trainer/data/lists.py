@@ -1,4 +1,4 @@
-"""A list of images, `path label`, `path<TAB>label` or mxnet's `number<TAB>label<TAB>path`, relative to its folder."""
+"""A list of images: `path label`, `path<TAB>label` or mxnet's `number<TAB>label<TAB>path`, relative to its folder."""
 
 from __future__ import annotations
 
@@ -10,18 +10,20 @@ from pathlib import Path, PurePath
 import numpy as np
 from torch import Tensor
 
-from .base import DataError, Splits, split_listed, text_lines
-from .decode import DecodedImages
-from .listing import SYSTEM_NAMES, describe_skipped, kind_if_no_image
+from fused_margin.evaluation.errors import DataError
+from fused_margin.evaluation.files import SYSTEM_NAMES, describe_skipped, files_of_kind, is_image, read_fields
 
-LOOKED_FOR = 100  # files of a list whose existence is checked before the training
+from .base import Splits, split_listed
+from .decode import DecodedImages
+
+LOOKED_FOR = 100  # number of listed files whose existence is checked before training
 
 
 def list_splits(path: str, image_size: tuple[int, int], channels: int, test_fraction: float, seed: int) -> Splits:
     """Read the list and split its identities; one with a single image is always for training.
 
     Raises:
-        DataError: a line is not of the format, no image is found, or the identities are too few.
+        DataError: a line has another format, no image is found, or there are too few identities.
     """
     skipped: Counter[str] = Counter()
     files, labels, names = read_list(Path(path), skipped)
@@ -36,46 +38,43 @@ def list_splits(path: str, image_size: tuple[int, int], channels: int, test_frac
 def read_list(path: Path, skipped: Counter[str] | None = None) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """Relative paths (num_images,) as encoded names, labels (num_images,), and the name of each label.
 
-    A label is any text; labels are numbered in the order in which they first appear. Lines that begin
-    with # are comments, unless they name a file. A first line whose path is no file and has not the
-    suffix of an image is a heading. Both, files with other suffixes, and files that a system or a
-    program left are counted in `skipped`; a label that only these have is none.
+    A label is any text. Labels are numbered in order of first appearance. A line that begins with # is a comment,
+    unless it names a file. A first line without an image suffix and without an existing file is a heading. Comments, headings,
+    files with other suffixes and system files are skipped and counted.
+
+    Args:
+        skipped: counts the skipped lines by kind.
 
     Raises:
-        DataError: the list is not UTF-8, a line is not of the format, or no image or none of the files
-            looked for exists.
+        DataError: the list is not UTF-8, a line has another format, or no image is listed or found.
     """
     skipped = Counter() if skipped is None else skipped
     first = True
     files: list[bytes] = []
     labels: list[int] = []
     numbers: dict[str, int] = {}
-    for number, line in enumerate(text_lines(path), 1):
-        line = line.strip()
-        if not line:
-            continue
-        fields = [field.strip() for field in (line.split("\t") if "\t" in line else line.split())]
-        if line.startswith("#") and not (path.parent / fields[0]).is_file():
+    for number, fields in read_fields(path):
+        if fields[0].startswith("#") and not (path.parent / fields[0]).is_file():
             skipped["comment lines"] += 1
             continue
         if len(fields) == 3 and (label := _whole_number(fields[1])) and fields[0].isdecimal():
-            fields = [fields[2], label]  # a list that mxnet's im2rec makes and reads
+            fields = [fields[2], label]  # the format of mxnet's im2rec
         if len(fields) != 2 or not all(fields):
             raise DataError(
                 f"{path}, line {number}: expected a path and a label, with a tab between them if the path "
-                f"has spaces, got {line[:200]!r}"
+                f"has spaces, got {' '.join(fields)[:200]!r}"
             )
         heading, first = first, False
-        if _is_left_over(fields[0]):
+        if _is_system_file(fields[0]):
             skipped["lines of system files"] += 1
             continue
-        if kind := kind_if_no_image(fields[0]):
+        if not is_image(fields[0]):
             exists = (path.parent / fields[0]).is_file()
             if heading and not exists:
                 skipped["heading lines"] += 1
                 continue
             if PurePath(fields[0]).suffix:
-                skipped[kind] += 1
+                skipped[files_of_kind(fields[0])] += 1
                 continue
             if not exists:
                 raise DataError(f"{path}, line {number}: there is no file {fields[0][:200]!r}, and it has no suffix")
@@ -90,24 +89,24 @@ def read_list(path: Path, skipped: Counter[str] | None = None) -> tuple[np.ndarr
             f"none of {len(some)} images looked for exists, the first being {path.parent / os.fsdecode(some[0])}: "
             f"paths in {path} are relative to its folder"
         )
-    # One array of names: workers share it, where a list would be copied page by page.
+    # An array, because workers share its memory, but copy a list of strings page by page.
     return np.array(files), np.array(labels), list(numbers)
 
 
 def _whole_number(text: str) -> str | None:
-    """A label of mxnet's, 3.000000, as 3; None for anything else."""
+    """mxnet's label 3.000000 as 3; None for other text."""
     whole, _, fraction = text.partition(".")
     return whole if whole.isdecimal() and not fraction.strip("0") else None
 
 
-def _is_left_over(name: str) -> bool:
-    """Whether a listed path was not meant to be: a list may name other hidden files, a tool's listing names these."""
+def _is_system_file(name: str) -> bool:
+    """Whether a path is one of `SYSTEM_NAMES` or a similar file. Other hidden files may be listed on purpose."""
     path = PurePath(name)
     return bool({".ipynb_checkpoints", *SYSTEM_NAMES} & set(path.parts)) or path.name.startswith("._")
 
 
 class ListImages(DecodedImages):
-    """Images by path below a folder."""
+    """Images by path relative to a folder."""
 
     def __init__(
         self,

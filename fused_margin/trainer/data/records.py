@@ -12,36 +12,38 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from .base import DataError, Splits, split_listed
+from fused_margin.evaluation.errors import DataError
+
+from .base import Splits, split_listed
 from .decode import DecodedImages
 
 RECORDS, INDEX = "train.rec", "train.idx"
 
-# Framing of dmlc-core's RecordIO: magic, then 3 bits of continuation flag and 29 of length, then
-# the payload, padded to four bytes. Where the payload has the magic itself at a multiple of four,
-# the writer cuts it into parts there and leaves the magic out.
+# Framing of dmlc-core's RecordIO: the magic number, 3 bits of continuation flag and 29 bits of length, and the payload,
+# padded to four bytes. If the payload contains the magic number at a multiple of four, the writer splits it there into
+# parts, without the magic number.
 MAGIC = 0xCED7230A
 FRAME = struct.Struct("<II")
 WHOLE, FIRST, MIDDLE, LAST = range(4)
-# mxnet's IRHeader: flag, label, id, id2. With flag > 0 that many float labels follow.
+# mxnet's IRHeader: flag, label, id, id2. If flag > 0, that many float labels follow.
 HEADER = struct.Struct("<IfQQ")
-LABEL_BYTES = 128  # of a record are enough for its header and labels, of which faces have two or so
-EXACT = 2**24  # from here on float32, in which labels and numbers of records are kept, leaves some out
+LABEL_BYTES = 128  # enough for the header and about two labels of a face record
+EXACT = 2**24  # float32 stores labels and record numbers, and is exact below this number
 
 
 class Record(NamedTuple):
-    """One record, opened."""
+    """A decoded record."""
 
-    flag: int  # number of labels that follow the header; 0: the label is in it
+    flag: int  # number of labels after the header; 0: the label is in the header
     labels: np.ndarray  # (max(1, flag),) float32
-    content: bytes  # the encoded image; of an identity, nothing
+    content: bytes  # the encoded image; empty for an identity
 
 
 def record_splits(folder: str, image_size: tuple[int, int], channels: int, test_fraction: float, seed: int) -> Splits:
-    """List the identities of a record file and split them; one with a single image is for training.
+    """List the identities of a record file and split them; an identity with one image is always for training.
 
     Raises:
-        DataError: a record or the index is broken, or the identities are too few.
+        DataError: a record or the index is damaged, or there are too few identities.
     """
     records = RecordFile(Path(folder, RECORDS))
     offsets, labels, names = list_images(records, Path(folder, INDEX))
@@ -53,7 +55,7 @@ def record_splits(folder: str, image_size: tuple[int, int], channels: int, test_
 
 
 class RecordImages(DecodedImages):
-    """Images by the position of their record."""
+    """Images by the offset of their record."""
 
     def __init__(
         self,
@@ -73,7 +75,7 @@ class RecordImages(DecodedImages):
 
 
 class RecordFile:
-    """Records of a file by their position; every process opens the file for itself."""
+    """Records of a file by their position. Every process opens the file itself."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -81,13 +83,13 @@ class RecordFile:
         self._process: int | None = None
 
     def __reduce__(self) -> tuple[type[RecordFile], tuple[Path]]:
-        return RecordFile, (self.path,)  # an open file is not for another process
+        return RecordFile, (self.path,)  # an open file cannot be pickled
 
     def read(self, offset: int, enough: int | None = None) -> Record:
-        """The record at a byte of the file; with `enough`, content beyond that many bytes may be left out.
+        """The record at a byte offset. With `enough`, content after that number of bytes may be omitted.
 
         Raises:
-            DataError: there is no record, or it is broken.
+            DataError: there is no record, or it is damaged.
         """
         payload = self._payload(offset, enough)
         if len(payload) < HEADER.size:
@@ -108,7 +110,7 @@ class RecordFile:
         return labels.astype(np.int64).tolist()
 
     def _payload(self, offset: int, enough: int | None) -> bytes:
-        if self._process != os.getpid():  # a file inherited by a fork shares its position
+        if self._process != os.getpid():  # a forked process shares the file position
             self._file, self._process = open(self.path, "rb"), os.getpid()  # noqa: SIM115  stays open
         self._file.seek(offset)
         parts: list[bytes] = []
@@ -138,14 +140,14 @@ class RecordFile:
 def list_images(records: RecordFile, index: Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """Offset (num_images,) and label (num_images,) of every image, and the name of each label.
 
-    Record 0 of a file of faces tells which records are identities, and these which are their
-    images. Without such a record, as mxnet's im2rec writes files, every label is looked up.
+    Record 0 of a face data set has the range of identity records, and each of these the range of its image records.
+    Files of mxnet's im2rec have no such records; then the label of every record is read.
 
     Raises:
-        DataError: a record or the index is broken.
+        DataError: a record or the index is damaged.
     """
     keys, offsets = _read_index(index)
-    records.read(int(offsets.max()))  # the last one: tells when the file has been cut off
+    records.read(int(offsets.max()))  # the last record, to detect a truncated file
     if keys[0] == 0:
         header = records.read(int(offsets[0]), LABEL_BYTES)
         if header.flag == 2 and not header.content and header.labels.max() < EXACT:
@@ -159,7 +161,7 @@ def _images_of_identities(
     def offsets_of(wanted: np.ndarray) -> np.ndarray:
         places = np.searchsorted(keys, wanted).clip(max=len(keys) - 1)
         if (absent := keys[places] != wanted).any():
-            raise DataError(f"{index} does not tell where record {wanted[absent][0]} is")
+            raise DataError(f"{index} has no position of record {wanted[absent][0]}")
         return offsets[places]
 
     first, end = records.numbers(int(offsets[0]), header.labels)
@@ -171,7 +173,7 @@ def _images_of_identities(
         bounds = records.numbers(offset, identity.labels)
         if len(bounds) != 2 or not 0 < bounds[0] <= bounds[1] <= first:
             raise records.broken(offset, f"{bounds} is no range of images")
-        if bounds[0] < bounds[1]:  # cleaned sets have identities without images
+        if bounds[0] < bounds[1]:  # cleaned data sets have identities without images
             images.append(np.arange(*bounds))
             names.append(str(number))
     if not images:
@@ -184,7 +186,7 @@ def _images_by_label(records: RecordFile, offsets: np.ndarray) -> tuple[np.ndarr
     found, identities = [], []
     for offset in np.sort(offsets).tolist():
         record = records.read(offset, LABEL_BYTES)
-        if record.content or not record.flag:  # else an identity, or the first record
+        if record.content or not record.flag:  # not an identity or the first record
             found.append(offset)
             identities += records.numbers(offset, record.labels[:1])
     names, labels = np.unique(identities, return_inverse=True)
@@ -192,9 +194,9 @@ def _images_by_label(records: RecordFile, offsets: np.ndarray) -> tuple[np.ndarr
 
 
 def _read_index(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers of the records, ascending, and the byte at which each begins."""
+    """Ascending record numbers, and the byte offset of each record."""
     if not path.is_file():
-        raise DataError(f"{path} is missing: it tells where the records of {RECORDS} begin")
+        raise DataError(f"{path} is missing: it has the positions of the records in {RECORDS}")
     if not path.stat().st_size:
         raise DataError(f"{path} is empty")
     try:

@@ -11,7 +11,7 @@ Depth = Literal[4, 10, 20, 36, 64]
 
 
 class BackboneError(ValueError):
-    """A backbone cannot be made, or does not turn images into embeddings."""
+    """A backbone cannot be made, or does not map images to embeddings."""
 
 
 @dataclass(frozen=True)
@@ -21,16 +21,16 @@ class ModelConfig:
     channels: int = 1
     """Image channels: 1 (grayscale) or 3 (RGB)."""
     image_size: tuple[int, int] = (24, 24)
-    """Height and width of the input in pixels. Images are rendered at or resized to it."""
+    """Height and width of the input in pixels. Images are rendered at or resized to this size."""
     depth: Depth = 20
     """Number of convolutions of the ResNet, as in SphereFace's paper. RegularFace's has 20."""
     width: float = 0.25
     """Factor on the published channels of the stages:
     64, 128, 256, 512 in the ResNet; 32, 64, 128 in LeNet++."""
     widths: tuple[int, ...] | None = None
-    """Channels of the stages, one number each, in place of --model.width."""
+    """Channels of each stage. Overrides --model.width."""
     embedding_size: int = 128
-    """Dimensions of the embedding. A --backbone has its own, whatever is given here."""
+    """Dimensions of the embedding. A --backbone ignores this and has its own."""
 
     def __post_init__(self) -> None:
         if self.channels not in (1, 3):
@@ -46,7 +46,7 @@ class ModelConfig:
 
     @classmethod
     def of(cls, network: Network) -> ModelConfig:
-        """Where the options start from: a size for two CPU cores, or a published one."""
+        """Default settings of a network."""
         if network == "paper":
             return cls(channels=3, image_size=(112, 96), width=1.0, embedding_size=512)
         if network == "lenet":
@@ -54,10 +54,10 @@ class ModelConfig:
         return cls()
 
     def stage_widths(self, published: tuple[int, ...]) -> tuple[int, ...]:
-        """Channels of each stage of a network with as many stages as `published`.
+        """Channels of each stage, from the `published` ones.
 
         Raises:
-            BackboneError: `widths` are given for another number of stages.
+            BackboneError: `widths` has another number of stages.
         """
         if self.widths is None:
             return tuple(max(1, round(self.width * channels)) for channels in published)

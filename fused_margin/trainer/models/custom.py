@@ -1,4 +1,4 @@
-"""A backbone of the user's own: a dotted name, called with options."""
+"""A user's own backbone: a factory, imported by its dotted name and called with options."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def make_backbone(name: str, options: Mapping[str, Any]) -> nn.Module:
     """Import `package.module.factory` and call it with the options.
 
     Raises:
-        BackboneError: there is no such module or name, it refuses the options, or what it returns is no network.
+        BackboneError: the factory does not exist, refuses the options, or does not return an nn.Module.
     """
     factory = _find(name)
     try:
@@ -37,7 +37,7 @@ def _find(name: str) -> Callable[..., Any]:
     except ModuleNotFoundError as error:
         missing = error.name or ""
         if missing != module_name and not module_name.startswith(f"{missing}."):
-            raise  # it is there; what it imports is not
+            raise  # the module exists, but one of its imports does not
         raise BackboneError(f"backbone: no module {missing!r}; it must be installed or on PYTHONPATH") from error
     try:
         factory = getattr(module, attribute)

@@ -1,4 +1,4 @@
-"""LeNet++ of the center-loss paper (Wen et al., ECCV 2016, table 1), whose 2-d embeddings can be drawn."""
+"""LeNet++ of the center-loss paper (Wen et al., ECCV 2016, table 1), for 2-d embeddings."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ WIDTHS = (32, 64, 128)
 class LeNet(nn.Module):
     """Images (N, channels, H, W) to embeddings (N, embedding_size).
 
-    Three stages of two 5x5 convolutions with PReLU, each halved by max pooling, then one full layer.
+    Three stages of two 5x5 convolutions with PReLU and 2x2 max pooling, then one fully connected layer.
     """
 
     def __init__(self, config: ModelConfig) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .config import ModelConfig
 
 WIDTHS = (64, 128, 256, 512)
-# Residual units of the four stages (SphereFace, arXiv:1704.08063, table 2): 4 + 2 * their sum convolutions.
+# Residual units per stage (SphereFace, arXiv:1704.08063, table 2). The depth is 4 + 2 * their sum.
 UNITS = {4: (0, 0, 0, 0), 10: (0, 1, 2, 0), 20: (1, 2, 4, 1), 36: (2, 4, 8, 2), 64: (3, 8, 16, 3)}
 
 
@@ -53,10 +53,10 @@ class ResNet(nn.Module):
 
 @torch.no_grad()
 def _initialise(module: nn.Module) -> None:
-    """Initialise so that the depth works without batch norm, as SphereFace's published nets do."""
+    """SphereFace's published initialisation, which suits deep networks without batch norm."""
     if isinstance(module, ResidualUnit):
         for conv in (module.body[0], module.body[2]):
-            # Small enough for every unit to start near the identity.
+            # Small, so that every unit starts near the identity.
             nn.init.normal_(conv.weight, std=0.01)
     elif isinstance(module, nn.Conv2d) and module.bias is not None:
         nn.init.kaiming_normal_(module.weight, a=0.25)  # 0.25: the initial slope of a PReLU

@@ -1,0 +1,31 @@
+"""The command `fused-margin align`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import tyro
+
+from fused_margin.evaluation import DataError
+from fused_margin.trainer.align.run import AlignConfig, align
+
+from .common import FAILED, INTERRUPTED, command_consoles, failed
+
+PROG = "fused-margin align"
+
+
+def main(args: Sequence[str]) -> int:
+    """Run the command; returns the exit code."""
+    console, errors = command_consoles()
+    config = tyro.cli(AlignConfig, prog=PROG, args=args)
+    try:
+        outcome = align(config, console, errors)
+    except KeyboardInterrupt:
+        console.print("interrupted; the same command continues")
+        return INTERRUPTED
+    except (DataError, OSError) as error:
+        return failed(errors, error)
+    console.print(
+        f"{outcome.aligned:,} aligned, {outcome.present:,} already existed, {outcome.failed:,} failed", highlight=False
+    )
+    return 0 if outcome.aligned or outcome.present else FAILED

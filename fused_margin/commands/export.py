@@ -1,0 +1,52 @@
+"""The command `fused-margin export`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from fused_margin.trainer.export import ExportError, export
+from fused_margin.trainer.models import BackboneError
+from fused_margin.trainer.train.checkpoint import FILE_NAME, CheckpointError
+
+from .common import command_consoles, failed, find_latest_run
+
+PROG = "fused-margin export"
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Write a trained network as PyTorch weights (backbone.pt) and as ONNX (backbone.onnx), and check both.
+
+    Both take pixels from -1 to 1, (value - 127.5) / 127.5, as (batch, channels, height, width), and return embeddings
+    (batch, size), not normalised. The batch size is dynamic. If the run has a moving average of the weights, the
+    average is exported.
+
+    Also writes the class weights, class_weight.npy (classes, size), and the identity of each of their rows,
+    identities.json.
+    """
+
+    run: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="[RUN]")] = None
+    """Folder of the run, or its checkpoint. If not given, the latest run in runs/."""
+    output: Path | None = None
+    """Folder for the files. If not given, the folder of the checkpoint."""
+    backbone: str | None = None
+    """The --backbone of the training, if it had one. Naming it allows the import and call."""
+
+
+def main(args: Sequence[str]) -> int:
+    """Run the command; returns the exit code."""
+    console, errors = command_consoles()
+    config = tyro.cli(ExportConfig, prog=PROG, args=args)
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # its warnings are about optional packages
+    try:
+        run = config.run or find_latest_run("export", "its path")
+        export(run / FILE_NAME if run.is_dir() else run, config.output, console, config.backbone)
+    except (BackboneError, CheckpointError, ExportError, OSError) as error:
+        return failed(errors, error)
+    return 0

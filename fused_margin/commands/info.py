@@ -1,0 +1,27 @@
+"""The command `fused-margin info`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from fused_margin.info import build_info
+
+
+def main(args: Sequence[str]) -> int:
+    """Print `build_info`; returns the exit code."""
+    argparse.ArgumentParser(
+        prog="fused-margin info", description="Show the version and what this build can do."
+    ).parse_args(args)
+    _print_nested(build_info())
+    return 0
+
+
+def _print_nested(values: dict, indent: str = "") -> None:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            print(f"{indent}{name}:")
+            _print_nested(value, indent + "  ")
+        else:
+            shown = ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
+            print(f"{indent}{name}: {shown}")

@@ -1,0 +1,202 @@
+"""Feature files: the arrays of a protocol in one .npz, or MegaFace-style probes and distractors."""
+
+from __future__ import annotations
+
+import dataclasses
+import struct
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from .errors import DataError
+from .files import HIDDEN, files_of_kind, is_hidden
+
+# MegaFace's matrices are OpenCV's: rows, columns, bytes per row, type; then the values.
+MATRIX = struct.Struct("<4i")
+FLOAT32 = 5  # OpenCV's CV_32FC1
+
+
+@dataclass(frozen=True)
+class FeatureSet:
+    """Features and labels of an evaluation, by their names in an .npz file. Each protocol needs some of them."""
+
+    features: np.ndarray  # (num_rows, D) of images, video frames or probes, not normalised
+    mirrored: np.ndarray | None = None  # (num_rows, D) of the mirror images
+    labels: np.ndarray | None = None  # (num_rows,) identity
+    pairs: np.ndarray | None = None  # (num_pairs, 2) rows, or video indices
+    same: np.ndarray | None = None  # (num_pairs,) bool
+    fold: np.ndarray | None = None  # (num_pairs,)
+    video: np.ndarray | None = None  # (num_rows,) video index
+    distractors: np.ndarray | None = None  # (num_distractors, D)
+    mirrored_distractors: np.ndarray | None = None  # (num_distractors, D)
+    class_weight: np.ndarray | None = None  # (num_classes, D)
+
+    def require(self, *names: str) -> list[np.ndarray]:
+        """The arrays of these names.
+
+        Raises:
+            DataError: an array is missing.
+        """
+        if missing := [name for name in names if getattr(self, name) is None]:
+            arrays = "array" if len(missing) == 1 else "arrays"
+            raise DataError(f"this protocol needs the {arrays} {', '.join(missing)}: give them in the --features file")
+        return [getattr(self, name) for name in names]
+
+
+def read_arrays(path: Path) -> FeatureSet:
+    """Read the arrays of an .npz file, without executing code from it.
+
+    Raises:
+        DataError: it is not an .npz file, or has an array of another name.
+        OSError: it cannot be opened.
+    """
+    arrays = _load_numpy(path)
+    if isinstance(arrays, np.ndarray):
+        raise DataError(f"{path} is not a file of arrays (.npz): it has one array without a name")
+    names = [field.name for field in dataclasses.fields(FeatureSet)]
+    if unknown := sorted(set(arrays) - set(names)):
+        raise DataError(f"{path} holds {', '.join(unknown)}; known arrays are {', '.join(names)}")
+    if "features" not in arrays:
+        raise DataError(f"{path} has no array `features`")
+    return FeatureSet(**arrays)
+
+
+class Features(NamedTuple):
+    """Feature vectors and, if known, their identities."""
+
+    vectors: np.ndarray  # (num_vectors, D) float32
+    identities: np.ndarray | None  # (num_vectors,) text or integers
+
+
+@dataclass(frozen=True)
+class MegafaceSet:
+    """Features of probes with identities, and of distractors."""
+
+    probes: np.ndarray  # (num_probes, D) float32
+    identity: np.ndarray  # (num_probes,) int64 identity index
+    distractors: np.ndarray  # (num_distractors, D) float32
+    skipped: Mapping[str, int] = field(default_factory=dict)  # number of skipped files by kind
+
+
+def read_megaface(probes: Path, distractors: Path) -> MegafaceSet:
+    """Read probes and distractors; see `read_features` for the formats.
+
+    Raises:
+        DataError: a file is damaged, the probes have no identities, or the dimensions differ.
+    """
+    skipped: Counter[str] = Counter()
+    probe, distractor = read_features(probes, skipped), read_features(distractors, skipped)
+    if probe.identities is None:
+        raise DataError(
+            f"{probes} has no identities of its features: expected a folder, FOLDER/identity/..., or an .npz "
+            "with arrays `features` and `labels`"
+        )
+    if probes.is_dir() and "." in probe.identities:
+        raise DataError(f"{probes} has features outside the folders of identities: expected FOLDER/identity/...")
+    if probe.vectors.shape[1] != distractor.vectors.shape[1]:
+        raise DataError(
+            f"{probes} has features of {probe.vectors.shape[1]} dimensions, {distractors} of "
+            f"{distractor.vectors.shape[1]}"
+        )
+    _, identity = np.unique(probe.identities, return_inverse=True)
+    return MegafaceSet(probe.vectors, identity.astype(np.int64), distractor.vectors, skipped)
+
+
+def read_features(path: Path, skipped: Counter[str] | None = None) -> Features:
+    """Read a feature file, or all feature files in a folder and its subfolders, sorted by name.
+
+    .npy has (num_vectors, D), or one vector (D,). .npz has `features` and, if known, `labels`. .bin is MegaFace's
+    float32 matrix, in which a single column is one vector. In a folder, the identity of a file is its subfolder.
+
+    Args:
+        skipped: counts hidden and system files and files of other kinds.
+
+    Raises:
+        DataError: a file is damaged, a value is not finite, or the dimensions differ.
+    """
+    if not path.is_dir():
+        features = _read_file(path)
+    else:
+        files = _feature_files(path, Counter() if skipped is None else skipped)
+        if not files:
+            raise DataError(f"no features in {path}: expected files ending in {', '.join(READERS)}")
+        parts = [_read_file(file).vectors for file in files]
+        for file, part in zip(files, parts, strict=True):
+            if part.shape[1] != parts[0].shape[1]:
+                raise DataError(f"{file} has features of {part.shape[1]} dimensions, {files[0]} of {parts[0].shape[1]}")
+        folders = [str(file.parent.relative_to(path)) for file in files]
+        features = Features(np.concatenate(parts), np.repeat(folders, [len(part) for part in parts]))
+    return features
+
+
+def _feature_files(folder: Path, skipped: Counter[str]) -> list[Path]:
+    found = []
+    for file in sorted(file for file in folder.rglob("*") if file.is_file()):
+        if any(map(is_hidden, file.relative_to(folder).parts)):
+            skipped[HIDDEN] += 1
+        elif file.suffix.lower() in READERS:
+            found.append(file)
+        else:
+            skipped[files_of_kind(file.name)] += 1
+    return found
+
+
+def _read_file(path: Path) -> Features:
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        raise DataError(f"{path} is not a file of features, which ends in {', '.join(READERS)}")
+    vectors, identities = reader(path)
+    vectors = np.atleast_2d(vectors)
+    if vectors.ndim != 2 or not vectors.size or not np.issubdtype(vectors.dtype, np.floating):
+        raise DataError(f"{path}: expected (vectors, D) floats, got {vectors.shape} {vectors.dtype}")
+    if identities is not None and identities.shape != vectors.shape[:1]:
+        raise DataError(f"{path}: expected {len(vectors)} labels, one per vector, got {identities.shape}")
+    if not (finite := np.isfinite(vectors).all(axis=1)).all():
+        raise DataError(f"{path} has NaN or infinity in {np.count_nonzero(~finite)} of its {len(vectors)} vectors")
+    return Features(vectors.astype(np.float32, copy=False), identities)
+
+
+def _read_numpy(path: Path) -> Features:
+    arrays = _load_numpy(path)
+    if isinstance(arrays, np.ndarray):
+        return Features(arrays, None)
+    if "features" not in arrays:
+        raise DataError(f"{path} has the arrays {', '.join(arrays)}: expected `features`, and `labels` if known")
+    return Features(arrays["features"], arrays.get("labels"))
+
+
+def _load_numpy(path: Path) -> np.ndarray | dict[str, np.ndarray]:
+    """The array of an .npy file or the arrays of an .npz file, without executing code from it."""
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            return loaded
+        with loaded:
+            return dict(loaded)
+    except (AttributeError, EOFError, TypeError, ValueError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path} is not a file of arrays (.npy, .npz): {error}") from error
+
+
+def _read_matrix(path: Path) -> Features:
+    with open(path, "rb") as file:
+        head = file.read(MATRIX.size)
+        if len(head) < MATRIX.size:
+            raise DataError(f"{path} is not a matrix: it has {len(head)} bytes")
+        rows, columns, stride, kind = MATRIX.unpack(head)
+        if kind != FLOAT32 or min(rows, columns) < 1 or stride < 4 * columns or stride % 4:
+            raise DataError(
+                f"{path}: expected a matrix of float32 (type {FLOAT32}), got {rows} rows, {columns} columns, "
+                f"{stride} bytes per row, type {kind}"
+            )
+        if (size := path.stat().st_size - MATRIX.size) != rows * stride:
+            raise DataError(f"{path} has {size} bytes of values where {rows} rows of {stride} bytes are expected")
+        values = np.fromfile(file, "<f4", rows * stride // 4).reshape(rows, stride // 4)[:, :columns]
+    return Features(values.T if columns == 1 else values, None)
+
+
+READERS: dict[str, Callable[[Path], Features]] = {".npy": _read_numpy, ".npz": _read_numpy, ".bin": _read_matrix}

@@ -1,0 +1,169 @@
+"""Metrics of verification scores: accuracy over folds, ROC, error rates, TAR at FAR."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from sklearn.metrics import auc, roc_curve
+
+from .checks import check_folds, check_scores
+
+
+class FoldAccuracy(NamedTuple):
+    """Accuracy and threshold of each fold."""
+
+    accuracy: np.ndarray  # (folds,)
+    threshold: np.ndarray  # (folds,)
+
+
+class RocCurve(NamedTuple):
+    """False and true accept rates, both ascending."""
+
+    far: np.ndarray
+    tar: np.ndarray
+
+
+class TarAtFar(NamedTuple):
+    """True accept rate at a false accept rate."""
+
+    far: float  # requested
+    tar: float
+    threshold: float  # pairs with a higher score are accepted; -inf accepts all
+    smallest_far: float  # the rate of one false accept; a lower `far` allows none
+
+    @property
+    def resolved(self) -> bool:
+        """Whether there are enough impostors to distinguish `far` from 0."""
+        return self.far >= self.smallest_far
+
+
+@dataclass(frozen=True)
+class ScoreSummary:
+    """Scores of genuine pairs (one identity) and impostor pairs (two identities), and their metrics."""
+
+    genuine: np.ndarray  # (num_genuine,) scores; higher means more similar
+    impostor: np.ndarray  # (num_scores,)
+    impostor_count: np.ndarray | None  # (num_scores,) number of pairs with each score; None: one each
+    roc: RocCurve
+    auc: float
+    equal_error_rate: float
+    tar: TarAtFar
+
+
+def kfold_accuracy(scores: np.ndarray, same: np.ndarray, fold: np.ndarray) -> FoldAccuracy:
+    """Accuracy on each fold at the best threshold of the other folds.
+
+    A pair is accepted if its score is at least the threshold. Candidate thresholds lie between all scores of the other
+    folds; the highest of equally good candidates is used.
+
+    Args:
+        scores: (num_pairs,); higher means more similar.
+        same: (num_pairs,) bool, True for pairs of one identity.
+        fold: (num_pairs,) integers.
+
+    Raises:
+        ValueError: a score is not finite, shapes differ, or a threshold cannot be chosen outside a fold.
+    """
+    check_scores("scores", scores)
+    check_folds(same, fold, len(scores))
+    accuracies, thresholds = [], []
+    for held_out in np.unique(fold):
+        rest, part = fold != held_out, fold == held_out
+        threshold = best_threshold(scores[rest], same[rest])
+        accuracies.append(np.mean((scores[part] >= threshold) == same[part]))
+        thresholds.append(threshold)
+    return FoldAccuracy(np.array(accuracies), np.array(thresholds))
+
+
+def best_threshold(scores: np.ndarray, same: np.ndarray) -> float:
+    """The candidate threshold of `kfold_accuracy` with the highest accuracy; there are pairs of both kinds."""
+    far, tar, candidates = roc_curve(same, scores, drop_intermediate=False)
+    candidates[0] = np.nextafter(candidates[1], np.inf)  # finite, and accepts none
+    best = int(np.argmax(tar * np.count_nonzero(same) + (1 - far) * np.count_nonzero(~same)))
+    threshold = candidates[best]
+    if 0 < best < len(candidates) - 1:
+        # Halfway to the next lower score, so that held-out pairs with slightly lower scores are accepted.
+        between = (threshold + candidates[best + 1]) / 2
+        threshold = between if between > candidates[best + 1] else threshold
+    return float(threshold)
+
+
+def summarize(
+    genuine: np.ndarray, impostor: np.ndarray, tar: TarAtFar, impostor_count: np.ndarray | None = None
+) -> ScoreSummary:
+    """ROC, AUC and equal error rate of the scores; arguments as for `roc`."""
+    curve = roc(genuine, impostor, impostor_count)
+    return ScoreSummary(
+        genuine, impostor, impostor_count, curve, float(auc(curve.far, curve.tar)), equal_error_rate(curve), tar
+    )
+
+
+def summarize_pairs(scores: np.ndarray, same: np.ndarray, far: float) -> ScoreSummary:
+    """All metrics of the scores (num_pairs,) of genuine pairs (`same`) and impostor pairs; TAR at `far`."""
+    genuine, impostor = scores[same], scores[~same]
+    return summarize(genuine, impostor, tar_at_far(genuine, impostor, far))
+
+
+def roc(genuine: np.ndarray, impostor: np.ndarray, impostor_count: np.ndarray | None = None) -> RocCurve:
+    """True accept rate over false accept rate, one point per distinct score. Ties are accepted together.
+
+    Args:
+        genuine: (num_genuine,) scores of pairs of one identity; higher means more similar.
+        impostor: (num_scores,) scores of pairs of two identities.
+        impostor_count: (num_scores,) number of pairs with each score; one by default.
+
+    Raises:
+        ValueError: there are no scores of one kind, or one is not finite.
+    """
+    check_scores("genuine", genuine)
+    check_scores("impostor", impostor)
+    same = np.repeat([True, False], [len(genuine), len(impostor)])
+    weight = None if impostor_count is None else np.concatenate([np.ones(len(genuine)), impostor_count])
+    far, tar, _ = roc_curve(same, np.concatenate([genuine, impostor]), sample_weight=weight, drop_intermediate=False)
+    return RocCurve(far, tar)
+
+
+def equal_error_rate(curve: RocCurve) -> float:
+    """The rate at which false accepts equal false rejects, by linear interpolation of the curve."""
+    return float(np.interp(0.0, curve.far - (1 - curve.tar), curve.far))
+
+
+def tar_at_far(genuine: np.ndarray, impostor: np.ndarray, far: float, num_impostors: int | None = None) -> TarAtFar:
+    """Highest true accept rate at a false accept rate of at most `far`.
+
+    With n impostors, false accept rates are multiples of 1/n. A `far` below 1/n allows no false accept, and `resolved`
+    is False. Impostors that tie with the highest rejected one are rejected too.
+
+    Args:
+        genuine: (num_genuine,) scores of pairs of one identity; higher means more similar.
+        impostor: scores of pairs of two identities: all of them, or at least the highest ones, which determine the
+            threshold.
+        far: largest share of accepted impostors, 0 to 1.
+        num_impostors: number of all impostors, if `impostor` has only the highest.
+
+    Raises:
+        ValueError: there are no scores of one kind, one is not finite, or `far` is not a rate.
+    """
+    check_scores("genuine", genuine)
+    check_scores("impostor", impostor)
+    total = len(impostor) if num_impostors is None else num_impostors
+    passing = false_accepts(far, total)
+    if passing >= total:
+        threshold = -math.inf
+    elif passing >= len(impostor):
+        raise ValueError(f"impostor: expected at least the {passing + 1} highest scores, got {len(impostor)}")
+    else:
+        place = len(impostor) - 1 - passing
+        threshold = float(np.partition(impostor, place)[place])
+    return TarAtFar(far, float(np.mean(genuine > threshold)), threshold, 1 / total)
+
+
+def false_accepts(far: float, num_impostors: int) -> int:
+    """Largest number of accepted impostors at a false accept rate of at most `far`."""
+    if not 0 <= far <= 1:
+        raise ValueError(f"far: expected a rate from 0 to 1, got {far}")
+    passing = math.floor(far * num_impostors)
+    return passing + ((passing + 1) / num_impostors <= far)  # 0.29 * 100 is 28.999...

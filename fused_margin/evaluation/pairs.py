@@ -1,0 +1,88 @@
+"""Verification pairs drawn from labelled images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from .errors import DataError
+from .plurals import identities
+
+
+class Pairs(NamedTuple):
+    """Image pairs, ordered by fold as in LFW's list."""
+
+    indices: np.ndarray  # (num_pairs, 2) rows of the features
+    same: np.ndarray  # (num_pairs,) bool, True for pairs of one identity
+    fold: np.ndarray  # (num_pairs,) fold index
+    folds_disjoint: bool  # no identity appears in two folds
+
+
+def make_pairs(labels: np.ndarray, num_pairs: int, folds: int, seed: int) -> Pairs:
+    """Draw distinct pairs as LFW does: half of each fold are genuine (one identity), half impostor (two).
+
+    If every fold can have two identities with two images each, no identity is in two folds. Otherwise all folds draw
+    from all identities. The result is balanced, and smaller than `num_pairs` if there are not enough distinct pairs.
+
+    Args:
+        labels: (num_images,) identity of each image.
+        num_pairs: number of pairs to draw, over all folds.
+        folds: number of folds.
+        seed: of the random draw.
+
+    Raises:
+        DataError: the images do not give two genuine and two impostor pairs.
+    """
+    rng = np.random.default_rng(seed)
+    present, counts = np.unique(labels, return_counts=True)
+    rich = rng.permutation(present[counts >= 2])
+    if len(present) < 2 or not len(rich):
+        raise DataError(
+            "verification needs two identities or more, one of them with two images; "
+            f"there are images of {identities(len(present))}, {len(rich):,} of them with two or more"
+        )
+    disjoint = len(rich) >= 2 * folds
+    if disjoint:
+        groups = np.array_split(rich, folds)
+        pools = [_draw_pairs(labels, group, num_pairs // (2 * folds), rng) for group in groups]
+    else:
+        positive, negative = _draw_pairs(labels, present, num_pairs // 2, rng)
+        pools = list(zip(np.array_split(positive, folds), np.array_split(negative, folds), strict=True))
+    if sum(len(positive) for positive, _ in pools) < 2:
+        raise DataError("verification needs two genuine pairs or more; the images give one")
+    indices = [half for pool in pools for half in pool]
+    same = [np.full(len(half), i == 0) for pool in pools for i, half in enumerate(pool)]
+    fold = [np.full(len(half), f) for f, pool in enumerate(pools) for half in pool]
+    return Pairs(np.concatenate(indices), np.concatenate(same), np.concatenate(fold), disjoint)
+
+
+def _draw_pairs(
+    labels: np.ndarray, identities: np.ndarray, per_kind: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Equal numbers of genuine and impostor pairs, at most `per_kind` of each."""
+    images = [np.flatnonzero(labels == identity) for identity in identities]
+    rich = [members for members in images if len(members) >= 2]
+
+    def one_identity() -> np.ndarray:
+        return rng.choice(rich[rng.integers(len(rich))], 2, replace=False)
+
+    def two_identities() -> np.ndarray:
+        first, second = rng.choice(len(images), 2, replace=False)
+        return np.array([rng.choice(images[first]), rng.choice(images[second])])
+
+    positive = _distinct(one_identity, per_kind)
+    negative = _distinct(two_identities, per_kind)
+    kept = min(len(positive), len(negative))
+    return positive[:kept], negative[:kept]
+
+
+def _distinct(draw: Callable[[], np.ndarray], wanted: int) -> np.ndarray:
+    """Up to `wanted` distinct pairs; fewer if 20 draws per pair do not find them."""
+    pairs: dict[tuple[int, int], None] = {}  # a dictionary keeps the order
+    for _ in range(20 * wanted):
+        if len(pairs) == wanted:
+            break
+        pairs[tuple(sorted(draw().tolist()))] = None
+    return np.array(list(pairs), dtype=np.int64).reshape(-1, 2)

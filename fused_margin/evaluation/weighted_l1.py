@@ -1,0 +1,92 @@
+"""DeepFace's weighted L1 distance of two features, whose weights a logistic regression learns."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV, GroupKFold, StratifiedKFold
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+BLOCK_VALUES = 2**23  # differences in memory at a time, 64 MiB in float64
+REGULARISATION = tuple(10.0**n for n in range(-4, 2))  # scikit-learn's C: the inverse of the L2 penalty's strength
+INNER_FOLDS = 3  # of the cross-validation that chooses C
+
+
+class WeightedL1Head(NamedTuple):
+    """score = bias - sum_i alpha_i |f1_i - f2_i|: the log odds that two features belong to one identity."""
+
+    alpha: np.ndarray  # (D,), of either sign
+    bias: float
+    regularisation: float  # the chosen C
+    num_pairs: int  # number of training pairs
+
+    def scores(self, features: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+        """Scores (num_pairs,) of pairs (num_pairs, 2) of rows of features (num_rows, D); higher means more similar."""
+        blocks = np.array_split(pairs, max(1, -(-pairs.size * len(self.alpha) // (2 * BLOCK_VALUES))))
+        return np.concatenate([self.bias - _differences(features, block) @ self.alpha for block in blocks])
+
+
+def fit_head(
+    features: np.ndarray,
+    pairs: np.ndarray,
+    same: np.ndarray,
+    fold: np.ndarray,
+    *,
+    max_pairs: int | None = None,
+    seed: int = 0,
+) -> WeightedL1Head:
+    """Fit DeepFace's weighted distance d(f1, f2) = sum_i alpha_i |f1_i - f2_i| (Taigman et al., CVPR 2014, sec. 4.2).
+
+    As in the paper, one logistic unit takes the differences and is trained with cross-entropy, so alpha may have
+    either sign. An L2 penalty bounds alpha, because a few thousand pairs do not determine it. Cross-validation within
+    the given pairs chooses the strength of the penalty. It keeps folds whole where each has both kinds of pairs, so
+    that identities are not shared between training and validation pairs. The differences are standardised for the
+    fit, so that the penalty treats all dimensions alike; the returned alpha applies to the original differences.
+
+    Args:
+        features: (num_rows, D) float64, usually of unit norm.
+        pairs: (num_pairs, 2) rows of `features`.
+        same: (num_pairs,) bool, True for pairs of one identity.
+        fold: (num_pairs,) integers.
+        max_pairs: largest number of pairs to fit; a larger set is subsampled at random. The default is the number of
+            pairs with `BLOCK_VALUES` differences, at least 1,000. The fit needs several copies of the differences.
+        seed: of the random subset.
+
+    Raises:
+        ValueError: there are fewer than three genuine or three impostor pairs.
+    """
+    if max_pairs is None:
+        max_pairs = max(1000, BLOCK_VALUES // features.shape[1])
+    if len(pairs) > max_pairs:
+        drawn = np.sort(np.random.default_rng(seed).choice(len(pairs), max_pairs, replace=False))
+        pairs, same, fold = pairs[drawn], same[drawn], fold[drawn]
+    rarer = min(np.count_nonzero(same), np.count_nonzero(~same))
+    if rarer < INNER_FOLDS:
+        raise ValueError(
+            f"same: expected at least {INNER_FOLDS} genuine and {INNER_FOLDS} impostor pairs to fit a head, got {rarer}"
+        )
+    search = GridSearchCV(
+        make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)),
+        {"logisticregression__C": REGULARISATION},
+        scoring="neg_log_loss",
+        cv=_inner_splits(same, fold),
+    )
+    search.fit(_differences(features, pairs), same)
+    scaler, unit = search.best_estimator_
+    weight = unit.coef_[0] / scaler.scale_
+    bias = float(unit.intercept_[0] - weight @ scaler.mean_)
+    return WeightedL1Head(-weight, bias, search.best_params_["logisticregression__C"], len(pairs))
+
+
+def _inner_splits(same: np.ndarray, fold: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    numbers = np.unique(fold)
+    if len(numbers) >= INNER_FOLDS and all(len(np.unique(same[fold == number])) == 2 for number in numbers):
+        return list(GroupKFold(INNER_FOLDS).split(same, same, fold))
+    return list(StratifiedKFold(INNER_FOLDS).split(same, same))
+
+
+def _differences(features: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+    return np.abs(features[pairs[:, 0]] - features[pairs[:, 1]])

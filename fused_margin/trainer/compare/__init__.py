@@ -1,0 +1,1 @@
+"""Comparison of several losses with the same settings."""

@@ -1,0 +1,1 @@
+"""Evaluation of a trained network, or of features from files, with report and figures."""

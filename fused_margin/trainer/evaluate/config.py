@@ -1,0 +1,142 @@
+"""The options of `fused-margin evaluate`. The docstrings of the fields are the help of the command."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import fused_margin as fm
+from fused_margin.evaluation import find_pair_list
+from fused_margin.evaluation.protocols import LFW_FLIP, Flip, LfwVariant, Metric
+
+from ..config import EvaluationConfig
+from ..data import EMBEDDED, find_reader
+
+Protocol = Literal["pairs", "lfw", "ytf", "megaface"]
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Evaluate a trained network, or features from a file, under a named protocol.
+
+    Writes <protocol>.json and <protocol>.png.
+    """
+
+    checkpoint: Path | None = None
+    """Checkpoint of fused-margin train, or its folder.
+    If not given, the latest run in runs/."""
+    backbone: str | None = None
+    """The --backbone of the training, if it had one. Naming it allows the import and call."""
+    features: Path | None = None
+    """File (.npz) of features to evaluate instead of a network, with these arrays:
+    features (n, D): of n images or frames. All protocols need it.
+    mirrored (n, D): of the mirror images, for --protocol lfw and --flip sum or concat.
+    labels (n,): integer per identity, for megaface, and for pairs and lfw without given pairs.
+    pairs (p, 2): rows of p pairs. same (p,): True for pairs of one identity.
+    fold (p,): fold index of each pair. Without it, folds of consecutive pairs.
+    video (n,): video index of each frame, for ytf, whose pairs are then video indices.
+    distractors (k, D), mirrored_distractors (k, D): of k distractors, for megaface.
+    class_weight (C, D): of C classes, to report their separability."""
+    data: str | None = None
+    """Images to evaluate the network on. If not given, the test identities of its training.
+    All identities of other images, as for fused-margin train, are evaluated.
+    A verification set is a folder with LFW's pairs.txt or YouTube Faces' splits.txt (for --protocol ytf),
+    a list in such a format, as pairsDevTest.txt, or one of InsightFace's .bin files.
+    Its images are in the folder of the list, or in the subfolder of the published archive:
+    lfw, lfw_funneled, lfw-deepfunneled or aligned_images_DB."""
+    distractors: Path | None = None
+    """Features of distractors, for --protocol megaface with --features.
+    A .npy, .npz or MegaFace's .bin file, or a folder of these.
+    --features then has the probes: FOLDER/identity/..., or an .npz with features and labels."""
+    protocol: Protocol = "pairs"
+    """pairs: accuracy over folds, at the best threshold of the other folds.
+    lfw: LFW's protocol in one of its variants (--variant).
+    ytf: as pairs, for videos, with the mean feature of their frames.
+    megaface: rank-1 rate among distractors, and TAR at FAR."""
+    variant: LfwVariant = "insightface"
+    """Variant of --protocol lfw.
+    insightface: sum of the features of image and mirror image, squared distance.
+    regularface: concatenated features minus the mean of the other folds, cosine (also SphereFace)."""
+    metric: Metric = "cosine"
+    """Score of a pair in the protocols pairs and ytf.
+    cosine: cosine of both features.
+    weighted-l1: DeepFace's weighted absolute differences of the normalised features.
+    A logistic regression on the other folds learns the weights."""
+    flip: Flip | None = None
+    """How to combine the features of an image and its mirror image (fixed for LFW).
+    If not given, as in the training; none for --features."""
+    far: float | None = None
+    """False accept rate at which the true accept rate is reported.
+    If not given, 1e-6 for megaface, otherwise as in the training; 1e-3 for --features."""
+    num_pairs: int | None = None
+    """Number of pairs to draw if none are given. Half of them are of one identity.
+    If not given, as in the training; 6,000 for --features."""
+    folds: int | None = None
+    """Number of folds if none are given, as for a pairs.txt whose first line is one number.
+    If not given, as in the training; 10 for --features."""
+    probes: float = 0.5
+    """Share of the identities that are megaface's probes if no distractors are given.
+    The other identities are the distractors."""
+    output: Path | None = None
+    """Folder for report and figure.
+    If not given, the folder of the checkpoint or of the features."""
+    accelerator: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device. auto: a GPU, if there is one and the kernels are built for it."""
+    workers: int = 0
+    """Number of processes that load image files."""
+
+    def __post_init__(self) -> None:
+        if self.features is not None and not (self.checkpoint is None and self.data is None):
+            raise ValueError("features: cannot be combined with checkpoint or data")
+        if self.data is not None and self.data not in EMBEDDED and find_pair_list(self.data) is None:
+            find_reader(self.data)
+        if self.distractors is not None and (self.protocol != "megaface" or self.features is None):
+            raise ValueError("distractors: only for the protocol megaface with --features")
+        if self.protocol == "lfw" and self.flip not in (None, LFW_FLIP[self.variant]):
+            raise ValueError(f"flip: lfw's variant {self.variant} prescribes {LFW_FLIP[self.variant]}")
+        if self.metric != "cosine" and self.protocol == "lfw":
+            raise ValueError(
+                f"metric: lfw's variants prescribe theirs; for {self.metric} on LFW's images and folds, use the "
+                "protocol pairs"
+            )
+        if self.metric != "cosine" and self.protocol == "megaface":
+            raise ValueError(f"metric: {self.metric} is learned on folds of pairs, which megaface does not have")
+        if self.far is not None and not 0 < self.far < 1:
+            raise ValueError(f"far must be between 0 and 1, got {self.far}")
+        if self.folds is not None and self.folds < 2:
+            raise ValueError(f"folds must be at least 2, got {self.folds}")
+        if self.num_pairs is not None and self.num_pairs < 2 * (self.folds or 2):
+            raise ValueError(f"num-pairs must be at least two per fold, got {self.num_pairs}")
+        if not 0 < self.probes < 1:
+            raise ValueError(f"probes must be between 0 and 1, got {self.probes}")
+        if self.workers < 0:
+            raise ValueError(f"workers must not be negative, got {self.workers}")
+        if self.accelerator == "cuda" and not fm.build_info()["cuda"]["available"]:
+            raise ValueError("accelerator: there is no GPU, or the kernels are not built for it")
+
+    @property
+    def name(self) -> str:
+        """Name of the protocol, its variant or metric, for the files."""
+        if self.protocol == "lfw":
+            return f"lfw-{self.variant}"
+        return self.protocol if self.metric == "cosine" else f"{self.protocol}-{self.metric}"
+
+    def filled_in(self, trained: EvaluationConfig) -> EvaluateConfig:
+        """These options, with defaults from the training.
+
+        Raises:
+            ValueError: options contradict each other.
+        """
+        if self.protocol == "megaface" and not (self.folds is None and self.num_pairs is None):
+            raise ValueError("folds, num-pairs: the protocol megaface has neither folds nor drawn pairs")
+        prescribed = LFW_FLIP[self.variant] if self.protocol == "lfw" else None
+        far = 1e-6 if self.protocol == "megaface" else trained.far
+        return dataclasses.replace(
+            self,
+            flip=prescribed or self.flip or trained.flip,
+            far=self.far or far,
+            num_pairs=self.num_pairs or trained.pairs,
+            folds=self.folds or trained.folds,
+        )

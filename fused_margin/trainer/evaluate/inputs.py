@@ -1,0 +1,171 @@
+"""Inputs of an evaluation: features from a trained network and images, or from files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fused_margin.evaluation import (
+    DataError,
+    FeatureSet,
+    VerificationSet,
+    find_pair_list,
+    read_megaface,
+    stratified_folds,
+)
+from fused_margin.evaluation.plurals import counted
+
+from ..config import TrainConfig
+from ..data import load_splits
+from ..data.verification_images import VerificationImages
+from ..models.build import require_named, restore_backbone
+from ..train.checkpoint import CheckpointError, criterion_state, identities_before, load_run, trained_identities
+from ..train.criterion import stored_class_weight
+from .network import Embedded, count_known, describe_unseen, embed
+
+
+@dataclass(frozen=True)
+class EvaluationInput:
+    """Features to evaluate, and their description for the report."""
+
+    features: FeatureSet
+    description: str
+    source: str  # path of the features or images
+    unreadable: list[str] = field(default_factory=list)  # skipped images
+    skipped: Mapping[str, int] = field(default_factory=dict)  # number of skipped files, folders or lines by kind
+
+
+def read_probes(probes: Path, distractors: Path) -> EvaluationInput:
+    """MegaFace-style features of probes and distractors. Raises DataError as `evaluation.read_megaface`."""
+    found = read_megaface(probes, distractors)
+    features = FeatureSet(features=found.probes, labels=found.identity, distractors=found.distractors)
+    return EvaluationInput(features, f"features of {probes}", str(probes), skipped=found.skipped)
+
+
+@dataclass(frozen=True)
+class TrainedNetwork:
+    """A checkpoint and the images to evaluate it on."""
+
+    state: dict
+    config: TrainConfig  # of the training, with `data` replaced
+    same_data: bool  # the images are those of the training, so only its test identities are evaluated
+    path: Path
+    verification_set: VerificationSet | None = None  # replaces the images of `data`
+
+    def features(self, device: torch.device, *, mirror: bool, workers: int, folds: int | None) -> EvaluationInput:
+        """Features of the test identities, or of the verification set. `folds` is used if the set defines none.
+
+        Raises:
+            BackboneError: the network cannot be built.
+            CheckpointError: the weights do not fit the network.
+            DataError: the images have changed since the training, or cannot be read.
+        """
+        config = self.config
+        class_weight = stored_class_weight(config.loss, criterion_state(self.state)).numpy()
+        backbone = restore_backbone(config, self.state, self.path).to(device, memory_format=torch.channels_last)
+        if self.verification_set is not None:
+            images = VerificationImages(self.verification_set, config.model.image_size, config.model.channels)
+            embedded = embed(backbone, images, device, mirror=mirror, workers=workers)
+            source = self.verification_set.source
+            return EvaluationInput(
+                verification_features(self.verification_set, embedded, class_weight, folds),
+                f"{counted(len(embedded.labels), 'image')} of {source}",
+                source,
+                embedded.unreadable,
+                self.verification_set.skipped,
+            )
+        # All identities of other images are evaluated.
+        test_fraction = config.test_fraction if self.same_data else 0.0
+        splits = load_splits(config.data, config.model.image_size, config.model.channels, test_fraction, config.seed)
+        if self.same_data and self.state["data"] != splits.fingerprint():
+            raise DataError(
+                f"the identities or images of {config.data!r} have changed since the training, so the test "
+                "identities may be among those trained on"
+            )
+        if self.same_data and not len(splits.test):
+            raise DataError(
+                f"all identities of {config.data!r} were trained on, so none can be evaluated: name other images with "
+                "--data"
+            )
+        images = splits.test if self.same_data else splits.train
+        embedded = embed(
+            backbone,
+            images,
+            device,
+            mirror=mirror,
+            distortion=splits.test_distortion,
+            seed=config.seed,
+            workers=workers,
+        )
+        # The initial weights of the run may have been trained on its test identities.
+        trained = identities_before(self.state) if self.same_data else trained_identities(self.state)
+        evaluated = describe_unseen(images.num_classes, count_known(images.identities, trained))
+        return EvaluationInput(
+            FeatureSet(embedded.features, embedded.mirrored, embedded.labels, class_weight=class_weight),
+            f"{splits.description}: {evaluated}",
+            config.data,
+            sorted(embedded.unreadable),
+            splits.skipped,
+        )
+
+
+def verification_features(
+    verification_set: VerificationSet, embedded: Embedded, class_weight: np.ndarray, folds: int | None = None
+) -> FeatureSet:
+    """Features of a verification set. Unreadable frames of videos are skipped; unreadable images are an error.
+
+    Args:
+        folds: number of folds if the set defines none; by default those of its reader.
+
+    Raises:
+        DataError: an image cannot be read, or there are fewer genuine or impostor pairs than folds.
+    """
+    fold = verification_set.fold
+    if folds is not None and not verification_set.has_folds:
+        try:
+            fold = stratified_folds(verification_set.same, folds)
+        except ValueError as error:
+            raise DataError(f"{verification_set.source}: {error}") from error
+    if embedded.unreadable and not verification_set.of_videos:
+        raise DataError(
+            f"{len(embedded.unreadable)} of the images that {verification_set.source} pairs cannot be read: "
+            f"{', '.join(embedded.unreadable[:5])}"
+        )
+    return FeatureSet(
+        embedded.features,
+        embedded.mirrored,
+        pairs=verification_set.pairs,
+        same=verification_set.same,
+        fold=fold,
+        video=verification_set.item[embedded.labels] if verification_set.of_videos else None,
+        class_weight=class_weight,
+    )
+
+
+def read_checkpoint(path: Path, data: str | None, backbone: str | None, *, videos: bool = False) -> TrainedNetwork:
+    """Read a checkpoint to evaluate on `data`, by default the images of its training.
+
+    Args:
+        backbone: a user's own backbone, named to allow its import.
+        videos: whether to prefer videos if `data` has lists of images and of videos.
+
+    Raises:
+        CheckpointError: it cannot be read, its options are not of this version, or it has another backbone.
+        DataError: `data` is a damaged verification set.
+    """
+    state = load_run(path, "evaluate")
+    try:
+        values = state["config"]
+        reader = find_pair_list(data, videos=videos) if data is not None else None
+        config = TrainConfig.from_dict({**values, "data": data or values["data"]}, reads_data=reader is None)
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"cannot evaluate {path}: {error}") from error
+    require_named(config, backbone, path)
+    verification_set = reader() if reader else None
+    return TrainedNetwork(
+        state, config, same_data=config.data == values["data"], path=path, verification_set=verification_set
+    )

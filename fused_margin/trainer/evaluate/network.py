@@ -1,0 +1,149 @@
+"""Features of a backbone, its verification on pairs of test images, and the separability of class weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import BatchSampler, SequentialSampler
+
+import fused_margin as fm
+from fused_margin.evaluation import (
+    DataError,
+    FoldAccuracy,
+    ScoreSummary,
+    cosine_pairs,
+    join_mirror,
+    make_pairs,
+    summarize_pairs,
+)
+from fused_margin.evaluation.plurals import identities
+
+from ..config import TrainConfig
+from ..data.augment import AugmentationConfig, augment
+from ..data.base import ImageSet, Splits, data_loader, seeded_generator, to_input
+
+TEST_STREAM = 2  # of the random distortion of test images
+BATCH_SIZE = 256
+
+
+class Embedded(NamedTuple):
+    """Features of a set of images."""
+
+    features: np.ndarray  # (num_images, D) float32, not normalised
+    mirrored: np.ndarray | None  # (num_images, D) of the mirror images
+    labels: np.ndarray  # (num_images,)
+    unreadable: list[str]  # skipped images
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Verification results on pairs of images of the test identities."""
+
+    accuracy: FoldAccuracy
+    summary: ScoreSummary
+    num_pairs: int
+    folds_disjoint: bool
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Results on the test identities, and of the class weights."""
+
+    verification: Verification | None  # None: there are no test identities
+    nearest_cosine: np.ndarray  # (num_classes,) cosine of each class weight to its nearest other
+    separability: tuple[float, float]  # mean and standard deviation of nearest_cosine
+    unreadable: list[str]
+
+
+@torch.no_grad()
+def embed(
+    backbone: nn.Module,
+    images: ImageSet,
+    device: torch.device,
+    *,
+    mirror: bool,
+    distortion: AugmentationConfig | None = None,
+    seed: int = 0,
+    workers: int = 0,
+) -> Embedded:
+    """Features of the readable images and, with `mirror`, of their mirror images.
+
+    Raises:
+        DataError: no image can be read.
+    """
+    sampler = BatchSampler(SequentialSampler(images), BATCH_SIZE, drop_last=False)
+    features, mirrored, labels, unreadable = [], [], [], []
+    backbone.eval()
+    for number, batch in enumerate(data_loader(images, sampler, workers)):
+        unreadable += batch.unreadable
+        if not len(batch.labels):
+            continue
+        inputs = to_input(batch.images.to(device))
+        if distortion is not None:
+            inputs = augment(inputs, distortion, seeded_generator(seed, TEST_STREAM, number, device=device))
+        features.append(backbone(inputs).float().cpu())
+        if mirror:
+            mirrored.append(backbone(inputs.flip(-1)).float().cpu())
+        labels.append(batch.labels)
+    if not features:
+        raise DataError(f"none of the {len(images):,} images to evaluate on could be read")
+    return Embedded(
+        torch.cat(features).numpy(),
+        torch.cat(mirrored).numpy() if mirror else None,
+        torch.cat(labels).numpy(),
+        unreadable,
+    )
+
+
+def evaluate(
+    backbone: nn.Module,
+    class_weight: Tensor,
+    splits: Splits,
+    config: TrainConfig,
+    device: torch.device,
+) -> Evaluation:
+    """Verify the backbone on pairs of test images, if any, and measure the separability of the class weights."""
+    nearest_cosine, separability = separation(class_weight)
+    if not len(splits.test):
+        return Evaluation(None, nearest_cosine, separability, [])
+    options = config.evaluation
+    embedded = embed(
+        backbone,
+        splits.test,
+        device,
+        mirror=options.flip != "none",
+        distortion=splits.test_distortion,
+        seed=config.seed,
+        workers=config.workers,
+    )
+    pairs = make_pairs(embedded.labels, options.pairs, options.folds, config.seed)
+    features = join_mirror(embedded.features, embedded.mirrored, options.flip)
+    result = cosine_pairs(features, pairs.indices, pairs.same, pairs.fold)
+    summary = summarize_pairs(result.scores, pairs.same, options.far)
+    verified = Verification(result.folds, summary, len(pairs.same), pairs.folds_disjoint)
+    return Evaluation(verified, nearest_cosine, separability, embedded.unreadable)
+
+
+def count_known(names: Iterable[str], trained: Iterable[str] | None) -> int | None:
+    """Number of identities with the name of a trained identity; None if those are unknown."""
+    return None if trained is None else len(set(names) & set(trained))
+
+
+def describe_unseen(number: int, known: int | None) -> str:
+    """The number of evaluated identities, and how many of them the network may have been trained on."""
+    if known is None:
+        return f"{identities(number)}; it is unknown whether the network was trained on any of them"
+    if known:
+        return f"{identities(number)}, {known:,} of which {'has' if known == 1 else 'have'} the name of one trained on"
+    return f"{identities(number)} not trained on"
+
+
+def separation(class_weight: Tensor) -> tuple[np.ndarray, tuple[float, float]]:
+    """Cosine (num_classes,) of each class weight to its nearest other, with mean and deviation (RegularFace's Sep)."""
+    cosine = fm.functional.nearest_class(class_weight).cosine.double().cpu().numpy()
+    return cosine, (float(cosine.mean()), float(cosine.std()))

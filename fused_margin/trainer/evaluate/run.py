@@ -1,0 +1,257 @@
+"""An evaluation: reads or computes features, applies the protocol, and writes report and figure."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from rich.console import Console
+
+import fused_margin as fm
+from fused_margin import evaluation
+from fused_margin.evaluation import DataError, FeatureSet, ScoreSummary, join_mirror
+from fused_margin.evaluation.checks import check_features, check_integers
+from fused_margin.evaluation.files import describe_skipped
+from fused_margin.evaluation.plurals import counted
+from fused_margin.evaluation.protocols import COMPARE, INSIGHTFACE_FAR, Metric
+
+from ..config import EvaluationConfig
+from ..data import EMBEDDED
+from ..train.checkpoint import FILE_NAME
+from .config import EvaluateConfig, Protocol
+from .figures import draw_evaluation
+from .inputs import EvaluationInput, TrainedNetwork, read_checkpoint, read_probes
+from .network import separation
+from .reports import results_table, score_rows, score_values, versions
+
+SCORE_UNIT: dict[Metric, str] = {"cosine": "cosine", "weighted-l1": "log odds"}
+
+
+class Measured(NamedTuple):
+    """Results of a protocol."""
+
+    result: dict[str, Any]  # for the report
+    headline: str
+    summary: ScoreSummary
+
+
+def run_evaluation(config: EvaluateConfig, console: Console) -> dict[str, Any]:
+    """Evaluate and write report and figure; `checkpoint` or `features` must be set.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read or evaluated.
+        DataError: the images or arrays do not allow the protocol.
+        OSError: a file cannot be read or written.
+    """
+    started = time.monotonic()
+    use_gpu = config.accelerator != "cpu" and fm.build_info()["cuda"]["available"]
+    device = torch.device("cuda" if use_gpu else "cpu")
+    network: TrainedNetwork | None = None
+    if config.features is None:
+        path = config.checkpoint / FILE_NAME if config.checkpoint.is_dir() else config.checkpoint
+        data = config.data if config.data is None or config.data in EMBEDDED else str(Path(config.data).resolve())
+        network = read_checkpoint(path, data, config.backbone, videos=config.protocol == "ytf")
+    else:
+        path = config.features
+    given = config
+    try:
+        config = config.filled_in(EvaluationConfig() if network is None else network.config.evaluation)
+    except ValueError as error:
+        raise DataError(f"{path}: {error}") from error
+    if network:
+        _refuse_other_protocols(config.protocol, network)
+    if network and (pair_list := network.verification_set):
+        _refuse_unused(given, pair_list.pairs, pair_list.fold if pair_list.has_folds else None, pair_list.source)
+    with console.status("computing features" if network else "reading features"):
+        if network:
+            inputs = network.features(device, mirror=config.flip != "none", workers=config.workers, folds=given.folds)
+        elif config.distractors is None:
+            inputs = EvaluationInput(evaluation.read_arrays(path), f"features of {path}", str(path))
+        else:
+            inputs = read_probes(path, config.distractors)
+    arrays, description = inputs.features, inputs.description
+    if not network:
+        _refuse_unused(given, arrays.pairs, arrays.fold, inputs.source)
+    with console.status(f"evaluating {config.name}"):
+        try:
+            measured = _measure(config, arrays, network.config.seed if network else 0, device)
+            nearest_cosine, separability = _separation(arrays, device)
+        except DataError:
+            raise
+        except (TypeError, ValueError) as error:  # the arrays are invalid
+            evaluated = f"{path} on {inputs.source}" if network else str(path)
+            raise DataError(f"cannot evaluate {evaluated}: {error}") from error
+
+    summary, output = measured.summary, config.output or path.parent
+    report = {
+        "protocol": config.name,
+        "input": {
+            "file": str(path),
+            "description": description,
+            "rows": len(arrays.features),
+            "dimensions": arrays.features.shape[1],
+            "unreadable": inputs.unreadable,
+            "skipped": dict(inputs.skipped),
+        },
+        "flip": config.flip,
+        "metric": config.metric,
+        "result": measured.result,
+        "scores": score_values(summary),
+        "separability": separability,
+        "versions": versions(),
+        "device": str(device),
+        "seconds": round(time.monotonic() - started, 2),
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    title, unit = f"{description}\n{measured.headline}", SCORE_UNIT[config.metric]
+    draw_evaluation(output / f"{config.name}.png", title, summary, nearest_cosine, unit)
+    (output / f"{config.name}.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    _print_report(console, report, measured.headline, output)
+    return report
+
+
+def _refuse_other_protocols(protocol: Protocol, network: TrainedNetwork) -> None:
+    """Raise DataError if the protocol does not suit the images."""
+    pair_list = network.verification_set
+    of_videos = pair_list is not None and pair_list.of_videos
+    if protocol == "ytf" and not of_videos:
+        contents = "pairs of images" if pair_list else "images of identities"
+        raise DataError(
+            f"{pair_list.source if pair_list else network.config.data} has {contents}, and --protocol ytf compares "
+            "videos: give it a folder of YouTube Faces (splits.txt), or evaluate this with --protocol pairs"
+        )
+    if protocol == "megaface" and pair_list:
+        raise DataError(
+            f"{pair_list.source} has pairs of images without their identities, which megaface needs: evaluate it with "
+            f"--protocol {'ytf' if of_videos else 'pairs or lfw'}, or give megaface a folder of identities"
+        )
+    if protocol != "ytf" and of_videos:
+        raise DataError(f"{pair_list.source} has pairs of videos: evaluate it with --protocol ytf")
+
+
+def _refuse_unused(given: EvaluateConfig, pairs: np.ndarray | None, fold: np.ndarray | None, source: str) -> None:
+    """Raise DataError for options of drawn pairs or folds, if `source` defines the pairs or folds."""
+    if given.num_pairs is not None and pairs is not None and given.num_pairs != len(pairs):
+        raise DataError(f"num-pairs: {source} gives {len(pairs):,} pairs, so none are drawn; leave out the option")
+    if given.folds is not None and fold is not None and given.folds != (folds := len(np.unique(fold))):
+        raise DataError(f"folds: {source} gives {folds} folds, not {given.folds}; leave out the option")
+
+
+def _measure(config: EvaluateConfig, arrays: FeatureSet, seed: int, device: torch.device) -> Measured:
+    """Apply the protocol; raises ValueError if the arrays do not allow it."""
+    if config.protocol == "megaface":
+        return _measure_megaface(config, arrays, seed, device)
+    if arrays.video is not None and arrays.pairs is not None and config.protocol != "ytf":
+        raise DataError(
+            "video: with this array, `pairs` are video indices, which --protocol ytf evaluates; if they are rows of "
+            "`features`, remove `video` from the file"
+        )
+    disjoint = None
+    if arrays.pairs is None and config.protocol != "ytf":
+        (labels,) = arrays.require("labels")
+        check_integers("labels", labels, (len(arrays.features),))
+        drawn = evaluation.make_pairs(labels, config.num_pairs, config.folds, seed)
+        pairs, same, fold, disjoint = drawn
+    else:
+        pairs, same = arrays.require("pairs", "same")
+        fold = evaluation.unshuffled_folds(len(pairs), config.folds) if arrays.fold is None else arrays.fold
+    if config.protocol == "lfw":
+        result = evaluation.lfw(arrays.features, *arrays.require("mirrored"), pairs, same, fold, config.variant)
+    else:
+        features = join_mirror(arrays.features, arrays.mirrored, config.flip)
+        if config.protocol == "ytf":
+            result = evaluation.ytf(features, *arrays.require("video"), pairs, same, fold, config.metric)
+        else:
+            result = COMPARE[config.metric](features, pairs, same, fold)
+    accuracy, threshold = result.folds
+    numbers = {
+        "accuracy": float(accuracy.mean()),
+        "accuracy_std": float(accuracy.std()),
+        "fold_accuracy": accuracy.tolist(),
+        "fold_threshold": threshold.tolist(),
+        "threshold_unit": "squared distance" if config.name == "lfw-insightface" else SCORE_UNIT[config.metric],
+        "pairs": len(pairs),
+        "folds_share_no_identity": disjoint,
+    }
+    if result.heads:
+        numbers["heads"] = {
+            "fitted_pairs": [head.num_pairs for head in result.heads],
+            "regularisation_c": [head.regularisation for head in result.heads],
+            "negative_weights": [float(np.mean(head.alpha < 0)) for head in result.heads],
+        }
+    if result.tar is not None:
+        numbers["tar_over_folds"] = {
+            "far": INSIGHTFACE_FAR,
+            "far_resolved": result.tar.resolved,
+            "mean": float(result.tar.tar.mean()),
+            "std": float(result.tar.tar.std()),
+            "far_on_the_folds": float(result.tar.far.mean()),
+        }
+    headline = f"{config.name}: accuracy {accuracy.mean():.2%} ± {accuracy.std():.2%} over {len(accuracy)} folds"
+    return Measured(numbers, headline, evaluation.summarize_pairs(result.scores, same, config.far))
+
+
+def _measure_megaface(config: EvaluateConfig, arrays: FeatureSet, seed: int, device: torch.device) -> Measured:
+    (labels,) = arrays.require("labels")
+    check_integers("labels", labels, (len(arrays.features),))
+    features = join_mirror(arrays.features, arrays.mirrored, config.flip)
+    if arrays.distractors is None:
+        identities = np.unique(labels)
+        rng = np.random.default_rng(seed)
+        if len(identities) < 2:
+            raise DataError("megaface needs distractors, or two identities or more to draw them from; there is one")
+        number = min(max(1, round(config.probes * len(identities))), len(identities) - 1)
+        is_probe = np.isin(labels, rng.permutation(identities)[:number])
+        # In random order, so that small galleries have several identities.
+        probes, distractors = features[is_probe], features[rng.permutation(np.flatnonzero(~is_probe))]
+        labels = labels[is_probe]
+    else:
+        probes = features
+        distractors = join_mirror(arrays.distractors, arrays.mirrored_distractors, config.flip)
+    found = evaluation.megaface(probes, labels, distractors, far=config.far, device=device)
+    rows = zip(found.sizes.tolist(), found.rank1.tolist(), strict=True)
+    numbers = {
+        "probes": len(probes),
+        "probe_identities": len(np.unique(labels)),
+        "distractors": len(distractors),
+        "searches": 2 * len(found.genuine),
+        "rank1": [{"distractors": size, "rate": rate} for size, rate in rows],
+    }
+    headline = f"megaface: rank-1 {found.rank1[-1]:.2%} among {counted(len(distractors), 'distractor')}"
+    summary = evaluation.summarize(found.genuine, found.impostor, found.tar, found.impostor_count)
+    return Measured(numbers, headline, summary)
+
+
+def _separation(arrays: FeatureSet, device: torch.device) -> tuple[np.ndarray | None, dict[str, float] | None]:
+    if arrays.class_weight is None:
+        return None, None
+    check_features("class_weight", arrays.class_weight)
+    cosine, (mean, std) = separation(torch.from_numpy(arrays.class_weight).to(device))
+    return cosine, {"mean": mean, "std": std}
+
+
+def _print_report(console: Console, report: dict[str, Any], headline: str, output: Path) -> None:
+    scores, result = report["scores"], report["result"]
+    console.print(report["input"]["description"], highlight=False)
+    table = results_table(headline)
+    for row in result.get("rank1", ()):
+        table.add_row(f"rank-1 among {counted(row['distractors'], 'distractor')}", f"{row['rate']:.2%}")
+    if tar := result.get("tar_over_folds"):
+        needed = f"{1 / tar['far']:,.0f}"
+        unresolved = "" if tar["far_resolved"] else f" (needs {needed} impostors in the other folds; there are fewer)"
+        table.add_row(f"TAR at FAR = {tar['far']:g}, over folds", f"{tar['mean']:.2%} ± {tar['std']:.2%}{unresolved}")
+    for row in score_rows(scores):
+        table.add_row(*row)
+    if separability := report["separability"]:
+        table.add_row("Sep of the class weights", f"{separability['mean']:.3f} ± {separability['std']:.3f}")
+    console.print(table)
+    if skipped := report["input"]["skipped"]:
+        console.print(describe_skipped(skipped), highlight=False, soft_wrap=True)
+    if unreadable := report["input"]["unreadable"]:
+        console.print(f"skipped {counted(len(unreadable), 'unreadable image')}, listed in the report")
+    name = report["protocol"]
+    console.print(f"files in {output}: {name}.json, {name}.png", highlight=False, soft_wrap=True)

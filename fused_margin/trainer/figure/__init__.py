@@ -1,0 +1,1 @@
+"""Figures of 2-d embeddings that several losses learn."""

@@ -1,0 +1,1 @@
+"""Training: loop, criterion, optimizer, checkpoints, devices and logs."""

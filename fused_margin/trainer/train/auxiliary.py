@@ -1,0 +1,127 @@
+"""Auxiliary losses that the criterion adds to the main loss, each with its weight."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from pytorch_metric_learning.distances import LpDistance
+from pytorch_metric_learning.losses import ContrastiveLoss, TripletMarginLoss
+from pytorch_metric_learning.miners import TripletMarginMiner
+from torch import Tensor, nn
+
+import fused_margin as fm
+
+# Arguments of each auxiliary loss. Its weight in AuxiliaryConfig has the same name.
+ARGUMENTS = {
+    "center": ("embeddings", "labels"),
+    "ring": ("embeddings", "labels"),
+    "intra": ("embeddings", "class_weight", "labels"),
+    "inter": ("class_weight", "labels"),
+    "uniform": ("class_weight",),
+    "triplet": ("embeddings", "labels"),
+    "contrastive": ("embeddings", "labels"),
+}
+
+
+# These options are called `companions` on the command line, in files and in the names of a checkpoint's tensors.
+@dataclass(frozen=True)
+class AuxiliaryConfig:
+    """Auxiliary losses, added to the main loss with these weights. 0 disables a loss."""
+
+    center: float = 0.0
+    """Weight of center loss, which pulls embeddings to the moving center of their class. Paper: 0.003, with softmax."""
+    ring: float = 0.0
+    """Weight of ring loss, which pulls the norms of the embeddings to a learned radius. Paper: 0.01."""
+    intra: float = 0.0
+    """Weight of intra-loss, the angle between embeddings and their class weights. ArcFace's paper: 1."""
+    inter: float = 0.0
+    """Weight of inter-loss, which increases the angles from the class weights of the batch to all others.
+    ArcFace's paper: 1."""
+    uniform: float = 0.0
+    """Weight of uniform loss, which pushes all class weights apart."""
+    triplet: float = 0.0
+    """Weight of triplet loss on the squared distances of unit-length embeddings (FaceNet).
+    Its memory grows with the cube of the batch size."""
+    contrastive: float = 0.0
+    """Weight of contrastive loss on the distances of unit-length embeddings. DeepID2: 0.05, with softmax."""
+    triplet_margin: float = 0.2
+    """Margin of the triplet loss, between an anchor's squared distances to the negative and to the positive."""
+    triplet_mining: Literal["all", "hard", "semihard"] = "semihard"
+    """Triplets that violate the margin and are used.
+    all: every triplet.
+    hard: negative closer than the positive.
+    semihard: negative farther than the positive."""
+    contrastive_margins: tuple[float, float] = (0.0, 1.0)
+    """Margins of the contrastive loss: the distance below which genuine pairs have no loss,
+    and the distance above which impostor pairs have none."""
+
+    def __post_init__(self) -> None:
+        for name in (*ARGUMENTS, "triplet_margin"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"loss.companions.{name} must be finite and not negative, got {getattr(self, name)}")
+        positive, negative = self.contrastive_margins
+        if not 0 <= positive <= negative < math.inf:
+            raise ValueError(
+                f"loss.companions.contrastive_margins must be two ascending numbers, got {positive} {negative}"
+            )
+
+    def weights(self) -> dict[str, float]:
+        """The positive weights, by name."""
+        return {name: getattr(self, name) for name in ARGUMENTS if getattr(self, name) > 0}
+
+
+class AuxiliaryLosses(nn.Module):
+    """Embeddings (N, D), class weights (C, D) and labels (N,) to the weighted auxiliary losses, by name."""
+
+    def __init__(self, config: AuxiliaryConfig, num_classes: int, embedding_size: int, workspace_mb: float) -> None:
+        super().__init__()
+        make = {
+            "center": lambda: fm.CenterLoss(num_classes, embedding_size),
+            "ring": fm.RingLoss,
+            "intra": fm.IntraLoss,
+            "inter": lambda: fm.InterLoss(workspace_mb=workspace_mb),
+            "uniform": lambda: fm.UniformLoss(workspace_mb=workspace_mb),
+            "triplet": lambda: TripletLoss(config.triplet_margin, config.triplet_mining),
+            "contrastive": lambda: PairLoss(*config.contrastive_margins),
+        }
+        self.weights = config.weights()
+        self.losses = nn.ModuleDict({name: make[name]() for name in self.weights})
+
+    def forward(self, embeddings: Tensor, class_weight: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        given = {"embeddings": embeddings.float(), "class_weight": class_weight, "labels": labels}
+        return {
+            name: weight * self.losses[name](*(given[argument] for argument in ARGUMENTS[name]))
+            for name, weight in self.weights.items()
+        }
+
+
+class TripletLoss(nn.Module):
+    """``max(0, |a - p|^2 - |a - n|^2 + margin)`` of unit-length embeddings (FaceNet, arXiv:1503.03832, eq. 2).
+
+    The mean over the mined triplets with a loss above 0. Memory is O(N^3) for N embeddings.
+    """
+
+    def __init__(self, margin: float, mining: str) -> None:
+        super().__init__()
+        distance = LpDistance(normalize_embeddings=True, p=2, power=2)
+        self.miner = TripletMarginMiner(margin, type_of_triplets=mining, distance=distance)
+        self.loss_fn = TripletMarginLoss(margin, distance=distance)
+
+    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        return self.loss_fn(embeddings, labels, self.miner(embeddings, labels))
+
+
+class PairLoss(ContrastiveLoss):
+    """DeepID2's verification loss (arXiv:1406.4773, eq. 2) on the distances d of unit-length embeddings.
+
+    ``max(0, d - positive)^2 / 2`` for genuine pairs and ``max(0, negative - d)^2 / 2`` for impostor pairs. The result
+    is the sum of both means, each over the pairs with a loss above 0.
+    """
+
+    def __init__(self, positive: float, negative: float) -> None:
+        super().__init__(positive, negative, distance=LpDistance(normalize_embeddings=True, p=2, power=1))
+
+    def get_per_pair_loss(self, pair_dists: Tensor, pos_or_neg: str) -> Tensor:
+        return super().get_per_pair_loss(pair_dists, pos_or_neg).square() / 2

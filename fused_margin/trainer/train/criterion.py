@@ -1,0 +1,75 @@
+"""The training criterion: the main loss, auxiliary losses, and the class weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fused_margin as fm
+
+from .auxiliary import AuxiliaryLosses
+from .named_losses import LOSSES, LossConfig, make_loss, make_small_loss
+
+
+class Criterion(nn.Module):
+    """Embeddings (N, D) and labels (N,) to the loss. It has the class weights.
+
+    Attributes:
+        last_parts: the main loss and the auxiliary losses of the last call, by name, detached.
+    """
+
+    def __init__(
+        self, config: LossConfig, num_classes: int, embedding_size: int, process_group: Any | None = None
+    ) -> None:
+        super().__init__()
+        self.name, self.projected = config.name, LOSSES[config.name].projected
+        placement = {} if process_group is None else {"process_group": process_group}
+        self.loss_fn = make_loss(config, num_classes, embedding_size, **placement)
+        workspace_mb = config.options.get("workspace_mb", 256)
+        self.companions = AuxiliaryLosses(config.companions, num_classes, embedding_size, workspace_mb)
+        self.last_parts: dict[str, Tensor] = {}
+        for weight in self.projected_parameters():
+            fm.optim.project_(weight)
+
+    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        parts = {self.name: self.loss_fn(embeddings, labels)}
+        if self.companions.weights:
+            parts |= self.companions(
+                embeddings, class_directions(self.loss_fn.weight, self.loss_fn.sub_centers), labels
+            )
+        self.last_parts = {name: part.detach() for name, part in parts.items()}
+        return sum(parts.values())
+
+    @property
+    def part_names(self) -> tuple[str, ...]:
+        """Names in `last_parts`."""
+        return self.name, *self.companions.weights
+
+    def projected_parameters(self) -> list[nn.Parameter]:
+        """Class weights whose rows are kept at unit norm."""
+        return [self.loss_fn.weight] if self.projected else []
+
+    def plain_parameters(self) -> list[nn.Parameter]:
+        """All other parameters: class weights with a norm, biases, learned scales and radii."""
+        projected = {id(weight) for weight in self.projected_parameters()}
+        return [parameter for parameter in self.parameters() if id(parameter) not in projected]
+
+    @property
+    def class_weight(self) -> Tensor:
+        """Class weights (C, D), detached; with sub-centers as `class_directions`."""
+        return class_directions(self.loss_fn.weight.detach(), self.loss_fn.sub_centers)
+
+
+def class_directions(weight: Tensor, sub_centers: int) -> Tensor:
+    """Weights (C * sub_centers, D) to one row per class (C, D): the normalised mean of its normalised sub-centers."""
+    if sub_centers == 1:
+        return weight
+    return F.normalize(F.normalize(weight, dim=1).unflatten(0, (-1, sub_centers)).mean(1), dim=1)
+
+
+def stored_class_weight(config: LossConfig, criterion_state: Mapping[str, Tensor]) -> Tensor:
+    """Class weights (C, D) in the state dict of a `Criterion`."""
+    return class_directions(criterion_state["loss_fn.weight"], make_small_loss(config).sub_centers)

@@ -1,0 +1,280 @@
+"""The command line: usage, errors without a traceback, interruption and resumption of a real process."""
+
+import ast
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+
+import fused_margin as fm
+import fused_margin_command
+from fused_margin import cli
+from fused_margin.trainer.train.checkpoint import FILE_NAME
+from fused_margin.trainer.train.named_losses import options_by_loss
+
+TRAIN = [sys.executable, "-m", "fused_margin.cli", "train"]
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    """Each test has its own runs/."""
+    root = str(Path(cli.__file__).parents[1])
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.chdir(tmp_path)
+
+
+def fails(capsys, code, *arguments):
+    """Run a command that must fail with `code`; returns what it said."""
+    try:
+        returned = cli.main(list(arguments))
+    except SystemExit as exit_:
+        returned = exit_.code
+    streams = capsys.readouterr()
+    assert returned == code, streams
+    assert "Traceback" not in streams.out + streams.err
+    return " ".join((streams.out + streams.err).split())
+
+
+def test_names_are_printed_as_they_are(face_folder, tmp_path, tiny_options, capsys):
+    """Some look like markup, one like an emoji code, one is not UTF-8."""
+    data, output = tmp_path / "faces [old]", tmp_path / "run [red]"
+    shutil.copytree(face_folder, data)
+    (data / "x[").mkdir()
+    broken = [data / "x[" / "b].jpg", data / "person_3" / ":cat:.jpg", data / "person_3" / "\udcff.jpg"]
+    for path in broken:
+        path.write_bytes(b"no picture")
+    options = [*tiny_options, "--epochs", "1", "--evaluation.pairs", "20"]
+    assert cli.main(["train", *options, "--data", str(data), "--output", str(output)]) == 0
+    assert cli.main(["evaluate", "--checkpoint", str(output), "--data", str(data), "--num-pairs", "20"]) == 0
+    said = capsys.readouterr().out
+    assert f"images of {data}\n" in said and f"files in {output}: " in said and "skipped 3 unreadable images:\n" in said
+    for name in ("x[/b].jpg", "person_3/:cat:.jpg", "person_3/\\udcff.jpg"):
+        assert f"\n  {data}/{name}: it is damaged, no image" in said
+    assert f"{data}" in said.partition("files in ")[2]  # what the evaluation says
+
+
+def test_usage(capsys):
+    assert cli.main([]) == 0
+    assert "usage: fused-margin" in capsys.readouterr().out
+    assert "invalid choice: 'trian'" in fails(capsys, 2, "trian")
+    assert "unrecognized arguments: --verbose" in fails(capsys, 2, "info", "--verbose")
+    assert fails(capsys, 0, "--version") == f"fused-margin {fm.__version__}"
+
+
+@pytest.mark.parametrize("chosen", [{}, {"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "active"}])
+def test_the_program_shortens_openmps_spinning_before_torch_is_imported(chosen):
+    """Unless the user has chosen how threads wait."""
+    code = """
+import json, os, sys, types
+import fused_margin_command
+assert "torch" not in sys.modules
+def record():
+    print(json.dumps({name: os.environ.get(name) for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}))
+    return 3
+sys.modules["fused_margin.cli"] = types.SimpleNamespace(main=record)
+sys.modules["fused_margin"] = types.SimpleNamespace(cli=sys.modules["fused_margin.cli"])
+sys.exit(fused_margin_command.main())
+"""
+    env = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")} | chosen
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=env)
+    assert done.returncode == 3, done.stderr
+    found = {name: value for name, value in json.loads(done.stdout).items() if value is not None}
+    assert found == (chosen or {"GOMP_SPINCOUNT": fused_margin_command.SPIN_COUNT})
+
+
+def test_the_installed_program_is_that_module():
+    project = (Path(cli.__file__).parents[1] / "pyproject.toml").read_text()
+    assert 'fused-margin = "fused_margin_command:main"' in project
+    assert 'py-modules = ["fused_margin_command"]' in project
+
+
+def test_nothing_imports_the_commands():
+    package = Path(cli.__file__).parent
+    for path in package.rglob("*.py"):
+        if path.parent != package / "commands":
+            imports = [
+                node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Import | ast.ImportFrom)
+            ]
+            assert not [line for line in map(ast.unparse, imports) if "commands" in line], path
+    assert {path.stem for path in (package / "commands").glob("*.py")} == {*cli.COMMANDS, "common", "__init__"}
+
+
+def test_info_needs_no_extra():
+    code = "import sys; sys.modules.update(dict.fromkeys({!r})); from fused_margin.cli import main; main(['info'])"
+    done = subprocess.run(
+        [sys.executable, "-c", code.format(list(cli.EXTRAS))], capture_output=True, text=True, check=True
+    )
+    assert "version: " in done.stdout and "kernels:" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("command", "module"),
+    [
+        ("train", "lightning"),
+        ("train", "yaml"),
+        ("train", "tensorboard"),
+        ("evaluate", "sklearn"),
+        ("export", "onnxscript"),
+    ],
+)
+def test_missing_extra(command, module):
+    code = (
+        f"import sys; sys.modules[{module!r}] = None; from fused_margin.cli import main; sys.exit(main([{command!r}]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    package, extra = cli.EXTRAS[module]
+    assert done.returncode == 1
+    assert done.stderr.strip() == f'fused-margin {command} needs {package}: pip install "fused_margin[{extra}]"'
+
+
+def test_every_option_is_explained(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["train", "--help"])
+    assert exit_.value.code == 0
+    help_text = capsys.readouterr().out
+    for words in ("--resume", "--optimizer.class-lr", "an angle in radians", "FOLDER/identity"):
+        assert words in help_text
+
+
+def test_help_says_what_each_loss_takes(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    help_text = " ".join(capsys.readouterr().out.replace("\u2502", " ").split())
+    for loss, options in options_by_loss().items():
+        assert loss in help_text
+        for name in options:
+            assert f"{name}=" in help_text, (loss, name)
+    assert "all but softmax, l2-softmax, l-softmax: sub_centers=1" in help_text
+    assert "l-softmax: sub_centers=1 annealing=True" in help_text
+    assert "(default: none)" in help_text and "(default: )" not in help_text
+    assert "magface: margins=0.45,0.8" in help_text and "0.35 for cosface" in help_text
+
+
+@pytest.mark.parametrize("command", sorted(cli.COMMANDS))
+def test_help_is_made_of_sentences(command, capsys, monkeypatch):
+    """Each help text begins as a sentence or with a choice and a colon, and ends with a full stop."""
+    monkeypatch.setenv("COLUMNS", "100000")
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    lines = [line.strip(" \u2502") for line in capsys.readouterr().out.splitlines()]
+    for line in lines:
+        if line.endswith(")") and "(default: " in line and not line.startswith("--"):
+            text = line[: line.rindex("(default: ")].strip()
+            assert text.endswith(".") or "=" in text, line
+        for fragment in ("Of lfw", "Of pairs and", "What follows", "Which one", "None: the", "; 0: none", "but for"):
+            assert fragment not in line, line
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--epochs -1", "epochs must be at least 1, got -1"),
+        ("--batch-size 0", "batch_size must be at least 1, got 0"),
+        ("--data no/such/folder", "no folder 'no/such/folder'"),
+        ("--test-fraction 1.5", "test_fraction must be in [0, 1)"),
+        ("--loss.scale nan", "loss.scale must be positive"),
+        ("--optimizer.lr 0", "optimizer.lr must be positive"),
+        (f"--seed {2**64}", "seed must be at most"),
+        ("--loss.name softmax --loss.options sub_centers=1", "softmax has no option 'sub_centers'"),
+        ("--loss.options exclusive_refresh=True", "must be a word or a number, got True"),
+        ("--loss.options exclusive_refresh=0", "expected a positive integer, got 0"),
+        ("--augmentation.noise -1", "noise must not be negative"),
+        ("--model.channels 2", "channels must be 1 or 3"),
+        ("--model.depth 11", "invalid choice"),
+        ("--accumulate 0", "accumulate must be at least 1"),
+        ("--backbone-options size=3", "backbone_options need a --backbone"),
+        ("--backbone a.b --backbone-options size", "expected NAME=VALUE, got 'size'"),
+        ("--optimizer.milestones 0.5 1.5", "optimizer.milestones must be between 0 and 1"),
+        ("--config", "expected one argument"),
+        ("--config nothing.yaml", "cannot read the configuration nothing.yaml"),
+        ("--evaluation.folds 1", "evaluation.folds must be at least 2"),
+        ("--epochs ten", "invalid literal"),
+        ("--no-such-option", "no-such-option"),
+    ],
+)
+def test_invalid_options(capsys, options, message):
+    assert message in fails(capsys, 2, "train", *options.split())
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--backbone nowhere.Net", "no module 'nowhere'"),
+        ("--network lenet --model.widths 4 4 4 4", "model.widths must be 3 numbers"),
+        ("--precision 16-mixed --accelerator cpu --data digits", "needs a GPU"),
+    ],
+)
+def test_what_cannot_be_trained(capsys, options, message):
+    assert message in fails(capsys, 1, "train", *options.split())
+    assert not Path("runs").exists()
+
+
+def test_run_and_what_may_follow_it(capsys, tiny_options):
+    assert cli.main(["train", *tiny_options, "--output", "here"]) == 0
+    said = capsys.readouterr().out
+    assert "accuracy, 10 folds, 200 pairs" in said and "step 40/40" in said
+    assert "config.yaml, log.csv, tensorboard/" in said
+    report = Path("here/report.json").read_text()
+
+    assert "--resume" in fails(capsys, 1, "train", *tiny_options, "--output", "here")
+    assert Path("here/report.json").read_text() == report
+    said = fails(capsys, 1, "train", "--resume", "--output", "here", "--epochs", "3", "--workers", "0")
+    assert "--epochs 3 (the run has 2)" in said and "workers" not in said
+    assert "no checkpoint at nowhere" in fails(capsys, 1, "train", "--resume", "--output", "nowhere")
+    assert "no run to resume in runs/" in fails(capsys, 1, "train", "--resume")
+
+    assert cli.main(["train", "--resume", "--output", "here"]) == 0  # done: verifies again
+    again, before = json.loads(Path("here/report.json").read_text()), json.loads(report)
+    assert again["verification"] == before["verification"] and again["training"] == before["training"]
+
+    Path("here", FILE_NAME).write_bytes(b"damaged")
+    assert "cannot read the checkpoint" in fails(capsys, 1, "train", "--resume", "--output", "here")
+
+
+@pytest.mark.parametrize("refresh", ["5", "certified"])
+def test_the_exclusive_term_s_refresh(tiny_options, refresh):
+    options = "--loss.exclusive-weight", "1", "--loss.options", f"exclusive_refresh={refresh}"
+    assert cli.main(["train", *tiny_options, *options, "--output", "here"]) == 0
+
+
+def test_a_margin_in_degrees_is_warned_of_once(tiny_options):
+    with pytest.warns(UserWarning, match="28 is an angle above pi") as caught:
+        assert cli.main(["train", *tiny_options, "--loss.margin", "28", "--output", "here"]) == 0
+    assert sum("above pi" in str(warning.message) for warning in caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert cli.main(["evaluate", "--checkpoint", "here"]) == 0
+
+
+def test_folder_without_identities(capsys, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert "no identities in" in fails(capsys, 1, "train", "--data", "empty")
+
+
+def test_interrupt_a_process_and_finish_its_run(capsys, tiny_options):
+    options = [*tiny_options, "--epochs", "8", "--checkpoint-every", "5"]
+    process = subprocess.Popen([*TRAIN, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (found := list(Path("runs").glob(f"digits-*/{FILE_NAME}"))):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 130 and "Traceback" not in err
+    assert f"fused-margin train --resume --output {found[0].parent}" in out
+
+    assert cli.main(["train", "--resume"]) == 0  # finds the latest run, keeps its options
+    said = capsys.readouterr().out
+    assert "step 160/160" in said and "continuing at step" in said
+    assert json.loads((found[0].parent / "report.json").read_text())["training"]["steps"] == 160

@@ -1,0 +1,151 @@
+"""The learned weighted L1 distance: what it finds, against scikit-learn's own fit, and that nothing leaks."""
+
+import numpy as np
+import pytest
+from labelled_pairs import pairs_of
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import normalize
+
+from fused_margin.evaluation import weighted_l1
+from fused_margin.evaluation.protocols import cosine_pairs, weighted_l1_pairs, ytf
+from fused_margin.evaluation.weighted_l1 import REGULARISATION, WeightedL1Head, fit_head
+
+TELLING = (1, 4)  # dimensions that are the same in all images of an identity
+
+
+def people(identities=120, images=4, size=8, seed=0):
+    """Features of unit norm (n, size) in which two dimensions tell the identity and the others are noise; labels."""
+    rng = np.random.default_rng(seed)
+    labels = np.repeat(np.arange(identities), images)
+    features = rng.normal(size=(len(labels), size))
+    features[:, TELLING] = rng.normal(size=(identities, 2))[labels]
+    noise = [dimension for dimension in range(size) if dimension not in TELLING]
+    # The lengths of both parts are fixed, so that normalising leaves the telling dimensions as they are.
+    for part, length in ((TELLING, 1.0), (noise, 2.0)):
+        features[:, part] *= length / np.linalg.norm(features[:, part], axis=1, keepdims=True)
+    return features, labels
+
+
+def test_scores_by_hand():
+    head = WeightedL1Head(np.array([2.0, -1.0, 0.5]), 3.0, regularisation=1.0, num_pairs=0)
+    features = np.array([[1.0, 0.0, 2.0], [0.0, 3.0, 2.0], [1.0, 1.0, 0.0]])
+    # |1 - 0| 2 - |0 - 3| 1 + 0 = -1; 0 - 1 + 2 / 2 = 0; 2 - 2 + 2 / 2 = 1.
+    np.testing.assert_array_equal(head.scores(features, np.array([[0, 1], [2, 0], [1, 2]])), [4, 3, 2])
+
+
+def test_it_finds_the_dimensions_that_tell_and_beats_the_cosine():
+    features, labels = people()
+    pairs, same = pairs_of(labels, 600)
+    learned, cosine = weighted_l1_pairs(features, pairs, same), cosine_pairs(features, pairs, same)
+    assert learned.folds.accuracy.mean() > 0.95
+    assert cosine.folds.accuracy.mean() < 0.75
+    assert len(learned.heads) == 10
+    for head in learned.heads:
+        assert head.num_pairs == 540 and head.regularisation in REGULARISATION
+        noise = np.abs(np.delete(head.alpha, TELLING))
+        assert head.alpha[list(TELLING)].min() > 4 * noise.max()  # a distance: apart there is another identity
+
+
+def test_a_sign_is_learned_too():
+    """In one dimension the images of an identity are opposite, those of two identities as they come."""
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(400, 3))
+    features[1::2, 2] = -features[::2, 2]
+    pairs = np.concatenate([np.arange(400).reshape(200, 2), rng.permutation(400).reshape(200, 2)])
+    same, fold = np.arange(400) < 200, np.arange(400) % 5
+    head = fit_head(features, pairs, same, fold)
+    assert head.alpha[2] < 0 and np.argmax(np.abs(head.alpha)) == 2
+
+
+def test_it_is_a_logistic_regression_on_the_standardised_differences():
+    features, labels = people(identities=30)
+    pairs, same = pairs_of(labels, 120)
+    fold = np.arange(120) % 4
+    head = fit_head(features, pairs, same, fold)
+    differences = np.abs(features[pairs[:, 0]] - features[pairs[:, 1]])
+    standard = (differences - differences.mean(axis=0)) / differences.std(axis=0)
+    plain = LogisticRegression(C=head.regularisation, max_iter=1000).fit(standard, same)
+    np.testing.assert_allclose(head.scores(features, pairs), plain.decision_function(standard), rtol=1e-9)
+    np.testing.assert_allclose(head.alpha, -plain.coef_[0] / differences.std(axis=0), rtol=1e-9)
+
+
+def test_each_fold_is_scored_by_the_others_alone():
+    features, labels = people(identities=40)
+    pairs, same = pairs_of(labels, 200)
+    fold = np.random.default_rng(2).permutation(200) % 5
+    before = weighted_l1_pairs(features, pairs, same, fold)
+    for number in range(5):
+        part, other = fold == number, same.copy()
+        other[part] = np.random.default_rng(number).permutation(same[part])
+        assert (other != same).any()
+        after = weighted_l1_pairs(features, pairs, other, fold)
+        np.testing.assert_array_equal(after.scores[part], before.scores[part])
+        assert after.folds.threshold[number] == before.folds.threshold[number]
+        assert after.folds.accuracy[number] == np.mean(
+            (before.scores[part] >= before.folds.threshold[number]) == other[part]
+        )
+        assert (after.scores[~part] != before.scores[~part]).any()
+
+
+def test_noise_is_chance():
+    features = np.random.default_rng(0).normal(size=(400, 16))
+    pairs = np.random.default_rng(1).permutation(400).reshape(200, 2)
+    pairs = np.concatenate([pairs, np.random.default_rng(2).permutation(400).reshape(200, 2)])
+    accuracy = weighted_l1_pairs(features, pairs, np.arange(400) % 2 == 0).folds.accuracy
+    assert accuracy.mean() == pytest.approx(0.5, abs=0.08)  # the same pairs would be told apart by some dimension
+
+
+def test_length_does_not_count():
+    features, labels = people(identities=30)
+    pairs, same = pairs_of(labels, 100)
+    longer = features * np.random.default_rng(0).uniform(0.1, 10, (len(features), 1))
+    ours, theirs = (weighted_l1_pairs(given, pairs, same) for given in (features, longer))
+    np.testing.assert_allclose(ours.scores, theirs.scores, rtol=1e-6)
+
+
+def test_many_pairs_are_scored_in_blocks_and_some_are_fitted(monkeypatch):
+    features, labels = people(identities=60)
+    pairs, same = pairs_of(labels, 600)
+    whole = weighted_l1_pairs(features, pairs, same)
+    shapes = []
+    differences = weighted_l1._differences
+    monkeypatch.setattr(weighted_l1, "_differences", lambda *given: shapes.append(len(given[1])) or differences(*given))
+    monkeypatch.setattr(weighted_l1, "BLOCK_VALUES", 8 * 50)
+    blocks = weighted_l1_pairs(features, pairs, same)
+    np.testing.assert_allclose(blocks.scores, whole.scores, rtol=1e-12)
+    assert shapes.count(540) == 10 and max(n for n in shapes if n != 540) <= 50  # ten fits, of all there is
+
+    fold = np.arange(600) % 3
+    few = fit_head(features, pairs, same, fold, max_pairs=200)
+    assert few.num_pairs == 200 and few.alpha.tolist() != fit_head(features, pairs, same, fold).alpha.tolist()
+    again = fit_head(features, pairs, same, fold, max_pairs=200)
+    np.testing.assert_array_equal(few.alpha, again.alpha)
+    assert fit_head(features, pairs, same, fold, max_pairs=200, seed=1).alpha.tolist() != few.alpha.tolist()
+
+
+def test_folds_of_one_kind():
+    """A fold may hold pairs of one kind only: the inner folds are then drawn anew."""
+    features, labels = people(identities=30)
+    pairs, same = pairs_of(labels, 120)
+    order = np.argsort(same, kind="stable")
+    result = weighted_l1_pairs(features, pairs[order], same[order], np.repeat(np.arange(6), 20))
+    assert result.folds.accuracy.mean() > 0.8
+
+
+def test_videos_by_the_learned_metric():
+    features, labels = people(identities=60, images=4)
+    video = np.repeat(np.arange(120), 2)  # two frames each
+    means = features.reshape(120, 2, -1).mean(axis=1)
+    pairs, same = pairs_of(labels[::2], 100)
+    result = ytf(features, video, pairs, same, metric="weighted-l1")
+    expected = weighted_l1_pairs(normalize(means), pairs, same)
+    np.testing.assert_allclose(result.scores, expected.scores, rtol=1e-6)
+    assert result.folds.accuracy.tolist() == expected.folds.accuracy.tolist()
+
+
+def test_too_few_pairs_of_a_kind():
+    pairs, same = np.arange(40).reshape(20, 2), np.arange(20) < 2
+    with pytest.raises(ValueError, match="same: expected at least 3 genuine and 3 impostor pairs to fit a head, got 1"):
+        weighted_l1_pairs(np.eye(40), pairs, same, np.arange(20) % 2)
+    with pytest.raises(ValueError, match="features: expected finite"):
+        weighted_l1_pairs(np.full((40, 2), np.nan), pairs, same)

@@ -1,0 +1,76 @@
+"""Small data, rendered or written once, and a configuration that trains in a second."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("lightning", reason="the trainer's extra is not installed")
+
+from fused_margin.trainer.config import TrainConfig
+from fused_margin.trainer.data import glyphs
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Tiny networks run faster on one thread, and a busy machine disturbs them less."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def characters():
+    """Images, mask and names of all characters, at a quarter of the default's pixels."""
+    return glyphs.render_characters((16, 16))
+
+
+@pytest.fixture(scope="session")
+def glyph_identities(characters):
+    """Images, labels and names of the identities among them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(glyphs, "render_characters", lambda size: characters)
+        return glyphs.glyph_identities((16, 16))
+
+
+@pytest.fixture(scope="session")
+def face_folder(tmp_path_factory):
+    """Eight identities: a pattern each, four noisy images of it; one more has a single image."""
+    root = tmp_path_factory.mktemp("faces")
+    rng = np.random.default_rng(0)
+    for identity in range(9):
+        folder = root / f"person_{identity}"
+        folder.mkdir()
+        pattern = rng.integers(0, 256, (4, 4, 3))
+        for number in range(4 if identity < 8 else 1):
+            image = np.kron(pattern, np.ones((5, 5, 1))) + rng.normal(0, 8, (20, 20, 3))
+            Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(folder / f"{number}.png")
+    return root
+
+
+TINY_OPTIONS = {
+    "--data": ["digits"],
+    "--epochs": ["2"],
+    "--batch-size": ["64"],
+    "--model.image-size": ["8", "8"],
+    "--model.widths": ["4", "4", "8", "8"],
+    "--model.embedding-size": ["8"],
+    "--evaluation.pairs": ["200"],
+    "--accelerator": ["cpu"],
+}
+
+
+@pytest.fixture
+def tiny_options():
+    """Command-line options of a run of 40 steps."""
+    return [word for option, values in TINY_OPTIONS.items() for word in (option, *values)]
+
+
+@pytest.fixture
+def tiny_config(tiny_options, tmp_path):
+    """The same as a configuration, with a folder of its own."""
+    import tyro
+
+    options = [*tiny_options, "--output", str(tmp_path / "run")]
+    return tyro.cli(TrainConfig, args=options, default=TrainConfig.defaults("digits"))
