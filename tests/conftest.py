@@ -1,7 +1,12 @@
 """Fixtures and the import path the tests share."""
 
+import os
 import sys
 from pathlib import Path
+
+# Most tests' tensors are small: several threads would mostly wait for each other, in workers of pytest-xdist most of
+# all. OpenMP reads this when torch is imported, and processes that tests start inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -11,12 +16,37 @@ sys.path.append(str(Path(__file__).parents[1]))  # benchmarks; last, so that an 
 
 
 @pytest.fixture(scope="session")
-def ranks(tmp_path_factory):
-    from ranks import Ranks
+def forks(tmp_path_factory):
+    from forks import Forks
 
-    started = Ranks(tmp_path_factory.mktemp("ranks"))
+    started = Forks(tmp_path_factory.mktemp("forks"))
     yield started
     started.close()
+
+
+@pytest.fixture(scope="session")
+def ranks(forks, tmp_path_factory):
+    from ranks import Ranks
+
+    started = Ranks(forks, tmp_path_factory.mktemp("ranks"))
+    yield started
+    started.close()
+
+
+@pytest.fixture
+def pictures():
+    """For tests that look at the pictures: `blank_pictures` has them drawn."""
+
+
+@pytest.fixture
+def blank_pictures(request, monkeypatch):
+    """The pictures of runs and evaluations, which take longer to draw than a small network to train, are blank."""
+    if "pictures" not in request.fixturenames:
+        from PIL import Image
+
+        from fused_margin.trainer.align import run
+
+        monkeypatch.setattr(run, "_save", lambda figure, path, title: Image.new("L", (1, 1)).save(path, "PNG"))
 
 
 def pytest_addoption(parser):

@@ -1,28 +1,33 @@
 """Processes that wait for work: the ranks of process groups of every size up to four, on gloo."""
 
+import pickle
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing.connection import Client, Listener
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from forks import Forks
 
 MOST = 4
 
 
-def work(rank: int, store: str, inbox, outbox) -> None:
+def work(rank: int, store: Path, address: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=MOST, timeout=timedelta(seconds=60)
     )
     groups = {world: dist.new_group(range(world)) for world in range(1, MOST + 1)}
-    while (job := inbox.get()) is not None:
-        function, world, arguments = job
-        try:
-            outbox.put((True, function(groups[world], *arguments)))
-        except Exception as error:  # noqa: BLE001 - whatever it is, the test is told
-            outbox.put((False, f"{type(error).__name__}: {error}\n{traceback.format_exc()}"))
+    with Client(address) as connection:
+        while (job := pickle.loads(connection.recv_bytes())) is not None:
+            function, world, arguments = job
+            try:
+                answer = True, function(groups[world], *arguments)
+            except Exception as error:  # noqa: BLE001 - whatever it is, the test is told
+                answer = False, f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
+            connection.send_bytes(pickle.dumps(answer))
     dist.destroy_process_group()
 
 
@@ -33,30 +38,25 @@ class RankError(Exception):
 class Ranks:
     """Runs a function on the first ranks, each with its own arguments; what they return must pickle."""
 
-    def __init__(self, folder):
-        context = mp.get_context("spawn")
-        self.inboxes = [context.SimpleQueue() for _ in range(MOST)]
-        self.outboxes = [context.SimpleQueue() for _ in range(MOST)]
-        queues = zip(self.inboxes, self.outboxes, strict=True)
+    def __init__(self, forks: Forks, folder: Path):
+        listeners = [Listener() for _ in range(MOST)]
         self.processes = [
-            context.Process(target=work, args=(rank, str(folder / "store"), *pair), daemon=True)
-            for rank, pair in enumerate(queues)
+            forks.start(work, rank, folder / "store", listener.address) for rank, listener in enumerate(listeners)
         ]
-        for process in self.processes:
-            process.start()
+        self.connections = [listener.accept() for listener in listeners]
 
     def run(self, function: Callable, arguments: list[tuple]) -> list:
         """function(group, *arguments[rank]) on len(arguments) ranks."""
-        for inbox, given in zip(self.inboxes, arguments, strict=False):
-            inbox.put((function, len(arguments), given))
-        results = [outbox.get() for outbox in self.outboxes[: len(arguments)]]
+        asked = self.connections[: len(arguments)]
+        for connection, given in zip(asked, arguments, strict=True):
+            connection.send_bytes(pickle.dumps((function, len(arguments), given)))
+        results = [pickle.loads(connection.recv_bytes()) for connection in asked]
         if not all(ok for ok, _ in results):
             raise RankError("\n".join(f"rank {rank}: {value}" for rank, (ok, value) in enumerate(results) if not ok))
         return [value for _, value in results]
 
     def close(self) -> None:
-        for inbox in self.inboxes:
-            inbox.put(None)
+        for connection in self.connections:
+            connection.send_bytes(pickle.dumps(None))
         for process in self.processes:
-            process.join(20)
-            process.kill()
+            process.wait(20)

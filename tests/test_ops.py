@@ -113,15 +113,21 @@ LOSSES = {
 }
 
 
-@pytest.mark.parametrize("name", LOSSES)
-def test_compiled_equals_eager(name):
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [
+        *((name, "aot_eager") for name in LOSSES),
+        *(pytest.param(name, "inductor", marks=[pytest.mark.slow] * (name != "arcface")) for name in LOSSES),
+    ],
+)
+def test_compiled_equals_eager(name, backend):
     """One graph without breaks, also while the annealing changes and for another batch size."""
     torch._dynamo.reset()  # recompilation limits count what other tests compiled
     torch.manual_seed(1)
     eager = LOSSES[name]()
     compiled_module = LOSSES[name]()
     compiled_module.load_state_dict(eager.state_dict())
-    compiled = torch.compile(compiled_module, fullgraph=True)
+    compiled = torch.compile(compiled_module, fullgraph=True, backend=backend)
     for samples in (12, 12, 20):
         x, _, y = single(samples, 90, 16)
         results = []

@@ -1,14 +1,12 @@
 """One rank dies in the middle of a step: the others end with an error, and fewer ranks go on from the checkpoint."""
 
 import os
-import time
 from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.multiprocessing as mp
 from loss_inputs import problem
 
 import fused_margin as fm
@@ -53,48 +51,23 @@ def steps(rank, world, folder, first, last, dies_at=None):
     return losses
 
 
-def one_of_three(rank, folder, ended):
+def one_of_three(rank, folder):
     try:
         steps(rank, 3, folder, 0, 4, dies_at=2)
     except Exception as error:  # noqa: BLE001 - which one is the group's to say
-        ended.put((rank, str(error)))
+        return str(error)
 
 
-def in_peace(rank, world, folder, first, last, results):
-    results.put((rank, steps(rank, world, folder, first, last)))
-
-
-def spawn(target, world, *arguments):
-    context = mp.get_context("spawn")
-    queue = context.SimpleQueue()
-    processes = [context.Process(target=target, args=(rank, *arguments, queue)) for rank in range(world)]
-    for process in processes:
-        process.start()
-    return processes, queue
-
-
-def finish(processes, seconds):
-    for process in processes:
-        process.join(seconds)
-        assert not process.is_alive(), "still waiting for the dead"
-
-
-def test_a_dead_rank_ends_the_others_and_fewer_go_on(tmp_path):
-    started = time.monotonic()
-    processes, queue = spawn(one_of_three, 3, str(tmp_path))
-    finish(processes, 3 * TIMEOUT)
-    assert time.monotonic() - started < 3 * TIMEOUT
-    told = dict(queue.get() for _ in range(2))
-    assert told.keys() == {0, 2} and all(told.values())
+def test_a_dead_rank_ends_the_others_and_fewer_go_on(forks, tmp_path):
+    processes = [forks.start(one_of_three, rank, str(tmp_path)) for rank in range(3)]
+    for rank, process in enumerate(processes):  # which raises where one still waits for the dead
+        assert process.wait(3 * TIMEOUT) == (1 if rank == 1 else 0), process.output
+    assert processes[0].result and processes[2].result
     assert (tmp_path / "2" / ".metadata").exists() and not (tmp_path / "3").exists()
 
-    processes, queue = spawn(in_peace, 2, 2, str(tmp_path), 2, 4)
-    finish(processes, 3 * TIMEOUT)
-    resumed = dict(queue.get() for _ in range(2))
+    resumed = forks.run(steps, [(rank, 2, str(tmp_path), 2, 4) for rank in range(2)])
     unbroken = tmp_path / "unbroken"
     unbroken.mkdir()
-    processes, queue = spawn(in_peace, 3, 3, str(unbroken), 0, 4)
-    finish(processes, 3 * TIMEOUT)
-    expected = dict(queue.get() for _ in range(3))[0][2:]
-    for losses in resumed.values():
+    expected = forks.run(steps, [(rank, 3, str(unbroken), 0, 4) for rank in range(3)])[0][2:]
+    for losses in resumed:
         assert losses == pytest.approx(expected, rel=1e-5)

@@ -445,12 +445,20 @@ VARIABLES = {
 }
 
 
-@pytest.mark.parametrize("name", VARIABLES)
-def test_compiled_once_for_all_values(name):
+BACKENDS = pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
+
+
+# Numbers that reach the same code as those of others: of "arcface", "adaface", "scale", or "m1" and "cosface".
+ALIKE = ("sub-center", "concentration", "scale, curricularface", "insightface, m1", "insightface, m3")
+
+
+@BACKENDS
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ALIKE)) for name in VARIABLES])
+def test_compiled_once_for_all_values(name, backend):
     """Twelve values, more than torch.compile compiles for, and two graphs: the first value's and that of all others."""
     module, attribute, value = VARIABLES[name]
     torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend(backend)
     x, _, y = problem(12, 30, 8, spread=1.0)
     eager = module(30, 8).eval() if module is fm.ElasticFaceLoss else module(30, 8)
     changed = copy.deepcopy(eager)
@@ -484,12 +492,16 @@ ZEROS = {
 }
 
 
-@pytest.mark.parametrize("name", ZEROS)
-def test_compiled_schedules_through_zero(name):
+@BACKENDS
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name == "cosface")) for name in ZEROS],
+)
+def test_compiled_schedules_through_zero(name, backend):
     """The second value is 0, as is a later one: torch.compile makes constants of numbers that are compared with 0."""
     module, attributes, graphs = ZEROS[name]
     torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend(backend)
     x, _, y = problem(12, 30, 8, spread=1.0)
     eager = module(30, 8)
     changed = copy.deepcopy(eager)
@@ -502,7 +514,7 @@ def test_compiled_schedules_through_zero(name):
     assert counter.frame_count == graphs
 
 
-@pytest.mark.parametrize("name", ["arcface", "scale"])
+@pytest.mark.parametrize("name", ["arcface", pytest.param("scale", marks=pytest.mark.slow)])
 def test_inductor_compiles_once_too(name):
     module, attribute, value = VARIABLES[name]
     torch._dynamo.reset()

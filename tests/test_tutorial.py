@@ -19,6 +19,7 @@ from fused_margin import cli
 from fused_margin.evaluation import find_pair_list
 from fused_margin.trainer.data import load_splits
 
+pytestmark = pytest.mark.usefixtures("blank_pictures")
 DOCS = Path(__file__).parents[1] / "docs"
 TUTORIAL = (DOCS / "tutorial.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", TUTORIAL, flags=re.DOTALL | re.MULTILINE)

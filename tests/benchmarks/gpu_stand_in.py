@@ -129,6 +129,8 @@ class StandIn:
         self.python = self.write("bin/stand-in", PYTHON.format(python=sys.executable, calls=self.calls))
         self.python.chmod(0o755)
         monkeypatch.setenv("PATH", f"{self.root / 'bin'}:{os.environ['PATH']}")
+        # Tests of its tree need no plugins, and many processes start.
+        monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
         self.monkeypatch = monkeypatch
 
     def write(self, name: str, text: str) -> Path:

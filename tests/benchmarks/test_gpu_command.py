@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 import tyro
+from forks import run_module
 from gpu_stand_in import COMMIT, StandIn
 
 from benchmarks.common.files import ROOT
@@ -55,7 +56,10 @@ def test_all_right(device, monkeypatch):
     assert "sm80" in tests[0] and "sm90" in tests[1]
 
 
-@pytest.mark.parametrize("fault", ["trap", "late", "hang", "wrong"])
+@pytest.mark.parametrize(
+    "fault",
+    ["trap", pytest.param("late", marks=pytest.mark.slow), "hang", pytest.param("wrong", marks=pytest.mark.slow)],
+)
 def test_a_family_at_fault_is_left_out_and_the_others_go_on(device, fault):
     code, result = device.run("check", "profile", fault=fault)
     assert code == 1
@@ -112,6 +116,7 @@ def test_times_of_a_second_call_rest_on_the_tests_of_the_first(device):
     assert any("not passed with these sources: sm90 sm80" in step["detail"] for step in result["steps"])
 
 
+@pytest.mark.slow
 def test_a_second_call_checks_what_was_mended_and_times_the_rest(device):
     """A family whose tests passed earlier is timed; what a sanitizer has found clean is not run under it again."""
     _, result = device.run("check", "sanitize")
@@ -162,7 +167,10 @@ def test_times_of_an_earlier_call_stay_where_there_are_no_new_ones():
     assert record.merge_times(earlier, {}) == earlier and record.merge_times({}, later) == later
 
 
-@pytest.mark.parametrize(("failure", "expected"), [("wrong: relative error 1e-1", 1), ("does not fit: 9 GiB", 0)])
+@pytest.mark.parametrize(
+    ("failure", "expected"),
+    [("wrong: relative error 1e-1", 1), pytest.param("does not fit: 9 GiB", 0, marks=pytest.mark.slow)],
+)
 def test_a_wrong_answer_in_the_times_is_a_fault(device, monkeypatch, failure, expected):
     monkeypatch.setenv("SUITES", json.dumps({"step": [section(1, failure=failure)]}))
     code, result = device.run("check")
@@ -208,13 +216,12 @@ sys.exit(command.main({[*arguments, "--python", str(device.python), "--commit", 
     ).stdout
 
 
-def test_every_cuda_test_belongs_to_one_group():
+def test_every_cuda_test_belongs_to_one_group(forks):
     """Expressions of -k match parts of names: a test that is renamed must not leave a group, or bring-up, unnoticed."""
-    listing = subprocess.run(
-        [sys.executable, "-m", "pytest", testing.SUITE, "--collect-only", "-q", "-p", "no:cacheprovider"],
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    ).stdout  # fmt: skip
-    names = [line.partition("::")[2] for line in listing.splitlines() if "::" in line]
+    arguments = testing.SUITE, "--collect-only", "-q", "-p", "no:cacheprovider"
+    collecting = forks.start(run_module, "pytest", *arguments, directory=str(ROOT))
+    assert collecting.wait() == 0, collecting.output
+    names = [line.partition("::")[2] for line in collecting.output.splitlines() if "::" in line]
 
     def selected(expression: str) -> list[str]:
         code = re.sub(r"\b(?!and\b|or\b|not\b)\w+", lambda word: f"({word[0]!r} in name)", expression)

@@ -3,14 +3,16 @@
 import json
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from forks import run_module
 from torch import distributed
 
 pytest.importorskip("pytorch_metric_learning")
 pytest.importorskip("tyro")
 
-from benchmarks.parity import upstream
+from benchmarks.parity import insightface, pytorch_metric_learning, upstream
 from benchmarks.parity.__main__ import main
 from benchmarks.parity.pytorch_metric_learning import DTYPES_AS_THEIRS
 
@@ -61,8 +63,25 @@ def run(*arguments) -> tuple[dict, str]:
     return json.loads(output.read_text()), ""
 
 
+@pytest.fixture
+def forked(forks, monkeypatch):
+    """Processes of the comparison are forked."""
+    forks.preload("benchmarks.parity.pytorch_metric_learning", "benchmarks.parity.insightface")
+
+    def run(command, *, cwd, env, **_):
+        module, task = command[command.index("-m") + 1 :]
+        process = forks.start(run_module, module, task, environment=env, directory=str(cwd))
+        assert process.wait() == 0, process.output
+
+    def spawn(work, arguments, nprocs):
+        forks.run(work, [(rank, *arguments) for rank in range(nprocs)])
+
+    monkeypatch.setattr(pytorch_metric_learning, "subprocess", SimpleNamespace(run=run, DEVNULL=subprocess.DEVNULL))
+    monkeypatch.setattr(insightface, "mp", SimpleNamespace(spawn=spawn))
+
+
 @pytest.mark.parametrize("differs", [False, True])
-def test_unit_tests_of_another_library(tmp_path, differs):
+def test_unit_tests_of_another_library(forked, tmp_path, differs):
     """Tests that pass with both, with neither, with theirs, and with theirs because of what differs on purpose."""
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests/__init__.py").write_text(PACKAGE)
@@ -99,7 +118,10 @@ def test_unit_tests_of_another_library(tmp_path, differs):
     assert bool(complaint) == differs and all(line in complaint for line in different)
 
 
-def test_a_file_that_only_theirs_can_import(tmp_path):
+@pytest.mark.parametrize("processes", ["forked", pytest.param("started", marks=pytest.mark.slow)])
+def test_a_file_that_only_theirs_can_import(request, tmp_path, processes):
+    if processes == "forked":
+        request.getfixturevalue("forked")
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests/__init__.py").write_text(PACKAGE)
     check = "\nassert ArcFaceLoss.__module__.startswith('pytorch_metric_learning')\n"
@@ -125,7 +147,7 @@ class PartialFC_V2(insightface.PartialFC_V2):
 
 @pytest.mark.skipif(not distributed.is_available(), reason="torch without torch.distributed")
 @pytest.mark.parametrize("change, values", [("", set()), (" + 1e-3", {"loss"}), (" * (1 + 1e-4)", None)])
-def test_partial_fc_of_another_library(tmp_path, change, values):
+def test_partial_fc_of_another_library(forked, tmp_path, change, values):
     """In their place ours, and ours with a wrong loss, and with a wrong gradient too."""
     folder = tmp_path / "recognition/arcface_torch"
     folder.mkdir(parents=True)

@@ -12,6 +12,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+from forks import run_command
 
 import fused_margin as fm
 import fused_margin_command
@@ -19,7 +20,7 @@ from fused_margin import cli
 from fused_margin.trainer.train.checkpoint import FILE_NAME
 from fused_margin.trainer.train.named_losses import options_by_loss
 
-TRAIN = [sys.executable, "-m", "fused_margin.cli", "train"]
+pytestmark = pytest.mark.usefixtures("blank_pictures")
 
 
 @pytest.fixture(autouse=True)
@@ -120,9 +121,9 @@ def test_info_needs_no_extra():
     ("command", "module"),
     [
         ("train", "lightning"),
-        ("train", "yaml"),
-        ("train", "tensorboard"),
-        ("evaluate", "sklearn"),
+        pytest.param("train", "yaml", marks=pytest.mark.slow),
+        pytest.param("train", "tensorboard", marks=pytest.mark.slow),
+        pytest.param("evaluate", "sklearn", marks=pytest.mark.slow),
         ("export", "onnxscript"),
     ],
 )
@@ -262,17 +263,17 @@ def test_folder_without_identities(capsys, tmp_path):
     assert "no identities in" in fails(capsys, 1, "train", "--data", "empty")
 
 
-def test_interrupt_a_process_and_finish_its_run(capsys, tiny_options):
+def test_interrupt_a_process_and_finish_its_run(forks, capsys, tiny_options):
     options = [*tiny_options, "--epochs", "8", "--checkpoint-every", "5"]
-    process = subprocess.Popen([*TRAIN, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    forks.preload("fused_margin.trainer.train.run")
+    process = forks.start(run_command, "train", *options)
     deadline = time.monotonic() + 60
     while not (found := list(Path("runs").glob(f"digits-*/{FILE_NAME}"))):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=30)
-    assert process.returncode == 130 and "Traceback" not in err
-    assert f"fused-margin train --resume --output {found[0].parent}" in out
+    assert process.wait(30) == 130 and "Traceback" not in process.output
+    assert f"fused-margin train --resume --output {found[0].parent}" in process.output
 
     assert cli.main(["train", "--resume"]) == 0  # finds the latest run, keeps its options
     said = capsys.readouterr().out

@@ -5,6 +5,7 @@ import gc
 import pytest
 import torch
 from loss_inputs import problem
+from ranks import MOST
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -69,7 +70,7 @@ def assert_trained(state, expected, **tolerance):
         torch.testing.assert_close(state[key], value, **tolerance)
 
 
-def train_half(rank, world_size, name, together):
+def train_part(rank, world_size, name, together):
     """The state after training on this process's share of every batch, in one DDP or in one for each part."""
     model = make(name)
     if together:
@@ -98,24 +99,20 @@ def check_wrapper(rank, world_size, name):
     torch.testing.assert_close(loss, world_size * model.loss_fn(embeddings, labels))
 
 
-def one_process(rank, world_size, name, folder):
-    torch.set_num_threads(1)
-    address = (folder / "address").as_uri()
-    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=world_size)
-    for together in (True, False):
-        torch.save(train_half(rank, world_size, name, together), folder / f"{rank}-{together}.pt")
+def one_process(group, name):
+    rank, world_size = group.rank(), group.size()
+    states = [train_part(rank, world_size, name, together) for together in (True, False)]
     if name != "fused_margin":
         check_wrapper(rank, world_size, name)
     gc.collect()  # DDP must not be the last to hold the group: torch would wait for a thread that waits for the GIL
-    torch.distributed.destroy_process_group()
+    return states
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
-def test_distributed_data_parallel(name, expected, tmp_path):
-    torch.multiprocessing.spawn(one_process, (2, name, tmp_path), nprocs=2)
-    for together in (True, False):
-        first, second = (torch.load(tmp_path / f"{rank}-{together}.pt") for rank in range(2))
-        assert all(torch.equal(first[key], second[key]) for key in first)
+def test_distributed_data_parallel(ranks, name, expected):
+    """On all ranks: the default group is the one that DDP and the wrapper use."""
+    for first, *others in zip(*ranks.run(one_process, [(name,)] * MOST), strict=True):
+        assert all(torch.equal(first[key], other[key]) for other in others for key in first)
         assert_trained(first, expected, rtol=1e-4, atol=1e-5)
 
 

@@ -1,10 +1,21 @@
 """Fixtures of the tests on a device."""
 
+import os
+
 import pytest
 import torch
 from on_device import FAMILIES
 
 from fused_margin._ops.backends import select
+
+
+@pytest.fixture(autouse=True)
+def all_threads():
+    """For what is expected, which the CPU computes, of larger shapes than in other tests."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    yield
+    torch.set_num_threads(threads)
 
 
 def serve(name):

@@ -135,7 +135,16 @@ def test_losses_and_gradients(family, precision, shape):
 
 
 @pytest.mark.parametrize("precision", ["highest"], indirect=True)
-@pytest.mark.parametrize("shape", [(129, 193, 40), (300, 1100, 512), (33, 260, 1000), (20, 200, 2048)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (129, 193, 40),
+        pytest.param((300, 1100, 512), marks=pytest.mark.slow),
+        (33, 260, 1000),
+        (20, 200, 2048),
+    ],
+    ids=str,
+)
 def test_exponent_sum(family, precision, shape):
     """The limits of tests/cuda. A scale of one shows a class that is missing or counted twice."""
     x, w, y = single(*shape)
@@ -211,7 +220,10 @@ def test_logits_beyond_the_range_are_no_number(family):
     assert fm.functional.margin_cross_entropy(x[:1], w[:1], y[:1] * 0, scale=None) == 0  # no other class
 
 
-@pytest.mark.parametrize("size", [512, 600], ids=["rows stay", "rows are streamed"])
+@pytest.mark.parametrize(
+    "size",  # rows stay in test_losses_and_gradients too
+    [pytest.param(512, id="rows stay", marks=pytest.mark.slow), pytest.param(600, id="rows are streamed")],
+)
 @pytest.mark.parametrize("precision", ["high"], indirect=True)
 def test_enough_tiles_to_wrap_the_ring(family, precision, size):
     x, w, y = single(300, 1100, size)

@@ -17,6 +17,8 @@ from fused_margin.trainer.models import ModelConfig
 from fused_margin.trainer.train.checkpoint import CheckpointError
 from fused_margin.trainer.train.named_losses import SMALL_DATA
 
+pytestmark = pytest.mark.usefixtures("blank_pictures")
+
 
 @pytest.fixture
 def config(tmp_path, monkeypatch):

@@ -5,12 +5,14 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 
 import pytest
 import torch
+from forks import run_command
 from rich.console import Console
 
 from fused_margin.trainer.config import TrainConfig
@@ -29,8 +31,22 @@ def command(*options):
     return [sys.executable, "-m", "fused_margin.cli", "train", *map(str, options)]
 
 
-def train(*options):
-    return subprocess.run(command(*options), check=False, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
+def train(forks, *options, devices=2):
+    """A process for each device, as Lightning starts them, or torchrun; what all of them said."""
+    forks.preload("fused_margin.trainer.train.run")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": "0"} if devices > 1 else {}
+    options = "train", *map(str, options), "--devices", str(devices)
+    processes = [
+        forks.start(run_command, *options, environment=environment | ({"LOCAL_RANK": str(rank)} if devices > 1 else {}))
+        for rank in range(devices)
+    ]
+    codes = [process.wait() for process in processes]
+    said = "".join(process.output for process in processes)
+    assert codes == [0] * devices, said
+    return said
 
 
 class Stop(Exception):
@@ -67,14 +83,13 @@ def begun(tiny_config, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", DIVIDED)
-def test_two_processes_end_as_one_does(begun, tmp_path, name):
+def test_two_processes_end_as_one_does(forks, begun, tmp_path, name):
     states = []
     for devices in (1, 2):
         output = tmp_path / str(devices)
         shutil.copytree(begun, output)
-        done = train("--resume", "--output", output, "--devices", devices)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("Verification on 3 identities") == 1  # one of them speaks
+        said = train(forks, "--resume", "--output", output, devices=devices)
+        assert said.count("Verification on 3 identities") == 1  # one of them speaks
         assert (output / "report.json").exists()
         states.append(load_checkpoint(output / FILE_NAME))
     one, two = states
@@ -104,7 +119,7 @@ def test_a_signal_to_one_stops_all_and_one_goes_on(tiny_options, tmp_path):
     assert trainer.step == step and trainer.class_weight.shape == (7, 8)
 
 
-def test_processes_without_a_readable_image(face_folder, tmp_path):
+def test_processes_without_a_readable_image(forks, face_folder, tmp_path):
     """Steps of two images, half of which are broken: often one process has none, now and then neither has one."""
     folder = tmp_path / "faces"
     shutil.copytree(face_folder, folder)
@@ -122,10 +137,7 @@ def test_processes_without_a_readable_image(face_folder, tmp_path):
         "--accelerator",
         "cpu",
     ]
-    done = train(
-        "--data", folder, "--output", tmp_path / "run", "--epochs", 2, "--batch-size", 2, "--devices", 2, *options
-    )
-    assert done.returncode == 0, done.stderr
+    train(forks, "--data", folder, "--output", tmp_path / "run", "--epochs", 2, "--batch-size", 2, *options)
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     state = load_checkpoint(tmp_path / "run" / FILE_NAME)
     assert [named.split(": ")[0] for named in report["data"]["unreadable"]] == [str(path) for path in broken]
@@ -133,9 +145,8 @@ def test_processes_without_a_readable_image(face_folder, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["l-softmax", "softmax"])
-def test_inner_products_from_the_start(tiny_options, tmp_path, name):
-    done = train(*tiny_options, "--devices", "2", "--loss.name", name, "--output", tmp_path / "run")
-    assert done.returncode == 0, done.stderr
+def test_inner_products_from_the_start(forks, tiny_options, tmp_path, name):
+    train(forks, *tiny_options, "--loss.name", name, "--output", tmp_path / "run")
     training = json.loads((tmp_path / "run" / "report.json").read_text())["training"]
     assert training["last_loss"] < training["first_loss"]
     model = load_checkpoint(tmp_path / "run" / FILE_NAME)["model"]

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from forks import run_command
 from PIL import Image
 
 from fused_margin import cli
@@ -162,14 +162,12 @@ def test_an_output_that_cannot_be(capsys):
     assert "error: " in capsys.readouterr().err
 
 
-def test_interruption():
-    command = [sys.executable, "-m", "fused_margin.cli", "figure", "--epochs", "1000", "--softmax-epochs", "1"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def test_interruption(forks):
+    process = forks.start(run_command, "figure", "--epochs", "1000", "--softmax-epochs", "1")
     deadline = time.monotonic() + 60
-    while "1 of 7" not in process.stdout.readline():
+    while "1 of 7" not in process.output:
         assert process.poll() is None and time.monotonic() < deadline
-    time.sleep(1)
+        time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=30)
-    assert process.returncode == 130 and "Traceback" not in err
-    assert "interrupted: nothing is written" in out and not list(Path("runs/figure").iterdir())
+    assert process.wait(30) == 130 and "Traceback" not in process.output
+    assert "interrupted: nothing is written" in process.output and not list(Path("runs/figure").iterdir())

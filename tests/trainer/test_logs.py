@@ -13,6 +13,8 @@ from fused_margin.trainer.train.logs import CURVES_NAME, LOG_NAME, RunLog
 from fused_margin.trainer.train.loop import Trainer
 from fused_margin.trainer.train.run import run
 
+pytestmark = pytest.mark.usefixtures("blank_pictures")
+
 
 @pytest.fixture(autouse=True)
 def one_second_at_a_time(monkeypatch):

@@ -41,6 +41,8 @@ from fused_margin.trainer.train.named_losses import LossConfig
 from fused_margin.trainer.train.optimizer import learning_rate_factor
 from fused_margin.trainer.train.run import averaged_steps, run
 
+pytestmark = pytest.mark.usefixtures("blank_pictures")
+
 
 @pytest.fixture
 def console():
@@ -87,7 +89,7 @@ def assert_same_state(ours, theirs):
             assert ours[name] == theirs[name], name
 
 
-def test_loss_falls_and_unseen_identities_are_verified(tiny_config, console):
+def test_loss_falls_and_unseen_identities_are_verified(pictures, tiny_config, console):
     nothing = dict.fromkeys(("rotation", "scale", "shear", "shift", "blur", "noise"), 0)
     config = dataclasses.replace(
         tiny_config,
@@ -366,7 +368,7 @@ def test_part_of_a_checkpoint_is_no_run(tiny_config, splits, tmp_path, missing):
         load_run(path, "resume")
 
 
-def test_all_identities_can_be_trained_on(tiny_config, console):
+def test_all_identities_can_be_trained_on(pictures, tiny_config, console):
     config = dataclasses.replace(tiny_config, test_fraction=0.0, epochs=1)
     report = run(config, console)
     assert report["verification"] is None

@@ -260,7 +260,7 @@ class Trainer:
     @property
     def class_weight(self) -> Tensor | None:
         """Class weights (C, D) of all processes, on the CPU of rank 0; None on other ranks. All ranks must call it."""
-        return self.shard.collect(self.criterion.class_weight)
+        return self.shard.gather_to_first(self.criterion.class_weight)
 
     def state_dict(self) -> dict[str, Any] | None:
         """The state that later steps depend on, on rank 0; None on other ranks. All ranks must call it.
@@ -271,9 +271,9 @@ class Trainer:
         unreadable = self.devices.union(self.unreadable)
         optimizer["state"] = dict(optimizer["state"])
         for name, number in self._sharded_parameters().items():
-            model[name] = self.shard.collect(model[name])
+            model[name] = self.shard.gather_to_first(model[name])
             if momentum := optimizer["state"].get(number):
-                whole = {key: self.shard.collect(value) for key, value in momentum.items() if value is not None}
+                whole = {key: self.shard.gather_to_first(value) for key, value in momentum.items() if value is not None}
                 optimizer["state"][number] = {**momentum, **whole}
         if self.devices.rank:
             return None
@@ -311,9 +311,9 @@ class Trainer:
             )
         model, optimizer = dict(state["model"]), {**state["optimizer"], "state": dict(state["optimizer"]["state"])}
         for name, number in self._sharded_parameters().items():
-            model[name] = self.shard.part_of(model[name])
+            model[name] = self.shard.local_part(model[name])
             if momentum := optimizer["state"].get(number):
-                own = {key: self.shard.part_of(value) for key, value in momentum.items() if value is not None}
+                own = {key: self.shard.local_part(value) for key, value in momentum.items() if value is not None}
                 optimizer["state"][number] = {**momentum, **own}
         try:
             self.model.load_state_dict(model)
