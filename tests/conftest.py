@@ -44,9 +44,9 @@ def blank_pictures(request, monkeypatch):
     if "pictures" not in request.fixturenames:
         from PIL import Image
 
-        from fused_margin.trainer.align import run
+        from fused_margin.trainer.evaluate import figures
 
-        monkeypatch.setattr(run, "_save", lambda figure, path, title: Image.new("L", (1, 1)).save(path, "PNG"))
+        monkeypatch.setattr(figures, "_save", lambda figure, path, title: Image.new("L", (1, 1)).save(path, "PNG"))
 
 
 def pytest_addoption(parser):

@@ -281,9 +281,11 @@ def test_opcheck():
     weight = torch.randn(30, 6)
     torch.library.opcheck(torch.ops.fused_margin.nearest_rows, (weight, torch.randn(9, 6), 3, True, 1 << 20))
     state = cache.new_cache(weight, len(weight))
-    torch.library.opcheck(torch.ops.fused_margin.refresh_nearest, (weight, *state, 1 << 20))
+    torch.library.opcheck(torch.ops.fused_margin.certified_nearest, (weight, *state, 1 << 20, "", len(weight)))
     index, age = torch.zeros(30, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
-    torch.library.opcheck(torch.ops.fused_margin.frozen_nearest, (weight, index, age, 3, True, 1 << 20))
+    torch.library.opcheck(
+        torch.ops.fused_margin.periodic_nearest, (weight, index, age, 3, True, 1 << 20, "", len(weight))
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import fused_margin as fm
+from fused_margin import _checks
 from fused_margin._ops.backends import select
 
 pytest.importorskip("tyro")
@@ -191,4 +191,4 @@ def test_what_is_on_is_described(monkeypatch):
 def test_the_search_is_refused_where_it_is_off(device, monkeypatch):
     switch(monkeypatch)
     with pytest.raises(RuntimeError, match="the exact search is off for this compute capability.*got cuda:0"):
-        fm.checks.searched_device("query", device.weight)
+        _checks.searched_device("query", device.weight)

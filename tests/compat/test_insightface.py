@@ -243,13 +243,13 @@ def test_optimizers_with_sampling(name):
 def test_fp16_allows_half_products(monkeypatch):
     """It is autocast that tells kernels so; without it an outer autocast is not heard."""
     heard = []
-    wrapped = insightface.margin_cross_entropy
+    wrapped = insightface.unchecked_margin_cross_entropy
 
     def listen(*args, **kwargs):
         heard.append((torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")))
         return wrapped(*args, **kwargs)
 
-    monkeypatch.setattr(insightface, "margin_cross_entropy", listen)
+    monkeypatch.setattr(insightface, "unchecked_margin_cross_entropy", listen)
     x, w, y = problem(5, CLASSES, SIZE)
     losses = []
     for fp16 in (True, False):
@@ -291,7 +291,7 @@ class OwnForward(ArcFace):
     [
         (lambda: PartialFC_V2(nn.Identity(), 4, 10), TypeError, "margin_loss: expected CombinedMarginLoss, ArcFace or"),
         (lambda: PartialFC_V2(OwnForward(), 4, 10), TypeError, "margin_loss: expected .* got .*OwnForward"),
-        (lambda: PartialFC_V2(fm.ArcFaceLoss(10, 4), 4, 10), TypeError, "got fused_margin.losses.ArcFaceLoss"),
+        (lambda: PartialFC_V2(fm.ArcFaceLoss(10, 4), 4, 10), TypeError, "got fused_margin.losses.margin.ArcFaceLoss"),
         (
             lambda: CombinedMarginLoss(64, 1, 0.5, 0, -0.4),
             ValueError,

@@ -26,14 +26,15 @@ INT8_SIZES = range(2, (2**31 - 1) // 127**2 + 1)
 
 def int8_wins(rows: Tensor) -> bool:
     """Whether products of int8 are the fastest for such rows: on processors with instructions for them."""
-    return rows.shape[1] in INT8_SIZES and _has_int8_products(rows.device) and int8_products_are_right()
+    return rows.shape[1] in INT8_SIZES and _has_int8_products(rows.device)
 
 
 @constant_while_compiled
 def _has_int8_products(device: torch.device) -> bool:
     if device.type != "cpu":
         return False
-    return any(getattr(torch.cpu, name, bool)() for name in ("_is_vnni_supported", "_is_avx512_vnni_supported"))
+    names = ("_is_vnni_supported", "_is_avx512_vnni_supported")
+    return any(getattr(torch.cpu, name, bool)() for name in names) and int8_products_are_right()
 
 
 @functools.cache
