@@ -21,6 +21,7 @@ from fused_margin.trainer.data import load_splits
 
 pytestmark = pytest.mark.usefixtures("blank_pictures")
 DOCS = Path(__file__).parents[1] / "docs"
+EXAMPLES = DOCS.parent / "examples"
 TUTORIAL = (DOCS / "tutorial.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", TUTORIAL, flags=re.DOTALL | re.MULTILINE)
 FEWER = ["--pictures", "2"]
@@ -42,7 +43,7 @@ def landmarks(folder):
 @pytest.fixture(scope="module")
 def faces(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tutorial") / "faces"
-    draw(folder, "--identities", 4, "--pictures", 2, script=str(DOCS / "cartoon_faces.py"))
+    draw(folder, "--identities", 4, "--pictures", 2, script=str(EXAMPLES / "cartoon_faces.py"))
     return folder
 
 
@@ -76,7 +77,7 @@ def test_landmarks_are_where_the_eyes_are(faces):
 def test_the_seed_decides_the_pictures(faces, tmp_path):
     for seed in (0, 1):
         options = ["--identities", 4, "--pictures", 2, "--seed", seed]
-        draw(tmp_path / str(seed), *options, script=str(DOCS / "cartoon_faces.py"))
+        draw(tmp_path / str(seed), *options, script=str(EXAMPLES / "cartoon_faces.py"))
     for path in ["landmarks.csv", "lfw/pairs.txt", "train/person_003/002.jpg", "lfw/Person_043/Person_043_0001.jpg"]:
         drawn = (faces / path).read_bytes()
         assert (tmp_path / "0" / path).read_bytes() == drawn
@@ -96,7 +97,7 @@ def test_the_readers_take_the_folders(faces):
 
 def test_the_commands_work_one_after_the_other(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    shutil.copy(DOCS / "cartoon_faces.py", tmp_path)
+    shutil.copy(EXAMPLES / "cartoon_faces.py", tmp_path)
     (script,) = [text for language, text in BLOCKS if language == "python"]
     (tmp_path / "same_person.py").write_text(script)
     _, *commands = [text for language, text in BLOCKS if language == "sh"]  # the first one installs
