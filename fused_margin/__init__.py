@@ -1,5 +1,8 @@
 """fused_margin: margin-softmax losses and RegularFace's exclusive term, fused, exact and bounded in memory."""
 
+import importlib as _importlib
+from types import ModuleType as _ModuleType
+
 import torch as _torch  # noqa: F401 - before the extension, so that both share torch's OpenMP threads
 
 try:
@@ -18,7 +21,7 @@ except ImportError as error:
         f"fused_margin's compiled kernels could not be loaded from {_folder / 'fused_margin'}: {error}. Install it again."
     ) from error
 
-from fused_margin import functional, optim, reference
+from fused_margin import functional, optim
 from fused_margin._checks import set_debug
 from fused_margin.info import __version__, build_info
 from fused_margin.losses import (
@@ -76,3 +79,14 @@ __all__ = [
     "reference",
     "set_debug",
 ]
+
+
+def __getattr__(name: str) -> _ModuleType:
+    # The oracle is loaded when it is asked for: nothing in the package uses it.
+    if name == "reference":
+        return _importlib.import_module("fused_margin.reference")
+    raise AttributeError(f"module 'fused_margin' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 import fused_margin as fm
+from fused_margin import _checks
 from fused_margin._ops.backends import select
 
 PACKAGE = Path(fm.__file__).parent
@@ -44,3 +45,28 @@ def test_the_path_of_one_call_is_short_and_documented(monkeypatch):
     assert files == set(re.findall(r"[\w/]+\.py", path))
     assert len(files) <= 8
     assert len(functions) <= 40, sorted(code.co_qualname for code in functions)
+
+
+def test_each_argument_is_checked_once(monkeypatch):
+    checked = []
+
+    def record(frame, event, _):
+        code = frame.f_code
+        if event == "call" and code.co_filename == _checks.__file__:
+            checked.append((code.co_name, frame.f_locals.get("name")))
+
+    loss_fn = fm.ArcFaceLoss(50, 8, exclusive_weight=1.0, class_weight=torch.ones(50))
+    embeddings, labels = torch.randn(3, 8), torch.arange(3)
+    for call in (
+        lambda: loss_fn(embeddings, labels),
+        lambda: fm.functional.margin_cross_entropy(embeddings, loss_fn.weight, labels, class_weight=torch.ones(50)),
+    ):
+        checked.clear()
+        sys.setprofile(record)
+        try:
+            call()
+        finally:
+            sys.setprofile(None)
+        named = [check for check in checked if check[0] != "is_number"]
+        assert ("matrix", "embeddings") in named and ("matrix", "weight") in named
+        assert len(named) == len(set(named)), named
