@@ -201,6 +201,8 @@ _groups: weakref.WeakValueDictionary[str, dist.ProcessGroup] = weakref.WeakValue
 
 def named_shard(name: str, num_classes: int) -> Shard:
     """The shard of an op's arguments: a group's name (empty: one rank), and C."""
+    if name and name not in _groups:
+        raise RuntimeError(f"shard: the process group {name!r} was destroyed")
     return Shard(num_classes, _groups[name] if name else None)
 
 

@@ -8,6 +8,7 @@ from loss_inputs import problem
 from torch.nn import functional as F
 
 from fused_margin import reference
+from fused_margin.margins import BEYOND_PI, GRADIENT, Margin, psi
 
 
 def test_without_margin_it_is_cross_entropy_of_cosines():
@@ -48,3 +49,21 @@ def test_nearest_class_of_a_known_arrangement():
     cosine, index = reference.nearest_class(torch.stack([angles.cos(), angles.sin()], 1) * 3)
     assert index.tolist() == [1, 0, 1, 2]
     torch.testing.assert_close(cosine, torch.cos(torch.tensor([0.1, 0.1, 0.4, 2.5], dtype=torch.float64)))
+
+
+@pytest.mark.parametrize("beyond_pi", BEYOND_PI)
+@pytest.mark.parametrize("easy", [False, True])
+@pytest.mark.parametrize("gradient", GRADIENT)
+def test_psi_of_the_package_is_that_of_the_oracle(beyond_pi, easy, gradient):
+    """`margins.psi` is written apart from `reference.psi`: values and gradients agree."""
+    for numbers in ({"m1": 4.0}, {"m2": 0.5}, {"m3": 0.35}, {"m1": 0.9, "m2": 0.4, "m3": 0.15}):
+        results = []
+        for function in (
+            lambda c: psi(c, Margin(**numbers, beyond_pi=beyond_pi, easy=easy, gradient=gradient)),  # noqa: B023
+            lambda c: reference.psi(c, **numbers, beyond_pi=beyond_pi, easy=easy, gradient=gradient),  # noqa: B023
+        ):
+            cosine = torch.linspace(-0.99, 0.99, 41, dtype=torch.float64, requires_grad=True)
+            value = function(cosine)
+            value.sum().backward()
+            results.append((value.detach(), cosine.grad))
+        torch.testing.assert_close(results[0], results[1], rtol=0, atol=1e-14)
