@@ -1,9 +1,11 @@
-"""The tree is formatted and lint-free."""
+"""The tree is formatted and lint-free, and the package's types are consistent."""
 
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [*(ROOT / "csrc").rglob("*"), *(ROOT / "tests/emulation").rglob("*")]
@@ -25,3 +27,8 @@ def test_clang_format():
     files = [str(path) for path in SOURCES if path.suffix in (".h", ".cpp", ".cu")]
     assert len(files) > 10
     run(clang_format, "--dry-run", "--Werror", *files)
+
+
+@pytest.mark.slow  # type checkers read all of torch
+def test_mypy(tmp_path):
+    run(sys.executable, "-m", "mypy", "--cache-dir", str(tmp_path))

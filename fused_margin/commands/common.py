@@ -23,8 +23,7 @@ def command_consoles(*, quiet: bool = False) -> tuple[Console, Console]:
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")
     # File names may look like markup or emoji codes.
-    literal = {"markup": False, "emoji": False}
-    return Console(quiet=quiet, **literal), Console(stderr=True, **literal)
+    return Console(quiet=quiet, markup=False, emoji=False), Console(stderr=True, markup=False, emoji=False)
 
 
 def failed(errors: Console, error: Exception, code: int = FAILED) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from fused_margin.info import build_info
 
@@ -17,9 +17,9 @@ def main(args: Sequence[str]) -> int:
     return 0
 
 
-def _print_nested(values: dict, indent: str = "") -> None:
+def _print_nested(values: Mapping[str, object], indent: str = "") -> None:
     for name, value in values.items():
-        if isinstance(value, dict):
+        if isinstance(value, Mapping):
             print(f"{indent}{name}:")
             _print_nested(value, indent + "  ")
         else:

@@ -37,7 +37,7 @@ def main(args: Sequence[str]) -> int:
         with termination_as_interrupt():
             run(config, console)
     except (Interrupted, KeyboardInterrupt):
-        if config is not None and (config.output / FILE_NAME).exists():
+        if config is not None and (config.output_folder / FILE_NAME).exists():
             command = f"{PROG} --resume --output {shlex.quote(str(config.output))}"
             console.print(f"interrupted; continue with:\n  {command}", highlight=False, soft_wrap=True)
         else:
@@ -89,15 +89,15 @@ def _read_file(args: Sequence[str]) -> tuple[Path | None, dict[str, Any]]:
     finder = argparse.ArgumentParser(prog=PROG, add_help=False, allow_abbrev=False)
     finder.add_argument("--config", type=Path)
     finder.add_argument("--data")
-    found = finder.parse_known_args(args)[0]
-    if found.config is None:
+    known = finder.parse_known_args(args)[0]
+    if known.config is None:
         return None, {}
-    values = read_file(found.config)
+    values = read_file(known.config)
     if misplaced := sorted({"config", "resume"} & set(values)):
-        raise ConfigError(f"{found.config}: {', '.join(misplaced)}: only on the command line")
-    if found.data is not None:
+        raise ConfigError(f"{known.config}: {', '.join(misplaced)}: only on the command line")
+    if known.data is not None:
         values.pop("data", None)  # a replaced path need not exist
-    return found.config, values
+    return known.config, values
 
 
 def _with_file(default: TrainConfig, values: Mapping[str, Any], file: Path | None) -> TrainConfig:

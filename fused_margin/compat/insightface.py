@@ -1,20 +1,21 @@
 """The margins, PartialFC_V2 and checkpoints of InsightFace's recognition/arcface_torch, computed by the fused kernels.
 
-Constructors, attributes, gradients and files are theirs; the (N, C) logits are never whole. Different on purpose:
+Constructors, attributes, gradients and files are InsightFace's. The (N, C) logits are never stored as a whole.
+Intended differences:
 
-- without torch.distributed it is one rank; ranks may have batches of different sizes, and different ones at every step;
-- the reported loss is not capped (theirs ends at -log(1e-30) = 69.0776);
-- ``CombinedMarginLoss`` applies m1, m2 and m3 together, where theirs forgets m1 and m2 if m3 > 0;
-- ``PartialFC_V2`` takes no margins but those of this module;
-- a label that is no class is an error, and -100 leaves a sample out;
-- checkpoints can be read by another number of ranks.
+- Without torch.distributed there is one rank. Batch sizes may differ between ranks and between steps.
+- The reported loss is not capped; InsightFace's is at most -log(1e-30) = 69.0776.
+- ``CombinedMarginLoss`` applies m1, m2 and m3 together; InsightFace's ignores m1 and m2 if m3 > 0.
+- ``PartialFC_V2`` accepts only the margins of this module.
+- A label that is not a class is an error, and -100 excludes a sample.
+- Another number of ranks can read a checkpoint.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from typing import ClassVar
+from typing import ClassVar, TypedDict
 
 import torch
 import torch.distributed as dist
@@ -29,12 +30,19 @@ from fused_margin.margins import FilteredNegatives, Margin, psi
 
 __all__ = ["ArcFace", "CombinedMarginLoss", "CosFace", "PartialFC_V2", "Progress", "load_checkpoint", "save_checkpoint"]
 
-MODE = {"beyond_pi": "none", "gradient": "straight_through"}  # theirs: no guard beyond pi, no gradient of the margin
-ELSEWHERE = -1  # label of a sample whose class is another rank's
+OTHER_RANK = -1  # label of a sample whose class another rank has
+
+
+class MarginNumbers(TypedDict, total=False):
+    """m1, m2 and m3 of :class:`fused_margin.Margin`, without its defaults."""
+
+    m1: float
+    m2: float
+    m3: float
 
 
 class LogitMargin(settings.Settings):
-    """A margin on cosines: what PartialFC_V2 takes as ``margin_loss``. Its numbers may change between steps."""
+    """A margin on cosines, the ``margin_loss`` of PartialFC_V2. Its settings may change between steps."""
 
     SETTINGS: ClassVar = {
         "s": settings.number(0.0, open_low=True),
@@ -42,49 +50,49 @@ class LogitMargin(settings.Settings):
     }
     s: float
     interclass_filtering_threshold: float = 0
-    s_varies = False  # whether it has been changed
+    s_varies = False  # whether s has been changed
 
     def keep_setting(self, name: str, value: float) -> None:
         self.s_varies = self.s_varies or (name == "s" and "s" in self.__dict__)
         super().keep_setting(name, value)
 
-    def numbers(self) -> dict[str, float]:
-        """m1, m2 and m3 of :class:`fused_margin.Margin`, where they are not its defaults."""
+    def numbers(self) -> MarginNumbers:
+        """m1, m2 and m3."""
         raise NotImplementedError
 
     def fused(self) -> Margin:
-        """The margin as the fused loss takes it."""
-        return Margin(**self.numbers(), **MODE)
+        """The margin for the fused loss: as InsightFace's, it is not changed beyond pi and has no gradient."""
+        return Margin(**self.numbers(), beyond_pi="none", gradient="straight_through")
 
     def scale(self, device: torch.device) -> float | Tensor:
-        """s as the fused loss takes it."""
+        """s for the fused loss."""
         if torch.compiler.is_compiling() and self.s_varies:
-            # a number would be a constant of the graph, and every value compiled for
+            # A number would be a constant of the graph, which would be compiled again for every value.
             return torch.ones((), dtype=torch.float64, device=device) * self.s
         return self.s
 
     def filtered(self) -> FilteredNegatives | None:
-        """What becomes of near classes, as the fused loss takes it."""
+        """The filter of near classes for the fused loss; None without a threshold."""
         threshold = self.interclass_filtering_threshold
         return FilteredNegatives(min(threshold, 1.0)) if threshold > 0 else None
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Scaled logits with the margin on each sample's own class, out of place.
+        """Scaled logits with the margin on each sample's own class. The input is not changed.
 
         Args:
             logits: (N, C) cosines.
-            labels: (N,) or (N, 1) integers in [0, C), or -1 for a sample whose class is not among these.
+            labels: (N,) or (N, 1) integers in [0, C), or -1 for a sample of another rank's class.
 
         Returns:
-            (N, C); its gradient is that of ``s * logits``, but 0 for filtered logits.
+            (N, C). The gradient is that of ``s * logits``, and 0 for filtered logits.
 
         Raises:
-            ValueError, TypeError: for labels of the wrong shape, dtype or, on the CPU, value.
+            ValueError, TypeError: labels have a wrong shape or dtype or, on the CPU, a wrong value.
         """
         labels = column(labels)
         _checks.per_sample_index("labels", labels, logits)
-        _checks.label_values(labels, logits.shape[1], ELSEWHERE)
-        rows = (labels != ELSEWHERE).nonzero().squeeze(1)
+        _checks.label_values(labels, logits.shape[1], OTHER_RANK)
+        rows = (labels != OTHER_RANK).nonzero().squeeze(1)
         own = rows, labels[rows].long()
         target = psi(logits[own], self.fused())
         if self.interclass_filtering_threshold > 0:
@@ -100,10 +108,10 @@ class CombinedMarginLoss(LogitMargin):
         m1: factor on the angle.
         m2: angle in radians.
         m3: cosine.
-        interclass_filtering_threshold: other classes whose cosine is above it count as if it were 0. 0: none.
+        interclass_filtering_threshold: cosines of other classes above it are replaced by 0. 0 disables it.
 
     Raises:
-        ValueError, TypeError: for numbers out of range.
+        ValueError, TypeError: a number is out of range.
     """
 
     SETTINGS: ClassVar = dict.fromkeys(("m1", "m2", "m3"), settings.margin_number)
@@ -119,7 +127,7 @@ class CombinedMarginLoss(LogitMargin):
                 stacklevel=2,
             )
 
-    def numbers(self) -> dict[str, float]:
+    def numbers(self) -> MarginNumbers:
         return {"m1": self.m1, "m2": self.m2, "m3": self.m3}
 
 
@@ -131,7 +139,7 @@ class ArcFace(LogitMargin):
         margin: angle in radians.
 
     Raises:
-        ValueError, TypeError: for numbers out of range.
+        ValueError, TypeError: a number is out of range.
     """
 
     SETTINGS: ClassVar = {"margin": settings.angle(-math.inf)}
@@ -140,7 +148,7 @@ class ArcFace(LogitMargin):
         super().__init__()
         self.s, self.margin = s, margin
 
-    def numbers(self) -> dict[str, float]:
+    def numbers(self) -> MarginNumbers:
         return {"m2": self.margin}
 
 
@@ -152,7 +160,7 @@ class CosFace(LogitMargin):
         m: cosine.
 
     Raises:
-        ValueError, TypeError: for numbers out of range.
+        ValueError, TypeError: a number is out of range.
     """
 
     SETTINGS: ClassVar = {"m": settings.number(-math.inf)}
@@ -161,12 +169,12 @@ class CosFace(LogitMargin):
         super().__init__()
         self.s, self.m = s, m
 
-    def numbers(self) -> dict[str, float]:
+    def numbers(self) -> MarginNumbers:
         return {"m3": self.m}
 
 
 def checked_margin(name: str, value: LogitMargin) -> LogitMargin:
-    """Raises TypeError for a module that is none of the margins here: PartialFC_V2 would not call its forward."""
+    """Raise TypeError for other modules than the margins here, because PartialFC_V2 does not call their forward."""
     if not isinstance(value, LogitMargin) or type(value).forward is not LogitMargin.forward:
         raise TypeError(
             f"{name}: expected CombinedMarginLoss, ArcFace or CosFace of fused_margin.compat.insightface, got "
@@ -176,38 +184,38 @@ def checked_margin(name: str, value: LogitMargin) -> LogitMargin:
 
 
 class PartialFC_V2(settings.Settings):
-    """Margin softmax over classes that are divided among ranks, of which a share may be drawn at every step.
+    """Margin softmax over classes that are divided among ranks (Partial FC, arXiv:2203.15565).
 
-    (Partial FC, arXiv:2203.15565.) Every rank calls it with its own samples, however many; without torch.distributed
-    there is one rank. The loss is the mean over the samples of all ranks. The embeddings' gradient is multiplied by
-    the number of ranks, because DistributedDataParallel divides the backbone's by it.
+    Every step can use a random share of the classes. Every rank calls it with its own samples, of any number; without
+    torch.distributed there is one rank. The loss is the mean over the samples of all ranks. The embeddings' gradient is
+    multiplied by the number of ranks, because DistributedDataParallel divides the backbone's gradient by it.
 
     Args:
         margin_loss: CombinedMarginLoss, ArcFace or CosFace of this module.
         embedding_size: D.
         num_classes: C, over all ranks.
-        sample_rate: share of its classes that a rank takes at a step: those of the samples, and others drawn by
-            torch's generator; in evaluation mode too, as theirs.
-        fp16: half precision is enough for the products; kernels that cannot use it keep float32. Without it,
-            autocast changes nothing here.
-        process_group: the ranks; the default group, if there is one.
-        sparse: with a sample_rate below 1, the gradient of ``weight`` is sparse, as ``torch.nn.Embedding``'s. False: it
-            is dense, as theirs, and any optimizer takes it; weight decay and momentum move all classes.
-            :class:`fused_margin.optim.ProjectedSGD` (with ``project=False``, to step as torch.optim.SGD does) takes
-            sparse ones, and moves the classes drawn and their momentum only.
-        workspace_mb: bound on scratch memory in MiB, whatever C is.
+        sample_rate: share of its classes that a rank uses in a step: the classes of the samples, and others that
+            torch's generator draws. As in InsightFace, evaluation mode draws too.
+        fp16: multiply in half precision; kernels that do not support it use float32. If False, autocast has no effect.
+        process_group: the ranks; by default torch.distributed's default group, if there is one.
+        sparse: with a sample_rate below 1, whether the gradient of ``weight`` is sparse, as that of
+            ``torch.nn.Embedding``. A dense gradient, as InsightFace's, suits every optimizer, and weight decay and
+            momentum then change all classes. :class:`fused_margin.optim.ProjectedSGD` (with ``project=False``, to step
+            as torch.optim.SGD) accepts a sparse gradient, and updates the drawn classes and their momentum only.
+        workspace_mb: bound on scratch memory in MiB, for any C.
 
     Shape:
         local_embeddings (N, D), local_labels (N,) or (N, 1) integers over all classes -> scalar.
 
     Attributes:
-        weight: (num_local, D) parameter, initialised N(0, 0.01): this rank's classes, class_start and those after it.
-        rank, world_size, class_start, num_local, num_sample, margin_softmax, and the arguments. margin_softmax,
-            sample_rate, fp16, sparse and workspace_mb may change between steps, and so may the numbers of margin_softmax.
-            Under torch.compile each of its numbers compiles once more for the second value, and not for further values.
+        weight: (num_local, D) parameter of this rank's classes, the first of which is class_start. Initialised with
+            N(0, 0.01).
+        rank, world_size, class_start, num_local, num_sample, margin_softmax, and the arguments. margin_softmax and its
+            settings, sample_rate, fp16, sparse and workspace_mb may change between steps. torch.compile compiles once
+            more for the second value of a setting of margin_softmax, and not for further values.
 
     Raises:
-        ValueError, TypeError: naming the argument, what was expected and what came.
+        ValueError, TypeError: an argument is not valid; the message has its name, the expected and the actual value.
     """
 
     SETTINGS: ClassVar = {
@@ -258,7 +266,7 @@ class PartialFC_V2(settings.Settings):
     def forward(self, local_embeddings: Tensor, local_labels: Tensor) -> Tensor:
         embeddings, weight = local_embeddings, self.weight
         if self.world_size > 1 and embeddings.requires_grad:
-            embeddings = embeddings.view_as(embeddings)  # so that the caller's has no hook
+            embeddings = embeddings.view_as(embeddings)  # the caller's tensor gets no hook
             embeddings.register_hook(lambda gradient: gradient * self.world_size)
         labels = column(local_labels)
         _checks.batch(embeddings, weight, labels, at_least=1 if self.shard is None else 0)
@@ -291,6 +299,6 @@ class PartialFC_V2(settings.Settings):
 
 
 def column(labels: Tensor) -> Tensor:
-    """Labels (N,) of (N,) or (N, 1)."""
+    """Labels (N,) from (N,) or (N, 1)."""
     is_column = isinstance(labels, Tensor) and labels.dim() == 2 and labels.shape[1] == 1
     return labels.squeeze(1) if is_column else labels

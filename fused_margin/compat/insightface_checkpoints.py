@@ -1,4 +1,4 @@
-"""Checkpoints as arcface_torch's training script writes them, a file for every rank, read by any number of ranks."""
+"""Checkpoints in the format of arcface_torch's training script: one file per rank, readable by any number of ranks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fused_margin._tensor_files import UnreadableFileError, load_tensors
-from fused_margin.distributed import Shard, slice_of
+from fused_margin.distributed import slice_of
 
 
 class ShardedClasses(Protocol):
@@ -28,7 +28,9 @@ class ShardedClasses(Protocol):
     class_start: int
     num_local: int
     weight: nn.Parameter
-    shard: Shard
+
+    @property
+    def process_group(self) -> dist.ProcessGroup | None: ...
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -36,8 +38,10 @@ class ShardedClasses(Protocol):
 
 
 class Progress(NamedTuple):
-    epoch: int  # the first that is still to come
-    global_step: int  # optimizer steps done, as the training script counts them
+    """The position of a training."""
+
+    epoch: int  # the next epoch
+    global_step: int  # number of optimizer steps, as the training script counts them
 
 
 CHECKPOINT, MODEL = "checkpoint_gpu_{}.pt", "model.pt"
@@ -55,7 +59,7 @@ ELEMENTWISE = ("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 
 def save_checkpoint(
-    folder: str | os.PathLike,
+    folder: str | os.PathLike[str],
     epoch: int,
     global_step: int,
     backbone: nn.Module,
@@ -63,15 +67,16 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler,
 ) -> None:
-    """Writes this rank's ``checkpoint_gpu_{rank}.pt``, and on rank 0 ``model.pt``, the backbone's state dict.
+    """Write this rank's ``checkpoint_gpu_{rank}.pt``, and on rank 0 ``model.pt``, the backbone's state dict.
 
-    Every rank calls it. Files take their place when all are written: a kill leaves the old ones or the new.
+    Every rank must call it. Temporary files are renamed after all are written, so that a kill leaves the old files or
+    the new ones.
 
     Args:
-        folder: exists.
-        epoch: the first that is still to come.
-        backbone: DistributedDataParallel or what is in it.
-        optimizer: of backbone and ``partial_fc``.
+        folder: an existing folder.
+        epoch: the next epoch.
+        backbone: the module, or DistributedDataParallel of it.
+        optimizer: of the parameters of backbone and ``partial_fc``.
     """
     state = unwrapped(backbone).state_dict()
     content = {
@@ -89,7 +94,7 @@ def save_checkpoint(
         for name, value in written.items():
             torch.save(value, folder / f"{name}.tmp")
         if partial_fc.world_size > 1:
-            dist.barrier(partial_fc.shard.group)
+            dist.barrier(partial_fc.process_group)
         for name in written:
             os.replace(folder / f"{name}.tmp", folder / name)
     finally:
@@ -98,48 +103,51 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    folder: str | os.PathLike,
+    folder: str | os.PathLike[str],
     backbone: nn.Module,
     partial_fc: ShardedClasses,
     optimizer: torch.optim.Optimizer | None = None,
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
 ) -> Progress:
-    """Reads what :func:`save_checkpoint` or arcface_torch's training script wrote, on any number of ranks.
+    """Read a checkpoint of :func:`save_checkpoint` or of arcface_torch's training script, on any number of ranks.
 
-    Class weights and what the optimizer keeps of each of them go to the ranks whose they are now. Everything else is
-    from the file of the rank's own number, if there is one. Reads tensors and plain values only (``weights_only``).
+    Class weights and their entries in the optimizer's state are divided among the current ranks. All other values are
+    from the file with the number of the rank; if there are more ranks than files, the files are used in turn. Only
+    tensors and plain values are read (``weights_only``).
 
     Args:
-        folder: of all ranks' files; those of an earlier run on more ranks may still lie there.
-        backbone: DistributedDataParallel or what is in it.
-        optimizer: of the same parameters, in the same order, as the one that was saved; None leaves its state.
-        lr_scheduler: None leaves its state.
+        folder: of the files of all ranks. It may also have files of an earlier run on more ranks.
+        backbone: the module, or DistributedDataParallel of it.
+        optimizer: with the same parameters, in the same order, as the saved one. None: its state is not read.
+        lr_scheduler: None: its state is not read.
 
     Raises:
-        ValueError: for files that are missing, damaged, of different steps or of something else, or that do not
-            match these classes, this backbone, this optimizer or this schedule in full. Nothing is loaded then.
+        ValueError: a file is missing, damaged, of another step or of another kind, or does not fit the classes, the
+            backbone, the optimizer or the schedule. Nothing is loaded then.
     """
     files = read_all(Path(folder), partial_fc)
     own = files[partial_fc.rank % len(files)]
     path = Path(folder) / CHECKPOINT.format(partial_fc.rank % len(files))
     weight = own_rows([file["state_dict_softmax_fc"]["weight"] for file in files], partial_fc)
     check_finite(weight, partial_fc, files, Path(folder))
-    state = None if optimizer is None else optimizer_state(files, own, optimizer, partial_fc, path)
+    states = []  # all are checked before the first is loaded
+    if optimizer is not None:
+        states.append(loaded_optimizer(optimizer, optimizer_state(files, own, optimizer, partial_fc, path), path))
     if lr_scheduler is not None:
         check_scheduler(own["state_lr_scheduler"], lr_scheduler, path)
+        states.append(loaded_scheduler(lr_scheduler, own["state_lr_scheduler"], path))
     with contextlib.ExitStack() as loaded:
-        if optimizer is not None:
-            loaded.enter_context(loaded_optimizer(optimizer, state, path))
-        if lr_scheduler is not None:
-            loaded.enter_context(loaded_scheduler(lr_scheduler, own["state_lr_scheduler"], path))
+        for state in states:
+            loaded.enter_context(state)
         load_backbone(own["state_dict_backbone"], unwrapped(backbone), path)
         partial_fc.load_state_dict({"weight": weight})
     return Progress(own["epoch"], own["global_step"])
 
 
 def read_all(folder: Path, partial_fc: ShardedClasses) -> list[dict[str, Any]]:
-    """The files of the ranks that wrote together: the first so many as hold all classes."""
-    files, classes, num_classes = [], 0, partial_fc.num_classes
+    """The files of the ranks that wrote the checkpoint: the first files that together have all classes."""
+    files: list[dict[str, Any]] = []
+    classes, num_classes = 0, partial_fc.num_classes
     while classes < num_classes:
         path = folder / CHECKPOINT.format(len(files))
         if not path.exists():
@@ -169,9 +177,9 @@ def read_all(folder: Path, partial_fc: ShardedClasses) -> list[dict[str, Any]]:
 
 
 def read_file(path: Path, embedding_size: int) -> dict[str, Any]:
-    """One rank's file, whose class weights have this embedding size."""
+    """The checked contents of a rank's file, with class weights (classes, embedding_size)."""
     try:
-        file = load_tensors(path, mmap=True)  # only what is used later is read from disk
+        file = load_tensors(path, mmap=True)  # tensors are read from disk when they are used
     except UnreadableFileError as error:
         raise ValueError(
             f"folder: expected a checkpoint of arcface_torch, got a file that is damaged or of another kind, {error}"
@@ -193,35 +201,35 @@ def read_file(path: Path, embedding_size: int) -> dict[str, Any]:
 
 
 def division(num_classes: int, ranks: int) -> list[int]:
-    """Classes of each rank."""
+    """Number of classes of each rank."""
     slices = (slice_of(num_classes, rank, ranks) for rank in range(ranks))
     return [end - begin for begin, end in slices]
 
 
 def further_ranks(folder: Path, sizes: list[int], step: int, embedding_size: int) -> list[int]:
-    """Classes of further ranks that wrote together with the first ones, whose classes are `sizes`; mostly none.
+    """Numbers of classes of further ranks of the same run as the first ranks, which have `sizes`; usually none.
 
-    An earlier run on more ranks leaves files with higher numbers. Those have another step, or do not continue the
-    division of the classes among the first ranks.
+    Files of an earlier run on more ranks may remain. They have another step, or do not continue the division of the
+    classes among the first ranks.
     """
-    found: list[int] = []
-    while (path := folder / CHECKPOINT.format(len(sizes) + len(found))).exists():
+    further: list[int] = []
+    while (path := folder / CHECKPOINT.format(len(sizes) + len(further))).exists():
         try:
             file = read_file(path, embedding_size)
-        except ValueError:  # a file that is not needed may be damaged
+        except ValueError:  # the file is not needed, so it may be damaged
             break
         if file["global_step"] != step:
             break
-        found.append(len(file["state_dict_softmax_fc"]["weight"]))
-    for number in range(len(found), 0, -1):
-        together = sizes + found[:number]
-        if together == division(sum(together), len(together)):
-            return found[:number]
+        further.append(len(file["state_dict_softmax_fc"]["weight"]))
+    for number in range(len(further), 0, -1):
+        combined = sizes + further[:number]
+        if combined == division(sum(combined), len(combined)):
+            return further[:number]
     return []
 
 
 def load_backbone(state: dict[str, Any], backbone: nn.Module, path: Path) -> None:
-    """Load a state dict that fits in full; otherwise raise and leave the backbone as it was."""
+    """Load a state dict; if it does not fit, restore the backbone and raise."""
     before = copy.deepcopy(backbone.state_dict())
     try:
         backbone.load_state_dict(state)
@@ -232,8 +240,8 @@ def load_backbone(state: dict[str, Any], backbone: nn.Module, path: Path) -> Non
 
 @contextlib.contextmanager
 def loaded_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], path: Path) -> Iterator[None]:
-    """Loads a state that stays unless the block raises."""
-    before = optimizer.state, optimizer.param_groups  # load_state_dict puts others in their place
+    """Load a state; if the block raises, restore the old one."""
+    before = optimizer.state, optimizer.param_groups  # load_state_dict replaces both
     try:
         try:
             optimizer.load_state_dict(state)
@@ -249,7 +257,7 @@ def loaded_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], pa
 def loaded_scheduler(
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler, state: dict[str, Any], path: Path
 ) -> Iterator[None]:
-    """Loads a state that stays unless the block raises."""
+    """Load a state; if the block raises, restore the old one."""
     before = copy.deepcopy(lr_scheduler.state_dict())
     try:
         try:
@@ -263,7 +271,7 @@ def loaded_scheduler(
 
 
 def check_finite(weight: Tensor, partial_fc: ShardedClasses, files: list[dict[str, Any]], folder: Path) -> None:
-    """This rank's class weights, which are of these files."""
+    """Raise ValueError if this rank's class weights, from these files, are not finite."""
     wrong = (~weight.isfinite().all(dim=1)).nonzero()
     if len(wrong):
         row = partial_fc.class_start + int(wrong[0])
@@ -275,15 +283,16 @@ def check_finite(weight: Tensor, partial_fc: ShardedClasses, files: list[dict[st
 
 
 def check_scheduler(saved: dict[str, Any], lr_scheduler: torch.optim.lr_scheduler.LRScheduler, path: Path) -> None:
-    """A schedule of the same kind, and of as many parameter groups; private entries depend on PyTorch's version."""
-    kept, found = (
-        {name for name in state if not name.startswith("_")} - {"verbose"}  # of older versions
+    """Raise ValueError unless the saved schedule is of the same kind and has as many parameter groups."""
+    expected_names, saved_names = (
+        # Private entries depend on PyTorch's version, and older versions have "verbose".
+        {name for name in state if not name.startswith("_")} - {"verbose"}
         for state in (lr_scheduler.state_dict(), saved)
     )
-    if kept != found:
+    if expected_names != saved_names:
         raise ValueError(
-            f"lr_scheduler: expected the state of a {type(lr_scheduler).__name__} with {', '.join(sorted(kept))}, got "
-            f"{', '.join(sorted(found)) or 'nothing'} in {path}"
+            f"lr_scheduler: expected the state of a {type(lr_scheduler).__name__} with "
+            f"{', '.join(sorted(expected_names))}, got {', '.join(sorted(saved_names)) or 'nothing'} in {path}"
         )
     expected, rates = getattr(lr_scheduler, "base_lrs", None), saved.get("base_lrs")
     if rates is not None and expected is not None and len(rates) != len(expected):
@@ -293,7 +302,7 @@ def check_scheduler(saved: dict[str, Any], lr_scheduler: torch.optim.lr_schedule
 
 
 def own_rows(parts: Iterable[Tensor], partial_fc: ShardedClasses) -> Tensor:
-    """This rank's rows of what the parts are together."""
+    """This rank's rows of the concatenated parts."""
     rows, begin, end = [], partial_fc.class_start, partial_fc.class_start + partial_fc.num_local
     for part in parts:
         rows.append(part[max(begin, 0) : max(end, 0)])
@@ -302,7 +311,7 @@ def own_rows(parts: Iterable[Tensor], partial_fc: ShardedClasses) -> Tensor:
 
 
 def is_optimizer_state(saved: dict[str, Any]) -> bool:
-    """Whether it is what an optimizer's ``state_dict`` gives."""
+    """Whether a dictionary has the structure of an optimizer's ``state_dict``."""
     state, groups = saved.get("state"), saved.get("param_groups")
     if not isinstance(state, dict) or not isinstance(groups, list):
         return False
@@ -311,10 +320,10 @@ def is_optimizer_state(saved: dict[str, Any]) -> bool:
 
 
 def check_options(group: dict[str, Any], saved_group: dict[str, Any], index: int, path: Path) -> None:
-    """Options of the same kind of optimizer.
+    """Raise ValueError if the saved options are those of another kind of optimizer.
 
-    Versions of PyTorch differ by options that one of them does not have, and other kinds by options on both sides. What
-    is switched off does nothing: ``torch.optim.SGD`` without Nesterov's momentum steps as one that does not know it.
+    Between versions of PyTorch, one optimizer lacks options of the other; between kinds, each lacks options of the
+    other. Disabled options (None, False or 0) have no effect, so they are ignored.
     """
     unknown = {
         name
@@ -336,7 +345,7 @@ def optimizer_state(
     partial_fc: ShardedClasses,
     path: Path,
 ) -> dict[str, Any]:
-    """The state dict of the own file, at `path`, but with the rows of this rank's classes, as this optimizer takes it."""
+    """The state of the rank's own file, at `path`, with the rows of this rank's classes, for this optimizer."""
     for rank, file in enumerate(files):
         if not is_optimizer_state(file["state_optimizer"]):
             other = path.with_name(CHECKPOINT.format(rank))
@@ -351,7 +360,7 @@ def optimizer_state(
     state, merged_groups = dict(saved["state"]), []
     for index, (group, saved_group) in enumerate(zip(groups, saved["param_groups"], strict=True)):
         check_options(group, saved_group, index, path)
-        merged_groups.append({**group, **saved_group})  # an option that another optimizer did not have stays
+        merged_groups.append({**group, **saved_group})  # keeps options that the saved optimizer lacks
         if len(group["params"]) != len(saved_group["params"]):
             raise ValueError(
                 f"optimizer: expected {len(saved_group['params'])} parameters in group {index} as in {path}, got "
@@ -368,7 +377,9 @@ def optimizer_state(
                     raise ValueError(
                         f"optimizer: expected the same state of the class weights in all ranks' files in {path.parent}"
                     )
-                state[number] = {name: of_classes(name, parts, partial_fc, path.parent) for name in state[number]}
+                state[number] = {
+                    name: class_weight_state(name, parts, partial_fc, path.parent) for name in state[number]
+                }
             for name in ELEMENTWISE:
                 value = state[number].get(name)
                 if isinstance(value, Tensor) and value.shape != parameter.shape:
@@ -376,11 +387,11 @@ def optimizer_state(
                         f"optimizer: expected {name} of shape {tuple(parameter.shape)} for parameter {number}, got "
                         f"{tuple(value.shape)} in {path}"
                     )
-    return copy.deepcopy({"state": state, "param_groups": merged_groups})  # nothing of it stays in the files
+    return copy.deepcopy({"state": state, "param_groups": merged_groups})  # without memory maps of the files
 
 
-def of_classes(name: str, parts: list[dict[str, Any]], partial_fc: ShardedClasses, folder: Path):
-    """One entry of an optimizer's state of the class weights: rows, as momentum, or a number that all ranks have."""
+def class_weight_state(name: str, parts: list[dict[str, Any]], partial_fc: ShardedClasses, folder: Path) -> Any:
+    """An entry of the optimizer's state of the class weights: this rank's rows, as of momentum, or a common number."""
     values = [part[name] for part in parts]
     if not isinstance(values[0], Tensor) or values[0].dim() == 0:
         return values[0]

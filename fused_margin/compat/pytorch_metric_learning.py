@@ -1,17 +1,20 @@
 """pytorch-metric-learning's classification losses and its RegularFaceRegularizer, computed by the fused kernels.
 
-Every class is a subclass of the one it replaces and has its constructor, attributes, parameter ``W`` (D, C) and
-results; neither the (N, C) logits nor the (C, C) cosines are ever whole. Scratch is bounded by the attribute
-``workspace_mb`` (256; see :func:`fused_margin.functional.margin_cross_entropy`), which may be set on a class or an object.
+Every class is a subclass of the class that it replaces, with the same constructor, attributes, parameter ``W`` (D, C)
+and results. The (N, C) logits and the (C, C) cosines are never stored as a whole. The attribute ``workspace_mb`` (256;
+see :func:`fused_margin.functional.margin_cross_entropy`) bounds the scratch memory. It may be set on a class or an
+object.
 
-What the kernels do not know, pytorch-metric-learning computes itself, with its memory: a distance other than the
-plain cosine or dot product of its own, another ``cross_entropy``, a subclass that redefines a step of the loss.
+pytorch-metric-learning computes what the kernels do not support, with its own memory: distances other than its
+CosineSimilarity and DotProductSimilarity, another ``cross_entropy``, and subclasses that override a step of the loss.
 
-Different on purpose: gradients are finite at cos = +-1 and zero for zero rows; ``W`` keeps its dtype, whatever the
-embeddings' is; the loss of half-precision embeddings is float32; there are no second derivatives.
+Intended differences: gradients are finite at cos = +-1, and zero for zero rows. ``W`` keeps its dtype for embeddings of
+any dtype. The loss of half-precision embeddings is float32. Second derivatives are not supported.
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,25 +46,27 @@ __all__ = [
     "SubCenterArcFaceLoss",
 ]
 
-ROWS = 4096  # embeddings looked at together where each is compared with the sub-centers of its class
+ROWS = 4096  # embeddings that are compared at a time with the sub-centers of their classes
 
 
-class FusedLoss:
-    """What the losses share, in front of the loss of pytorch-metric-learning in a class's bases."""
+class FusedLoss(pml.BaseMetricLossFunction):
+    """Base class of the losses. The replaced loss of pytorch-metric-learning must follow it in the bases of a class."""
 
     workspace_mb: float = 256
-    STEPS: tuple[str, ...] = ()  # the methods that the fused losses stand for
+    STEPS: tuple[str, ...] = ()  # methods of the replaced loss that the kernels compute
+    W: nn.Parameter  # (D, C)
+    cross_entropy: nn.Module
 
     def element_losses(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """Losses (N,) before miners, regularizers and the reducer."""
         raise NotImplementedError
 
     def record(self, embeddings: Tensor, labels: Tensor) -> None:
-        """The statistics that ``collect_stats`` asks for."""
+        """Record the statistics of ``collect_stats``."""
         record_norms(self.distance, embeddings, self.W.t())
 
     def is_fused(self) -> bool:
-        """Whether the kernels compute this loss: nothing in it is the user's own."""
+        """Whether the kernels compute this loss, because the user has replaced no part of it."""
         cross_entropy = self.cross_entropy
         return (
             is_plain(self.distance)
@@ -71,7 +76,8 @@ class FusedLoss:
             and all(is_known(getattr(self, name)) for name in self.STEPS)
         )
 
-    def options(self) -> dict:
+    def options(self) -> dict[str, Any]:
+        """Arguments that all fused losses have."""
         return {
             "class_weight": self.cross_entropy.weight,
             "ignore_index": self.cross_entropy.ignore_index,
@@ -79,10 +85,12 @@ class FusedLoss:
             "workspace_mb": self.workspace_mb,
         }
 
-    def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels):
+    def compute_loss(
+        self, embeddings: Tensor, labels: Tensor, indices_tuple: Any, ref_emb: Tensor | None, ref_labels: Tensor | None
+    ) -> dict[str, Any]:
         c_f.labels_required(labels)
         c_f.ref_not_supported(embeddings, labels, ref_emb, ref_labels)
-        self.follow(embeddings)
+        self.move_to(embeddings.device)
         if not self.is_fused():
             embeddings = embeddings.to(self.W.dtype)
             return super().compute_loss(embeddings, labels, indices_tuple, embeddings, labels)
@@ -93,12 +101,12 @@ class FusedLoss:
         self.add_weight_regularization_to_loss_dict(loss_dict, self.W.t())
         return loss_dict
 
-    def follow(self, embeddings: Tensor) -> None:
-        """``W`` goes to the embeddings' device, the one thing about it that a call may change."""
-        if self.W.device != embeddings.device:
-            self.cast_types(self.W.dtype, embeddings.device)
+    def move_to(self, device: torch.device) -> None:
+        """Move ``W`` to the embeddings' device, as pytorch-metric-learning does. Its dtype stays."""
+        if self.W.device != device:
+            self.cast_types(self.W.dtype, device)
 
-    def cast_types(self, dtype, device):
+    def cast_types(self, dtype: torch.dtype, device: torch.device) -> None:
         super().cast_types(self.W.dtype, device)  # an optimizer's parameter keeps its dtype
 
     def get_logits(self, embeddings):
@@ -129,7 +137,7 @@ class LargeMarginSoftmaxLoss(FusedLoss, pml.LargeMarginSoftmaxLoss):
         super().record(embeddings, labels)
         if self.collect_stats:
             with torch.no_grad():
-                own = labels.clamp(0, self.num_classes - 1)  # an ignored label still needs a place to look
+                own = labels.clamp(0, self.num_classes - 1)  # an ignored label needs a valid index
                 self.get_angles(self.own_cosines(embeddings, own).amax(dim=1))
 
     def own_cosines(self, embeddings: Tensor, labels: Tensor) -> Tensor:
@@ -165,9 +173,10 @@ class CosFaceLoss(LargeMarginSoftmaxLoss, pml.CosFaceLoss):
 
 
 class ArcFaceLoss(LargeMarginSoftmaxLoss, pml.ArcFaceLoss):
-    """ArcFace (arXiv:1801.07698, eq. 3); beyond pi it goes on as ``cos(theta) - margin * sin(margin)``.
+    """ArcFace (arXiv:1801.07698, eq. 3); beyond pi the target is ``cos(theta) - margin * sin(margin)``.
 
-    Args, shapes, errors: as ``pytorch_metric_learning.losses.ArcFaceLoss``: margin in degrees, kept in radians.
+    Args, shapes, errors: as ``pytorch_metric_learning.losses.ArcFaceLoss``. The argument ``margin`` is in degrees, the
+    attribute in radians.
     """
 
     def element_losses(self, embeddings: Tensor, labels: Tensor) -> Tensor:
@@ -181,25 +190,26 @@ class SubCenterArcFaceLoss(ArcFaceLoss, pml.SubCenterArcFaceLoss):
     Args, shapes, errors: as ``pytorch_metric_learning.losses.SubCenterArcFaceLoss``.
     """
 
-    def options(self) -> dict:
+    def options(self) -> dict[str, Any]:
         return {**super().options(), "sub_centers": self.sub_centers}
 
     @torch.no_grad()
     def get_outliers(self, embeddings, labels, threshold=75, return_dominant_centers=True):
-        """Samples further than ``threshold`` degrees from the sub-center that most of their class are nearest to.
+        """Samples with an angle above ``threshold`` to the dominant sub-center of their class.
+
+        The dominant sub-center is the nearest one of most samples of the class.
 
         Args:
             embeddings: (N, D).
-            labels: (N,); samples with a label outside [0, C) are passed over.
+            labels: (N,); samples with a label outside [0, C) are ignored.
             threshold: in degrees.
-            return_dominant_centers: for the signature's sake; the centers always come along.
+            return_dominant_centers: has no effect, as in pytorch-metric-learning; the centers are always returned.
 
         Returns:
-            Indices of the outliers, class by class, and the dominant sub-centers (D, C), zero where a class has no
-            sample.
+            Indices of the outliers, by class, and the dominant sub-centers (D, C), zero for classes without a sample.
         """
         c_f.check_shapes(embeddings, labels)
-        self.follow(embeddings)
+        self.move_to(embeddings.device)
         labels = c_f.to_device(labels, embeddings)
         if not self.is_fused():
             return super().get_outliers(embeddings.to(self.W.dtype), labels, threshold, return_dominant_centers)
@@ -220,9 +230,9 @@ class SubCenterArcFaceLoss(ArcFaceLoss, pml.SubCenterArcFaceLoss):
 
 
 class NormalizedSoftmaxLoss(FusedLoss, pml.NormalizedSoftmaxLoss):
-    """Normalised softmax (arXiv:1811.12649): cosines over ``temperature``, no margin.
+    """Normalised softmax (arXiv:1811.12649): cosines divided by ``temperature``, without a margin.
 
-    With ``distance=DotProductSimilarity(normalize_embeddings=False)`` the embeddings keep their length, as there.
+    With ``distance=DotProductSimilarity(normalize_embeddings=False)`` the embeddings are not normalised.
     Args, shapes, errors: as ``pytorch_metric_learning.losses.NormalizedSoftmaxLoss``.
     """
 
@@ -233,24 +243,25 @@ class NormalizedSoftmaxLoss(FusedLoss, pml.NormalizedSoftmaxLoss):
             record_norms(self.distance, embeddings, self.distance.normalize(self.W.detach(), dim=0).t())
 
     def element_losses(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        scale = 1 / self.temperature
+        scale: float | None = 1 / self.temperature
         if not self.distance.normalize_embeddings:
-            embeddings, scale = scaled(embeddings, scale), None
+            embeddings, scale = scaled(embeddings, 1 / self.temperature), None
         return margin_cross_entropy(embeddings, self.W.t(), labels, scale=scale, **self.options())
 
 
 class RegularFaceRegularizer(regularizers.RegularFaceRegularizer):
     """RegularFace's exclusive term (CVPR 2019, eq. 8) over weights (C, D), C >= 2, in O(C * D) memory.
 
-    Args, reducers: as ``pytorch_metric_learning.regularizers.RegularFaceRegularizer``. Ties go to the lowest class.
+    Args, reducers: as ``pytorch_metric_learning.regularizers.RegularFaceRegularizer``. The lowest of several nearest
+    classes is used.
 
     Raises:
-        ValueError: for fewer than two classes, of which none has a nearest other one.
+        ValueError: there are fewer than two classes.
     """
 
     workspace_mb: float = 256
 
-    def compute_loss(self, weights):
+    def compute_loss(self, weights: Tensor) -> dict[str, Any]:
         if not is_plain(self.distance) or not self.distance.normalize_embeddings:
             return super().compute_loss(weights)
         record_norms(self.distance, weights, weights)
@@ -258,11 +269,12 @@ class RegularFaceRegularizer(regularizers.RegularFaceRegularizer):
 
 
 def is_plain(distance: BaseDistance) -> bool:
-    """Whether it is an inner product of rows, normalised by their Euclidean length or not at all."""
+    """Whether a distance is an inner product of rows, which are L2-normalised or not normalised."""
     return type(distance) in (CosineSimilarity, DotProductSimilarity) and distance.p == 2 and distance.power == 1
 
 
-def is_known(method) -> bool:
+def is_known(method: Callable[..., Any]) -> bool:
+    """Whether pytorch-metric-learning or this package defines a method."""
     return method.__module__.partition(".")[0] in ("pytorch_metric_learning", "fused_margin")
 
 
@@ -272,14 +284,14 @@ def scaled(embeddings: Tensor, scale: float | Tensor) -> Tensor:
     return embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)) * scale  # half might overflow
 
 
-def per_element(losses: Tensor) -> dict:
-    """What pytorch-metric-learning's reducers take of losses (N,)."""
+def per_element(losses: Tensor) -> dict[str, Any]:
+    """Losses (N,) as input of pytorch-metric-learning's reducers."""
     indices = torch.arange(len(losses), device=losses.device)
     return {"loss": {"losses": losses, "indices": indices, "reduction_type": "element"}}
 
 
 def record_norms(distance: BaseDistance, query: Tensor, reference: Tensor) -> None:
-    """What the distance would have recorded of its operands."""
+    """Record the statistics that a distance with ``collect_stats`` records of its operands."""
     if distance.collect_stats:
         distance.reset_stats()
         with torch.no_grad():

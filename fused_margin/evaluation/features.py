@@ -135,15 +135,15 @@ def read_features(path: Path, skipped: Counter[str] | None = None) -> Features:
 
 
 def _feature_files(folder: Path, skipped: Counter[str]) -> list[Path]:
-    found = []
+    files = []
     for file in sorted(file for file in folder.rglob("*") if file.is_file()):
         if any(map(is_hidden, file.relative_to(folder).parts)):
             skipped[HIDDEN] += 1
         elif file.suffix.lower() in READERS:
-            found.append(file)
+            files.append(file)
         else:
             skipped[files_of_kind(file.name)] += 1
-    return found
+    return files
 
 
 def _read_file(path: Path) -> Features:

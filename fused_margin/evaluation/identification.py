@@ -68,11 +68,11 @@ def megaface(
     check_features("distractors", distractors, probes.shape[1], check_values=False)  # values are checked by block
     count = len(distractors)
     if sizes is None:
-        sizes = [10**n for n in range(1, 1 + math.ceil(math.log10(count)))]
-        sizes = [size for size in sizes if size < count] + [count]
+        powers = [10**n for n in range(1, 1 + math.ceil(math.log10(count)))]
+        sizes = [size for size in powers if size < count] + [count]
     if not len(sizes) or min(sizes) < 1 or max(sizes) > count:
         raise ValueError(f"sizes: expected galleries of 1 to {count} distractors, got {list(sizes)}")
-    sizes = np.unique(sizes)
+    galleries = np.unique(sizes)
     order = np.argsort(identity, kind="stable")
     groups = np.split(order, np.flatnonzero(np.diff(identity[order])) + 1)
     groups = [members for members in groups if len(members) >= 2]
@@ -85,13 +85,13 @@ def megaface(
     bins = torch.zeros(SCORE_BINS, dtype=torch.float64, device=device)
     best = torch.full((len(unit),), -torch.inf, device=device, dtype=unit.dtype)
     best_among = []  # of each size, (num_probes,)
-    edges = sorted({*range(0, count, max(1, block_scores // len(unit))), *sizes.tolist(), count})
+    edges = sorted({*range(0, count, max(1, block_scores // len(unit))), *galleries.tolist(), count})
     for start, stop in pairwise(edges):
         block = distractors[start:stop]
         check_features("distractors", block)
         scores = unit @ _unit(block, device).to(unit.dtype).T
         best = torch.maximum(best, scores.amax(dim=1))
-        if stop in sizes:
+        if stop in galleries:
             best_among.append(best)
         bins += torch.histc(scores.clamp(-1, 1), SCORE_BINS, -1, 1)
         flat = scores.flatten()
@@ -99,16 +99,16 @@ def megaface(
         if len(top) > num_top:
             top = top.topk(num_top).values
 
-    hits, genuine = np.zeros(len(sizes)), []
+    hits, genuine_parts = np.zeros(len(galleries)), []
     for members in groups:
         cosine = unit[members] @ unit[members].T
         others = ~torch.eye(len(members), dtype=torch.bool, device=device)
         hits += [float(((cosine > limit[members, None]) & others).sum()) for limit in best_among]
-        genuine.append(cosine[others.triu()].cpu().numpy())
-    genuine = np.concatenate(genuine)
+        genuine_parts.append(cosine[others.triu()].cpu().numpy())
+    genuine = np.concatenate(genuine_parts)
     middle = (np.arange(SCORE_BINS) + 0.5) * (2 / SCORE_BINS) - 1
     tar = tar_at_far(genuine, top.cpu().numpy(), far, len(unit) * count)
-    return MegafaceResult(sizes, hits / (2 * len(genuine)), tar, genuine, middle, bins.cpu().numpy())
+    return MegafaceResult(galleries, hits / (2 * len(genuine)), tar, genuine, middle, bins.cpu().numpy())
 
 
 def _unit(features: np.ndarray, device: torch.device | str) -> Tensor:

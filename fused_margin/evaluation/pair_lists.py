@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -33,7 +33,7 @@ class VerificationSet:
     pairs: np.ndarray  # (num_pairs, 2) item indices
     same: np.ndarray  # (num_pairs,) bool, True for pairs of one identity
     fold: np.ndarray  # (num_pairs,) fold index
-    images: list[str] | list[bytes]  # paths, or encoded images
+    images: Sequence[str | bytes]  # paths, or encoded images
     item: np.ndarray  # (num_images,) item index of each image
     of_videos: bool = False  # if not, item i is image i
     has_folds: bool = True  # the list defines the folds; if not, the reader chose `fold`
@@ -46,19 +46,19 @@ def find_pair_list(path: str, *, videos: bool = False) -> Callable[[], Verificat
     A set is a .bin file, a list of pairs in LFW's or YouTube Faces' format, or a folder with pairs.txt or splits.txt.
     In a folder with both lists, `videos` selects splits.txt.
     """
-    found = Path(path)
-    if found.is_file():
-        if found.suffix.lower() == ".bin":
-            return partial(read_bin, found)
-        if found.name == YTF_LIST:
-            return partial(read_ytf, found.parent, found)
-        is_list = found.name == LFW_LIST or (found.suffix.lower() == ".txt" and is_lfw_list(found))
-        return partial(read_lfw, found.parent, found) if is_list else None
+    location = Path(path)
+    if location.is_file():
+        if location.suffix.lower() == ".bin":
+            return partial(read_bin, location)
+        if location.name == YTF_LIST:
+            return partial(read_ytf, location.parent, location)
+        is_list = location.name == LFW_LIST or (location.suffix.lower() == ".txt" and is_lfw_list(location))
+        return partial(read_lfw, location.parent, location) if is_list else None
     readers = {LFW_LIST: read_lfw, YTF_LIST: read_ytf}
-    present = [name for name in readers if (found / name).is_file()]
+    present = [name for name in readers if (location / name).is_file()]
     if not present:
         return None
-    return partial(readers[present[-1] if videos else present[0]], found)
+    return partial(readers[present[-1] if videos else present[0]], location)
 
 
 def read_lfw(root: Path, pairs: Path | None = None) -> VerificationSet:
@@ -120,8 +120,8 @@ def read_lfw(root: Path, pairs: Path | None = None) -> VerificationSet:
         fold = stratified_folds(np.array(same), min(FOLDS, of_a_kind)).tolist()
     else:
         raise DataError(f"{pairs}: its first line says one pair of each kind, which cannot be divided into folds")
-    found = _with_files(pairs, root, listed, same, fold, image)
-    return dataclasses.replace(found, has_folds=len(header) == 2)
+    verification_set = _with_files(pairs, root, listed, same, fold, image)
+    return dataclasses.replace(verification_set, has_folds=len(header) == 2)
 
 
 def is_lfw_list(path: Path) -> bool:
@@ -173,8 +173,8 @@ def read_ytf(root: Path, splits: Path | None = None) -> VerificationSet:
         folder = next((folder for folder in (root / video, root / YTF_FOLDER / video) if folder.is_dir()), None)
         return [str(folder / name) for name in image_names(folder, skipped)] if folder else []
 
-    found = _with_files(splits, root, listed, same, fold, frames)
-    return dataclasses.replace(found, of_videos=True, skipped=skipped)
+    verification_set = _with_files(splits, root, listed, same, fold, frames)
+    return dataclasses.replace(verification_set, of_videos=True, skipped=skipped)
 
 
 def read_bin(path: Path) -> VerificationSet:
@@ -221,13 +221,13 @@ def _with_files(
     """Index the items of the pairs, and find their files."""
     numbers: dict[str, int] = {}
     pairs = [[numbers.setdefault(name, len(numbers)) for name in names] for names in listed]
-    found = [files_of(name) for name in numbers]
-    if missing := [name for name, files in zip(numbers, found, strict=True) if not files]:
+    files_of_items = [files_of(name) for name in numbers]
+    if missing := [name for name, files in zip(numbers, files_of_items, strict=True) if not files]:
         more = f" and {len(missing) - NAMED} more" if len(missing) > NAMED else ""
         raise DataError(
-            f"{len(missing)} of the {len(found)} that {source} names have no image in {root}: "
+            f"{len(missing)} of the {len(numbers)} that {source} names have no image in {root}: "
             f"{', '.join(missing[:NAMED])}{more}"
         )
-    images = [file for files in found for file in files]
-    item = np.repeat(np.arange(len(found)), [len(files) for files in found])
+    images = [file for files in files_of_items for file in files]
+    item = np.repeat(np.arange(len(numbers)), [len(files) for files in files_of_items])
     return VerificationSet(str(source), np.array(pairs), np.array(same), np.array(fold), images, item)

@@ -191,6 +191,17 @@ class TrainConfig:
         if not 0 <= self.test_fraction < 1:
             raise ValueError(f"test_fraction must be in [0, 1), got {self.test_fraction}")
 
+    @property
+    def output_folder(self) -> Path:
+        """`output` of a run, for which the commands choose a folder if it is not given.
+
+        Raises:
+            ValueError: it is not given.
+        """
+        if self.output is None:
+            raise ValueError("output: a run needs a folder")
+        return self.output
+
     @classmethod
     def defaults(cls, data: str = "glyphs", network: Network = "small", loss: str = "arcface") -> TrainConfig:
         """Default options for a source of images, a network and a loss."""
@@ -247,12 +258,12 @@ class TrainConfig:
         return _differences(self.to_dict(), other.to_dict(), "")
 
 
-def _differences(mine: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str) -> list[str]:
-    found = []
-    for name, value in mine.items():
-        if isinstance(value, dict) and value.keys() == theirs[name].keys():
-            found += _differences(value, theirs[name], f"{prefix}{name}.")
-        elif prefix + name not in RUNTIME_FIELDS and value != theirs[name]:
+def _differences(given: Mapping[str, Any], of_run: Mapping[str, Any], prefix: str) -> list[str]:
+    differences = []
+    for name, value in given.items():
+        if isinstance(value, dict) and value.keys() == of_run[name].keys():
+            differences += _differences(value, of_run[name], f"{prefix}{name}.")
+        elif prefix + name not in RUNTIME_FIELDS and value != of_run[name]:
             option = (prefix + name).replace("_", "-")
-            found.append(f"--{option} {value} (the run has {theirs[name]})")
-    return found
+            differences.append(f"--{option} {value} (the run has {of_run[name]})")
+    return differences

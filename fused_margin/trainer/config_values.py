@@ -8,13 +8,15 @@ import re
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-Config = TypeVar("Config")
-adapter = cache(TypeAdapter)
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Config = TypeVar("Config", bound="DataclassInstance")
 
 
 class ConfigError(ValueError):
@@ -35,7 +37,12 @@ for kind in (Loader, Dumper):
     )
 
 
-def to_plain(config: Any) -> dict[str, Any]:
+@cache
+def adapter(kind: type[Config]) -> TypeAdapter[Config]:
+    return TypeAdapter(kind)
+
+
+def to_plain(config: DataclassInstance) -> dict[str, Any]:
     """The options of a dataclass and its sections, with paths as text."""
     values = dataclasses.asdict(config)
     return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
@@ -63,7 +70,8 @@ def overlay(config: Config, values: Any) -> Config:
 
 def _merged(config: Any, values: Any) -> Any:
     """The plain options of a dataclass, with `values` replacing its own; other values replace them as a whole."""
-    if not (dataclasses.is_dataclass(config) and isinstance(values, Mapping)):
+    merges = dataclasses.is_dataclass(config) and isinstance(values, Mapping)
+    if not merges:
         return values
     merged = {name: _merged(getattr(config, name, None), value) for name, value in values.items()}
     return to_plain(config) | merged

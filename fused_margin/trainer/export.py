@@ -57,19 +57,19 @@ def export(checkpoint: Path, output: Path | None, console: Console, own_backbone
     name = f"{describe_backbone(config)} trained by fused_margin"
     with console.status("writing ONNX"):
         _write_onnx(output / ONNX_NAME, backbone, torch.zeros(2, *shape), name)
-        error = _check_onnx(output / ONNX_NAME, backbone, batches)
+        onnx_error = _check_onnx(output / ONNX_NAME, backbone, batches)
     classes = _write_classes(output, config, state)
     height, width = config.model.image_size
     console.print(
         f"{describe_backbone(config)}: pixels from -1 to 1, (batch, {config.model.channels}, {height}, {width}), to "
         f"embeddings (batch, {_features(backbone, batches[0]).shape[1]})\n"
         f"{output / WEIGHTS_NAME}: gives the same features\n"
-        f"{output / ONNX_NAME}: features differ by at most {error:.1e} of the largest (allowed: {TOLERANCE:g})\n"
+        f"{output / ONNX_NAME}: features differ by at most {onnx_error:.1e} of the largest (allowed: {TOLERANCE:g})\n"
         f"{classes}",
         highlight=False,
         soft_wrap=True,
     )
-    return error
+    return onnx_error
 
 
 def _write_classes(output: Path, config: TrainConfig, state: dict[str, Any]) -> str:
@@ -115,6 +115,7 @@ def _write_onnx(path: Path, backbone: nn.Module, example: Tensor, name: str) -> 
     except (RuntimeError, torch.onnx.errors.OnnxExporterError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ExportError(f"the network cannot be written as ONNX: {reason[0]}") from error
+    assert program is not None  # with dynamo=True
     program.model.doc_string = name
     program.model.metadata_props.update({"input": INPUT, "output": OUTPUT})
     program.save(path, external_data=False)
@@ -124,9 +125,9 @@ def _check_onnx(path: Path, backbone: nn.Module, batches: list[Tensor]) -> float
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     worst = 0.0
     for images in batches:
-        (found,) = session.run(["embeddings"], {"images": images.numpy()})
+        (features,) = session.run(["embeddings"], {"images": images.numpy()})
         expected = _features(backbone, images).numpy()
-        worst = max(worst, float(np.abs(found - expected).max() / np.abs(expected).max()))
+        worst = max(worst, float(np.abs(features - expected).max() / np.abs(expected).max()))
     if not worst <= TOLERANCE:  # also if NaN
         raise ExportError(f"{path}: features differ by {worst:.1e} of the largest, more than {TOLERANCE:g}")
     return worst

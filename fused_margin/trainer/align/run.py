@@ -163,13 +163,12 @@ def _check_size(face: Path, size: tuple[int, int]) -> None:
     """
     try:
         with Image.open(face) as image:
-            found = image.height, image.width
+            existing = image.height, image.width
     except Exception:  # noqa: BLE001  Pillow raises many types for damaged files
         return
-    if found != size:
-        raise DataError(
-            f"{face} is {found[0]}x{found[1]}, not {size[0]}x{size[1]}: name another output folder, or remove that one"
-        )
+    if existing != size:
+        actual, expected = ("{}x{}".format(*shape) for shape in (existing, size))
+        raise DataError(f"{face} is {actual}, not {expected}: name another output folder, or remove that one")
 
 
 def _save(face: Image.Image, target: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -80,7 +80,7 @@ def loss_config(text: str) -> LossConfig:
     name, *added = text.split("+")
     if name not in LOSSES:
         raise ValueError(f"losses: expected {RANDOM} or one of {', '.join(LOSSES)}, got {name!r}")
-    weights = {}
+    weights: dict[str, Any] = {}  # keyword arguments: numbers
     for part in added:
         term, _, weight = part.partition("=")
         if term in weights:

@@ -19,7 +19,7 @@ from ..config import TrainConfig
 from ..evaluate.config import EvaluateConfig
 from ..evaluate.reports import versions
 from ..evaluate.run import run_evaluation
-from ..train.checkpoint import FILE_NAME, CheckpointError, load_run, save_checkpoint
+from ..train.checkpoint import FILE_NAME, CheckpointError, load_run
 from ..train.loop import Trainer
 from ..train.run import read_splits, run
 from .config import RANDOM, CompareConfig
@@ -35,7 +35,8 @@ def compare(config: CompareConfig, console: Console) -> dict[str, Any]:
         CheckpointError: the output has runs with other options.
         Interrupted: stopped by a signal; finished runs are kept.
     """
-    total, rows = len(config.losses) * len(config.seeds), {}
+    total = len(config.losses) * len(config.seeds)
+    rows: dict[str, list[dict[str, float]]] = {}
     config.output.mkdir(parents=True, exist_ok=True)
     for number, (seed, loss) in enumerate((s, loss) for s in config.seeds for loss in config.losses):
         with console.status(f"{number + 1} of {total}: {loss}, seed {seed}"):
@@ -45,7 +46,8 @@ def compare(config: CompareConfig, console: Console) -> dict[str, Any]:
             f"{number + 1} of {total}: {loss}, seed {seed}: accuracy {measured['accuracy']:.2%}", highlight=False
         )
     with console.status("timing steps"):
-        step_ms = time_steps([config.training(loss, config.seeds[0]) for loss in config.losses if loss != RANDOM])
+        timed = time_steps([config.training(loss, config.seeds[0]) for loss in config.losses if loss != RANDOM])
+    step_ms = {loss: timed.get(f"{loss}-{config.seeds[0]}") for loss in config.losses}
     report = {
         "data": config.data,
         "epochs": config.epochs,
@@ -55,7 +57,7 @@ def compare(config: CompareConfig, console: Console) -> dict[str, Any]:
             loss: {
                 "config": config.training(loss, 0).to_dict()["loss"],
                 "seeds": rows[loss],
-                "step_ms": step_ms.get(f"{loss}-{config.seeds[0]}"),
+                "step_ms": step_ms[loss],
             }
             for loss in config.losses
         },
@@ -64,7 +66,7 @@ def compare(config: CompareConfig, console: Console) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
     }
     (config.output / "compare.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    header, lines = table(rows, {loss: report["losses"][loss]["step_ms"] for loss in rows})
+    header, lines = table(rows, step_ms)
     note = unresolved_note(rows)
     (config.output / "compare.md").write_text(
         markdown(header, lines) + (f"\n{note}\n" if note else ""), encoding="utf-8"
@@ -82,22 +84,22 @@ def compare(config: CompareConfig, console: Console) -> dict[str, Any]:
 
 def measure(config: TrainConfig, *, trained: bool) -> dict[str, float]:
     """Train unless finished; evaluate with the protocols pairs and megaface."""
-    quiet, done = Console(quiet=True), config.output / "measured.json"
-    checkpoint = config.output / FILE_NAME
+    quiet, output = Console(quiet=True), config.output_folder
+    done, checkpoint = output / "measured.json", output / FILE_NAME
     if checkpoint.exists():
         started_with = TrainConfig.from_dict(load_run(checkpoint, "continue")["config"])
         if differences := config.differences(started_with):
-            raise CheckpointError(f"{config.output} has a run with other options: {'; '.join(differences)}")
+            raise CheckpointError(f"{output} has a run with other options: {'; '.join(differences)}")
     if done.exists():
         return json.loads(done.read_text(encoding="utf-8"))
     if trained:
         run(dataclasses.replace(config, resume=checkpoint.exists()), quiet)
     else:
-        config.output.mkdir(parents=True, exist_ok=True)
-        save_checkpoint(checkpoint, Trainer(config, read_splits(config)).state_dict())
+        output.mkdir(parents=True, exist_ok=True)
+        Trainer(config, read_splits(config)).save(checkpoint)
     pairs, search = (
         run_evaluation(
-            EvaluateConfig(checkpoint=config.output, protocol=protocol, far=FAR, accelerator=config.accelerator), quiet
+            EvaluateConfig(checkpoint=output, protocol=protocol, far=FAR, accelerator=config.accelerator), quiet
         )
         for protocol in ("pairs", "megaface")
     )
@@ -121,14 +123,16 @@ def time_steps(trainings: list[TrainConfig]) -> dict[str, float]:
     if not trainings:
         return {}
     splits = read_splits(trainings[0])
-    trainers = {config.output.name: Trainer(config, splits) for config in trainings}
+    trainers = {config.output_folder.name: Trainer(config, splits) for config in trainings}
     seconds: dict[str, list[float]] = {name: [] for name in trainers}
     batches = itertools.islice(iter(next(iter(trainers.values())).batches), 1 + TIMED_STEPS)
     for number, indices in enumerate(batches):
         batch = splits.train.__getitems__(indices)
         for name, trainer in trainers.items():
             started = time.monotonic()
-            trainer.train_step(batch.images, batch.labels).loss.item()
+            result = trainer.train_step(batch.images, batch.labels)
+            if result is not None:
+                result.loss.item()  # waits for the device
             if number:  # without the first step, which allocates memory
                 seconds[name].append(time.monotonic() - started)
     return {name: 1000 * statistics.median(taken) for name, taken in seconds.items()}

@@ -33,12 +33,12 @@ def find_reader(path: str) -> Callable[..., Splits]:
     Raises:
         DataError: there is nothing readable at the path.
     """
-    found = Path(path)
-    if found.is_dir():
-        return record_splits if (found / RECORDS).is_file() else folder_splits
-    if found.is_file() and found.suffix.lower() in LISTS:
+    location = Path(path)
+    if location.is_dir():
+        return record_splits if (location / RECORDS).is_file() else folder_splits
+    if location.is_file() and location.suffix.lower() in LISTS:
         return list_splits
-    wrong = f"{path!r} is no folder and no list" if found.exists() else f"no folder {path!r} and no such list"
+    wrong = f"{path!r} is no folder and no list" if location.exists() else f"no folder {path!r} and no such list"
     raise DataError(
         f"data: {wrong}; expected glyphs, digits, a folder of identities (FOLDER/identity/image.jpg), a folder with "
         f"{RECORDS} and {INDEX}, or a list ({' or '.join(LISTS)}) of a path and a label per line"

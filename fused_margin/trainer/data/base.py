@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +16,8 @@ from fused_margin.evaluation.errors import DataError
 from fused_margin.evaluation.plurals import identities
 
 from .augment import AugmentationConfig
+
+T = TypeVar("T")
 
 
 class Batch(NamedTuple):
@@ -126,7 +128,7 @@ def data_loader(images: ImageSet, batches: Sampler[list[int]], workers: int) -> 
     )
 
 
-def _unchanged(batch: Batch) -> Batch:
+def _unchanged(batch: T) -> T:
     return batch
 
 
@@ -144,10 +146,10 @@ def seeded_generator(*entropy: int, device: str | torch.device = "cpu") -> torch
 
 
 def split_identities(
-    num_identities: int, test_fraction: float, seed: int, eligible: Sequence[int] | None = None
+    num_identities: int, test_fraction: float, seed: int, eligible: np.ndarray | None = None
 ) -> tuple[list[int], list[int]]:
     """Training and test identities, ascending. Test identities are `eligible` ones; a fraction of 0 gives none."""
-    candidates = np.arange(num_identities) if eligible is None else np.asarray(eligible)
+    candidates = np.arange(num_identities) if eligible is None else eligible
     # At least two, for impostor pairs.
     num_test = min(max(2, round(test_fraction * num_identities)), len(candidates)) if test_fraction else 0
     test = np.random.default_rng(seed).permutation(candidates)[:num_test]

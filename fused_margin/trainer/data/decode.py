@@ -16,7 +16,8 @@ from .base import Batch, ImageSet
 
 WHITE_IS_ZERO = 0  # TIFF's PhotometricInterpretation
 UNSIGNED, REAL = 1, 3  # TIFF's SampleFormat
-# The transposition for each EXIF orientation; orientation 1 needs none.
+UPRIGHT = 1  # EXIF's Orientation of an image that needs no transposition
+# The transposition for each other EXIF orientation.
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -159,7 +160,7 @@ def _upright(image: Image.Image) -> Image.Image:
     image.load()
     try:
         # ImageOps.exif_transpose writes all EXIF data again, which fails for some files.
-        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, UPRIGHT))
     except Exception:  # noqa: BLE001  Pillow raises many types for damaged data
         return image
     return image if turn is None else image.transpose(turn)
@@ -193,7 +194,8 @@ def _in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     kind = "L" if image.mode == "L" else "RGB"
     if profile:
         try:
-            image = ImageCms.applyTransform(image, _to_srgb(profile, image.mode))
+            # It returns None only if asked to change the image in place.
+            image = ImageCms.applyTransform(image, _to_srgb(profile, image.mode)) or image
         except (ImageCms.PyCMSError, OSError):
             pass
     image = image.convert(kind)

@@ -68,7 +68,7 @@ class FolderImages(DecodedImages):
 
 def _list_identities(root: Path) -> tuple[dict[str, list[str]], Counter[str]]:
     """Sorted file names of each identity, sorted by identity, and the number of skipped entries by kind."""
-    found: dict[str, list[str]] = {}
+    identities: dict[str, list[str]] = {}
     skipped: Counter[str] = Counter()
     with os.scandir(root) as entries:
         folders = sorted(entries, key=lambda entry: entry.name)
@@ -78,7 +78,7 @@ def _list_identities(root: Path) -> tuple[dict[str, list[str]], Counter[str]]:
         elif not folder.is_dir():
             skipped["files beside the folders of identities"] += 1
         elif names := image_names(folder.path, skipped):
-            found[folder.name] = names
+            identities[folder.name] = names
         else:
             skipped["folders without an image"] += 1
-    return found, skipped
+    return identities, skipped

@@ -56,7 +56,8 @@ def glyph_identities(image_size: tuple[int, int]) -> tuple[Tensor, Tensor, list[
     """Images (num_images, H, W) uint8, their identity labels, and the characters of each identity."""
     images, drawn, characters = render_characters(image_size)
     identity = merge_alike(images, drawn)
-    kept_images, kept_labels, names = [], [], []
+    kept_images, kept_labels = [], []
+    names: list[str] = []
     for label in range(int(identity.max()) + 1):
         members = (identity == label).nonzero().flatten()
         candidates = images[members][drawn[members]]
@@ -90,7 +91,7 @@ def render_characters(image_size: tuple[int, int]) -> tuple[Tensor, Tensor, list
                 ink = _ink(font, chr(codepoint))
                 if ink.size and not np.array_equal(ink, missing):
                     _paste_centred(images[i, face], ink)
-    drawn = images.any(axis=(2, 3))
+    drawn = images.max(axis=(2, 3)) > 0
     enough = drawn.sum(axis=1) >= MIN_FACES
     characters = [chr(c) for c, keep in zip(candidates, enough, strict=True) if keep]
     return torch.from_numpy(images[enough]), torch.from_numpy(drawn[enough]), characters

@@ -109,13 +109,18 @@ class RecordFile:
             raise self.broken(offset, f"its labels are not whole numbers below {EXACT:,}: {labels.tolist()}")
         return labels.astype(np.int64).tolist()
 
-    def _payload(self, offset: int, enough: int | None) -> bytes:
-        if self._process != os.getpid():  # a forked process shares the file position
+    def _opened(self) -> BinaryIO:
+        """The file, opened once in each process, because a forked process shares the file position."""
+        if self._file is None or self._process != os.getpid():
             self._file, self._process = open(self.path, "rb"), os.getpid()  # noqa: SIM115  stays open
-        self._file.seek(offset)
+        return self._file
+
+    def _payload(self, offset: int, enough: int | None) -> bytes:
+        file = self._opened()
+        file.seek(offset)
         parts: list[bytes] = []
         while True:
-            frame = self._file.read(FRAME.size)
+            frame = file.read(FRAME.size)
             if len(frame) < FRAME.size:
                 raise self.broken(offset, "the file ends within it")
             magic, word = FRAME.unpack(frame)
@@ -125,12 +130,12 @@ class RecordFile:
             if flag not in ((MIDDLE, LAST) if parts else (WHOLE, FIRST)):
                 raise self.broken(offset, f"part {len(parts) // 2 + 1} of it has the continuation flag {flag}")
             wanted = length if enough is None else min(length, enough)
-            parts.append(self._file.read(wanted))
+            parts.append(file.read(wanted))
             if len(parts[-1]) < wanted:
                 raise self.broken(offset, "the file ends within it")
             if flag in (WHOLE, LAST) or wanted < length:
                 return b"".join(parts)
-            self._file.seek(-length % 4, os.SEEK_CUR)
+            file.seek(-length % 4, os.SEEK_CUR)
             parts.append(FRAME.pack(MAGIC, 0)[:4])
 
     def broken(self, offset: int, why: str) -> DataError:
@@ -183,14 +188,14 @@ def _images_of_identities(
 
 
 def _images_by_label(records: RecordFile, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    found, identities = [], []
+    images, identities = [], []
     for offset in np.sort(offsets).tolist():
         record = records.read(offset, LABEL_BYTES)
         if record.content or not record.flag:  # not an identity or the first record
-            found.append(offset)
+            images.append(offset)
             identities += records.numbers(offset, record.labels[:1])
     names, labels = np.unique(identities, return_inverse=True)
-    return np.array(found), labels, [str(name) for name in names.tolist()]
+    return np.array(images), labels, [str(name) for name in names.tolist()]
 
 
 def _read_index(path: Path) -> tuple[np.ndarray, np.ndarray]:

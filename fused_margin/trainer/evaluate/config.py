@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -116,15 +115,8 @@ class EvaluateConfig:
         if self.accelerator == "cuda" and not fm.build_info()["cuda"]["available"]:
             raise ValueError("accelerator: there is no GPU, or the kernels are not built for it")
 
-    @property
-    def name(self) -> str:
-        """Name of the protocol, its variant or metric, for the files."""
-        if self.protocol == "lfw":
-            return f"lfw-{self.variant}"
-        return self.protocol if self.metric == "cosine" else f"{self.protocol}-{self.metric}"
-
-    def filled_in(self, trained: EvaluationConfig) -> EvaluateConfig:
-        """These options, with defaults from the training.
+    def protocol_options(self, trained: EvaluationConfig) -> ProtocolOptions:
+        """The options of the protocol, with defaults from the training.
 
         Raises:
             ValueError: options contradict each other.
@@ -133,10 +125,38 @@ class EvaluateConfig:
             raise ValueError("folds, num-pairs: the protocol megaface has neither folds nor drawn pairs")
         prescribed = LFW_FLIP[self.variant] if self.protocol == "lfw" else None
         far = 1e-6 if self.protocol == "megaface" else trained.far
-        return dataclasses.replace(
-            self,
+        return ProtocolOptions(
+            protocol=self.protocol,
+            variant=self.variant,
+            metric=self.metric,
             flip=prescribed or self.flip or trained.flip,
             far=self.far or far,
             num_pairs=self.num_pairs or trained.pairs,
             folds=self.folds or trained.folds,
+            probes=self.probes,
         )
+
+
+@dataclass(frozen=True)
+class ProtocolOptions:
+    """A protocol with all its options, as in `EvaluateConfig`."""
+
+    protocol: Protocol
+    variant: LfwVariant
+    metric: Metric
+    flip: Flip
+    far: float
+    num_pairs: int
+    folds: int
+    probes: float
+
+    def __post_init__(self) -> None:
+        if self.num_pairs < 2 * self.folds:
+            raise ValueError(f"num-pairs must be at least two per fold, got {self.num_pairs}")
+
+    @property
+    def name(self) -> str:
+        """Name of the protocol, its variant or metric, for the files."""
+        if self.protocol == "lfw":
+            return f"lfw-{self.variant}"
+        return self.protocol if self.metric == "cosine" else f"{self.protocol}-{self.metric}"

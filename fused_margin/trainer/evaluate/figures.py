@@ -17,18 +17,20 @@ from fused_margin.evaluation.plurals import counted
 from .network import Evaluation
 
 INK, ACCENT, MUTED = "#1f3b57", "#d1495b", "#9aa7b4"
-STYLE = {
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlesize": 12,
-    "axes.titleweight": "bold",
-    "font.size": 10,
-    "grid.color": "#e3e7eb",
-    "legend.edgecolor": "none",
-    "legend.framealpha": 0.9,
-}
+STYLE = matplotlib.RcParams(
+    {
+        "axes.axisbelow": True,
+        "axes.grid": True,
+        "axes.spines.right": False,
+        "axes.spines.top": False,
+        "axes.titlesize": 12,
+        "axes.titleweight": "bold",
+        "font.size": 10,
+        "grid.color": "#e3e7eb",
+        "legend.edgecolor": "none",
+        "legend.framealpha": 0.9,
+    }
+)
 
 
 def draw_report(path: Path, title: str, evaluation: Evaluation, losses: list[float], epochs: int) -> None:
@@ -95,7 +97,7 @@ def _draw_scores(axes: Axes, summary: ScoreSummary, unit: str) -> None:
     kinds = (("impostor", MUTED, impostor, count), ("genuine", INK, genuine, np.ones(len(genuine))))
     for name, color, scores, weight in kinds:
         label = f"{name}, {weight.sum():,.0f} pairs"
-        axes.hist(scores, edges, weights=weight / weight.sum(), color=color, alpha=0.7, label=label)
+        axes.hist(scores, edges.tolist(), weights=weight / weight.sum(), color=color, alpha=0.7, label=label)
     if np.isfinite(summary.tar.threshold):
         label = f"threshold at FAR {summary.tar.far:g}"
         axes.axvline(summary.tar.threshold, color=ACCENT, linewidth=2, label=label)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,8 +22,9 @@ from fused_margin.evaluation.plurals import counted
 
 from ..config import TrainConfig
 from ..data import load_splits
+from ..data.base import ImageSet
 from ..data.verification_images import VerificationImages
-from ..models.build import require_named, restore_backbone
+from ..models.build import channels_last, require_named, restore_backbone
 from ..train.checkpoint import CheckpointError, criterion_state, identities_before, load_run, trained_identities
 from ..train.criterion import stored_class_weight
 from .network import Embedded, count_known, describe_unseen, embed
@@ -41,16 +43,16 @@ class EvaluationInput:
 
 def read_probes(probes: Path, distractors: Path) -> EvaluationInput:
     """MegaFace-style features of probes and distractors. Raises DataError as `evaluation.read_megaface`."""
-    found = read_megaface(probes, distractors)
-    features = FeatureSet(features=found.probes, labels=found.identity, distractors=found.distractors)
-    return EvaluationInput(features, f"features of {probes}", str(probes), skipped=found.skipped)
+    megaface = read_megaface(probes, distractors)
+    features = FeatureSet(features=megaface.probes, labels=megaface.identity, distractors=megaface.distractors)
+    return EvaluationInput(features, f"features of {probes}", str(probes), skipped=megaface.skipped)
 
 
 @dataclass(frozen=True)
 class TrainedNetwork:
     """A checkpoint and the images to evaluate it on."""
 
-    state: dict
+    state: dict[str, Any]
     config: TrainConfig  # of the training, with `data` replaced
     same_data: bool  # the images are those of the training, so only its test identities are evaluated
     path: Path
@@ -66,7 +68,9 @@ class TrainedNetwork:
         """
         config = self.config
         class_weight = stored_class_weight(config.loss, criterion_state(self.state)).numpy()
-        backbone = restore_backbone(config, self.state, self.path).to(device, memory_format=torch.channels_last)
+        backbone = restore_backbone(config, self.state, self.path)
+        backbone = channels_last(backbone).to(device)
+        images: ImageSet
         if self.verification_set is not None:
             images = VerificationImages(self.verification_set, config.model.image_size, config.model.channels)
             embedded = embed(backbone, images, device, mirror=mirror, workers=workers)

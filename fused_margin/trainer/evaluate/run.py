@@ -22,7 +22,7 @@ from fused_margin.evaluation.protocols import COMPARE, INSIGHTFACE_FAR, Metric
 from ..config import EvaluationConfig
 from ..data import EMBEDDED
 from ..train.checkpoint import FILE_NAME
-from .config import EvaluateConfig, Protocol
+from .config import EvaluateConfig, Protocol, ProtocolOptions
 from .figures import draw_evaluation
 from .inputs import EvaluationInput, TrainedNetwork, read_checkpoint, read_probes
 from .network import separation
@@ -43,6 +43,7 @@ def run_evaluation(config: EvaluateConfig, console: Console) -> dict[str, Any]:
     """Evaluate and write report and figure; `checkpoint` or `features` must be set.
 
     Raises:
+        ValueError: neither is set.
         CheckpointError: the checkpoint cannot be read or evaluated.
         DataError: the images or arrays do not allow the protocol.
         OSError: a file cannot be read or written.
@@ -51,34 +52,35 @@ def run_evaluation(config: EvaluateConfig, console: Console) -> dict[str, Any]:
     use_gpu = config.accelerator != "cpu" and fm.build_info()["cuda"]["available"]
     device = torch.device("cuda" if use_gpu else "cpu")
     network: TrainedNetwork | None = None
-    if config.features is None:
+    if config.features is not None:
+        path = config.features
+    elif config.checkpoint is not None:
         path = config.checkpoint / FILE_NAME if config.checkpoint.is_dir() else config.checkpoint
         data = config.data if config.data is None or config.data in EMBEDDED else str(Path(config.data).resolve())
         network = read_checkpoint(path, data, config.backbone, videos=config.protocol == "ytf")
     else:
-        path = config.features
-    given = config
+        raise ValueError("checkpoint, features: expected one of them, got neither")
     try:
-        config = config.filled_in(EvaluationConfig() if network is None else network.config.evaluation)
+        options = config.protocol_options(EvaluationConfig() if network is None else network.config.evaluation)
     except ValueError as error:
         raise DataError(f"{path}: {error}") from error
     if network:
         _refuse_other_protocols(config.protocol, network)
     if network and (pair_list := network.verification_set):
-        _refuse_unused(given, pair_list.pairs, pair_list.fold if pair_list.has_folds else None, pair_list.source)
+        _refuse_unused(config, pair_list.pairs, pair_list.fold if pair_list.has_folds else None, pair_list.source)
     with console.status("computing features" if network else "reading features"):
         if network:
-            inputs = network.features(device, mirror=config.flip != "none", workers=config.workers, folds=given.folds)
+            inputs = network.features(device, mirror=options.flip != "none", workers=config.workers, folds=config.folds)
         elif config.distractors is None:
             inputs = EvaluationInput(evaluation.read_arrays(path), f"features of {path}", str(path))
         else:
             inputs = read_probes(path, config.distractors)
     arrays, description = inputs.features, inputs.description
     if not network:
-        _refuse_unused(given, arrays.pairs, arrays.fold, inputs.source)
-    with console.status(f"evaluating {config.name}"):
+        _refuse_unused(config, arrays.pairs, arrays.fold, inputs.source)
+    with console.status(f"evaluating {options.name}"):
         try:
-            measured = _measure(config, arrays, network.config.seed if network else 0, device)
+            measured = _measure(options, arrays, network.config.seed if network else 0, device)
             nearest_cosine, separability = _separation(arrays, device)
         except DataError:
             raise
@@ -87,8 +89,8 @@ def run_evaluation(config: EvaluateConfig, console: Console) -> dict[str, Any]:
             raise DataError(f"cannot evaluate {evaluated}: {error}") from error
 
     summary, output = measured.summary, config.output or path.parent
-    report = {
-        "protocol": config.name,
+    report: dict[str, Any] = {
+        "protocol": options.name,
         "input": {
             "file": str(path),
             "description": description,
@@ -97,8 +99,8 @@ def run_evaluation(config: EvaluateConfig, console: Console) -> dict[str, Any]:
             "unreadable": inputs.unreadable,
             "skipped": dict(inputs.skipped),
         },
-        "flip": config.flip,
-        "metric": config.metric,
+        "flip": options.flip,
+        "metric": options.metric,
         "result": measured.result,
         "scores": score_values(summary),
         "separability": separability,
@@ -107,9 +109,9 @@ def run_evaluation(config: EvaluateConfig, console: Console) -> dict[str, Any]:
         "seconds": round(time.monotonic() - started, 2),
     }
     output.mkdir(parents=True, exist_ok=True)
-    title, unit = f"{description}\n{measured.headline}", SCORE_UNIT[config.metric]
-    draw_evaluation(output / f"{config.name}.png", title, summary, nearest_cosine, unit)
-    (output / f"{config.name}.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    title, unit = f"{description}\n{measured.headline}", SCORE_UNIT[options.metric]
+    draw_evaluation(output / f"{options.name}.png", title, summary, nearest_cosine, unit)
+    (output / f"{options.name}.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     _print_report(console, report, measured.headline, output)
     return report
 
@@ -129,7 +131,7 @@ def _refuse_other_protocols(protocol: Protocol, network: TrainedNetwork) -> None
             f"{pair_list.source} has pairs of images without their identities, which megaface needs: evaluate it with "
             f"--protocol {'ytf' if of_videos else 'pairs or lfw'}, or give megaface a folder of identities"
         )
-    if protocol != "ytf" and of_videos:
+    if protocol != "ytf" and pair_list is not None and pair_list.of_videos:
         raise DataError(f"{pair_list.source} has pairs of videos: evaluate it with --protocol ytf")
 
 
@@ -141,39 +143,41 @@ def _refuse_unused(given: EvaluateConfig, pairs: np.ndarray | None, fold: np.nda
         raise DataError(f"folds: {source} gives {folds} folds, not {given.folds}; leave out the option")
 
 
-def _measure(config: EvaluateConfig, arrays: FeatureSet, seed: int, device: torch.device) -> Measured:
+def _measure(options: ProtocolOptions, arrays: FeatureSet, seed: int, device: torch.device) -> Measured:
     """Apply the protocol; raises ValueError if the arrays do not allow it."""
-    if config.protocol == "megaface":
-        return _measure_megaface(config, arrays, seed, device)
-    if arrays.video is not None and arrays.pairs is not None and config.protocol != "ytf":
+    if options.protocol == "megaface":
+        return _measure_megaface(options, arrays, seed, device)
+    if arrays.video is not None and arrays.pairs is not None and options.protocol != "ytf":
         raise DataError(
             "video: with this array, `pairs` are video indices, which --protocol ytf evaluates; if they are rows of "
             "`features`, remove `video` from the file"
         )
-    disjoint = None
-    if arrays.pairs is None and config.protocol != "ytf":
+    disjoint: bool | None = None
+    if arrays.pairs is None and options.protocol != "ytf":
         (labels,) = arrays.require("labels")
         check_integers("labels", labels, (len(arrays.features),))
-        drawn = evaluation.make_pairs(labels, config.num_pairs, config.folds, seed)
+        drawn = evaluation.make_pairs(labels, options.num_pairs, options.folds, seed)
         pairs, same, fold, disjoint = drawn
     else:
         pairs, same = arrays.require("pairs", "same")
-        fold = evaluation.unshuffled_folds(len(pairs), config.folds) if arrays.fold is None else arrays.fold
-    if config.protocol == "lfw":
-        result = evaluation.lfw(arrays.features, *arrays.require("mirrored"), pairs, same, fold, config.variant)
+        fold = evaluation.unshuffled_folds(len(pairs), options.folds) if arrays.fold is None else arrays.fold
+    if options.protocol == "lfw":
+        (mirrored,) = arrays.require("mirrored")
+        result = evaluation.lfw(arrays.features, mirrored, pairs, same, fold, options.variant)
     else:
-        features = join_mirror(arrays.features, arrays.mirrored, config.flip)
-        if config.protocol == "ytf":
-            result = evaluation.ytf(features, *arrays.require("video"), pairs, same, fold, config.metric)
+        features = join_mirror(arrays.features, arrays.mirrored, options.flip)
+        if options.protocol == "ytf":
+            (video,) = arrays.require("video")
+            result = evaluation.ytf(features, video, pairs, same, fold, options.metric)
         else:
-            result = COMPARE[config.metric](features, pairs, same, fold)
+            result = COMPARE[options.metric](features, pairs, same, fold)
     accuracy, threshold = result.folds
-    numbers = {
+    numbers: dict[str, Any] = {
         "accuracy": float(accuracy.mean()),
         "accuracy_std": float(accuracy.std()),
         "fold_accuracy": accuracy.tolist(),
         "fold_threshold": threshold.tolist(),
-        "threshold_unit": "squared distance" if config.name == "lfw-insightface" else SCORE_UNIT[config.metric],
+        "threshold_unit": "squared distance" if options.name == "lfw-insightface" else SCORE_UNIT[options.metric],
         "pairs": len(pairs),
         "folds_share_no_identity": disjoint,
     }
@@ -191,38 +195,38 @@ def _measure(config: EvaluateConfig, arrays: FeatureSet, seed: int, device: torc
             "std": float(result.tar.tar.std()),
             "far_on_the_folds": float(result.tar.far.mean()),
         }
-    headline = f"{config.name}: accuracy {accuracy.mean():.2%} ± {accuracy.std():.2%} over {len(accuracy)} folds"
-    return Measured(numbers, headline, evaluation.summarize_pairs(result.scores, same, config.far))
+    headline = f"{options.name}: accuracy {accuracy.mean():.2%} ± {accuracy.std():.2%} over {len(accuracy)} folds"
+    return Measured(numbers, headline, evaluation.summarize_pairs(result.scores, same, options.far))
 
 
-def _measure_megaface(config: EvaluateConfig, arrays: FeatureSet, seed: int, device: torch.device) -> Measured:
+def _measure_megaface(options: ProtocolOptions, arrays: FeatureSet, seed: int, device: torch.device) -> Measured:
     (labels,) = arrays.require("labels")
     check_integers("labels", labels, (len(arrays.features),))
-    features = join_mirror(arrays.features, arrays.mirrored, config.flip)
+    features = join_mirror(arrays.features, arrays.mirrored, options.flip)
     if arrays.distractors is None:
         identities = np.unique(labels)
         rng = np.random.default_rng(seed)
         if len(identities) < 2:
             raise DataError("megaface needs distractors, or two identities or more to draw them from; there is one")
-        number = min(max(1, round(config.probes * len(identities))), len(identities) - 1)
+        number = min(max(1, round(options.probes * len(identities))), len(identities) - 1)
         is_probe = np.isin(labels, rng.permutation(identities)[:number])
         # In random order, so that small galleries have several identities.
         probes, distractors = features[is_probe], features[rng.permutation(np.flatnonzero(~is_probe))]
         labels = labels[is_probe]
     else:
         probes = features
-        distractors = join_mirror(arrays.distractors, arrays.mirrored_distractors, config.flip)
-    found = evaluation.megaface(probes, labels, distractors, far=config.far, device=device)
-    rows = zip(found.sizes.tolist(), found.rank1.tolist(), strict=True)
+        distractors = join_mirror(arrays.distractors, arrays.mirrored_distractors, options.flip)
+    measured = evaluation.megaface(probes, labels, distractors, far=options.far, device=device)
+    rows = zip(measured.sizes.tolist(), measured.rank1.tolist(), strict=True)
     numbers = {
         "probes": len(probes),
         "probe_identities": len(np.unique(labels)),
         "distractors": len(distractors),
-        "searches": 2 * len(found.genuine),
+        "searches": 2 * len(measured.genuine),
         "rank1": [{"distractors": size, "rate": rate} for size, rate in rows],
     }
-    headline = f"megaface: rank-1 {found.rank1[-1]:.2%} among {counted(len(distractors), 'distractor')}"
-    summary = evaluation.summarize(found.genuine, found.impostor, found.tar, found.impostor_count)
+    headline = f"megaface: rank-1 {measured.rank1[-1]:.2%} among {counted(len(distractors), 'distractor')}"
+    summary = evaluation.summarize(measured.genuine, measured.impostor, measured.tar, measured.impostor_count)
     return Measured(numbers, headline, summary)
 
 

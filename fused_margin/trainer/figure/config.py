@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from fused_margin.margins import minimum_scale
 
@@ -58,6 +58,11 @@ PANELS = {
     "regularface": Panel("SphereFace, m = 4, + exclusive\nterm, λ = 1 (RegularFace)", lambda _: sphereface(1.0)),
 }
 
+if TYPE_CHECKING:
+    PanelName = str
+else:
+    PanelName = Literal[tuple(PANELS)]  # for the command line; type checkers cannot read it
+
 
 @dataclass(frozen=True)
 class FigureConfig:
@@ -70,7 +75,7 @@ class FigureConfig:
 
     digits: tuple[int, ...] = (0, 1, 2)
     """Digits of scikit-learn's data set to draw, 0 to 9. More digits need more epochs."""
-    losses: tuple[Literal[tuple(PANELS)], ...] = tuple(PANELS)
+    losses: tuple[PanelName, ...] = tuple(PANELS)
     """Losses to draw, in the order of the panels."""
     epochs: int = 40
     """Passes over the training images with each loss."""

@@ -57,6 +57,11 @@ def describe_backbone(config: TrainConfig) -> str:
     return config.backbone or ("LeNet++" if config.network == "lenet" else f"ResNet{config.model.depth}")
 
 
+def channels_last(backbone: nn.Module) -> nn.Module:
+    """The backbone with weights in channels-last order, in which CPU and GPU convolutions are fastest."""
+    return backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs omit it
+
+
 @torch.no_grad()
 def embedding_size(backbone: nn.Module, config: ModelConfig) -> int:
     """D of the embeddings (N, D), measured with two gray images.

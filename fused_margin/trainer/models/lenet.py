@@ -34,7 +34,7 @@ class LeNet(nn.Module):
 
 
 def _initialise(module: nn.Module) -> None:
-    if isinstance(module, nn.Conv2d):
+    if isinstance(module, nn.Conv2d) and module.bias is not None:
         nn.init.kaiming_normal_(module.weight, a=0.25)  # the initial slope of a PReLU
         nn.init.zeros_(module.bias)
     elif isinstance(module, nn.Linear):

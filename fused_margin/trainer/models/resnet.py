@@ -55,9 +55,9 @@ class ResNet(nn.Module):
 def _initialise(module: nn.Module) -> None:
     """SphereFace's published initialisation, which suits deep networks without batch norm."""
     if isinstance(module, ResidualUnit):
-        for conv in (module.body[0], module.body[2]):
-            # Small, so that every unit starts near the identity.
-            nn.init.normal_(conv.weight, std=0.01)
+        for layer in module.body:
+            if isinstance(layer, nn.Conv2d):
+                nn.init.normal_(layer.weight, std=0.01)  # small, so that every unit starts near the identity
     elif isinstance(module, nn.Conv2d) and module.bias is not None:
         nn.init.kaiming_normal_(module.weight, a=0.25)  # 0.25: the initial slope of a PReLU
         nn.init.zeros_(module.bias)

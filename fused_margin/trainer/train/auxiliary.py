@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -77,7 +78,7 @@ class AuxiliaryLosses(nn.Module):
 
     def __init__(self, config: AuxiliaryConfig, num_classes: int, embedding_size: int, workspace_mb: float) -> None:
         super().__init__()
-        make = {
+        make: dict[str, Callable[[], nn.Module]] = {
             "center": lambda: fm.CenterLoss(num_classes, embedding_size),
             "ring": fm.RingLoss,
             "intra": fm.IntraLoss,

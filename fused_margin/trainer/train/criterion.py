@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
-from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -22,7 +24,7 @@ class Criterion(nn.Module):
     """
 
     def __init__(
-        self, config: LossConfig, num_classes: int, embedding_size: int, process_group: Any | None = None
+        self, config: LossConfig, num_classes: int, embedding_size: int, process_group: dist.ProcessGroup | None = None
     ) -> None:
         super().__init__()
         self.name, self.projected = config.name, LOSSES[config.name].projected
@@ -41,7 +43,7 @@ class Criterion(nn.Module):
                 embeddings, class_directions(self.loss_fn.weight, self.loss_fn.sub_centers), labels
             )
         self.last_parts = {name: part.detach() for name, part in parts.items()}
-        return sum(parts.values())
+        return functools.reduce(torch.add, parts.values())
 
     @property
     def part_names(self) -> tuple[str, ...]:

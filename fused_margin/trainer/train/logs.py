@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import tensorboard  # noqa: F401 - Fabric's logger needs it, but reports its absence only when the run has begun
-from lightning.fabric.loggers import TensorBoardLogger
+from lightning.fabric.loggers.tensorboard import TensorBoardLogger
 
 LOG_NAME = "log.csv"
 CURVES_NAME = "tensorboard"
@@ -31,10 +31,10 @@ class RunLog:
         path = folder / LOG_NAME
         header, rows = _read(path)
         rows = [row for row in rows if int(row["step"]) <= step]
-        columns = dict.fromkeys(["step", *(header if rows else ()), *columns])
+        names = dict.fromkeys(["step", *(header if rows else ()), *columns])
         temporary = path.with_suffix(".tmp")
         self._file = open(temporary, "w", newline="", encoding="utf-8")  # noqa: SIM115 - until `close`
-        self._writer = csv.DictWriter(self._file, list(columns))
+        self._writer = csv.DictWriter(self._file, list(names))
         self._writer.writeheader()
         self._last_row: dict[str, str] = {}
         for row in rows:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -20,8 +22,8 @@ from fused_margin.evaluation.errors import DataError
 from ..config import TrainConfig
 from ..data.augment import augment
 from ..data.base import Splits, TrainingBatches, data_loader, seeded_generator, to_input
-from ..models.build import build_backbone, embedding_size
-from .checkpoint import CheckpointError, StartingWeights, identities_before
+from ..models.build import build_backbone, channels_last, embedding_size
+from .checkpoint import CheckpointError, StartingWeights, identities_before, save_checkpoint
 from .criterion import Criterion
 from .devices import Devices
 from .interrupts import Interrupted, watch_for_stop
@@ -78,13 +80,11 @@ class Trainer:
         if weights is not None:
             backbone.load_state_dict(weights.backbone)
         # Names of the identities that the initial weights were trained on; None: unknown.
-        self.identities_before = [] if weights is None else weights.identities
+        self.identities_before: list[str] | None = [] if weights is None else weights.identities
         if self.devices.rank:  # all ranks have the same backbone, but different classes
             torch.manual_seed(self._seed(MODEL_STREAM))
         criterion = Criterion(config.loss, num_classes, embedding_size(backbone, config.model), self.devices.group)
-        # CPU and GPU convolutions are fastest with channels last.
-        backbone.to(memory_format=torch.channels_last)
-        self.model = Recognizer(backbone, criterion).to(self.devices.device)
+        self.model = Recognizer(channels_last(backbone), criterion).to(self.devices.device)
         self.num_parameters = sum(p.numel() for p in backbone.parameters())
         self.batches = TrainingBatches(
             len(splits.train),
@@ -95,7 +95,9 @@ class Trainer:
         )
         self.total_steps = len(self.batches)
         self._wrapped_backbone = self.fabric.setup_module(backbone)
-        self.optimizer = self.fabric.setup_optimizers(make_optimizer(backbone, criterion, config.optimizer))
+        optimizer = self.fabric.setup_optimizers(make_optimizer(backbone, criterion, config.optimizer))
+        assert not isinstance(optimizer, tuple)  # as for several optimizers
+        self.optimizer = optimizer
         self.shard = Shard(num_classes, self.devices.group)
         self.average: AveragedModel | None = None
         if decay := config.optimizer.ema:
@@ -226,7 +228,8 @@ class Trainer:
             group["lr"] = group["initial_lr"] * self._learning_rate_factor()
 
         self.optimizer.zero_grad()
-        total, parts = 0.0, {}
+        losses: list[Tensor] = []
+        parts: dict[str, Tensor] = {}
         micro_batches = inputs.tensor_split(self.config.accumulate), labels.tensor_split(self.config.accumulate)
         for micro_inputs, micro_labels, count in zip(*micro_batches, counts, strict=True):
             if not count:
@@ -234,7 +237,7 @@ class Trainer:
             share = count / sum(counts)
             loss = self._loss(micro_inputs, micro_labels) * share
             self.fabric.backward(loss)
-            total = total + loss.detach()
+            losses.append(loss.detach())
             for name, part in self.criterion.last_parts.items():
                 parts[name] = parts.get(name, 0.0) + part * share
         # Fabric's clipping would include all parameters of the optimizer, but projected class weights need none.
@@ -243,7 +246,7 @@ class Trainer:
         self.optimizer.step()
         if self.average is not None:
             self.average.update_parameters(self.backbone)
-        return StepResult(total, norm, parts if len(parts) > 1 else {})
+        return StepResult(functools.reduce(torch.add, losses), norm, parts if len(parts) > 1 else {})
 
     def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
         """The loss over the images of all processes."""
@@ -258,23 +261,28 @@ class Trainer:
         return seeded_generator(self.config.seed, *stream, *own).initial_seed()
 
     @property
-    def class_weight(self) -> Tensor | None:
-        """Class weights (C, D) of all processes, on the CPU of rank 0; None on other ranks. All ranks must call it."""
-        return self.shard.gather_to_first(self.criterion.class_weight)
+    def class_weight(self) -> Tensor:
+        """Class weights (C, D) of all processes on rank 0, (0, D) on others; on the CPU. All ranks must call it."""
+        own = self.criterion.class_weight
+        gathered = self.shard.gather_to_first(own)
+        return own[:0].cpu() if gathered is None else gathered
 
     def state_dict(self) -> dict[str, Any] | None:
         """The state that later steps depend on, on rank 0; None on other ranks. All ranks must call it.
 
         The state does not depend on the number of processes.
         """
-        model, optimizer = self.model.state_dict(), self.optimizer.state_dict()
+        model: dict[str, Any] = self.model.state_dict()
+        optimizer: dict[str, Any] = self.optimizer.state_dict()
         unreadable = self.devices.union(self.unreadable)
         optimizer["state"] = dict(optimizer["state"])
         for name, number in self._sharded_parameters().items():
             model[name] = self.shard.gather_to_first(model[name])
             if momentum := optimizer["state"].get(number):
-                whole = {key: self.shard.gather_to_first(value) for key, value in momentum.items() if value is not None}
-                optimizer["state"][number] = {**momentum, **whole}
+                gathered = {
+                    key: self.shard.gather_to_first(value) for key, value in momentum.items() if value is not None
+                }
+                optimizer["state"][number] = {**momentum, **gathered}
         if self.devices.rank:
             return None
         return {
@@ -291,6 +299,12 @@ class Trainer:
             "identities": list(self.splits.train.identities),  # of the rows of the class weights
             "identities_before": self.identities_before,
         }
+
+    def save(self, path: Path) -> None:
+        """Write the state to a checkpoint, on rank 0. All ranks must call it."""
+        state = self.state_dict()
+        if state is not None:
+            save_checkpoint(path, state)
 
     def _sharded_parameters(self) -> dict[str, int]:
         """Names of per-class parameters in the model's state dict, and their numbers in the optimizer's."""

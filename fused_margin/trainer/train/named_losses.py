@@ -7,24 +7,27 @@ import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 import tyro
-from torch import nn
 
 import fused_margin as fm
+from fused_margin.losses.base import MarginLoss
+from fused_margin.losses.softmax import SoftmaxLoss
 from fused_margin.margins import CM1, CM2
 
 from ..options import NamedOptions
 from .auxiliary import AuxiliaryConfig
+
+MainLoss = MarginLoss | SoftmaxLoss
 
 
 @dataclass(frozen=True)
 class NamedLoss:
     """A loss class of the library, and the settings in which the named loss differs from the defaults of the class."""
 
-    make: type[nn.Module]
+    make: type[MainLoss]
     settings: Mapping[str, Any] = field(default_factory=dict)
     projected: bool = True  # the norm of class weights has no effect, so they are kept at unit norm
     refused: frozenset[str] = frozenset()  # arguments of the base class that this class does not support
@@ -49,6 +52,11 @@ LOSSES = {
     "curricularface": NamedLoss(fm.CurricularFaceLoss),
     "subcenter-arcface": NamedLoss(fm.SubCenterArcFaceLoss),
 }
+
+if TYPE_CHECKING:
+    LossName = str
+else:
+    LossName = Literal[tuple(LOSSES)]  # for the command line and YAML files; type checkers cannot read it
 
 # The papers' settings suit millions of faces and 512-d embeddings. These suit the characters and digits that need no
 # download, with 128-d embeddings. Losses without a row have no such settings.
@@ -82,7 +90,7 @@ OTHER_KINDS = {"exclusive_refresh": ("a number",)}  # of values, besides the kin
 class LossConfig:
     """The loss and its settings."""
 
-    name: Literal[tuple(LOSSES)] = "arcface"
+    name: LossName = "arcface"
     """Name of the loss. The defaults of the other options depend on it."""
     margin: Annotated[float | None, tyro.conf.arg(help=MARGIN_HELP)] = None
     scale: Annotated[float | None, tyro.conf.arg(help=SCALE_HELP)] = None
@@ -110,8 +118,8 @@ class LossConfig:
                 raise ValueError(f"loss.{name}: {self.name} has none, got {given}")
         for name, value in self.options.items():
             if name not in (known := options_of(named)):
-                known = ", ".join(sorted(known))
-                raise ValueError(f"loss.options: {self.name} has no option {name!r}; it has {known}")
+                names = ", ".join(sorted(known))
+                raise ValueError(f"loss.options: {self.name} has no option {name!r}; it has {names}")
             kinds = (kind_of(accepted[name].default), *OTHER_KINDS.get(name, ()))
             if kind_of(value) not in kinds:
                 raise ValueError(f"loss.options: {name} of {self.name} must be {' or '.join(kinds)}, got {value!r}")
@@ -126,18 +134,18 @@ class LossConfig:
         return cls(name, **SMALL_DATA.get(name, {}))
 
 
-def accepted_arguments(make: type[nn.Module]) -> dict[str, inspect.Parameter]:
+def accepted_arguments(make: type[MainLoss]) -> dict[str, inspect.Parameter]:
     """Parameters of the constructor, including keyword-only parameters of base classes that it passes on."""
-    found: dict[str, inspect.Parameter] = {}
+    accepted: dict[str, inspect.Parameter] = {}
     for depth, cls in enumerate(c for c in make.__mro__ if "__init__" in vars(c)):
-        parameters = inspect.signature(cls.__init__).parameters.values()
+        parameters = inspect.signature(vars(cls)["__init__"]).parameters.values()
         named = [
             p for p in parameters if p.kind == p.KEYWORD_ONLY or (depth == 0 and p.kind == p.POSITIONAL_OR_KEYWORD)
         ]
-        found = {**{p.name: p for p in named if p.name != "self"}, **found}
+        accepted = {**{p.name: p for p in named if p.name != "self"}, **accepted}
         if not any(p.kind == p.VAR_KEYWORD for p in parameters):
             break
-    return found
+    return accepted
 
 
 def kind_of(value: Any) -> str:
@@ -191,12 +199,12 @@ def _assignments(options: Mapping[str, Any]) -> str:
 
 def _papers_values(name: str) -> str:
     """Defaults of an argument, which are the papers' values, with the losses that have them."""
-    found: dict[Any, list[str]] = {}
+    losses_by_value: dict[Any, list[str]] = {}
     for loss, named in LOSSES.items():
         accepted = accepted_arguments(named.make)
         if name in accepted and accepted[name].default is not None:
-            found.setdefault(accepted[name].default, []).append(loss)
-    return "; ".join(f"{value} for {', '.join(losses)}" for value, losses in found.items())
+            losses_by_value.setdefault(accepted[name].default, []).append(loss)
+    return "; ".join(f"{value} for {', '.join(losses)}" for value, losses in losses_by_value.items())
 
 
 MARGIN_HELP = (
@@ -210,14 +218,14 @@ SCALE_HELP = (
 OPTIONS_HELP = _described_options()
 
 
-def make_small_loss(config: LossConfig) -> nn.Module:
+def make_small_loss(config: LossConfig) -> MainLoss:
     """A loss of two classes, to validate the settings. It changes no random state and raises no warnings."""
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
         return make_loss(config, 2, 2)  # not on "meta", which refuses the exact search of exclusive_refresh
 
 
-def make_loss(config: LossConfig, num_classes: int, embedding_size: int, **placement: Any) -> nn.Module:
+def make_loss(config: LossConfig, num_classes: int, embedding_size: int, **placement: Any) -> MainLoss:
     """The configured loss; `placement` are further arguments of its constructor."""
     named = LOSSES[config.name]
     arguments = {**named.settings, **config.options, **placement}

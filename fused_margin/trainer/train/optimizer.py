@@ -12,7 +12,8 @@ from .criterion import Criterion
 
 def make_optimizer(backbone: nn.Module, criterion: Criterion, options: OptimizerConfig) -> fm.optim.ProjectedSGD:
     """SGD that keeps class weights at unit norm. `initial_lr` of a group is its largest learning rate."""
-    decayed, others = list(backbone.parameters()), []
+    decayed = list(backbone.parameters())
+    others: list[nn.Parameter] = []
     for parameter in criterion.plain_parameters():  # no weight decay for biases and radii
         (decayed if parameter.dim() > 1 else others).append(parameter)
     groups = [

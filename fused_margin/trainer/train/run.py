@@ -29,7 +29,6 @@ from .checkpoint import (
     load_into_backbone,
     load_run,
     remove_partial_checkpoints,
-    save_checkpoint,
 )
 from .devices import Devices
 from .logs import CURVES_NAME, LOG_NAME, RunLog
@@ -50,9 +49,10 @@ def run(config: TrainConfig, console: Console) -> dict[str, Any]:
         Interrupted: stopped by a signal; a checkpoint has been written.
         FloatingPointError: the training diverged.
     """
-    checkpoint = config.output / FILE_NAME
+    output = config.output_folder
+    checkpoint = output / FILE_NAME
     if not config.resume and checkpoint.exists():
-        raise CheckpointError(f"{config.output} holds a run: continue it with --resume or name another --output")
+        raise CheckpointError(f"{output} holds a run: continue it with --resume or name another --output")
     remove_partial_checkpoints(checkpoint)
     # Build the network first, so that errors come before images are read.
     backbone = build_backbone(config)
@@ -64,8 +64,8 @@ def run(config: TrainConfig, console: Console) -> dict[str, Any]:
     devices = Devices(config)
     console = devices.own_console(console)
     # The default name has the time, which differs between processes.
-    config = dataclasses.replace(config, output=Path(devices.broadcast(str(config.output))))
-    output, checkpoint = config.output, config.output / FILE_NAME
+    output = Path(devices.broadcast(str(output)))
+    config, checkpoint = dataclasses.replace(config, output=output), output / FILE_NAME
     state = load_run(checkpoint, "resume") if config.resume else None
 
     started = time.monotonic()
@@ -77,7 +77,7 @@ def run(config: TrainConfig, console: Console) -> dict[str, Any]:
         trainer.load_state_dict(state)
     _print_start(console, config, trainer, splits)
     if devices.rank:
-        trainer.fit(console, trainer.state_dict)
+        trainer.fit(console, lambda: trainer.save(checkpoint))
         return _join_verification(trainer)
     output.mkdir(parents=True, exist_ok=True)
     write_file(output / CONFIG_NAME, config.to_file_values())
@@ -85,7 +85,7 @@ def run(config: TrainConfig, console: Console) -> dict[str, Any]:
 
         def save() -> None:
             log.flush()  # a resumed run does not repeat these steps
-            save_checkpoint(checkpoint, trainer.state_dict())
+            trainer.save(checkpoint)
 
         trainer.fit(console, save, log.write)
         return _verify(config, console, trainer, splits, log, data_seconds)
@@ -109,7 +109,7 @@ def _verify(
     config: TrainConfig, console: Console, trainer: Trainer, splits: Splits, log: RunLog, data_seconds: float
 ) -> dict[str, Any]:
     """Evaluate the trained network, and log, draw, write and print the results."""
-    output, devices = config.output, trainer.devices
+    output, devices = config.output_folder, trainer.devices
     started = time.monotonic()
     with console.status("verifying"):
         evaluation = evaluate(trainer.evaluated_backbone, trainer.class_weight, splits, config, devices.device)
