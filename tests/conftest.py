@@ -1,17 +1,17 @@
-"""Fixtures and the import path the tests share."""
+"""Shared fixtures and the import path of the tests."""
 
 import os
 import sys
 from pathlib import Path
 
-# Most tests' tensors are small: several threads would mostly wait for each other, in workers of pytest-xdist most of
-# all. OpenMP reads this when torch is imported, and processes that tests start inherit it.
+# Most tests use small tensors, for which several threads mostly wait for each other, above all under pytest-xdist.
+# OpenMP reads this variable when torch is imported, and child processes inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))  # problems, emulation
+sys.path.insert(0, str(Path(__file__).parent))  # loss_inputs, ranks and others; emulation
 sys.path.append(str(Path(__file__).parents[1]))  # benchmarks; last, so that an installed fused_margin comes first
 
 
@@ -35,12 +35,12 @@ def ranks(forks, tmp_path_factory):
 
 @pytest.fixture
 def pictures():
-    """For tests that look at the pictures: `blank_pictures` has them drawn."""
+    """Makes `blank_pictures` draw, for tests that check the pictures."""
 
 
 @pytest.fixture
 def blank_pictures(request, monkeypatch):
-    """The pictures of runs and evaluations, which take longer to draw than a small network to train, are blank."""
+    """Leaves the pictures of runs and evaluations blank: drawing them takes longer than training a small network."""
     if "pictures" not in request.fixturenames:
         from PIL import Image
 

@@ -1,4 +1,4 @@
-"""Processes that need not import torch: they are forked from one that has imported it and computes nothing itself."""
+"""Starts processes quickly: they are forked from one that has already imported torch and computes nothing itself."""
 
 import importlib
 import os
@@ -16,26 +16,26 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-# torch imports the first at the first call of a custom operation.
+# torch imports the first of these at the first call of a custom operation.
 MODULES = ("torch._dynamo", "torch.distributed.checkpoint", "torch.testing", "pytest", "fused_margin")
 
 
 def run_module(name: str, *arguments: str) -> None:
-    """As ``python -m name`` does."""
+    """Run a module, as ``python -m name`` does."""
     sys.argv[1:] = arguments
     sys.path.insert(0, os.getcwd())
     runpy.run_module(name, run_name="__main__", alter_sys=True)
 
 
 def run_command(*arguments: str) -> None:
-    """As the program fused-margin does."""
+    """Run the command line, as the program fused-margin does."""
     from fused_margin import cli
 
     sys.exit(cli.main(arguments))
 
 
 def serve(descriptor: int) -> None:
-    """Forks what is asked for until the other end is closed."""
+    """Fork a process for each request until the other end is closed."""
     connection = Connection(descriptor)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the tests'
     while True:
@@ -64,7 +64,7 @@ def fork(job: bytes, output: str, environment: dict[str, str], directory: str) -
             code = 0
         except SystemExit as error:
             code = error.code if isinstance(error.code, int) else int(error.code is not None)
-        except BaseException:  # noqa: BLE001 - whatever it is, the output says it
+        except BaseException:  # noqa: BLE001 - the output has the traceback of any error
             traceback.print_exc()
         finally:
             sys.stdout.flush()
@@ -74,7 +74,7 @@ def fork(job: bytes, output: str, environment: dict[str, str], directory: str) -
 
 
 def poll(pid: int) -> int | None:
-    """The exit code, negative for a signal, of a process that has ended."""
+    """The exit code of a process that has ended, negative for a signal."""
     ended, status = os.waitpid(pid, os.WNOHANG)
     return os.waitstatus_to_exitcode(status) if ended else None
 
@@ -89,7 +89,7 @@ REQUESTS = {"fork": fork, "poll": poll, "preload": preload}
 
 @dataclass
 class Forked:
-    """A process, with what `subprocess.Popen` says of one."""
+    """A forked process, with the interface of `subprocess.Popen`."""
 
     forks: "Forks"
     pid: int
@@ -115,17 +115,17 @@ class Forked:
 
     @property
     def output(self) -> str:
-        """Of both streams."""
+        """The text of both output streams."""
         return self.path.read_text(encoding="utf-8") if self.path.exists() else ""
 
     @property
     def result(self) -> Any:
-        """What the function returned."""
+        """The return value of the function."""
         return pickle.loads(Path(f"{self.path}.result").read_bytes())
 
 
 class Forks:
-    """Runs functions in processes of their own; functions, arguments and results must pickle."""
+    """Runs functions in separate processes; functions, arguments and results must be picklable."""
 
     def __init__(self, folder: Path):
         self.folder, self.count = folder, 0
@@ -144,7 +144,7 @@ class Forks:
         return pickle.loads(self.connection.recv_bytes())
 
     def preload(self, *modules: str) -> None:
-        """Import in the process that all later ones are forked from."""
+        """Import modules in the process that all later ones are forked from."""
         self.ask("preload", *modules)
 
     def start(
@@ -157,7 +157,7 @@ class Forks:
         return Forked(self, pid, output)
 
     def run(self, function: Callable, arguments: Sequence[tuple]) -> list:
-        """What function(*arguments[k]) returns, at the same time for all k."""
+        """The results of function(*arguments[k]), run at the same time for all k."""
         started = [self.start(function, *each) for each in arguments]
         for process in started:
             if process.wait() != 0:

@@ -1,4 +1,4 @@
-"""Inputs and comparisons the tests share."""
+"""Inputs and comparisons that the tests share."""
 
 import torch
 
@@ -38,7 +38,7 @@ def relative_error(measured, truth):
 
 
 def truth(embeddings, weight, labels, margin=None, scale=64.0, **options):
-    """The oracle: float64 reference of what the inputs, rounded to their own dtype, mean."""
+    """The oracle: the float64 reference of the inputs, after rounding to their own dtype."""
     return loss_and_gradients(
         reference.margin_cross_entropy, embeddings.double(), weight.double(), labels, margin, scale, **options
     )
@@ -51,13 +51,13 @@ def ours(embeddings, weight, labels, margin=None, scale=64.0, **options):
 
 
 def planned_inputs(samples, weight, *, nearest=False, workspace_bytes=256 << 20, backend="portable"):
-    """Inputs for the planning of chunks; embeddings in the weight's dtype and on its device."""
+    """Inputs for chunk planning, with embeddings of the weight's dtype and device."""
     embeddings = weight.new_empty(samples, weight.shape[1]) if samples else None
     return LossInputs(embeddings, weight, workspace_bytes, backend, scale_value=64.0, nearest=nearest)
 
 
 def saved_classes(plan):
-    """Classes of whose chunks the forward saves something."""
+    """The number of classes in chunks for which the forward saves values."""
     return min(plan.saved * plan.chunk, plan.classes)
 
 
@@ -65,15 +65,15 @@ LAYOUTS = ("contiguous", "padded", "sliced", "misaligned", "transposed")
 
 
 def in_layout(matrix, layout):
-    """A copy of a matrix with other strides, or at another alignment, in memory that is NaN around it."""
+    """A copy of a matrix with other strides or another alignment, surrounded by NaN in memory."""
     rows, columns = matrix.shape
     if layout == "contiguous":
         return matrix.clone()
     if layout == "transposed":
         return matrix.t().clone(memory_format=torch.contiguous_format).t()
-    if layout == "misaligned":  # begins at an odd element
+    if layout == "misaligned":  # starts at an odd element
         memory = matrix.new_full((rows * columns + 1,), float("nan"))[1:].view(rows, columns)
-    else:  # rows begin at multiples of 16 elements, or one element further on
+    else:  # rows start at multiples of 16 elements, or one element later
         memory = matrix.new_full((rows, columns // 16 * 16 + 32), float("nan"))
         memory = memory[:, 1 : columns + 1] if layout == "sliced" else memory[:, :columns]
     return memory.copy_(matrix)

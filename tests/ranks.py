@@ -1,4 +1,4 @@
-"""Processes that wait for work: the ranks of process groups of every size up to four, on gloo."""
+"""Worker processes that form gloo process groups of one to four ranks."""
 
 import pickle
 import traceback
@@ -11,42 +11,42 @@ import torch
 import torch.distributed as dist
 from forks import Forks
 
-MOST = 4
+MAX_RANKS = 4
 
 
 def work(rank: int, store: Path, address: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=MOST, timeout=timedelta(seconds=60)
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=MAX_RANKS, timeout=timedelta(seconds=60)
     )
-    groups = {world: dist.new_group(range(world)) for world in range(1, MOST + 1)}
+    groups = {world: dist.new_group(range(world)) for world in range(1, MAX_RANKS + 1)}
     with Client(address) as connection:
         while (job := pickle.loads(connection.recv_bytes())) is not None:
             function, world, arguments = job
             try:
                 answer = True, function(groups[world], *arguments)
-            except Exception as error:  # noqa: BLE001 - whatever it is, the test is told
+            except Exception as error:  # noqa: BLE001 - any error is reported to the test
                 answer = False, f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
             connection.send_bytes(pickle.dumps(answer))
     dist.destroy_process_group()
 
 
 class RankError(Exception):
-    """What ranks raised."""
+    """The errors that ranks raised."""
 
 
 class Ranks:
-    """Runs a function on the first ranks, each with its own arguments; what they return must pickle."""
+    """Runs a function on the first ranks, each with its own arguments; results must be picklable."""
 
     def __init__(self, forks: Forks, folder: Path):
-        listeners = [Listener() for _ in range(MOST)]
+        listeners = [Listener() for _ in range(MAX_RANKS)]
         self.processes = [
             forks.start(work, rank, folder / "store", listener.address) for rank, listener in enumerate(listeners)
         ]
         self.connections = [listener.accept() for listener in listeners]
 
     def run(self, function: Callable, arguments: list[tuple]) -> list:
-        """function(group, *arguments[rank]) on len(arguments) ranks."""
+        """Run function(group, *arguments[rank]) on len(arguments) ranks."""
         asked = self.connections[: len(arguments)]
         for connection, given in zip(asked, arguments, strict=True):
             connection.send_bytes(pickle.dumps((function, len(arguments), given)))

@@ -1,4 +1,4 @@
-"""How tensor cores sum products of fp16 in float32, by the published models, in float64 arithmetic on whole matrices.
+"""How tensor cores sum products of fp16 in float32, by the published models, in float64 arithmetic on full matrices.
 
 Khattak and Mikaitis, "Accurate Models of NVIDIA Tensor Cores" (arXiv:2512.07004); Fasi et al. 2021 for the truncation.
 """
@@ -6,16 +6,16 @@ Khattak and Mikaitis, "Accurate Models of NVIDIA Tensor Cores" (arXiv:2512.07004
 import torch
 
 UNITS = {"sm90": (16, 2), "sm80": (8, 1)}  # products in a sum, and bits beyond float32's last, of H100 and of A100
-ALIGNMENTS = ("factors", "products")  # whose exponents terms are aligned by: the published models', or the coarser ones
+ALIGNMENTS = ("factors", "products")  # the exponents that align terms: of the published models, or the coarser ones
 
 
 def exponent(values):
-    """floor(log2 |value|), and a very small number for 0."""
+    """floor(log2 |value|); a very small number for 0."""
     return torch.where(values == 0, -1000, torch.frexp(values).exponent - 1)
 
 
 def cut(values, bits):
-    """Towards zero to a multiple of 2^bits."""
+    """Round towards zero to a multiple of 2^bits."""
     unit = torch.exp2(bits.double())
     return torch.trunc(values / unit) * unit
 

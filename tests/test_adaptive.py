@@ -25,7 +25,7 @@ def compare(loss_fn, plain, x, y):
 
 
 def cross_entropy(x, w, y, psi, reduction="mean"):
-    """Plain cross-entropy at scale 64 with psi(theta) in the target's place."""
+    """Plain cross-entropy at scale 64 with psi(theta) as the target's logit."""
     cosine = reference.normalize(x) @ reference.normalize(w).t()
     own = F.one_hot(y, len(w)).bool()
     theta = torch.acos(cosine[own])
@@ -48,10 +48,10 @@ def test_adaface():
     compare(loss_fn, plain, x, y)
     torch.testing.assert_close((loss_fn.norm_mean.squeeze(), loss_fn.norm_std.squeeze()), (mean, std))
     loss_fn.eval()(x, y)
-    torch.testing.assert_close(loss_fn.norm_mean.squeeze(), mean)  # evaluation leaves the statistics alone
+    torch.testing.assert_close(loss_fn.norm_mean.squeeze(), mean)  # evaluation does not update the statistics
 
 
-def test_adaface_at_the_poles_and_alone():
+def test_adaface_at_the_poles_and_for_a_single_sample():
     w = torch.eye(4, dtype=torch.float64)
     loss_fn = fm.AdaFaceLoss(4, 4, dtype=torch.float64)
     with torch.no_grad():
@@ -66,7 +66,7 @@ def test_adaface_at_the_poles_and_alone():
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_magface(reduction):
     x, _, y = problem(40, 30, 8, spread=20.0, seed=1)
-    x[0] *= 0.01  # below the shortest, above the longest
+    x[0] *= 0.01  # below the shortest norm, above the longest
     x[1] *= 10
     loss_fn = fm.MagFaceLoss(30, 8, reduction=reduction, dtype=torch.float64)
 
@@ -85,12 +85,12 @@ def test_magface(reduction):
     compare(loss_fn, plain, x, y)
 
 
-def test_magface_ignores_what_is_ignored():
+def test_magface_skips_ignored_samples():
     x, _, y = problem(10, 30, 8)
     loss_fn = fm.MagFaceLoss(30, 8, dtype=torch.float64)
-    kept = torch.arange(10) != 4
-    expected = loss_fn(x[kept], y[kept])
-    torch.testing.assert_close(loss_fn(x, y.masked_fill(~kept, -100)), expected)
+    valid = torch.arange(10) != 4
+    expected = loss_fn(x[valid], y[valid])
+    torch.testing.assert_close(loss_fn(x, y.masked_fill(~valid, -100)), expected)
 
 
 @pytest.mark.parametrize("kind", ["arc", "cos"])
@@ -113,8 +113,8 @@ def test_elasticface(kind):
     torch.testing.assert_close(loss_fn.eval()(x, y), still(x, y))
 
 
-def test_elasticface_gives_the_hardest_samples_the_largest_margins():
-    x, _, y = problem(50, 30, 8, seed=1)  # another seed than that of the weights, which would be some of the embeddings
+def test_elasticface_gives_the_hardest_samples_the_largest_margin():
+    x, _, y = problem(50, 30, 8, seed=1)  # not the seed of the weights, which would repeat some of them as embeddings
     loss_fn = fm.ElasticFaceLoss(30, 8, by_difficulty=True, dtype=torch.float64)
     cosine = F.cosine_similarity(x, loss_fn.weight[y])
     margin = loss_fn.current_margin(x, y).m2
@@ -122,7 +122,7 @@ def test_elasticface_gives_the_hardest_samples_the_largest_margins():
 
 
 @pytest.mark.parametrize("module", [fm.AdaFaceLoss, fm.MagFaceLoss, fm.ElasticFaceLoss])
-def test_conventions(module):
+def test_module_conventions(module):
     x, _, y = problem(12, 30, 8)
     loss_fn = module(30, 8, exclusive_weight=0.1, easy=True, class_weight=torch.rand(30))
     other = module(30, 8, class_weight=torch.ones(30), exclusive_weight=0.1, easy=True)
@@ -138,7 +138,7 @@ def test_conventions(module):
 
 
 @pytest.mark.parametrize(
-    ("make", "said"),
+    ("make", "message"),
     [
         (lambda: fm.AdaFaceLoss(10, 4, margin=-0.1), "margin"),
         (lambda: fm.AdaFaceLoss(10, 4, concentration=0.0), "concentration"),
@@ -149,14 +149,14 @@ def test_conventions(module):
         (lambda: minimum_scale(10, 1.0), "probability"),
     ],
 )
-def test_wrong_arguments(make, said):
-    with pytest.raises(ValueError, match=said):
+def test_wrong_arguments(make, message):
+    with pytest.raises(ValueError, match=message):
         make()
 
 
 @pytest.mark.parametrize(("classes", "probability"), [(2, 0.9), (10, 0.9), (10_575, 0.99)])
-def test_minimum_scale_just_reaches_the_probability(classes, probability):
-    """At the bound, class weights at equal angles and a sample on its own give exactly that probability."""
+def test_minimum_scale_reaches_the_probability(classes, probability):
+    """At the bound, a sample on its own class weight, with weights at equal angles, has exactly that probability."""
     scale = minimum_scale(classes, probability)
     apart = -1 / (classes - 1)
     reached = 1 / (1 + (classes - 1) * math.exp(scale * (apart - 1)))
@@ -164,7 +164,7 @@ def test_minimum_scale_just_reaches_the_probability(classes, probability):
 
 
 @pytest.mark.parametrize("module", [fm.SphereFaceLoss, fm.AdaFaceLoss, fm.MagFaceLoss, fm.ElasticFaceLoss])
-def test_a_nan_embedding_gives_a_nan_loss_and_spoils_nothing(module):
+def test_nan_embedding_gives_nan_loss_and_keeps_statistics(module):
     x, _, y = problem(12, 30, 8, seed=1)
     loss_fn = module(30, 8, dtype=torch.float64)
     bad = x.clone()
@@ -173,7 +173,7 @@ def test_a_nan_embedding_gives_a_nan_loss_and_spoils_nothing(module):
     assert loss_fn(x, y).isfinite()
 
 
-def test_a_rejected_or_ignored_batch_leaves_adafaces_statistics_alone():
+def test_rejected_or_ignored_batch_keeps_adaface_statistics():
     x, _, y = problem(12, 30, 8)
     loss_fn = fm.AdaFaceLoss(30, 8, dtype=torch.float64)
     with pytest.raises(ValueError, match="labels"):
@@ -183,7 +183,7 @@ def test_a_rejected_or_ignored_batch_leaves_adafaces_statistics_alone():
 
 
 @pytest.mark.parametrize("module", [fm.AdaFaceLoss, fm.MagFaceLoss, fm.ElasticFaceLoss])
-def test_wrong_batches_are_said_before_anything_is_computed(module):
+def test_invalid_batches_raise_before_any_computation(module):
     x, _, y = problem(12, 30, 8)
     loss_fn = module(30, 8, dtype=torch.float64)
     for batch in (x[:, :7], x[0], x.long(), x.numpy()):

@@ -1,4 +1,4 @@
-"""The companion losses against their papers' formulas, written out; the pairwise sums' memory and chunks."""
+"""The auxiliary losses against their papers' formulas, written out; memory and tiles of the sums over class pairs."""
 
 import math
 
@@ -16,19 +16,19 @@ from fused_margin._ops import class_pair_sums
 SMALLEST_WORKSPACE = 1e-6
 
 
-def others(function, values, own):
-    """Row sums of a function of the values (R, C), each row's own class left out."""
+def sum_over_others(function, values, own):
+    """Row sums of a function of the values (R, C), without each row's own class."""
     own = F.one_hot(own, values.shape[1]).bool()
     return function(values.masked_fill(own, 0.5)).masked_fill(own, 0.0).sum(1)
 
 
 def plain_angles(rows, w, own):
-    return others(torch.acos, reference.normalize(rows) @ reference.normalize(w).t(), own)
+    return sum_over_others(torch.acos, reference.normalize(rows) @ reference.normalize(w).t(), own)
 
 
 def plain_potentials(rows, w, own):
     squares = (reference.normalize(rows)[:, None] - reference.normalize(w)[None]).square().sum(2)
-    return others(lambda s: 1 / (1 + s.sqrt()), squares, own)
+    return sum_over_others(lambda s: 1 / (1 + s.sqrt()), squares, own)
 
 
 def plain_intra(x, w, y):
@@ -63,13 +63,13 @@ def compare(loss, plain, tolerance=1e-10):
 @pytest.mark.parametrize("ignored", [False, True])
 def test_formulas(reduction, ignored):
     x, w, y = problem(12, 30, 8)
-    kept = torch.arange(12) % 4 != 1 if ignored else torch.ones(12, dtype=torch.bool)
-    labels = y.masked_fill(~kept, -100)
+    valid = torch.arange(12) % 4 != 1 if ignored else torch.ones(12, dtype=torch.bool)
+    labels = y.masked_fill(~valid, -100)
     options = {"reduction": reduction}
 
     def reduced(values):
-        values = values.masked_fill(~kept, 0.0)
-        return {"mean": values.sum() / kept.sum(), "sum": values.sum(), "none": values}[reduction]
+        values = values.masked_fill(~valid, 0.0)
+        return {"mean": values.sum() / valid.sum(), "sum": values.sum(), "none": values}[reduction]
 
     center = fm.CenterLoss(30, 8, dtype=torch.float64, **options).eval()
     center.centers.normal_()
@@ -86,7 +86,7 @@ def test_uniform():
     compare(fm.UniformLoss(), plain_uniform)(w)
     y[5] = -100
     present = y[y >= 0].unique()
-    assert len(present) < 11  # a class that is there twice counts once
+    assert len(present) < 11  # a class that occurs twice counts once
     compare(
         lambda b: fm.UniformLoss(batch_classes=True)(b, y),
         lambda b: plain_potentials(b[present], b, present).sum() / (len(present) * 29),
@@ -111,11 +111,11 @@ def test_module_gradients():
     assert gradcheck(lambda a, b: fm.IntraLoss()(a, b, y), (leaf(x), leaf(w)))
 
 
-# 64 rows and classes are the least that a tile has: these make several, ragged ones
+# a tile has at least 64 rows and classes: these sizes make several ragged tiles
 @pytest.mark.parametrize("samples", [150, 7])
 @pytest.mark.parametrize("function", ["angle", "potential"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_tiles_change_nothing_but_rounding(samples, function, dtype):
+def test_tiling_changes_only_rounding(samples, function, dtype):
     x, w, y = problem(samples, 333, 6)
     x, w = x.to(dtype), w.to(dtype).t().contiguous().t()  # strided
     plain = {"angle": plain_angles, "potential": plain_potentials}[function]
@@ -135,8 +135,8 @@ def test_tiles_change_nothing_but_rounding(samples, function, dtype):
         )(w)
 
 
-class Largest(TorchDispatchMode):
-    """The most elements of any tensor that was made."""
+class LargestTensor(TorchDispatchMode):
+    """Records the number of elements of the largest tensor created."""
 
     elements = 0
 
@@ -149,21 +149,21 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_the_cosines_are_never_whole(symmetric):
+def test_cosine_matrix_is_never_materialized(symmetric):
     samples, classes, size, workspace = 700, 1500, 4, 1 << 18
     x, w, y = (t.float() if t.is_floating_point() else t for t in problem(samples, classes, size))
     rows, own = (None, None) if symmetric else (x, y)
-    least = max(samples, classes) * size  # the inputs and their gradients
-    with Largest() as forward:
+    least = max(samples, classes) * size  # the size of the inputs and their gradients
+    with LargestTensor() as forward:
         sums = class_pair_sums.forward(rows, w, own, "potential", workspace)
-    with Largest() as backward:
+    with LargestTensor() as backward:
         class_pair_sums.backward(sums, rows, w, own, "potential", workspace)
     for most in (forward.elements, backward.elements):
         assert least <= most <= max(least, workspace // 12) < samples * classes // 10
 
 
-def test_pairs_are_swept_once():
-    """Every pair is in one tile, or in the mirror image of one; sides obey the workspace."""
+def test_tiles_cover_pairs_once():
+    """Every pair is in one tile or in the transpose of one; tile sizes respect the workspace."""
     for rows, classes, symmetric in ((150, 333, False), (333, 333, True), (1, 1000, False), (1000, 65, False)):
         weight = torch.empty(classes, 6)
         for workspace in (1, 1 << 16, 1 << 28):
@@ -177,8 +177,8 @@ def test_pairs_are_swept_once():
             assert (seen == 1).all()
 
 
-def test_centers_move_as_published():
-    """Three samples, two of them of class 1: by hand."""
+def test_center_update_by_hand():
+    """Three samples, two of them of class 1."""
     loss_fn = fm.CenterLoss(4, 2, alpha=0.5)
     loss_fn.centers.copy_(torch.tensor([[0.0, 0.0], [1.0, 1.0], [2.0, 0.0], [7.0, 7.0]]))
     x = leaf(torch.tensor([[3.0, 1.0], [1.0, 4.0], [0.0, 0.0]]))
@@ -196,7 +196,7 @@ def test_centers_move_as_published():
     assert list(loss_fn.parameters()) == [] and not loss_fn.centers.requires_grad
 
 
-def test_ignored_broken_and_rejected_samples_move_no_center():
+def test_ignored_nan_and_rejected_samples_update_no_center():
     x, _, y = problem(6, 5, 3)
     loss_fn = fm.CenterLoss(5, 3, dtype=torch.float64)
     with pytest.raises(ValueError, match="got 5 for 5 classes"):
@@ -209,7 +209,7 @@ def test_ignored_broken_and_rejected_samples_move_no_center():
     torch.testing.assert_close(loss_fn.centers, expected)
 
 
-def test_centers_repeat_bit_for_bit():
+def test_centers_are_deterministic():
     x, _, y = problem(4000, 50, 64)
     x, centers = x.float(), []
     for _ in range(2):
@@ -220,7 +220,7 @@ def test_centers_repeat_bit_for_bit():
     assert torch.equal(*centers)
 
 
-def test_ring_starts_at_the_first_batch():
+def test_ring_radius_starts_at_the_first_batch():
     x, _, y = problem(12, 30, 8)
     loss_fn = fm.RingLoss(dtype=torch.float64)
     y[3], x[5, 0] = -100, math.nan
@@ -230,7 +230,7 @@ def test_ring_starts_at_the_first_batch():
     assert not loss_fn.initialised
     assert loss_fn.train()(x, y).isnan()
     torch.testing.assert_close(loss_fn.radius.detach(), mean)
-    loss = loss_fn(x[finite] * 2)  # the radius stays
+    loss = loss_fn(x[finite] * 2)  # the radius does not change
     torch.testing.assert_close(loss, (2 * x[finite].norm(dim=1) - mean).square().mean() / 2)
     loss.backward()
     torch.testing.assert_close(loss_fn.radius.grad, -mean)
@@ -242,7 +242,7 @@ def test_ring_starts_at_the_first_batch():
     assert not only_ignored.initialised and only_ignored.radius == 0
 
 
-def test_rings_first_batch_has_its_gradient():
+def test_ring_gradient_of_the_first_batch():
     x, _, _ = problem(12, 30, 8)
     started, fixed = fm.RingLoss(dtype=torch.float64), fm.RingLoss(x.norm(dim=1).mean().item(), dtype=torch.float64)
     gradients = []
@@ -263,20 +263,20 @@ LOSSES = {
 }
 
 
-def companion(name):
-    """A function of embeddings, weight and labels, with a module of its own."""
+def auxiliary_loss(name):
+    """An auxiliary loss as a function of embeddings, weight and labels, with its own module."""
     make, takes = LOSSES[name]
     module = make()
     return lambda x, w, y: module(*({"x": x, "w": w, "y": y}[argument] for argument in takes))
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_half_inputs_and_any_labels(name):
+def test_half_inputs_and_integer_labels(name):
     x, w, y = problem(12, 30, 8)
     for dtype in (torch.float16, torch.bfloat16):
         a, b = leaf(x.to(dtype)), leaf(w.to(dtype))
         c, d = leaf(a.double()), leaf(b.double())
-        loss, expected = companion(name)(a, b, y.to(torch.uint8)), companion(name)(c, d, y)
+        loss, expected = auxiliary_loss(name)(a, b, y.to(torch.uint8)), auxiliary_loss(name)(c, d, y)
         assert loss.dtype == torch.float32 and relative_error(loss, expected) < 1e-5
         loss.backward()
         expected.backward()
@@ -292,28 +292,28 @@ def test_half_inputs_and_any_labels(name):
 def test_gradients_stay_finite_at_the_poles(name, dtype):
     w = torch.zeros(30, 8, dtype=dtype)
     w[:4, :4] = torch.eye(4)
-    w[1], w[2] = w[0], -w[0]  # two classes alike, one opposite; all after the fourth are zero
+    w[1], w[2] = w[0], -w[0]  # two equal classes, one opposite; all after the fourth are zero
     x, y = leaf(torch.stack([50 * w[0], -50 * w[0], 0 * w[0]])), torch.tensor([0, 0, 3])
     w = leaf(w)
-    companion(name)(x, w, y).backward()
+    auxiliary_loss(name)(x, w, y).backward()
     for tensor in (x, w):
         if tensor.grad is not None:
-            # the true gradients are within 1 of a unit vector's; a held one is not larger
+            # the true gradients are at most 1 for a unit vector; a clamped one is not larger
             assert tensor.grad.isfinite().all() and tensor.grad.abs().max() < 60
     if w.grad is not None:
         assert (w.grad[4:] == 0).all()
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_compiled_and_repeated(name):
+def test_compiled_and_repeated_calls(name):
     x, w, y = problem(12, 30, 8)
     x, w = x.float(), w.float()
     torch._dynamo.reset()
     results = []
     for function in (
-        companion(name),
-        companion(name),
-        torch.compile(companion(name), fullgraph=True, backend="aot_eager"),
+        auxiliary_loss(name),
+        auxiliary_loss(name),
+        torch.compile(auxiliary_loss(name), fullgraph=True, backend="aot_eager"),
     ):
         a, b = leaf(x), leaf(w)
         loss = function(a, b, y)
@@ -325,7 +325,7 @@ def test_compiled_and_repeated(name):
 
 
 @pytest.mark.parametrize("make", [lambda: fm.CenterLoss(5, 3), fm.RingLoss], ids=["center", "ring"])
-def test_state_moves_when_compiled(make):
+def test_compiled_call_updates_state(make):
     torch._dynamo.reset()
     eager, compiled = make(), make()
     step = torch.compile(compiled, fullgraph=True, backend="aot_eager")
@@ -337,7 +337,7 @@ def test_state_moves_when_compiled(make):
         assert value.count_nonzero() > 0 and torch.equal(compiled.state_dict()[name], value)
 
 
-def test_operators():
+def test_opcheck():
     x, w, y = problem(5, 9, 4)
     arguments = (leaf(x.float()), leaf(w.float()), y, "angle", 1 << 20)
     torch.library.opcheck(class_pair_sums.pairwise_sums, arguments)
@@ -349,11 +349,11 @@ def test_operators():
         gradient.sum().backward()
 
 
-def test_a_nan_is_not_hidden():
+def test_nan_propagates():
     x, w, y = problem(5, 30, 8)
     x[0, 0] = w[int(y[3]), 0] = math.nan
     for name in LOSSES:
-        assert companion(name)(x, w, y).isnan(), name
+        assert auxiliary_loss(name)(x, w, y).isnan(), name
 
 
 def test_state_dicts():
@@ -371,7 +371,7 @@ X, W, Y = torch.randn(4, 3), torch.randn(5, 3), torch.tensor([0, 1, 2, -100])
 
 
 @pytest.mark.parametrize(
-    ("make", "error", "said"),
+    ("make", "error", "message"),
     [
         (lambda: fm.CenterLoss(0, 3), ValueError, "num_classes"),
         (lambda: fm.CenterLoss(5, 3, alpha=1.5), ValueError, "alpha"),
@@ -396,6 +396,6 @@ X, W, Y = torch.randn(4, 3), torch.randn(5, 3), torch.tensor([0, 1, 2, -100])
         (lambda: class_pair_sums.other_class_sums(X, W, None, "angle"), TypeError, "own"),
     ],
 )
-def test_wrong_arguments(make, error, said):
-    with pytest.raises(error, match=said):
+def test_wrong_arguments(make, error, message):
+    with pytest.raises(error, match=message):
         make()

@@ -33,7 +33,7 @@ def test_right_keywords():
 
 
 @pytest.mark.parametrize(
-    ("call", "options", "said"),
+    ("call", "options", "message"),
     [
         (normalize, {"size": ...}, "row_normalize: missing keyword size"),
         (normalize, {"inverse_norm": ...}, "row_normalize: missing keyword inverse_norm"),
@@ -52,7 +52,7 @@ def test_right_keywords():
         (rerank, {"nearest": (MATRIX, MATRIX)}, "nearest: expected a tensor of torch.float64 or None, got a tensor of"),
     ],
 )  # fmt: skip
-def test_wrong_keywords(call, options, said):
+def test_wrong_keywords(call, options, message):
     with pytest.raises(TypeError) as caught:
         call(**options)
-    assert said in str(caught.value)
+    assert message in str(caught.value)

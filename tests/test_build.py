@@ -1,4 +1,4 @@
-"""What the build promises: no torch in it, CUDA options from the usual variables, one module for every machine."""
+"""The build: no torch in it, CUDA options from the usual variables, one module for every machine."""
 
 import json
 import os
@@ -22,7 +22,7 @@ def test_no_torch_header_in_csrc():
             assert not re.match(r"(torch|ATen|c10)/", include), f"{source}: {include}"
 
 
-def test_build_info_tells_what_was_built():
+def test_build_info():
     info = fm.build_info()
     json.dumps(info)
     assert info["version"] == fm.__version__
@@ -31,8 +31,8 @@ def test_build_info_tells_what_was_built():
     assert bool(info["cuda"]["architectures"]) == info["cuda"]["compiled"] == (info["cuda"]["toolkit"] is not None)
 
 
-def test_the_extension_needs_no_cuda_library():
-    """cudart is inside, libcuda is never linked: the same file imports without a GPU or a driver."""
+def test_extension_needs_no_cuda_library():
+    """cudart is linked statically and libcuda not at all: the file can be imported without a GPU or a driver."""
     if not shutil.which("ldd"):
         pytest.skip("ldd shows linked libraries; this system has none")
     libraries = subprocess.run(["ldd", _C.__file__], capture_output=True, text=True, check=True).stdout
@@ -40,7 +40,7 @@ def test_the_extension_needs_no_cuda_library():
 
 
 def build_rules(**environment) -> subprocess.CompletedProcess:
-    """setup.py's ninja rules for an environment, without building."""
+    """The ninja rules that setup.py writes for an environment, without building."""
     code = (
         "import sys, setuptools; setuptools.setup = lambda **k: globals().update(k); sys.argv = ['setup.py'];"
         "exec(open('setup.py').read()); from setuptools.dist import Distribution; from pathlib import Path;"
@@ -50,12 +50,12 @@ def build_rules(**environment) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, check=False, capture_output=True, text=True)
 
 
-def test_an_empty_cuda_home_builds_for_cpu_only():
+def test_empty_cuda_home_builds_for_cpu_only():
     rules = build_rules(CUDA_HOME="").stdout
     assert "loss_plain.o" in rules and "build cuda_loss.o" not in rules and "FM_CUDA" not in rules
 
 
-def test_a_wrong_cuda_home_and_a_wrong_architecture_are_said():
+def test_wrong_cuda_home_and_wrong_architecture_are_errors():
     result = build_rules(CUDA_HOME="/nonexistent")
     assert result.returncode != 0 and "CUDA_HOME is '/nonexistent'" in result.stderr
     if shutil.which("nvcc"):
@@ -64,7 +64,7 @@ def test_a_wrong_cuda_home_and_a_wrong_architecture_are_said():
 
 
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc")
-def test_architectures_come_from_torchs_variable():
+def test_architectures_come_from_torch_cuda_arch_list():
     rules = build_rules(TORCH_CUDA_ARCH_LIST="8.6;9.0a+PTX").stdout
     for flag in ("arch=compute_86,code=sm_86", "arch=compute_90a,code=sm_90a", "arch=compute_90a,code=compute_90a"):
         assert flag in rules
@@ -72,10 +72,10 @@ def test_architectures_come_from_torchs_variable():
 
 
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc")
-def test_tensor_cores_are_built_for_architectures_that_have_them():
+def test_tensor_core_kernels_are_built_where_supported():
     default = build_rules().stdout
     hopper = default[default.index("build cuda_sm90.o") :].split("build ")[1]
-    assert "sm_90a" in hopper and "sm_80" not in hopper  # its instructions exist on no other
+    assert "sm_90a" in hopper and "sm_80" not in hopper  # its instructions exist on no other architecture
     ampere = build_rules(TORCH_CUDA_ARCH_LIST="7.5;8.6").stdout
     assert "build cuda_sm90.o" not in ampere and "FM_SM90" not in ampere
     assert "sm_75" not in ampere[ampere.index("build cuda_sm80.o") :].split("build ")[1]
@@ -84,12 +84,12 @@ def test_tensor_cores_are_built_for_architectures_that_have_them():
 
 
 def import_without_kernels(folder: Path, *copied: str) -> str:
-    """What `import fused_margin` prints in a folder with parts of the repository, none of them compiled."""
+    """The output of `import fused_margin` in a folder with uncompiled parts of the repository."""
     shutil.copytree(ROOT / "fused_margin", folder / "fused_margin", ignore=shutil.ignore_patterns("_C*", "__pycache__"))
     for name in copied:
         (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, folder / name)
     env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONSAFEPATH")}
-    code = (  # without the finder of an editable installation, which adds the repository's kernels to any folder's package
+    code = (  # without the finder of an editable installation, which would find the repository's kernels for any folder
         "import sys; sys.meta_path[:] = [f for f in sys.meta_path if '__editable__' not in getattr(f, '__module__', '')];"
         "import fused_margin"
     )
@@ -100,13 +100,13 @@ def import_without_kernels(folder: Path, *copied: str) -> str:
     return result.stderr.splitlines()[-1]
 
 
-def test_importing_the_source_folder_says_so(tmp_path):
-    said = import_without_kernels(tmp_path, "setup.py", "csrc")
-    assert f"{tmp_path} is fused_margin's source folder" in said
-    assert "Leave the folder" in said and "`pip install -e .`" in said
+def test_importing_the_source_folder_names_it(tmp_path):
+    message = import_without_kernels(tmp_path, "setup.py", "csrc")
+    assert f"{tmp_path} is fused_margin's source folder" in message
+    assert "Leave the folder" in message and "`pip install -e .`" in message
 
 
-def test_a_broken_installation_is_not_called_a_source_folder(tmp_path):
-    said = import_without_kernels(tmp_path)
-    assert f"could not be loaded from {tmp_path / 'fused_margin'}" in said
-    assert "source folder" not in said and "pip install -e" not in said
+def test_broken_installation_is_not_called_a_source_folder(tmp_path):
+    message = import_without_kernels(tmp_path)
+    assert f"could not be loaded from {tmp_path / 'fused_margin'}" in message
+    assert "source folder" not in message and "pip install -e" not in message

@@ -15,10 +15,10 @@ CONTRIBUTING = Path(__file__).parents[1] / "CONTRIBUTING.md"
 
 
 def functions_before_the_kernel(monkeypatch):
-    """Named functions of the package that a call enters before it reaches the binding of the exponent sum."""
+    """Named functions of the package that a call enters before the binding of the exponent sum."""
     loss_fn = fm.ArcFaceLoss(1000, 64)
     embeddings, labels = torch.randn(32, 64, requires_grad=True), torch.randint(1000, (32,))
-    loss_fn(embeddings, labels)  # with the caches of a first call filled
+    loss_fn(embeddings, labels)  # after a first call, which fills caches
     run, entered, reached = select.kernels("cpu", 0), [], []
     binding = run.exponent_sum
     monkeypatch.setattr(run, "exponent_sum", lambda **arguments: (reached.append(1), binding(**arguments)))
@@ -37,7 +37,7 @@ def functions_before_the_kernel(monkeypatch):
     return {code for code in entered if not code.co_name.startswith("<")}  # no comprehensions
 
 
-def test_the_path_of_one_call_is_short_and_documented(monkeypatch):
+def test_path_of_one_call_is_short_and_documented(monkeypatch):
     functions = functions_before_the_kernel(monkeypatch)
     files = {Path(code.co_filename).relative_to(PACKAGE).as_posix() for code in functions}
     section = CONTRIBUTING.read_text().split("## The path of one call")[1].split("\n## ")[0]

@@ -1,4 +1,4 @@
-"""Bad input: an error that names the argument, what was expected and what came, before anything runs."""
+"""Invalid input raises an error with the argument's name, the expected and the given value, before anything runs."""
 
 import threading
 
@@ -68,7 +68,7 @@ def test_margin_cross_entropy(change, error, message):
         margin_cross_entropy(**arguments)
 
 
-def test_one_class_has_no_exclusive_term():
+def test_exclusive_term_needs_two_classes():
     for call in (
         lambda: exclusive_regularization(W[:1]),
         lambda: nearest_class(W[:1]),
@@ -115,12 +115,12 @@ def test_margin(arguments, error, message):
         (lambda: cosine_logsumexp(X, W, Y - 100), ValueError, r"labels: expected values in"),
     ],
 )  # fmt: skip
-def test_modules_and_the_rest(call, error, message):
+def test_modules_and_functions(call, error, message):
     with pytest.raises(error, match=message):
         call()
 
 
-def test_a_bad_label_changes_nothing():
+def test_bad_label_changes_no_state():
     loss_fn = fm.SphereFaceLoss(10, 4).double()
     before = {k: v.clone() for k, v in loss_fn.state_dict().items()}
     with pytest.raises(ValueError, match="labels"):
@@ -131,7 +131,7 @@ def test_a_bad_label_changes_nothing():
 
 
 def test_cuda_tensor_in_a_cpu_build(monkeypatch):
-    """The message a user of a CPU-only build gets, without needing a GPU to get it."""
+    """The error of a CPU-only build, simulated without a GPU."""
     from fused_margin import _checks
 
     class OnCuda(torch.Tensor):
@@ -144,8 +144,8 @@ def test_cuda_tensor_in_a_cpu_build(monkeypatch):
         _checks.matrix("embeddings", torch.ones(2, 2).as_subclass(OnCuda), "(N, embedding_size)")
 
 
-def test_host_threads_share_a_devices_flag(monkeypatch):
-    """Each may find none at the same time; kernels must not write to one that is dropped."""
+def test_host_threads_share_the_flag_of_a_device(monkeypatch):
+    """Two threads may create the flag at the same time; both must get the one that stays alive."""
     both, zeros = threading.Barrier(2), torch.zeros
     monkeypatch.setattr(_checks, "_bad_label_buffers", {})
 
@@ -154,10 +154,10 @@ def test_host_threads_share_a_devices_flag(monkeypatch):
         return zeros(*size, **options)
 
     monkeypatch.setattr(torch, "zeros", slow_zeros)
-    device, found = torch.device("cuda", 0), []
-    threads = [threading.Thread(target=lambda: found.append(_checks.bad_label_buffer(device))) for _ in range(2)]
+    device, flags = torch.device("cuda", 0), []
+    threads = [threading.Thread(target=lambda: flags.append(_checks.bad_label_buffer(device))) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert found[0] is found[1] is _checks._bad_label_buffers[device]
+    assert flags[0] is flags[1] is _checks._bad_label_buffers[device]

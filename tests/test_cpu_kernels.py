@@ -1,4 +1,4 @@
-"""Every instruction set this machine has gives the same results; threads do not matter."""
+"""Results are the same for every instruction set of this machine and any number of threads."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def test_instruction_sets_agree(instruction_set, dtype, scale):
             assert relative_error(a, b) < tolerance
 
 
-def test_an_instruction_set_the_machine_lacks_is_refused():
+def test_missing_instruction_set_is_an_error():
     if _C.cpu.best_capability() == _C.cpu.Capability.avx512:
         pytest.skip("this machine has them all")
     with pytest.raises(ValueError, match="does not have that instruction set"):
@@ -57,7 +57,7 @@ def test_number_of_threads():
 
 
 def test_exponentials_to_float32_rounding():
-    """2^(a cos - k) over the whole range of cosines, through the one kernel that computes it."""
+    """2^(a cos - k) over the full range of cosines, by the one kernel that computes it."""
     from fused_margin._ops.backends.select import kernels
 
     for scale in (1.0, 64.0, 500.0):

@@ -1,14 +1,15 @@
-"""Classes divided among ranks: the loss and gradients of one device, whatever the slices and batches."""
+"""Classes divided among ranks: the loss and gradients match one device for any division of classes and samples."""
 
 import copy
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from divided_classes import SAMPLE_COUNTS, check_losses, draw_division
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loss_inputs import leaf, problem, relative_error
-from ranks import MOST, RankError
+from ranks import MAX_RANKS, RankError
 
 import fused_margin as fm
 from fused_margin.commands.consolidate import main as consolidate
@@ -32,7 +33,7 @@ def one_rank(group, num_classes, x, weight, y, margin, scale, upstream, options)
 
 
 def compare(ranks, world, counts, num_classes, size, *, scale=20.0, margin=None, upstream=None, seed=0, **options):
-    """Runs a problem on `world` ranks and on none; counts are the samples of each."""
+    """Compare `world` ranks with one device; `counts` has the number of samples of each rank."""
     samples, centers = sum(counts), options.get("sub_centers", 1)
     x, w, y = problem(samples, num_classes * centers, size, seed=seed)
     y = y % num_classes
@@ -43,8 +44,8 @@ def compare(ranks, world, counts, num_classes, size, *, scale=20.0, margin=None,
         options["hard_negatives"] = HardNegatives(threshold, 0.3)
     margin = margin or fm.Margin(m2=0.3)
     a, b = leaf(x), leaf(w)
-    whole_scale = leaf(scale) if isinstance(scale, torch.Tensor) else scale
-    loss = fm.functional.margin_cross_entropy(a, b, y, margin, whole_scale, **options)
+    full_scale = leaf(scale) if isinstance(scale, torch.Tensor) else scale
+    loss = fm.functional.margin_cross_entropy(a, b, y, margin, full_scale, **options)
     loss.backward(upstream if upstream is not None else torch.ones_like(loss))
 
     bounds = [slice_of(num_classes, rank, world) for rank in range(world)]
@@ -63,18 +64,14 @@ def compare(ranks, world, counts, num_classes, size, *, scale=20.0, margin=None,
             )
         )  # fmt: skip
     results = ranks.run(one_rank, arguments)
-    if options.get("reduction") == "none":
-        assert relative_error(torch.cat([r[0] for r in results]), loss) < 1e-9
-    else:
-        for own_loss, *_ in results:
-            torch.testing.assert_close(own_loss, loss.detach(), rtol=1e-10, atol=0, equal_nan=True)
-    for gathered, whole in ((1, a), (2, b)):  # gradients in one dimension are 0, but for rounding
-        torch.testing.assert_close(torch.cat([r[gathered] for r in results]), whole.grad, rtol=1e-9, atol=1e-12)
+    check_losses(results, loss.detach(), options.get("reduction"))
+    for gathered, full in ((1, a), (2, b)):  # gradients in one dimension are 0 up to rounding
+        torch.testing.assert_close(torch.cat([r[gathered] for r in results]), full.grad, rtol=1e-9, atol=1e-12)
     if isinstance(scale, torch.Tensor):
-        assert relative_error(torch.cat([r[3] for r in results]), whole_scale.grad) < 1e-9
+        assert relative_error(torch.cat([r[3] for r in results]), full_scale.grad) < 1e-9
 
 
-@pytest.mark.parametrize("world", range(1, MOST + 1))
+@pytest.mark.parametrize("world", range(1, MAX_RANKS + 1))
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_reductions(ranks, world, reduction):
     counts = [5, 3, 0, 9][:world]  # a rank without samples
@@ -87,13 +84,13 @@ CASES = {
     "smoothing": {"label_smoothing": 0.3},
     "feature norm": {"scale": None},
     "large scale": {"scale": 300.0},
-    "own scales": {"scale": torch.rand(17, dtype=torch.float64) * 30 + 1},
-    "own margins": {"margin": fm.Margin(m2=torch.rand(17, dtype=torch.float64))},
+    "per-sample scales": {"scale": torch.rand(17, dtype=torch.float64) * 30 + 1},
+    "per-sample margins": {"margin": fm.Margin(m2=torch.rand(17, dtype=torch.float64))},
     "sub-centers": {"sub_centers": 3},
     "two sub-centers": {"sub_centers": 2},
     "hard negatives": {"threshold": torch.linspace(-0.5, 0.5, 17, dtype=torch.float64)},
     "filtered": {"hard_negatives": FilteredNegatives(0.4)},
-    "filtered sub-centers, own scales": {
+    "filtered sub-centers, per-sample scales": {
         "hard_negatives": FilteredNegatives(0.4),
         "sub_centers": 3,
         "scale": torch.rand(17, dtype=torch.float64) * 30 + 1,
@@ -106,34 +103,32 @@ CASES = {
 @pytest.mark.parametrize("world", [2, 3])
 @pytest.mark.parametrize("case", CASES)
 def test_options(ranks, world, case):
-    compare(ranks, world, [8, 4, 5] if world == 3 else [9, 8], 103, 7, **CASES[case])
+    compare(ranks, world, SAMPLE_COUNTS[world], 103, 7, **CASES[case])
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(data=st.data())
-def test_any_division(ranks, data):
-    world = data.draw(st.integers(1, MOST))
-    counts = data.draw(st.lists(st.integers(0, 6), min_size=world, max_size=world))
-    num_classes = data.draw(st.integers(1, 40))  # fewer than ranks too
+def test_any_division_of_classes_and_samples(ranks, data):
+    counts, num_classes = draw_division(data)
     exclusive = data.draw(st.sampled_from([0.0, 0.7])) if num_classes > 1 else 0.0
     size, seed = data.draw(st.integers(2, 9)), data.draw(st.integers(0, 99))
-    compare(ranks, world, counts, num_classes, size, seed=seed, exclusive_weight=exclusive)
+    compare(ranks, len(counts), counts, num_classes, size, seed=seed, exclusive_weight=exclusive)
 
 
 def nearest(group, num_classes, weight):
-    found = fm.functional.nearest_class(weight, shard=Shard(num_classes, group), workspace_mb=0.001)
-    return found.cosine, found.index
+    result = fm.functional.nearest_class(weight, shard=Shard(num_classes, group), workspace_mb=0.001)
+    return result.cosine, result.index
 
 
-@pytest.mark.parametrize("world", range(1, MOST + 1))
+@pytest.mark.parametrize("world", range(1, MAX_RANKS + 1))
 @pytest.mark.parametrize("num_classes", [2, 5, 301])
 def test_nearest_class_with_ties(ranks, world, num_classes):
     for w in (torch.eye(5)[torch.arange(num_classes) % 5], torch.randn(num_classes, 12)):
         expected = fm.functional.nearest_class(w)
         slices = [slice_of(num_classes, rank, world) for rank in range(world)]
-        found = ranks.run(nearest, [(num_classes, w[begin:end]) for begin, end in slices])
-        torch.testing.assert_close(torch.cat([cosine for cosine, _ in found]), expected.cosine)
-        assert torch.equal(torch.cat([index for _, index in found]), expected.index)
+        actual = ranks.run(nearest, [(num_classes, w[begin:end]) for begin, end in slices])
+        torch.testing.assert_close(torch.cat([cosine for cosine, _ in actual]), expected.cosine)
+        assert torch.equal(torch.cat([index for _, index in actual]), expected.index)
 
 
 LOSSES = ["ArcFaceLoss", "SphereFaceLoss", "AdaFaceLoss", "MagFaceLoss", "CurricularFaceLoss", "SubCenterArcFaceLoss"]
@@ -159,7 +154,7 @@ def train(group, name, num_classes, weight, batches):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_modules_train_alike(ranks, name):
+def test_modules_match_one_device(ranks, name):
     num_classes, world = 31, 3
     centers = 3 if name == "SubCenterArcFaceLoss" else 1
     w = torch.randn(num_classes * centers, 6, dtype=torch.float64)
@@ -190,12 +185,12 @@ def learned_scale(group, weight, x, y, reduction):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_a_learned_scale_has_the_gradient_of_all_samples_everywhere(ranks, reduction):
+def test_learned_scale_has_the_gradient_of_all_samples(ranks, reduction):
     x, w, y = problem(9, 23, 6)
     expected = learned_scale(None, w, x, y, reduction)
     parts = [(slice(0, 12), slice(0, 7)), (slice(12, 23), slice(7, 9))]
-    found = ranks.run(learned_scale, [(w[own], x[part], y[part], reduction) for own, part in parts])
-    for gradient in found:
+    actual = ranks.run(learned_scale, [(w[own], x[part], y[part], reduction) for own, part in parts])
+    for gradient in actual:
         torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=0)
 
 
@@ -210,8 +205,8 @@ def bad_size(group, size):
     )
 
 
-def test_bad_input_is_said_on_every_rank(ranks):
-    """Nobody is left waiting."""
+def test_bad_input_raises_on_every_rank(ranks):
+    """No rank is left waiting."""
     with pytest.raises(RankError) as caught:
         ranks.run(bad_label, [([1, 2],), ([3, 10],)])
     for rank in (0, 1):
@@ -248,7 +243,7 @@ def sampled(group, num_classes, weight, batches, rate):
 
 
 def test_sampled_classes(ranks):
-    """The loss of a step is that over the classes drawn; they hold the samples' own; a seed repeats them."""
+    """The loss is over the sampled classes, which include the targets and depend on the seed."""
     num_classes, rate = 60, 0.3
     w = torch.randn(num_classes, 6, dtype=torch.float64)
     batches = [problem(12, num_classes, 6, seed=seed)[::2] for seed in range(3)]
@@ -268,12 +263,12 @@ def test_sampled_classes(ranks):
         assert relative_error(torch.cat([dx, dx_1]), a.grad) < 1e-9
     assert not torch.equal(results[0][0][0][1], results[0][0][1][1])
     x, y = batches[0]
-    whole = fm.functional.margin_cross_entropy(x, w, y, fm.Margin(m2=0.5), 8.0)
-    assert results[0][1] == pytest.approx(whole.item(), rel=1e-10)  # evaluation takes all
+    full = fm.functional.margin_cross_entropy(x, w, y, fm.Margin(m2=0.5), 8.0)
+    assert results[0][1] == pytest.approx(full.item(), rel=1e-10)  # evaluation uses all classes
 
 
 def trained(group, folder, num_classes, centers, batches, load):
-    """Steps from a checkpoint, or to one; what the rank then has of weight and momentum, and its bytes per rank."""
+    """Train from a checkpoint or up to one; returns the rank's weight and momentum, and the bytes of each rank."""
     torch.manual_seed(1)
     loss_fn = fm.CurricularFaceLoss(num_classes, 5, sub_centers=centers, process_group=group)
     optimizer = fm.optim.ProjectedSGD([loss_fn.weight], lr=0.1)
@@ -290,32 +285,32 @@ def trained(group, folder, num_classes, centers, batches, load):
 
 
 @pytest.mark.parametrize(("num_classes", "centers"), [(31, 1), (10, 3), (2, 1)])
-def test_checkpoints_move_to_other_numbers_of_ranks(ranks, tmp_path, num_classes, centers):
-    """What three ranks write, one to four read; with two classes one of them has none."""
+def test_checkpoints_load_on_other_numbers_of_ranks(ranks, tmp_path, num_classes, centers):
+    """Three ranks save, one to four load; with two classes one of the three has none."""
     batches = [problem(9, num_classes, 5, seed=seed)[::2] for seed in range(3)]
     parts = [[(x[k::3], y[k::3]) for x, y in batches] for k in range(3)]
     saved = ranks.run(trained, [(tmp_path, num_classes, centers, part, False) for part in parts])
-    for world in range(1, MOST + 1):
+    for world in range(1, MAX_RANKS + 1):
         loaded = ranks.run(trained, [(tmp_path, num_classes, centers, [], True)] * world)
         for k in (0, 1):
             assert torch.equal(torch.cat([part[k] for part in loaded]), torch.cat([part[k] for part in saved]))
         assert all(torch.equal(part[2], saved[0][2]) for part in loaded)
-    one_file = tmp_path / "whole.pt"
+    one_file = tmp_path / "full.pt"
     assert consolidate([str(tmp_path), str(one_file)]) == 0
-    whole = torch.load(one_file, weights_only=True)
-    assert torch.equal(whole["weight"], torch.cat([part[0] for part in saved]))
+    full = torch.load(one_file, weights_only=True)
+    assert torch.equal(full["weight"], torch.cat([part[0] for part in saved]))
     loss_fn = fm.CurricularFaceLoss(num_classes, 5, sub_centers=centers)
-    loss_fn.load_state_dict({name: whole[name] for name in loss_fn.state_dict()})
+    loss_fn.load_state_dict({name: full[name] for name in loss_fn.state_dict()})
 
 
-def test_consolidate_says_what_is_wrong(tmp_path, capsys):
+def test_consolidate_errors(tmp_path, capsys):
     assert consolidate([str(tmp_path / "none"), str(tmp_path / "one.pt")]) == 1
     assert "no checkpoint of torch.distributed.checkpoint" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         consolidate([])
 
 
-def test_sampling_without_a_group():
+def test_sampling_without_a_process_group():
     loss_fn = fm.CosFaceLoss(50, 6, scale=8.0, sample_rate=0.2, sparse=True)
     loss_fn(torch.randn(4, 6), torch.tensor([1, 1, 7, 30])).backward()
     assert loss_fn.weight.grad.is_sparse and loss_fn.weight.grad._nnz() == 10
@@ -325,8 +320,8 @@ def test_sampling_without_a_group():
         fm.CosFaceLoss(50, 6, sample_rate=0.0)
 
 
-def test_sparse_steps_leave_other_rows_alone():
-    """A row's momentum counts its own steps, and is what a dense step over that row alone would have."""
+def test_sparse_steps_change_only_their_rows():
+    """A row's momentum depends on the steps of that row only, as with dense steps over that row."""
     weight = torch.nn.Parameter(fm.optim.project_(torch.randn(6, 4)))
     before = weight.detach().clone()
     optimizer = fm.optim.ProjectedSGD([weight], lr=0.1, momentum=0.9, weight_decay=0.01)
@@ -350,12 +345,12 @@ def test_sparse_steps_leave_other_rows_alone():
 
 
 @pytest.mark.parametrize("name", [".metadata", "__0_0.distcp"])
-@pytest.mark.parametrize("kept", [0, 0.5])
-def test_consolidate_names_a_damaged_checkpoint(tmp_path, capsys, name, kept):
+@pytest.mark.parametrize("fraction", [0, 0.5])
+def test_consolidate_names_damaged_checkpoints(tmp_path, capsys, name, fraction):
     folder = tmp_path / "sharded"
     dcp.save({"weight": torch.ones(50, 4)}, checkpoint_id=folder)
     content = (folder / name).read_bytes()
-    (folder / name).write_bytes(content[: int(kept * len(content))])
+    (folder / name).write_bytes(content[: int(fraction * len(content))])
     assert consolidate([str(folder), str(tmp_path / "one.pt")]) == 1
     assert f"error: cannot read the checkpoint {folder}" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["sharded"]

@@ -26,12 +26,12 @@ LOSSES = {
     "sphereface": lambda **options: fm.SphereFaceLoss(CLASSES, SIZE, **options),
     "softmax": lambda **options: fm.SoftmaxLoss(CLASSES, SIZE, **options),
     "lsoftmax": lambda **options: fm.LSoftmaxLoss(CLASSES, SIZE, **options),
-    "drawn": lambda **options: fm.ArcFaceLoss(CLASSES, SIZE, sample_rate=0.4, **options),
+    "sampled": lambda **options: fm.ArcFaceLoss(CLASSES, SIZE, sample_rate=0.4, **options),
 }
 
 
 def samples_of(rank):
-    """Different numbers of samples on each rank."""
+    """Samples of a rank; each rank has a different number."""
     generator = torch.Generator().manual_seed(rank)
     count = 5 + 2 * rank
     embeddings = torch.randn(count, SIZE, generator=generator)
@@ -47,13 +47,13 @@ def steps(group, name, backend):
         loss_fn.weight.copy_(problem(1, CLASSES, SIZE)[1][begin:end])
     torch._dynamo.reset()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the compiler, about itself
+        warnings.simplefilter("ignore")  # the compiler warns about its own code
         step = loss_fn if backend is None else torch.compile(loss_fn, fullgraph=True, backend=backend)
         results = []
         for number in range(2):
             embeddings, labels = samples_of(group.rank() + number)
             embeddings.requires_grad_()
-            torch.manual_seed(number)  # of the classes that are drawn
+            torch.manual_seed(number)  # seeds the sampling of classes
             loss = step(embeddings, labels)
             loss.sum().backward()
             results += [loss.detach(), embeddings.grad, *(p.grad.clone() for p in loss_fn.parameters())]
@@ -79,8 +79,8 @@ def test_compiled_by_inductor(ranks, world):
             assert relative_error(m, e) < 1e-6
 
 
-def checked_by_torch(group, options):
-    """torch.library.opcheck of the ops' forward and backward."""
+def run_opcheck(group, options):
+    """Run torch.library.opcheck on the forward and backward ops."""
     shard = Shard(CLASSES, group)
     embeddings, labels = samples_of(group.rank())
     weight = problem(1, CLASSES, SIZE)[1][shard.begin : shard.begin + shard.size].float()
@@ -112,10 +112,10 @@ def checked_by_torch(group, options):
     ids=lambda options: next(iter(options)),
 )
 def test_opcheck(ranks, world, options):
-    ranks.run(checked_by_torch, [(options,)] * world)
+    ranks.run(run_opcheck, [(options,)] * world)
 
 
-def others_checked_by_torch(group):
+def run_opcheck_of_other_ops(group):
     shard = Shard(CLASSES, group)
     weight = problem(1, CLASSES, SIZE)[1][shard.begin : shard.begin + shard.size].float()
     place = (shard.name, CLASSES)
@@ -130,5 +130,5 @@ def others_checked_by_torch(group):
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_opcheck_of_the_other_ops(ranks, world):
-    ranks.run(others_checked_by_torch, [()] * world)
+def test_opcheck_of_other_ops(ranks, world):
+    ranks.run(run_opcheck_of_other_ops, [()] * world)

@@ -1,4 +1,4 @@
-"""The nearest classes kept from step to step where classes are divided among ranks: bit for bit those of one device."""
+"""Cached nearest classes where classes are divided among ranks: equal bit for bit to those of one device."""
 
 import copy
 from contextlib import contextmanager, nullcontext
@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from loss_inputs import problem, relative_error
-from ranks import MOST, RankError
-from test_search import full_sweep, same, training
+from ranks import MAX_RANKS, RankError
+from test_search import full_search, same, training
 from torch.nn import functional as F
 
 import fused_margin as fm
@@ -27,8 +27,8 @@ def int8(request):
 
 
 @contextmanager
-def screened(int8):
-    """Screens in int8, or in floating point, wherever the tests run; a few rows visit together."""
+def screen_in(int8):
+    """Screen in int8 or in floating point on any machine; remote blocks have few rows."""
     with (
         patch.object(quantized, "int8_wins", lambda device: int8),
         patch.object(cache, "int8_wins", lambda device: int8),
@@ -38,50 +38,50 @@ def screened(int8):
 
 
 def short_lists(capacity):
-    """Of so many candidates; None: as they are."""
+    """Limit candidate lists to this capacity; None: the default."""
     if capacity is None:
         return nullcontext()
     return patch.object(cache, "capacity_for", lambda _: capacity)
 
 
-def found_by(group, int8, refresh, weights, dtype=torch.float32, room=256, capacity=None):
-    """What this rank's regularizer finds in all of these, and what it counts."""
+def find_on_rank(group, int8, refresh, weights, dtype=torch.float32, room=256, capacity=None):
+    """The results and the counts of this rank's regularizer for all the weights."""
     classes = len(weights[0])
     regularizer = fm.ExclusiveRegularizer(refresh=refresh, shard=Shard(classes, group), workspace_mb=room)
     begin, end = slice_of(classes, group.rank(), group.size())
-    with screened(int8), short_lists(capacity):
-        found = [tuple(regularizer.find(weight[begin:end].to(dtype))) for weight in weights]
-    return found, regularizer.swept.tolist() if refresh == "certified" else None
+    with screen_in(int8), short_lists(capacity):
+        results = [tuple(regularizer.find(weight[begin:end].to(dtype))) for weight in weights]
+    return results, regularizer.swept.tolist() if refresh == "certified" else None
 
 
-def together(results, step):
-    """The parts of all ranks."""
-    return NearestClass(*(torch.cat([found[step][k] for found, _ in results]) for k in (0, 1)))
+def concatenate(results, step):
+    """Concatenate the results of all ranks."""
+    return NearestClass(*(torch.cat([result[step][k] for result, _ in results]) for k in (0, 1)))
 
 
 def compare(ranks, world, int8, weights, dtype=torch.float32, room=256, capacity=None):
-    results = ranks.run(found_by, [(int8, "certified", weights, dtype, room, capacity)] * world)
+    results = ranks.run(find_on_rank, [(int8, "certified", weights, dtype, room, capacity)] * world)
     for step, weight in enumerate(weights):
-        assert same(together(results, step), full_sweep(weight.to(dtype))), step
+        assert same(concatenate(results, step), full_search(weight.to(dtype))), step
     assert all(swept == results[0][1] for _, swept in results)
     return results[0][1]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("steps", [25, pytest.param(80, marks=pytest.mark.slow)])
-def test_certified_is_a_full_sweep_of_one_device(ranks, world, int8, steps):
+def test_certified_equals_full_search_on_one_device(ranks, world, int8, steps):
     weights = [weight.clone() for _, weight in training(500, 48, steps)]  # 500 = 167 + 167 + 166
-    again, not_again, whole = compare(ranks, world, int8, weights)
-    assert again + not_again == 500 * steps and not_again > 3 * again and whole < 4
+    searched, skipped, full = compare(ranks, world, int8, weights)
+    assert searched + skipped == 500 * steps and skipped > 3 * searched and full < 4
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
-def test_certified_of_other_types(ranks, int8, dtype):
+def test_certified_of_other_dtypes(ranks, int8, dtype):
     weights = [weight.clone() for _, weight in training(304, 20, 10)]
     compare(ranks, 3, int8, weights, dtype, room=1e-3)  # and tiles of 64 rows
 
 
-def test_whatever_becomes_of_the_weights(ranks, int8):
+def test_certified_after_arbitrary_weight_changes(ranks, int8):
     weights = []
     for step, weight in training(400, 32, 25):
         if step == 5:
@@ -90,16 +90,16 @@ def test_whatever_becomes_of_the_weights(ranks, int8):
         if step == 10:  # ties between ranks, and zero rows
             weight[[7, 150, 399]], weight[[0, 8, 210]] = weight[3].clone(), 0.0
         if step == 15:
-            weight.copy_(torch.randn_like(weight))  # behind its back
+            weight.copy_(torch.randn_like(weight))  # not by the optimizer
         if step == 20:
-            weight.mul_(torch.rand(400, 1) * 1e3 + 1e-3)  # lengths do not count
+            weight.mul_(torch.rand(400, 1) * 1e3 + 1e-3)  # cosines do not change
         weights.append(weight.clone())
     assert compare(ranks, 3, int8, weights)[1] > 0
 
 
 @pytest.mark.parametrize("capacity", [1, 2])
 def test_short_lists(ranks, int8, capacity):
-    """What lists cannot hold bounds everything, and rows stay open after their sweep: codes cannot tell twins apart."""
+    """Bounds come from products outside the lists, and near-duplicates, which codes cannot separate, stay undecided."""
     apart = 3e-3 if int8 else 3e-7
     weight = torch.randn(304, 48)
     weight[200:240] = weight[100:140] + apart * torch.randn(40, 48)
@@ -108,19 +108,19 @@ def test_short_lists(ranks, int8, capacity):
     for _ in range(25):
         weight = weights[-1].clone()
         moved, near = torch.randint(304, (2, 4))
-        moved[3] = full_sweep(weight).index[last]  # the nearest of what has moved before leaves it
+        moved[3] = full_search(weight).index[last]  # the nearest class of the row that moved last moves away
         last = int(moved[2])
         weight[moved[:2]] = weight[near[0]] + apart * torch.randn(2, 48)
         weight[moved[2:]] = weight[near[2:]] + 1.5 * torch.randn(2, 48)
         weights.append(weight)
-    again, not_again, whole = compare(ranks, 3, int8, weights, capacity=capacity)
-    assert capacity == 1 or not_again > again > whole * 304
+    searched, skipped, full = compare(ranks, 3, int8, weights, capacity=capacity)
+    assert capacity == 1 or skipped > searched > full * 304
 
 
 @pytest.mark.parametrize("classes", [2, 3, 5])
 def test_few_classes(ranks, int8, classes):
     """Ranks with one class, or none."""
-    for world in range(1, MOST + 1):
+    for world in range(1, MAX_RANKS + 1):
         weights = [torch.randn(classes, 6) for _ in range(3)]
         weights += [weights[-1] + 1e-4, torch.eye(6)[[k % 2 for k in range(classes)]], torch.zeros(classes, 6)]
         weights[-1][-1] = float("nan")
@@ -128,12 +128,12 @@ def test_few_classes(ranks, int8, classes):
         compare(ranks, world, int8, weights)
 
 
-def every_step(group, int8, weights):
+def search_every_step(group, int8, weights):
     run, exact, rounded = kernels("cpu"), [], []
     for weight in weights:
         shard = Shard(len(weight), group)
         own = weight[shard.begin : shard.begin + shard.size]
-        with screened(int8):
+        with screen_in(int8):
             exact.append(search.find_nearest_others(run, shard, own, 1 << 22))
         inputs = LossInputs(None, own, 1 << 22, PORTABLE, nearest=True, group=shard.name, num_classes=len(weight))
         rounded.append(tiles.find_by_tiles(run, shard, inputs, forward_chunks))
@@ -142,62 +142,62 @@ def every_step(group, int8, weights):
 
 @pytest.mark.parametrize("world", [1, 3, 4])
 def test_every_step(ranks, int8, world):
-    """Exact on the CPU; what CUDA devices have compares rounded products."""
+    """The search is exact on the CPU; the tiled search of CUDA devices compares rounded products."""
     weights = [torch.randn(203, 24), torch.eye(5)[torch.arange(3) % 5], torch.eye(5)[torch.arange(31) % 5]]
-    results = ranks.run(every_step, [(int8, weights)] * world)
+    results = ranks.run(search_every_step, [(int8, weights)] * world)
     for step, weight in enumerate(weights):
-        expected = full_sweep(weight)
-        assert same(together([exact for exact, _ in results], step), expected)
-        rounded = together([rounded for _, rounded in results], step)
+        expected = full_search(weight)
+        assert same(concatenate([exact for exact, _ in results], step), expected)
+        rounded = concatenate([rounded for _, rounded in results], step)
         assert torch.equal(rounded.index, expected.index)
         torch.testing.assert_close(rounded.cosine.double(), expected.cosine, rtol=0, atol=1e-6)
 
 
-def test_frozen_neighbours(ranks):
+def test_periodic_refresh(ranks):
     weights = [weight.clone() for _, weight in training(200, 16, 12)]
-    results = ranks.run(found_by, [(False, 5, weights)] * 3)
+    results = ranks.run(find_on_rank, [(False, 5, weights)] * 3)
     for step, weight in enumerate(weights):
-        found = together(results, step)
+        actual = concatenate(results, step)
         if step % 5 == 0:
             index = nearest_class(weight).index
         unit = F.normalize(weight.double())
-        assert torch.equal(found.index, index)
-        torch.testing.assert_close(found.cosine, (unit * unit[index]).sum(1), rtol=0, atol=1e-12)
+        assert torch.equal(actual.index, index)
+        torch.testing.assert_close(actual.cosine, (unit * unit[index]).sum(1), rtol=0, atol=1e-12)
         one = cache.cosines_with(kernels("cpu"), Shard(len(weight)), weight, index)
-        assert torch.equal(found.cosine, one)
+        assert torch.equal(actual.cosine, one)
 
 
-def one_that_differs(group, weights):
-    """A rank loses what it has kept, another goes back to a copy, or is loaded."""
+def ranks_with_different_state(group, weights):
+    """One rank loses its cache, and another returns to an earlier copy of its own."""
     classes = len(weights[0])
-    kept = fm.ExclusiveRegularizer(refresh="certified", shard=Shard(classes, group))
-    frozen = fm.ExclusiveRegularizer(refresh=100, shard=Shard(classes, group))
+    certified = fm.ExclusiveRegularizer(refresh="certified", shard=Shard(classes, group))
+    periodic = fm.ExclusiveRegularizer(refresh=100, shard=Shard(classes, group))
     begin, end = slice_of(classes, group.rank(), group.size())
-    found, steps, late = [], [], []
+    neighbours, steps, late = [], [], []
     for step, weight in enumerate(weights):
         if step == 4:
-            old = copy.deepcopy(kept)
+            old = copy.deepcopy(certified)
         if step == 6 and group.rank() == 0:
-            kept = fm.ExclusiveRegularizer(refresh="certified", shard=Shard(classes, group))
-            frozen.load_state_dict({"index": torch.zeros(3), "age": torch.ones(1)})
+            certified = fm.ExclusiveRegularizer(refresh="certified", shard=Shard(classes, group))
+            periodic.load_state_dict({"index": torch.zeros(3), "age": torch.ones(1)})
         if step == 8 and group.rank() == 1:
-            kept = old
-        found.append(tuple(kept.find(weight[begin:end])))
-        late.append(tuple(frozen.find(weight[begin:end])))
-        steps.append(int(kept.swept[:2].sum()) / classes)
-    assert not kept.state_dict() and not frozen.state_dict()
-    return (found, None), (late, None), steps
+            certified = old
+        neighbours.append(tuple(certified.find(weight[begin:end])))
+        late.append(tuple(periodic.find(weight[begin:end])))
+        steps.append(int(certified.swept[:2].sum()) / classes)
+    assert not certified.state_dict() and not periodic.state_dict()
+    return (neighbours, None), (late, None), steps
 
 
-def test_a_rank_that_has_lost_its_state(ranks):
+def test_rank_that_has_lost_its_state(ranks):
     weights = [weight.clone() for _, weight in training(304, 24, 10)]
-    results = ranks.run(one_that_differs, [(weights,)] * 2)
+    results = ranks.run(ranks_with_different_state, [(weights,)] * 2)
     for step, weight in enumerate(weights):
-        assert same(together([found for found, *_ in results], step), full_sweep(weight))
-        index = full_sweep(weights[0 if step < 6 else 6]).index
-        assert torch.equal(together([late for _, late, _ in results], step).index, index)
+        assert same(concatenate([actual for actual, *_ in results], step), full_search(weight))
+        index = full_search(weights[0 if step < 6 else 6]).index
+        assert torch.equal(concatenate([late for _, late, _ in results], step).index, index)
     for *_, steps in results:
-        assert steps == [1, 2, 3, 4, 5, 6, 1, 2, 1, 2]  # begun anew at the steps 0, 6 and 8
+        assert steps == [1, 2, 3, 4, 5, 6, 1, 2, 1, 2]  # restarted at steps 0, 6 and 8
 
 
 def other_rows(group, size):
@@ -205,15 +205,15 @@ def other_rows(group, size):
     fm.ExclusiveRegularizer(refresh="certified", shard=shard)(torch.randn(shard.size, size))
 
 
-def test_other_rows_are_said_on_every_rank(ranks):
+def test_different_rows_raise_on_every_rank(ranks):
     with pytest.raises(RankError) as caught:
         ranks.run(other_rows, [(4,), (5,)])
     for rank in (0, 1):
         assert f"rank {rank}: ValueError: weight: rank 0 has embedding_size 4, torch.float32" in str(caught.value)
 
 
-def trained(group, kind, refresh, weight, batches, folder=None, rate=1.0):
-    """Losses and gradients of some steps."""
+def train(group, kind, refresh, weight, batches, folder=None, rate=1.0):
+    """Losses and gradients of a few steps, and the state after them."""
     loss_fn = kind(
         len(weight), weight.shape[1], process_group=group, exclusive_weight=3.0, exclusive_refresh=refresh,
         dtype=torch.float64, sample_rate=rate,
@@ -241,17 +241,17 @@ def test_losses(ranks, kind, refresh, rate):
     weight = torch.randn(120, 16, dtype=torch.float64)
     batches = [problem(9, 120, 16, seed=seed)[::2] for seed in range(4)]
     parts = [[(x[k::2], y[k::2]) for x, y in batches] for k in (0, 1)]
-    kept = ranks.run(trained, [(kind, refresh, weight, part, None, rate) for part in parts])
-    plain = ranks.run(trained, [(kind, "every_step", weight, part, None, rate) for part in parts])
-    for (found, swept, _), (expected, *_) in zip(kept, plain, strict=True):
-        for (loss, gradient), (other, other_gradient) in zip(found, expected, strict=True):
+    certified = ranks.run(train, [(kind, refresh, weight, part, None, rate) for part in parts])
+    plain = ranks.run(train, [(kind, "every_step", weight, part, None, rate) for part in parts])
+    for (actual, swept, _), (expected, *_) in zip(certified, plain, strict=True):
+        for (loss, gradient), (other, other_gradient) in zip(actual, expected, strict=True):
             assert loss == pytest.approx(other, rel=1e-12)
             assert relative_error(gradient, other_gradient) < 1e-12
         assert refresh != "certified" or swept[1] > 0
 
 
-def loaded(group, folder, classes, states, refresh):
-    """From a checkpoint of other ranks, and from the state dict of one device; then the term."""
+def load_and_evaluate(group, folder, classes, states, refresh):
+    """Exclusive terms after loading a checkpoint of other ranks, and the state dict of one device."""
     loss_fn = fm.ArcFaceLoss(classes, 16, process_group=group, exclusive_weight=1.0, exclusive_refresh=refresh)
     loss_fn = loss_fn.double()
     own = slice(loss_fn.shard.begin, loss_fn.shard.begin + loss_fn.shard.size)
@@ -266,26 +266,26 @@ def loaded(group, folder, classes, states, refresh):
 
 
 @pytest.mark.parametrize("refresh", ["certified", 3])
-def test_state_moves_to_other_numbers_of_ranks(ranks, tmp_path, refresh):
+def test_state_loads_on_other_numbers_of_ranks(ranks, tmp_path, refresh):
     weight = torch.randn(122, 16, dtype=torch.float64)
     batches = [problem(6, 122, 16, seed=seed)[::2] for seed in range(2)]
     saved = ranks.run(
-        trained,
+        train,
         [(fm.ArcFaceLoss, refresh, weight, [(x[k::3], y[k::3]) for x, y in batches], tmp_path) for k in range(3)],
     )
     assert all(list(state) == ["weight"] for *_, state in saved)
-    whole = torch.cat([state["weight"] for *_, state in saved])
+    full = torch.cat([state["weight"] for *_, state in saved])
     one = fm.ArcFaceLoss(122, 16, exclusive_weight=1.0, exclusive_refresh=refresh, dtype=torch.float64)
     one.load_state_dict({"weight": torch.randn(122, 16)})
     one.exclusive(one.weight)
     states = one.state_dict()
     assert len(states) > 1
     for world in (1, 2, 3):
-        for terms in ranks.run(loaded, [(tmp_path, 122, states, refresh)] * world):
-            for term, weights in zip(terms, [whole, states["weight"]] * 2, strict=True):
+        for terms in ranks.run(load_and_evaluate, [(tmp_path, 122, states, refresh)] * world):
+            for term, weights in zip(terms, [full, states["weight"]] * 2, strict=True):
                 if refresh == "certified":
                     assert term == pytest.approx(exclusive_regularization(weights).item(), rel=1e-12)
-    dcp.load(one.sharded_state_dict(), checkpoint_id=tmp_path)  # and to one device
-    assert torch.equal(one.weight, whole)
+    dcp.load(one.sharded_state_dict(), checkpoint_id=tmp_path)  # also on one device
+    assert torch.equal(one.weight, full)
     if refresh == "certified":
-        assert same(one.exclusive.find(one.weight), full_sweep(whole))
+        assert same(one.exclusive.find(one.weight), full_search(full))

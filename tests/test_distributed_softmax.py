@@ -1,12 +1,13 @@
-"""Losses over inner products, their classes divided among ranks: the loss and gradients of one device."""
+"""Losses over inner products with classes divided among ranks: the loss and gradients match one device."""
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from divided_classes import SAMPLE_COUNTS, check_losses, draw_division
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loss_inputs import leaf, problem, relative_error
-from ranks import MOST, RankError
+from ranks import MAX_RANKS, RankError
 
 import fused_margin as fm
 from fused_margin.commands.consolidate import main as consolidate
@@ -24,7 +25,7 @@ def one_rank(group, num_classes, x, weight, y, bias, margin, upstream, options):
 
 
 def compare(ranks, world, counts, num_classes, size, *, bias=True, margin=None, upstream=None, seed=0, **options):
-    """Runs a problem on `world` ranks and on none; counts are the samples of each."""
+    """Compare `world` ranks with one device; `counts` has the number of samples of each rank."""
     x, w, y = problem(sum(counts), num_classes, size, seed=seed, spread=2.0)
     if len(y) > 4:
         y[3] = -100
@@ -38,16 +39,12 @@ def compare(ranks, world, counts, num_classes, size, *, bias=True, margin=None, 
         own_upstream = None if upstream is None else upstream[own]
         arguments.append((num_classes, x[own], w[begin:end], y[own], own_bias, margin, own_upstream, options))
     results = ranks.run(one_rank, arguments)
-    if options.get("reduction") == "none":
-        assert relative_error(torch.cat([r[0] for r in results]), expected[0]) < 1e-9
-    else:
-        for loss, *_ in results:
-            torch.testing.assert_close(loss, expected[0], rtol=1e-10, atol=0, equal_nan=True)
-    for k in range(1, 4 if bias is not None else 3):  # a gradient of one class is 0, but for rounding
+    check_losses(results, expected[0], options.get("reduction"))
+    for k in range(1, 4 if bias is not None else 3):  # the gradient of a single class is 0 up to rounding
         torch.testing.assert_close(torch.cat([r[k] for r in results]), expected[k], rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("world", range(1, MOST + 1))
+@pytest.mark.parametrize("world", range(1, MAX_RANKS + 1))
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("margin", [None, fm.Margin(m1=4.0)], ids=["softmax", "L-softmax"])
 def test_reductions(ranks, world, reduction, margin):
@@ -62,37 +59,35 @@ CASES = {
     "class weights": {"class_weight": PER_CLASS},
     "smoothing": {"label_smoothing": 0.3},
     "smoothing, no bias": {"label_smoothing": 0.3, "bias": None},
-    "smoothing alone": {"label_smoothing": 1.0},
+    "full smoothing": {"label_smoothing": 1.0},
     "class weights and smoothing": {"label_smoothing": 0.1, "class_weight": PER_CLASS},
     "L-softmax, no bias": {"margin": ANNEALED, "bias": None},
     "L-softmax, class weights": {"margin": ANNEALED, "class_weight": PER_CLASS},
     "logits far from zero": {"bias": torch.linspace(-9e3, 9e3, 103, dtype=torch.float64)},
     "small workspace": {"workspace_mb": 1e-6},
     "L-softmax, small workspace": {"workspace_mb": 1e-6, "margin": ANNEALED},
-    "a scaled loss for each": {"reduction": "none", "label_smoothing": 0.2, "upstream": torch.rand(17).double()},
+    "per-sample upstream gradients": {"reduction": "none", "label_smoothing": 0.2, "upstream": torch.rand(17).double()},
 }
 
 
 @pytest.mark.parametrize("world", [2, 3])
 @pytest.mark.parametrize("case", CASES)
 def test_options(ranks, world, case):
-    compare(ranks, world, [8, 4, 5] if world == 3 else [9, 8], 103, 7, **CASES[case])
+    compare(ranks, world, SAMPLE_COUNTS[world], 103, 7, **CASES[case])
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(data=st.data())
-def test_any_division(ranks, data):
-    world = data.draw(st.integers(1, MOST))
-    counts = data.draw(st.lists(st.integers(0, 6), min_size=world, max_size=world))
-    num_classes = data.draw(st.integers(1, 40))  # fewer than ranks too
+def test_any_division_of_classes_and_samples(ranks, data):
+    counts, num_classes = draw_division(data)
     margin = data.draw(st.sampled_from([None, fm.Margin(m1=3.0)]))
     smoothing = data.draw(st.sampled_from([0.0, 0.2])) if margin is None else 0.0
     size, seed = data.draw(st.integers(2, 9)), data.draw(st.integers(0, 99))
-    compare(ranks, world, counts, num_classes, size, seed=seed, margin=margin, label_smoothing=smoothing)
+    compare(ranks, len(counts), counts, num_classes, size, seed=seed, margin=margin, label_smoothing=smoothing)
 
 
 def test_zero_rows(ranks):
-    """A zero embedding, and a zero weight of a sample's class."""
+    """A zero embedding, and a zero class weight of a target."""
     x, w, y = problem(8, 11, 5, spread=1.0)
     x[2], w[y[5]] = 0, 0
     expected = one_rank(None, None, x, w, y, None, fm.Margin(m1=4.0), None, {})
@@ -105,7 +100,7 @@ def test_zero_rows(ranks):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("margin", [None, fm.Margin(m1=4.0)], ids=["softmax", "L-softmax"])
-def test_gradients_come_in_the_parameters_dtype(ranks, dtype, margin):
+def test_gradients_have_the_dtype_of_the_parameters(ranks, dtype, margin):
     x, w, y = problem(12, 40, 9, spread=1.0)
     bias = torch.randn(40)
     x, w, bias = x.float(), w.to(dtype), bias.to(dtype)
@@ -113,8 +108,8 @@ def test_gradients_come_in_the_parameters_dtype(ranks, dtype, margin):
     halves = [(40, x[:7], w[:20], y[:7], bias[:20]), (40, x[7:], w[20:], y[7:], bias[20:])]
     results = ranks.run(one_rank, [(*own, margin, None, {}) for own in halves])
     for k, kind in ((1, torch.float32), (2, dtype), (3, dtype)):
-        found = torch.cat([r[k] for r in results])
-        assert found.dtype == kind and relative_error(found, expected[k]) < 8 * torch.finfo(kind).eps
+        actual = torch.cat([r[k] for r in results])
+        assert actual.dtype == kind and relative_error(actual, expected[k]) < 8 * torch.finfo(kind).eps
 
 
 def bias_gradient(group, x, w, y, bias):
@@ -124,14 +119,14 @@ def bias_gradient(group, x, w, y, bias):
 
 
 def test_gradient_of_a_half_bias_is_rounded_once(ranks):
-    """The target's part and the others' nearly cancel over many samples."""
+    """Over many samples, the contribution of targets and that of other classes nearly cancel."""
     dtype = torch.bfloat16
     x, w, y = torch.randn(65536, 16).to(dtype), (torch.randn(4, 16) * 0.1).to(dtype), torch.randint(4, (65536,))
     exact = leaf(torch.zeros(4), torch.float64)
     fm.functional.linear_cross_entropy(x.double(), w.double(), y, exact).backward()
     halves = [(x[rank::2], w[2 * rank :][:2], y[rank::2], torch.zeros(2, dtype=dtype)) for rank in range(2)]
-    found = torch.cat(ranks.run(bias_gradient, halves))
-    assert relative_error(found, exact.grad) < torch.finfo(dtype).eps
+    actual = torch.cat(ranks.run(bias_gradient, halves))
+    assert relative_error(actual, exact.grad) < torch.finfo(dtype).eps
 
 
 MODULES = {
@@ -144,7 +139,7 @@ MODULES = {
 
 
 def make(group, name, num_classes, weight, **options):
-    """The loss and an optimizer of all its parameters; a bias is a function of the weights."""
+    """The loss and an optimizer for all its parameters; the bias is computed from the weights."""
     torch.manual_seed(0)
     module, own = MODULES[name]
     loss_fn = module(num_classes, weight.shape[1], process_group=group, dtype=torch.float64, **own, **options)
@@ -156,7 +151,7 @@ def make(group, name, num_classes, weight, **options):
 
 
 def train(group, name, num_classes, weight, batches):
-    """A few steps; the losses, what has a row for every class, and everything else."""
+    """A few steps; returns the losses, the state with a row per class, and all other state."""
     loss_fn, optimizer = make(group, name, num_classes, weight)
     losses = []
     for x, y in batches:
@@ -171,7 +166,7 @@ def train(group, name, num_classes, weight, batches):
 
 @pytest.mark.parametrize("num_classes", [31, 2])  # with two classes one rank has none
 @pytest.mark.parametrize("name", MODULES)
-def test_modules_train_alike(ranks, name, num_classes):
+def test_modules_match_one_device(ranks, name, num_classes):
     world, w = 3, torch.randn(num_classes, 6, dtype=torch.float64)
     batches = [problem(14, num_classes, 6, seed=seed, spread=1.0)[::2] for seed in range(4)]
     expected = train(None, name, num_classes, w, batches)
@@ -206,7 +201,7 @@ def sampled(group, name, num_classes, weight, batches, rate, options):
 
 @pytest.mark.parametrize(("name", "options"), [("softmax", {}), ("L-softmax", {"annealing": False})])
 def test_sampled_classes(ranks, name, options):
-    """The loss of a step is that over the classes drawn; they hold the samples' own; a seed repeats them."""
+    """The loss is over the sampled classes, which include the targets and depend on the seed."""
     num_classes, rate = 60, 0.3
     w = torch.randn(num_classes, 6, dtype=torch.float64)
     bias, margin = (w.sum(dim=1), None) if name == "softmax" else (None, fm.Margin(m1=4.0))
@@ -221,29 +216,31 @@ def test_sampled_classes(ranks, name, options):
         for part, repeated in zip(parts, (r[0][step] for r in again), strict=True):
             assert part[0] == repeated[0] == parts[0][0]
             assert all(torch.equal(a, b) for a, b in zip(part[1:4], repeated[1:4], strict=True))
-        drawn = torch.cat([parts[0][1], parts[1][1] + 30])
-        assert torch.isin(y, drawn).all() and len(drawn) < num_classes
+        sampled_classes = torch.cat([parts[0][1], parts[1][1] + 30])
+        assert torch.isin(y, sampled_classes).all() and len(sampled_classes) < num_classes
         assert len(parts[0][1]) == max(9, int((y.unique() < 30).sum()))
-        own_bias = None if bias is None else bias[drawn]
-        expected = one_rank(None, None, x, w[drawn], torch.searchsorted(drawn, y), own_bias, margin, None, {})
+        own_bias = None if bias is None else bias[sampled_classes]
+        expected = one_rank(
+            None, None, x, w[sampled_classes], torch.searchsorted(sampled_classes, y), own_bias, margin, None, {}
+        )
         assert parts[0][0] == pytest.approx(expected[0].item(), rel=1e-10)
         assert relative_error(torch.cat([part[3] for part in parts]), expected[1]) < 1e-9
         assert relative_error(torch.cat([part[2] for part in parts]), expected[2]) < 1e-9
         if bias is not None:
-            every = torch.zeros_like(bias).index_copy(0, drawn, expected[3])
+            every = torch.zeros_like(bias).index_copy(0, sampled_classes, expected[3])
             assert relative_error(torch.cat([part[4] for part in parts]), every) < 1e-9
     assert not torch.equal(results[0][0][0][1], results[0][0][1][1])
-    whole = linear_cross_entropy(batches[0][0], w, batches[0][1], bias, margin)
-    assert results[0][1] == pytest.approx(whole.item(), rel=1e-10)  # evaluation takes all
+    full = linear_cross_entropy(batches[0][0], w, batches[0][1], bias, margin)
+    assert results[0][1] == pytest.approx(full.item(), rel=1e-10)  # evaluation uses all classes
 
 
-def kept(loss_fn, optimizer):
-    """Parameters and their momentum."""
+def parameters_and_momentum(loss_fn, optimizer):
+    """The parameters and their momentum."""
     return {name: (p.detach(), optimizer.state[p]["momentum_buffer"].clone()) for name, p in loss_fn.named_parameters()}
 
 
 def checkpoint(group, folder, num_classes, weight, batches, load):
-    """Steps from a checkpoint, or to one."""
+    """Train from a checkpoint or up to one."""
     loss_fn, optimizer = make(group, "L2-softmax", num_classes, weight)
     if load:
         for parameter in loss_fn.parameters():
@@ -255,12 +252,12 @@ def checkpoint(group, folder, num_classes, weight, batches, load):
         optimizer.step()
     if not load:
         dcp.save(loss_fn.sharded_state_dict(optimizer), checkpoint_id=folder, process_group=group)
-    return kept(loss_fn, optimizer)
+    return parameters_and_momentum(loss_fn, optimizer)
 
 
 @pytest.mark.parametrize("num_classes", [31, 2])
-def test_checkpoints_move_to_other_numbers_of_ranks(ranks, tmp_path, num_classes):
-    """What two ranks write, one to four read, and one file holds: weights, biases, the length and their momentum."""
+def test_checkpoints_load_on_other_numbers_of_ranks(ranks, tmp_path, num_classes):
+    """Two ranks save; one to four load, as does a consolidated file: weights, biases, the length and their momentum."""
     w = torch.randn(num_classes, 5, dtype=torch.float64)
     batches = [problem(9, num_classes, 5, seed=seed)[::2] for seed in range(3)]
     half = slice_of(num_classes, 0, 2)[1]
@@ -269,7 +266,7 @@ def test_checkpoints_move_to_other_numbers_of_ranks(ranks, tmp_path, num_classes
     expected = {name: [torch.cat([part[name][k] for part in saved]) for k in (0, 1)] for name in ("weight", "bias")}
     expected["alpha"] = saved[0]["alpha"]
     assert all(momentum.abs().max() > 0 for _, momentum in expected.values())
-    for world in range(1, MOST + 1):
+    for world in range(1, MAX_RANKS + 1):
         slices = [slice_of(num_classes, rank, world) for rank in range(world)]
         none = [(tmp_path, num_classes, torch.zeros(end - begin, 5), [], True) for begin, end in slices]
         loaded = ranks.run(checkpoint, none)
@@ -277,21 +274,21 @@ def test_checkpoints_move_to_other_numbers_of_ranks(ranks, tmp_path, num_classes
             for name in ("weight", "bias"):
                 assert torch.equal(torch.cat([part[name][k] for part in loaded]), expected[name][k])
             assert all(torch.equal(part["alpha"][k], expected["alpha"][k]) for part in loaded)
-    one_file = tmp_path / "whole.pt"
+    one_file = tmp_path / "full.pt"
     assert consolidate([str(tmp_path), str(one_file)]) == 0
-    whole = torch.load(one_file, weights_only=True)
+    full = torch.load(one_file, weights_only=True)
     loss_fn = fm.L2SoftmaxLoss(num_classes, 5, dtype=torch.float64)
-    loss_fn.load_state_dict({name: whole[name] for name in loss_fn.state_dict()})
+    loss_fn.load_state_dict({name: full[name] for name in loss_fn.state_dict()})
     for name, parameter in loss_fn.named_parameters():
         assert torch.equal(parameter, expected[name][0])
-        assert torch.equal(whole[f"{name}.momentum_buffer"], expected[name][1])
+        assert torch.equal(full[f"{name}.momentum_buffer"], expected[name][1])
 
 
 def bad_label(group, labels):
     fm.SoftmaxLoss(10, 4, process_group=group)(torch.randn(len(labels), 4), torch.tensor(labels))
 
 
-def test_what_is_refused(ranks):
+def test_errors(ranks):
     with pytest.raises(RankError) as caught:
         ranks.run(bad_label, [([1, 2],), ([3, 10],)])
     for rank in (0, 1):

@@ -14,7 +14,7 @@ SIZE = (6, 9, 5)
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """Thousands of tiny calls: waking threads for them takes longer than they do."""
+    """Thousands of tiny calls, which take less time than waking threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -66,7 +66,7 @@ def test_options(options, reduction):
     )
 
 
-def test_everything_at_once_with_learned_margins_and_scale():
+def test_all_options_with_learned_margins_and_scale():
     x, w, y = inputs()
     m2 = torch.rand(SIZE[0], dtype=torch.float64, requires_grad=True)
     m3 = torch.rand((), dtype=torch.float64, requires_grad=True)
@@ -78,7 +78,7 @@ def test_everything_at_once_with_learned_margins_and_scale():
     assert gradcheck(loss, (x, w, m2, m3, s))
 
 
-def test_sums_and_exclusive_term():
+def test_cosine_logsumexp_and_exclusive_term():
     x, w, y = inputs()
     s = (torch.rand(SIZE[0], dtype=torch.float64) + 5).requires_grad_()
     assert gradcheck(lambda a, b, c: cosine_logsumexp(a, b, y, c), (x, w, s))

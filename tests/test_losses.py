@@ -1,4 +1,4 @@
-"""The loss modules: conventions of nn.Module, and that each is its paper's margin."""
+"""The loss modules: the conventions of nn.Module, and the margin of each paper."""
 
 import copy
 import warnings
@@ -22,7 +22,7 @@ MODULES = {
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_defaults_are_the_papers(name):
+def test_defaults_match_the_papers(name):
     module, margin, scale = MODULES[name]
     x, _, y = problem(12, 30, 8, spread=1.0)
     loss_fn = module(30, 8, exclusive_weight=0.5, dtype=torch.float64)
@@ -55,12 +55,12 @@ def test_module_conventions(name):
 
 
 def test_combined_presets():
-    """The numbers of the ArcFace paper's table."""
+    """The margins in the ArcFace paper's table."""
     assert fm.CombinedMarginLoss(30, 8, **fm.margins.CM1).margin_function == fm.Margin(1.0, 0.3, 0.2)
     assert fm.CombinedMarginLoss(30, 8, **fm.margins.CM2).margin_function == fm.Margin(0.9, 0.4, 0.15)
 
 
-def test_small_scale_warns():
+def test_small_scale_warning():
     """The bound for 1,001 classes and probability 0.9 is 1000 / 1001 * log(9000) = 9.096."""
     with pytest.warns(UserWarning, match=r"scale 9 is below 9\.10") as caught:
         fm.ArcFaceLoss(1001, 8, scale=9)
@@ -106,7 +106,7 @@ def test_logits_are_scaled_cosines_without_margin():
 
 
 def test_sphereface_annealing():
-    """lambda = max(5, 1000 / (1 + 0.12 iteration)); evaluation is not an iteration; the state dict carries it."""
+    """lambda = max(5, 1000 / (1 + 0.12 iteration)); evaluation does not count; the state dict has the iteration."""
     x, _, y = problem(6, 30, 8)
     loss_fn = fm.SphereFaceLoss(30, 8, dtype=torch.float64)
     for iteration in range(3):
@@ -125,7 +125,7 @@ def test_sphereface_annealing():
 
 
 def test_training_separates_classes():
-    """A few steps with projected weights bring the loss down and the exclusive term with it."""
+    """A few steps with projected weights reduce the loss and the exclusive term."""
     generator = torch.Generator().manual_seed(7)
     centers = torch.randn(40, 16, generator=generator)
     loss_fn = fm.ArcFaceLoss(40, 16, scale=16.0, exclusive_weight=0.1)

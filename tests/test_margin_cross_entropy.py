@@ -27,10 +27,10 @@ MARGINS = {
 }
 # (N, C, D): odd sizes on purpose
 SHAPES = [(252, 507, 123), (1, 4099, 64), (33, 1, 8), (17, 2, 16), (16, 16, 3), (5, 1031, 512)]
-KEEP, RECOMPUTE = 256, 1e-6  # workspace_mb: everything kept, or one smallest chunk at a time
+SAVE, RECOMPUTE = 256, 1e-6  # workspace_mb: all chunks saved, or one chunk of the smallest size at a time
 
 
-@pytest.mark.parametrize("workspace_mb", [KEEP, RECOMPUTE], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("workspace_mb", [SAVE, RECOMPUTE], ids=["saved", "recomputed"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 def test_shapes(shape, dtype, workspace_mb):
@@ -56,8 +56,8 @@ def test_margins_and_scales(name, scale):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_not_less_exact_than_torch(dtype):
-    """Error no larger than that of plain torch in the same dtype (inputs rounded alike) plus one rounding."""
+def test_at_least_as_accurate_as_torch(dtype):
+    """The error is at most that of plain torch in the same dtype, with the same rounded inputs, plus one rounding."""
     x, w, y = (t.to(dtype) if t.is_floating_point() else t for t in problem(64, 2000, 96))
     expected = truth(x, w, y, {"m2": 0.5})
     plain = loss_and_gradients(reference.margin_cross_entropy, x, w, y, {"m2": 0.5})
@@ -68,7 +68,7 @@ def test_not_less_exact_than_torch(dtype):
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_options_mean_what_cross_entropy_means(reduction, label_smoothing, weighted):
+def test_options_match_torch_cross_entropy(reduction, label_smoothing, weighted):
     x, w, y = problem(50, 200, 32)
     y[::7] = -5
     options = {"reduction": reduction, "ignore_index": -5, "label_smoothing": label_smoothing}
@@ -77,13 +77,13 @@ def test_options_mean_what_cross_entropy_means(reduction, label_smoothing, weigh
     upstream = torch.randn(50, dtype=torch.float64) if reduction == "none" else None  # unequal on purpose
     for scale in (20.0, None):
         expected = truth(x, w, y, {"m2": 0.3}, scale, upstream=upstream, **options)
-        for workspace_mb in (KEEP, RECOMPUTE):
+        for workspace_mb in (SAVE, RECOMPUTE):
             measured = ours(x, w, y, {"m2": 0.3}, scale, upstream=upstream, workspace_mb=workspace_mb, **options)
             for m, e in zip(measured, expected, strict=True):
                 assert relative_error(m, e) < 1e-11
 
 
-@pytest.mark.parametrize("workspace_mb", [KEEP, RECOMPUTE], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("workspace_mb", [SAVE, RECOMPUTE], ids=["saved", "recomputed"])
 def test_exclusive_term_in_the_same_call(workspace_mb):
     x, w, y = problem(20, 500, 16)
     options = {"exclusive_weight": 3.0, "label_smoothing": 0.1}
@@ -92,7 +92,7 @@ def test_exclusive_term_in_the_same_call(workspace_mb):
         assert relative_error(m, e) < 1e-11
 
 
-def test_a_class_of_ignore_index_within_range():
+def test_ignore_index_that_is_a_class():
     x, w, y = problem(30, 12, 8)
     options = {"ignore_index": 3, "label_smoothing": 0.2}
     for m, e in zip(ours(x, w, y, {"m2": 0.5}, **options), truth(x, w, y, {"m2": 0.5}, **options), strict=True):
@@ -101,7 +101,7 @@ def test_a_class_of_ignore_index_within_range():
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("labels", [[], [-100, -100, -100]], ids=["empty", "all ignored"])
-def test_without_a_label_like_cross_entropy(labels, reduction):
+def test_no_valid_label_matches_torch_cross_entropy(labels, reduction):
     labels = torch.tensor(labels, dtype=torch.int64)
     x, w, _ = problem(len(labels), 20, 8)
     expected = F.cross_entropy(torch.zeros(len(labels), 20), labels, reduction=reduction)
@@ -135,10 +135,10 @@ def test_per_sample_margins_and_scale_are_differentiable():
 
 
 @pytest.mark.parametrize("layout", ["transposed", "sliced", "expanded embeddings", "reversed columns"])
-def test_strides_make_no_difference(layout):
+def test_strided_inputs(layout):
     x, w, y = problem(24, 90, 20)
     expected = truth(x, w, y, {"m2": 0.5}, exclusive_weight=0.5)
-    if layout == "transposed":  # a (D, C) parameter, as pytorch-metric-learning keeps it
+    if layout == "transposed":  # a (D, C) parameter, as in pytorch-metric-learning
         x2, w2 = x.clone().requires_grad_(), w.t().contiguous().requires_grad_()
         loss = fm.functional.margin_cross_entropy(x2, w2.t(), y, fm.Margin(m2=0.5), exclusive_weight=0.5)
         loss.backward()
@@ -165,14 +165,14 @@ def test_strides_make_no_difference(layout):
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.uint8], ids=str)
-def test_integer_labels_of_any_width(dtype):
+def test_labels_of_any_integer_dtype(dtype):
     x, w, y = problem(10, 100, 8)
     assert torch.equal(ours(x, w, y.to(dtype))[0], ours(x, w, y)[0])
 
 
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)
 def test_mixed_and_half_precision(half):
-    """Half inputs are read as they are and computed in float32; gradients come in the input's dtype."""
+    """Half inputs are computed in float32; gradients have the input's dtype."""
     x, w, y = problem(30, 400, 48)
     for x_dtype, w_dtype in ((half, half), (half, torch.float32), (torch.float32, half)):
         loss, dx, dw = ours(x.to(x_dtype), w.to(w_dtype), y, {"m2": 0.5})
@@ -183,7 +183,7 @@ def test_mixed_and_half_precision(half):
         assert relative_error(dw, expected[2]) < torch.finfo(w_dtype).eps + 1e-5
 
 
-def test_gradients_only_where_asked():
+def test_gradients_only_where_required():
     x, w, y = problem(10, 50, 8)
     _, dx, dw = ours(x, w, y, {"m2": 0.5}, None)
     x2 = x.clone().requires_grad_()
@@ -195,7 +195,7 @@ def test_gradients_only_where_asked():
 
 
 class TestExtremes:
-    """Where the textbook formulas give NaN, infinity or nothing."""
+    """Inputs for which the textbook formulas give NaN, infinity or 0."""
 
     def test_scales_up_to_500(self):
         for scale in (70.0, 71.0, 100.0, 500.0):
@@ -206,7 +206,7 @@ class TestExtremes:
                     assert relative_error(m, e) < tolerance
 
     def test_every_negative_opposite(self):
-        """Sums whose every term would underflow with a shift that is not the row's own."""
+        """Sums in which every term would underflow if the shift were not computed for each row."""
         x = torch.tensor([[1.0, 0.0]], dtype=torch.float32)
         w = torch.tensor([[1.0, 0.0], [-1.0, 1e-3], [-1.0, -2e-3]], dtype=torch.float32)
         for scale in (64.0, 500.0):
@@ -217,7 +217,7 @@ class TestExtremes:
     @pytest.mark.parametrize("cosine", [1.0, -1.0])
     @pytest.mark.parametrize("name", MARGINS)
     def test_cosine_of_plus_or_minus_one(self, name, cosine):
-        """Finite, and what the float64 reference tends to as the angle approaches 0 or pi."""
+        """Results are finite and equal the limit of the float64 reference as the angle approaches 0 or pi."""
         margin, scale = MARGINS[name], 4.0
         w = torch.eye(3, 4, dtype=torch.float64)
         exact = cosine * w[:1] * 2.0
@@ -228,8 +228,8 @@ class TestExtremes:
             loss, dx, dw = ours(exact.to(dtype), w.to(dtype), y, margin, scale)
             assert dx.isfinite().all() and dw.isfinite().all()
             torch.testing.assert_close(loss.double(), expected[0], rtol=1e-3, atol=1e-3)
-            # at the pole the direction away from the target does not exist, so its gradient is 0;
-            # all other components must be the limit
+            # at the pole the direction away from the target is undefined, so its gradient is 0;
+            # all other components must equal the limit
             torch.testing.assert_close(dx.double()[:, :3], expected[1][:, :3], rtol=1e-3, atol=1e-3)
             torch.testing.assert_close(dw.double()[:, :3], expected[2][:, :3], rtol=1e-3, atol=1e-3)
         target = torch.tensor(cosine, dtype=torch.float64)
@@ -240,7 +240,7 @@ class TestExtremes:
 
     @staticmethod
     def slope(cosine, margin):
-        """dpsi/dcos as the fused kernel computes it, by a two-class problem with one embedding at that angle."""
+        """dpsi/dcos as computed by the fused kernel, from a two-class problem with one embedding at that angle."""
         from fused_margin._ops import library
         from fused_margin.margins import BEYOND_PI
 
@@ -254,7 +254,7 @@ class TestExtremes:
         )  # fmt: skip
         return -derivatives[library.DERIVATIVES.index("target_cosine"), 0]
 
-    def test_one_dimension_has_no_direction_to_turn(self):
+    def test_gradient_is_zero_in_one_dimension(self):
         x, w, y = problem(16, 16, 1)
         for dtype, tolerance in ((torch.float32, 1e-2), (torch.float64, 1e-6)):
             _, dx, dw = ours(x.to(dtype), w.to(dtype), y, {"m2": 0.5})
@@ -266,7 +266,7 @@ class TestExtremes:
             x[3] = 0
             w[5] = 0
             w[y[0]] = 0
-            for workspace_mb in (KEEP, RECOMPUTE):
+            for workspace_mb in (SAVE, RECOMPUTE):
                 for dtype in (torch.float32, torch.float64):
                     x2, w2 = x.to(dtype), w.to(dtype)
                     loss, dx, dw = ours(x2, w2, y, {"m2": 0.5}, scale, exclusive_weight=0.3, workspace_mb=workspace_mb)
@@ -276,7 +276,7 @@ class TestExtremes:
                     assert relative_error(loss, expected) < 1e-5
 
     def test_tiny_and_huge_rows(self):
-        """Scaling a row changes nothing but the gradient's own scale."""
+        """Scaling a row only scales its gradient."""
         x, w, y = problem(12, 30, 8)
         x, w = x.float(), w.float()
         base = ours(x, w, y, {"m2": 0.5})
@@ -294,7 +294,7 @@ class TestExtremes:
         assert dx.isfinite().all() and dw.isfinite().all()
 
 
-def test_workspace_decides_what_is_kept(monkeypatch):
+def test_workspace_decides_which_chunks_are_saved(monkeypatch):
     w = torch.empty(10_000, 64)
     full = plan_chunks(planned_inputs(256, w, workspace_bytes=256 << 20), keep=True)
     monkeypatch.setitem(CHUNK_BYTES, "cpu", 1 << 20)
@@ -306,7 +306,7 @@ def test_workspace_decides_what_is_kept(monkeypatch):
     assert none.chunk == 64
 
 
-def test_partly_kept_equals_all_kept(monkeypatch):
+def test_partly_saved_equals_all_saved(monkeypatch):
     monkeypatch.setitem(CHUNK_BYTES, "cpu", 50_000)
     x, w, y = (t.float() if t.is_floating_point() else t for t in problem(64, 3000, 16))
     plan = plan_chunks(planned_inputs(64, w, workspace_bytes=200_000), keep=True)
@@ -329,8 +329,8 @@ def test_cosine_logsumexp():
             assert relative_error(m, e) < 1e-11
 
 
-def test_a_users_own_margin_is_our_margin():
-    """The documented recipe: softplus(negative_logsumexp - z) with any z of the target cosine."""
+def test_custom_margin_matches_built_in():
+    """The documented recipe: softplus(negative_logsumexp - z), where z is any function of the target cosine."""
     x, w, y = problem(20, 100, 16)
     x2, w2 = x.clone().requires_grad_(), w.clone().requires_grad_()
     nlse, cosine = fm.functional.cosine_logsumexp(x2, w2, y, 30.0)

@@ -1,4 +1,4 @@
-"""nearest_class, the exclusive term and separability against whole C x C matrices."""
+"""nearest_class, the exclusive term and separability against full C x C matrices."""
 
 import pytest
 import torch
@@ -9,13 +9,13 @@ from fused_margin import reference
 from fused_margin._ops.backends.portable import plan_chunks
 from fused_margin.functional import exclusive_regularization, nearest_class, separability
 
-SMALL = 1e-6  # workspace_mb: smallest tiles
+SMALL = 1e-6  # workspace_mb: tiles of the smallest size
 
 
 @pytest.mark.parametrize("workspace_mb", [256, 0.3, SMALL])
 @pytest.mark.parametrize("shape", [(2, 4), (16, 3), (507, 33), (1031, 8), (640, 1)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_against_the_whole_matrix(shape, dtype, workspace_mb):
+def test_against_the_full_matrix(shape, dtype, workspace_mb):
     w = torch.randn(shape, dtype=dtype)
     cosine, index = nearest_class(w, workspace_mb=workspace_mb)
     expected, _ = reference.nearest_class(w.double())
@@ -28,7 +28,7 @@ def test_against_the_whole_matrix(shape, dtype, workspace_mb):
 
 @pytest.mark.parametrize("workspace_mb", [256, SMALL])
 def test_ties_go_to_the_lowest_index(workspace_mb):
-    w = torch.eye(3, dtype=torch.float32)[torch.arange(500) % 3]  # 3 directions, each many times
+    w = torch.eye(3, dtype=torch.float32)[torch.arange(500) % 3]  # 3 distinct directions, each repeated many times
     cosine, index = nearest_class(w, workspace_mb=workspace_mb)
     assert (cosine == 1).all()
     expected = torch.where(torch.arange(500) < 3, torch.arange(500) + 3, torch.arange(500) % 3)
@@ -50,7 +50,7 @@ def test_gradient(workspace_mb):
     assert relative_error(*gradients) < 1e-12
 
 
-def test_exclusive_regularization_in_all_its_forms():
+def test_exclusive_regularization():
     x, w, y = problem(8, 200, 16)
     expected = reference.exclusive_regularization(w)
     torch.testing.assert_close(exclusive_regularization(w), expected)
@@ -86,7 +86,7 @@ def test_tiles_stay_within_the_workspace(samples, classes, workspace_mb):
     sizes = [end - begin for begin, end in map(plan.bounds, range(plan.chunks))]
     multiplied = sum(size * sum(sizes[: k + 1]) for k, size in enumerate(sizes))
     if classes > 10_000:
-        assert multiplied < 0.56 * classes**2  # close to half of the square
+        assert multiplied < 0.56 * classes**2  # close to half of the full matrix
 
 
 def test_zero_and_nan_rows():
@@ -113,8 +113,8 @@ NO_DERIVATIVE = {
 
 
 @pytest.mark.parametrize("name", NO_DERIVATIVE)
-def test_results_without_derivative_are_refused_by_torch_func(name):
-    """They would be 0. The rows that the index names have a derivative."""
+def test_torch_func_rejects_results_without_derivative(name):
+    """The derivative would silently be 0. Rows selected by the index do have one."""
     w, function = torch.randn(20, 8), NO_DERIVATIVE[name]
     for transform in (
         lambda f: torch.func.grad(lambda v: f(v).cosine.sum())(w),

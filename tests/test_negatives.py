@@ -1,4 +1,4 @@
-"""What becomes of other classes: sub-centers, CurricularFace's hard negatives, InsightFace's filtering."""
+"""Options for negative classes: sub-centers, CurricularFace's hard negatives, InsightFace's filtering."""
 
 import math
 from dataclasses import replace
@@ -13,10 +13,10 @@ from fused_margin._ops.backends import portable
 from fused_margin.functional import margin_cross_entropy
 from fused_margin.margins import FilteredNegatives, HardNegatives
 
-KEEP, RECOMPUTE = 256, 1e-6
+SAVE, RECOMPUTE = 256, 1e-6
 
 
-@pytest.mark.parametrize("workspace_mb", [KEEP, RECOMPUTE], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("workspace_mb", [SAVE, RECOMPUTE], ids=["saved", "recomputed"])
 @pytest.mark.parametrize("scale", [20.0, 300.0, None], ids=str)
 @pytest.mark.parametrize("sub_centers", [1, 2, 3, 7])
 def test_sub_centers(sub_centers, scale, workspace_mb):
@@ -33,7 +33,7 @@ def test_sub_centers(sub_centers, scale, workspace_mb):
             assert relative_error(m, e) < tolerance
 
 
-def test_equal_sub_centers_give_the_first_all():
+def test_equal_sub_centers_give_all_gradient_to_the_first():
     x, w, y = problem(8, 20, 6)
     doubled = w.repeat_interleave(2, dim=0)
     loss, dx, dw = ours(x, doubled, y, {"m2": 0.5}, sub_centers=2)
@@ -44,24 +44,24 @@ def test_equal_sub_centers_give_the_first_all():
 
 
 def hard(x, w, y, strength=0.3):
-    """CurricularFace's threshold, which is below some of the cosines."""
+    """CurricularFace's threshold, lower than some of the cosines."""
     cosine = reference.normalize(x) @ reference.normalize(w).t()
     threshold = torch.cos(torch.acos(cosine[torch.arange(len(y)), y]) + 0.5)
     assert (cosine > threshold.unsqueeze(1)).double().mean() > 0.1
     return threshold, strength
 
 
-@pytest.mark.parametrize("workspace_mb", [KEEP, RECOMPUTE], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("workspace_mb", [SAVE, RECOMPUTE], ids=["saved", "recomputed"])
 @pytest.mark.parametrize("scale", [4.0, 64.0, 300.0])
 @pytest.mark.parametrize("strength", [0.0, 0.3, 1.0])
 def test_hard_negatives(strength, scale, workspace_mb):
     x, w, y = problem(29, 307, 6)
     for dtype, tolerance in ((torch.float64, 1e-11), (torch.float32, 1e-5)):
         given = x.to(dtype), w.to(dtype), y, {"m2": 0.5}, scale
-        found = hard(x.to(dtype).double(), w.to(dtype).double(), y, strength)
-        found = found[0] + 1e-9, found[1]  # no cosine is as near to it as rounding
-        expected = truth(*given, hard_negatives=found)
-        measured = ours(*given, hard_negatives=HardNegatives(*found), workspace_mb=workspace_mb)
+        negatives = hard(x.to(dtype).double(), w.to(dtype).double(), y, strength)
+        negatives = negatives[0] + 1e-9, negatives[1]  # no cosine is within rounding of it
+        expected = truth(*given, hard_negatives=negatives)
+        measured = ours(*given, hard_negatives=HardNegatives(*negatives), workspace_mb=workspace_mb)
         for m, e in zip(measured, expected, strict=True):
             assert relative_error(m, e) < tolerance
 
@@ -82,14 +82,14 @@ FILTER = FilteredNegatives(THRESHOLD)
 
 
 def filtering(x, w, y, sub_centers=1):
-    """FILTER as the oracle takes it. Some classes are above it, own ones too; none so near that rounding decides."""
+    """FILTER for the oracle. Some classes, targets too, are above it; none is within rounding of it."""
     cosine = (reference.normalize(x) @ reference.normalize(w).t()).unflatten(1, (-1, sub_centers)).amax(dim=2)
     assert 0.1 < (cosine > THRESHOLD).double().mean() < 0.9 and ((cosine - THRESHOLD).abs() > 1e-6).all()
     assert (cosine[torch.arange(len(y)), y] > THRESHOLD).any()
     return torch.full((len(y),), THRESHOLD, dtype=torch.float64), None
 
 
-@pytest.mark.parametrize("workspace_mb", [KEEP, RECOMPUTE], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("workspace_mb", [SAVE, RECOMPUTE], ids=["saved", "recomputed"])
 @pytest.mark.parametrize("scale", [4.0, 64.0, 300.0, None], ids=str)
 @pytest.mark.parametrize("sub_centers", [1, 3])
 def test_filtered_negatives(sub_centers, scale, workspace_mb):
@@ -97,15 +97,15 @@ def test_filtered_negatives(sub_centers, scale, workspace_mb):
     y = y % (306 // sub_centers)
     for dtype, tolerance in ((torch.float64, 1e-11), (torch.float32, 1e-5)):
         given = x.to(dtype), w.to(dtype), y, {"m2": 0.5}, scale
-        found = filtering(given[0].double(), given[1].double(), y, sub_centers)
-        expected = truth(*given, sub_centers=sub_centers, hard_negatives=found)
+        negatives = filtering(given[0].double(), given[1].double(), y, sub_centers)
+        expected = truth(*given, sub_centers=sub_centers, hard_negatives=negatives)
         measured = ours(*given, sub_centers=sub_centers, hard_negatives=FILTER, workspace_mb=workspace_mb)
         for m, e in zip(measured, expected, strict=True):
             assert relative_error(m, e) < tolerance
 
 
-def test_own_scales_and_filtered_negatives():
-    """A filtered class adds nothing to the scale's gradient either."""
+def test_per_sample_scales_and_filtered_negatives():
+    """A filtered class does not contribute to the scale's gradient."""
     x, w, y = problem(29, 307, 6)
     a, b = (leaf(torch.linspace(1, 30, 29, dtype=torch.float64)) for _ in range(2))
     margin_cross_entropy(x, w, y, scale=a, hard_negatives=FILTER).backward()
@@ -117,24 +117,24 @@ def test_all_other_classes_filtered():
     x = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
     w = torch.tensor([[1.0, 0.5], [1.0, 0.2], [1.0, -0.3]], dtype=torch.float64)
     loss, _, dw = ours(x, w, torch.tensor([0]), scale=2.0, hard_negatives=FilteredNegatives(0.9))
-    logit = 2.0 / math.sqrt(1.25)  # two others with logit 0
+    logit = 2.0 / math.sqrt(1.25)  # two other classes with logit 0
     assert loss.item() == pytest.approx(math.log(math.exp(logit) + 2) - logit, rel=1e-12)
     assert dw[0].any() and not dw[1:].any()
 
 
-def test_a_threshold_of_one_filters_nothing():
-    """Not the cosines either that rounding puts above 1."""
+def test_threshold_of_one_filters_nothing():
+    """Nor does it filter cosines that rounding puts above 1."""
     x, w, y = (t.float() if t.is_floating_point() else t for t in problem(29, 307, 6))
     w[:29] = x
     for m, e in zip(ours(x, w, y, hard_negatives=FilteredNegatives(1)), ours(x, w, y), strict=True):
         assert torch.equal(m, e)
 
 
-def test_filtered_negatives_share_one_exponent():
-    question = replace(planned_inputs(3, torch.randn(50, 6)), hard_threshold=torch.zeros(3, dtype=torch.float64))
-    assert portable.fixed_exponent(question) is not None
-    hard_question = replace(question, hard_strength=torch.ones(1, dtype=torch.float64))
-    assert portable.fixed_exponent(hard_question) is None  # these cosines may become 2
+def test_filtered_negatives_use_one_exponent():
+    inputs = replace(planned_inputs(3, torch.randn(50, 6)), hard_threshold=torch.zeros(3, dtype=torch.float64))
+    assert portable.fixed_exponent(inputs) is not None
+    hard_inputs = replace(inputs, hard_strength=torch.ones(1, dtype=torch.float64))
+    assert portable.fixed_exponent(hard_inputs) is None  # these cosines may become as large as 2
 
 
 def test_gradcheck():
@@ -146,7 +146,7 @@ def test_gradcheck():
         {"hard_negatives": HardNegatives(threshold, 0.4)},
         {"hard_negatives": FilteredNegatives(0.3)},
     ):
-        for workspace_mb in (KEEP, RECOMPUTE):
+        for workspace_mb in (SAVE, RECOMPUTE):
             assert torch.autograd.gradcheck(
                 lambda a, b, w=workspace_mb, o=options: margin_cross_entropy(
                     a, b, y % 4, fm.Margin(m2=0.5), 8.0, workspace_mb=w, **o
@@ -176,7 +176,7 @@ def test_every_instruction_set(negatives):
             assert relative_error(a, b) < 1e-5
 
 
-def test_a_nan_makes_the_loss_nan():
+def test_nan_makes_the_loss_nan():
     x, w, y = problem(8, 20, 6)
     w[3] = torch.nan
     for options in (
@@ -187,7 +187,7 @@ def test_a_nan_makes_the_loss_nan():
         assert margin_cross_entropy(x, w, y % 10, **options).isnan()
 
 
-def test_what_is_refused():
+def test_errors():
     x, w, y = problem(8, 20, 6)
     negatives = HardNegatives(torch.zeros(8, dtype=torch.float64), 0.1)
     for message, options in (
@@ -223,14 +223,14 @@ def test_what_is_refused():
     ],
     ids=str,
 )
-def test_thresholds_that_filter_nothing_or_are_no_cosine(threshold, error, got):
+def test_thresholds_outside_the_range_of_cosines(threshold, error, got):
     x, w, y = problem(8, 20, 6)
     with pytest.raises(error, match=f"hard_negatives.threshold: expected a number.*{got}"):
         margin_cross_entropy(x, w, y, hard_negatives=FilteredNegatives(threshold))
 
 
 def test_curricularface():
-    """Two steps against the formula: t is updated before it is used, evaluation leaves it alone."""
+    """Two steps against the formula: t is updated before use, and not in evaluation."""
     x, _, y = problem(40, 30, 6)
     loss_fn = fm.CurricularFaceLoss(30, 6, dtype=torch.float64)
     t = torch.tensor(0.0, dtype=torch.float64)
@@ -240,7 +240,7 @@ def test_curricularface():
         cosine = (reference.normalize(b) @ reference.normalize(w).t())[torch.arange(40), y].detach()
         if loss_fn.training:
             t = 0.01 * cosine.mean() + 0.99 * t
-        # past pi the margin goes on as everywhere in this package
+        # beyond pi the margin continues as in the rest of this package
         threshold = reference.psi(cosine, m2=0.5)
         loss_fn.weight.grad = None
         loss = loss_fn(a, y)
@@ -270,7 +270,7 @@ def test_sub_center_arcface():
     assert "sub_centers=3" in repr(loss_fn)
     with pytest.raises(ValueError, match="exclusive_weight"):
         fm.SubCenterArcFaceLoss(30, 6, exclusive_weight=1.0)
-    # the adaptive losses find the nearest sub-center too
+    # the adaptive losses use the nearest sub-center too
     adaptive = fm.CurricularFaceLoss(30, 6, sub_centers=3, dtype=torch.float64)
     adaptive(x, y)
     own = reference.normalize(x) @ reference.normalize(adaptive.weight).t()

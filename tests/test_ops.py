@@ -1,4 +1,4 @@
-"""The operators as torch sees them: schemas, fakes, compilation, autocast, repeatability."""
+"""The operators in torch: schemas, fakes, compilation, autocast, determinism, unsupported derivatives."""
 
 import json
 import os
@@ -121,8 +121,8 @@ LOSSES = {
     ],
 )
 def test_compiled_equals_eager(name, backend):
-    """One graph without breaks, also while the annealing changes and for another batch size."""
-    torch._dynamo.reset()  # recompilation limits count what other tests compiled
+    """One graph without breaks, also while annealing changes and with another batch size."""
+    torch._dynamo.reset()  # recompilations in other tests count towards the limits
     torch.manual_seed(1)
     eager = LOSSES[name]()
     compiled_module = LOSSES[name]()
@@ -143,7 +143,7 @@ def test_compiled_equals_eager(name, backend):
             torch.testing.assert_close(c, e)  # running statistics
 
 
-def test_autocast_changes_nothing_of_the_arithmetic():
+def test_autocast_does_not_change_the_arithmetic():
     x, w, y = single(12, 90, 16)
     outside = ours(x, w, y, {"m2": 0.5})
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -152,7 +152,7 @@ def test_autocast_changes_nothing_of_the_arithmetic():
         assert torch.equal(o, i)
 
 
-def test_autocast_backbone():
+def test_embeddings_of_an_autocast_backbone():
     """Half-precision embeddings from an autocast layer meet float32 class weights."""
     layer, loss_fn = torch.nn.Linear(10, 16), fm.ArcFaceLoss(90, 16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -164,7 +164,7 @@ def test_autocast_backbone():
 
 
 @pytest.mark.parametrize("workspace_mb", [256, 1e-6])
-def test_the_same_bits_every_time(workspace_mb):
+def test_results_are_deterministic(workspace_mb):
     x, w, y = single(65, 3001, 33)
     first = ours(x, w, y, {"m2": 0.5}, exclusive_weight=0.1, workspace_mb=workspace_mb)
     for _ in range(3):
@@ -173,7 +173,7 @@ def test_the_same_bits_every_time(workspace_mb):
             assert torch.equal(a, b)
 
 
-def test_a_saved_graph_runs_twice():
+def test_retained_graph_runs_twice():
     x, w, y = single(12, 90, 16)
     for workspace_mb in (256, 1e-6):
         x, w = leaf(x), leaf(w)
@@ -184,7 +184,7 @@ def test_a_saved_graph_runs_twice():
             assert torch.equal(a, b)
 
 
-def test_changing_the_weight_before_backward_is_an_error():
+def test_in_place_weight_update_before_backward_is_an_error():
     x, w, y = single(12, 90, 16)
     w = leaf(w)
     loss = fm.functional.margin_cross_entropy(x, w, y)
@@ -194,7 +194,7 @@ def test_changing_the_weight_before_backward_is_an_error():
         loss.backward()
 
 
-def test_second_derivatives_are_refused():
+def test_second_derivatives_are_errors():
     x, w, y = single(12, 90, 16)
     x = leaf(x)
     for loss in (
@@ -208,7 +208,7 @@ def test_second_derivatives_are_refused():
 
 
 def test_first_call_does_not_import_the_compiler():
-    """It takes seconds, and a process that compiles nothing does not need it."""
+    """The import takes seconds, and a process that does not compile does not need it."""
     code = """
 import json, sys
 import torch, fused_margin as fm
@@ -227,8 +227,8 @@ print(json.dumps([name for name in ("torch._dynamo", "torch._inductor", "sympy")
     assert json.loads(done.stdout) == []
 
 
-def test_a_state_that_an_op_writes_to_counts_as_modified():
-    """As after any in-place operation: autograd must not use what it saved of it."""
+def test_ops_mark_their_state_as_modified():
+    """As after any in-place operation, autograd must not use values saved before."""
     state = cache.new_cache(torch.randn(30, 6), 30)
     weight, index, age = torch.randn(30, 6), torch.zeros(30, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
     before = [t._version for t in (*state, index, age, weight)]
@@ -236,11 +236,11 @@ def test_a_state_that_an_op_writes_to_counts_as_modified():
     nearest_ops.periodic_nearest(weight, index, age, 3, True, 1 << 20, "", 30)
     after = [t._version for t in (*state, index, age, weight)]
     assert all(a > b for a, b in zip(after[:-1], before[:-1], strict=True)) and after[-1] == before[-1]
-    with torch.inference_mode():  # tensors made here have no version
+    with torch.inference_mode():  # tensors created here have no version
         nearest_ops.periodic_nearest(weight, index.clone(), age.clone(), 3, True, 1 << 20, "", 30)
 
 
-def test_ops_without_a_derivative_say_so():
+def test_ops_without_a_derivative_raise():
     weight = leaf(torch.randn(30, 6))
     cosine, _ = nearest_ops.nearest_rows(weight, None, 1, False, 1 << 20)
     with pytest.raises(RuntimeError, match="nearest_rows has no derivative"):
@@ -266,7 +266,7 @@ DERIVATIVES = {
     "torch.func.jvp": (FORWARD_MODE, lambda f: torch.func.jvp(f, (X, W), (X, W))),
     "torch.func.jvp, both modes": (FORWARD_MODE, lambda f: torch.func.jvp(f, (leaf(X), leaf(W)), (X, W))),
     "torch.func.jacfwd": (FORWARD_MODE, lambda f: torch.func.jacfwd(f, (0, 1))(X, W)),
-    "dual numbers": (FORWARD_MODE, lambda f: of_dual_numbers(f)),
+    "dual numbers": (FORWARD_MODE, lambda f: with_dual_numbers(f)),
     "torch.autograd.functional.jvp": (SECOND_ORDER, lambda f: torch.autograd.functional.jvp(f, (X, W), (X, W))),
     "torch.autograd.functional.hessian": (SECOND_ORDER, lambda f: torch.autograd.functional.hessian(f, (X, W))),
     "torch.autograd.functional.jacobian": (
@@ -282,21 +282,21 @@ DERIVATIVES = {
 }
 
 
-def of_dual_numbers(function):
+def with_dual_numbers(function):
     with torch.autograd.forward_ad.dual_level():
         return function(*(torch.autograd.forward_ad.make_dual(t, t) for t in (X, W)))
 
 
 @pytest.mark.parametrize("derivative", DERIVATIVES)
 @pytest.mark.parametrize("function", DIFFERENTIATED)
-def test_derivatives_that_cannot_be_served_say_so(function, derivative):
-    """Never a silent 0."""
-    said, differentiate = DERIVATIVES[derivative]
-    with pytest.raises(RuntimeError, match=said):
+def test_unsupported_derivatives_raise(function, derivative):
+    """The result is never a silent 0."""
+    message, differentiate = DERIVATIVES[derivative]
+    with pytest.raises(RuntimeError, match=message):
         differentiate(DIFFERENTIATED[function])
 
 
-def test_the_reference_has_the_derivatives_that_errors_send_to_it():
+def test_reference_has_the_derivatives_that_error_messages_refer_to():
     def function(x):
         return fm.reference.margin_cross_entropy(x, W, Y, {"m2": 0.5})
 
@@ -313,22 +313,22 @@ def one_rank(tmp_path):
     dist.destroy_process_group()
 
 
-def test_derivatives_over_divided_classes_that_cannot_be_served_say_so(one_rank):
+def test_unsupported_derivatives_over_divided_classes_raise(one_rank):
     functions = [
         lambda x, w: fm.functional.margin_cross_entropy(x, w, Y, fm.Margin(m2=0.5), shard=one_rank),
         lambda x, w: fm.functional.linear_cross_entropy(x, w, Y, w.sum(1), label_smoothing=0.1, shard=one_rank),
         lambda x, w: fm.functional.exclusive_regularization(w, shard=one_rank) * x.square().sum(),
     ]
     for function in functions:
-        for said, differentiate in DERIVATIVES.values():
-            with pytest.raises(RuntimeError, match=f"{said}|the transforms of torch.func are not supported"):
+        for message, differentiate in DERIVATIVES.values():
+            with pytest.raises(RuntimeError, match=f"{message}|the transforms of torch.func are not supported"):
                 differentiate(function)
         with pytest.raises(RuntimeError, match="the transforms of torch.func are not supported"):
             torch.vmap(function, (0, None))(X.expand(2, -1, -1), W)
 
 
-def test_second_derivative_of_divided_classes_by_what_was_saved_is_refused(one_rank):
-    """Also where the upstream gradient is a constant."""
+def test_second_derivative_through_saved_tensors_of_divided_classes_raises(one_rank):
+    """This also holds where the upstream gradient is a constant."""
     w = leaf(W)
     loss = fm.functional.exclusive_regularization(w, shard=one_rank)
     (gradient,) = torch.autograd.grad(loss, w, create_graph=True)
@@ -345,7 +345,7 @@ def test_vmap_equals_a_loop(function):
 
 
 @pytest.mark.parametrize("function", DIFFERENTIATED)
-def test_several_gradients_at_once_equal_a_loop(function):
+def test_batched_gradients_equal_a_loop(function):
     x, w = leaf(X), leaf(W)
     value = DIFFERENTIATED[function](x, w)
     upstream = torch.tensor([1.0, -2.0, 0.5], dtype=value.dtype)
@@ -356,15 +356,15 @@ def test_several_gradients_at_once_equal_a_loop(function):
 
 
 @pytest.mark.parametrize("sparse", [False, True])
-def test_several_gradients_at_once_of_drawn_classes(sparse):
-    """A private function of torch tells what comes in; this fails where that no longer does."""
+def test_batched_gradients_of_sampled_classes_raise(sparse):
+    """Detection relies on a private function of torch; the test fails where that function changes."""
     loss_fn = fm.ArcFaceLoss(len(W), W.shape[1], sample_rate=0.5, sparse=sparse, reduction="none", dtype=W.dtype)
     loss = loss_fn(leaf(X), Y)
     with pytest.raises(RuntimeError, match="is_grads_batched is not supported where classes are drawn or divided"):
         torch.autograd.grad(loss, loss_fn.weight, torch.eye(len(Y), dtype=loss.dtype), is_grads_batched=True)
 
 
-def test_no_gradient_keeps_nothing():
+def test_nothing_is_saved_without_gradients():
     x, w, y = single(12, 90, 16)
     inputs = LossInputs(x, w, 1 << 28, PORTABLE, y, scale_value=64.0)
     for keep in (True, False):

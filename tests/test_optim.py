@@ -25,7 +25,7 @@ def test_project_in_place_on_strided_parameters_and_tiny_rows():
     torch.testing.assert_close(parameter.t().norm(dim=1), torch.ones(20))
 
 
-def test_step_is_sgd_then_normalisation():
+def test_step_is_sgd_then_normalization():
     """W <- normalize(W - lr * (momentum buffer of grad + weight_decay W))."""
     start = torch.randn(10, 4, dtype=torch.float64)
     ours, plain = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
@@ -41,7 +41,7 @@ def test_step_is_sgd_then_normalisation():
         torch.testing.assert_close(ours, plain)
 
 
-def test_groups_state_and_frozen_parameters():
+def test_groups_state_and_parameters_without_gradient():
     backbone, weight, frozen = (torch.nn.Parameter(torch.randn(6, 3)) for _ in range(3))
     bias = torch.nn.Parameter(torch.randn(3))
     optimizer = ProjectedSGD(
@@ -52,7 +52,7 @@ def test_groups_state_and_frozen_parameters():
     optimizer.step()
     torch.testing.assert_close(weight.norm(dim=1), torch.ones(6))
     assert not torch.allclose(backbone.norm(dim=1), torch.ones(6))
-    assert torch.equal(frozen, before)  # without a gradient nothing moves
+    assert torch.equal(frozen, before)  # without a gradient nothing changes
     again = ProjectedSGD([{"params": [backbone, bias], "project": False}, {"params": [weight, frozen]}], lr=1.0)
     again.load_state_dict(optimizer.state_dict())
     assert [group["project"] for group in again.param_groups] == [False, True]

@@ -1,4 +1,4 @@
-"""What a program sets for all of torch changes no answer: default dtype, default device, deterministic algorithms."""
+"""Results do not depend on torch's global settings: default dtype, default device, deterministic algorithms."""
 
 import ast
 import contextlib
@@ -36,7 +36,7 @@ def linear_loss():
 
 
 def module(kind, **options):
-    """With given weights, because initial weights follow the default dtype, as in torch.nn."""
+    """A module with fixed weights: initial weights follow the default dtype, as in torch.nn."""
     x, w, y = inputs()
     loss_fn = kind(C, D, dtype=torch.float32, device="cpu", **options)
     with torch.no_grad():
@@ -52,7 +52,7 @@ def center_loss():
     return [loss_fn(x, y), loss_fn(x, y), loss_fn.centers]
 
 
-def companions():
+def auxiliary_losses():
     x, w, y = inputs()
     return [
         fm.IntraLoss()(x, w, y),
@@ -62,7 +62,7 @@ def companions():
     ]
 
 
-def refreshed():
+def refreshed_neighbours():
     regularizer = fm.ExclusiveRegularizer(refresh="certified")
     return [regularizer(inputs()[1]), *regularizer.find(1.01 * inputs()[1])]
 
@@ -80,7 +80,7 @@ PATHS = {
     "margin": margin_loss,
     "exclusive": lambda: margin_loss(exclusive_weight=1.0, label_smoothing=0.1),
     "recomputed": lambda: margin_loss(exclusive_weight=1.0, workspace_mb=1e-6),
-    "own scales": lambda: margin_loss(scale=None),
+    "per-sample scales": lambda: margin_loss(scale=None),
     "linear": linear_loss,
     "sub-centers": lambda: margin_sub_centers(),
     "adaface": lambda: module(fm.AdaFaceLoss),
@@ -89,10 +89,10 @@ PATHS = {
     "softmax": lambda: module(fm.SoftmaxLoss),
     "nearest": lambda: list(fm.functional.nearest_class(inputs()[1])),
     "nearest of others": lambda: list(fm.functional.nearest_class(inputs()[0], inputs()[1], k=3)),
-    "certified": refreshed,
+    "certified": refreshed_neighbours,
     "separability": lambda: [torch.tensor(fm.functional.separability(inputs()[1]), dtype=torch.float64, device="cpu")],
     "center": center_loss,
-    "companions": companions,
+    "auxiliary_losses": auxiliary_losses,
     "optimizer": optimizer,
 }
 
@@ -129,22 +129,22 @@ STATES = {
     "float16": lambda: default_dtype(torch.float16),
     "bfloat16": lambda: default_dtype(torch.bfloat16),
     "default device meta": lambda: torch.device("meta"),
-    "deterministic": deterministic,  # torch then also fills new memory
+    "deterministic": deterministic,  # torch then also fills uninitialized memory
 }
 
 
 @pytest.mark.parametrize("state", STATES)
 @pytest.mark.parametrize("path", PATHS)
-def test_answers_are_the_same(path, state):
+def test_results_are_the_same(path, state):
     expected = PATHS[path]()
     with STATES[state]():
-        found = PATHS[path]()
-    for one, other in zip(found, expected, strict=True):
+        actual = PATHS[path]()
+    for one, other in zip(actual, expected, strict=True):
         assert one.dtype == other.dtype and torch.equal(one, other)
 
 
-def test_a_module_made_on_meta():
-    """It computes shapes, as torch.nn modules do, and refuses tensors of another device."""
+def test_module_on_meta_device():
+    """It computes shapes, as torch.nn modules do, and rejects tensors on another device."""
     with torch.device("meta"):
         loss_fn = fm.ArcFaceLoss(C, D)
         assert loss_fn.weight.is_meta
@@ -157,7 +157,7 @@ def test_a_module_made_on_meta():
 @pytest.mark.parametrize("module", [fm.ArcFaceLoss, fm.SoftmaxLoss])
 @pytest.mark.parametrize("sparse", [False, True])
 def test_sampled_classes_on_meta(module, sparse):
-    """Nothing can be drawn there; the shapes are those of all classes."""
+    """Classes cannot be sampled on meta; shapes are those of all classes."""
     loss_fn = module(C, D, device="meta", sample_rate=0.5, sparse=sparse, exclusive_weight=0.1)
     embeddings = torch.randn(N, D, device="meta", requires_grad=True)
     loss = loss_fn(embeddings, torch.zeros(N, dtype=torch.int64, device="meta"))
@@ -166,8 +166,8 @@ def test_sampled_classes_on_meta(module, sparse):
     assert loss_fn.weight.grad.shape == (C, D)
 
 
-def test_what_needs_values_on_meta():
-    """Messages that say so."""
+def test_calls_that_need_values_on_meta_raise():
+    """The messages name the cause."""
     embeddings, weight = torch.randn(N, D, device="meta"), torch.randn(C, D, device="meta")
     labels = torch.zeros(N, dtype=torch.int64, device="meta")
     for function in (fm.functional.margin_cross_entropy, fm.functional.linear_cross_entropy):
@@ -195,9 +195,9 @@ FACTORIES = (
 )
 
 
-def test_no_tensor_of_the_package_is_made_by_the_defaults():
-    """The trainer makes its own; all else names device and dtype."""
-    package, found = Path(fm.__file__).parent, []
+def test_package_creates_no_tensor_with_default_dtype_or_device():
+    """All code outside the trainer names device and dtype."""
+    package, violations = Path(fm.__file__).parent, []
     for path in sorted(package.rglob("*.py")):
         if "trainer" in path.parts:
             continue
@@ -211,7 +211,7 @@ def test_no_tensor_of_the_package_is_made_by_the_defaults():
                 "arange",
                 "randint",
                 "tensor",
-            )  # int64 by torch's rules, where it is given integers
+            )  # torch returns int64 for integers
             if None not in named and not {"device", *(() if integers else ("dtype",))} <= named:
-                found.append(f"{path.relative_to(package)}:{call.lineno}: {ast.unparse(call)}")
-    assert not found
+                violations.append(f"{path.relative_to(package)}:{call.lineno}: {ast.unparse(call)}")
+    assert not violations

@@ -1,4 +1,4 @@
-"""How large logits and class weights may be: as large as float32 is, and inf or NaN beyond, never a wrong number."""
+"""The range of logits and class weights: up to the limit of float32; beyond it inf or NaN, never a wrong number."""
 
 import math
 from unittest.mock import patch
@@ -12,7 +12,7 @@ from fused_margin._ops.nearest import cache, quantized
 from fused_margin.distributed import Shard, slice_of
 
 N, C, D = 16, 50, 8
-KEPT = [256, 1e-6]
+WORKSPACES = [256, 1e-6]
 
 
 def error(measured, expected):
@@ -29,7 +29,7 @@ def leaves(embedding_size, weight_size, dtype=torch.float32):
     return [t.to(dtype).requires_grad_() for t in (x, w)], torch.randint(C, (N,))
 
 
-@pytest.mark.parametrize("workspace_mb", KEPT, ids=["kept", "recomputed"])
+@pytest.mark.parametrize("workspace_mb", WORKSPACES, ids=["saved", "recomputed"])
 @pytest.mark.parametrize("size", [1e3, 1e6, 1e7, 1e9, 1e12, 1e20, 1e30, 1e37])
 def test_large_logits(size, workspace_mb):
     (x, w), y = leaves(size, 1.0)
@@ -47,9 +47,9 @@ def test_large_logits(size, workspace_mb):
 
 @pytest.mark.parametrize("logit", [10.0, 1e8, 1e12, 1e14, 1e16, 1e30])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("workspace_mb", KEPT, ids=["kept", "recomputed"])
-def test_equal_logits_share_the_probability(workspace_mb, dtype, logit):
-    """The three largest logits are the same, in two chunks of 64 classes; the label's is the smallest."""
+@pytest.mark.parametrize("workspace_mb", WORKSPACES, ids=["saved", "recomputed"])
+def test_equal_logits_have_equal_probability(workspace_mb, dtype, logit):
+    """The three largest logits are equal, in two chunks of 64 classes; the target's logit is the smallest."""
     x = torch.tensor([[logit, 0.0]], dtype=dtype)
     w = torch.tensor([[-1.0, 0.0]], dtype=dtype).repeat(128, 1)
     w[[3, 7, 70]] = torch.tensor([1.0, 0.0], dtype=dtype)
@@ -61,8 +61,8 @@ def test_equal_logits_share_the_probability(workspace_mb, dtype, logit):
     torch.testing.assert_close(gradient[:, 0].double() / logit, expected, rtol=1e-6, atol=1e-8)
 
 
-def test_a_chunk_that_has_only_the_class_of_the_label():
-    """Its sum is empty, and the other chunk's logits are far below those of an empty sum."""
+def test_chunk_with_only_the_target_class():
+    """The sum of this chunk is empty, and the logits of the other chunk are very small."""
     (x, w), _ = leaves(1.0, 1.0)
     w, bias, y = w[:1].detach().repeat(65, 1).requires_grad_(), torch.full((65,), -2000.0), torch.full((N,), 64)
     exact = [t.detach().double().requires_grad_() for t in (x, w)]
@@ -74,7 +74,7 @@ def test_a_chunk_that_has_only_the_class_of_the_label():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("size", [1.0, 1e9, 1e15])
-def test_a_class_without_probability(size, dtype):
+def test_class_with_zero_probability(size, dtype):
     (x, w), y = leaves(size, 1.0, dtype)
     bias = torch.zeros(C, dtype=dtype)
     bias[7], y[y == 7] = -torch.inf, 8
@@ -86,12 +86,12 @@ def test_a_class_without_probability(size, dtype):
 
 
 @pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 1e38), (torch.float64, 1e308)], ids=str)
-def test_logits_beyond_the_range_are_no_number(dtype, size):
+def test_logits_out_of_range_are_not_finite(dtype, size):
     (x, w), y = leaves(1.0, 1.0, dtype)
     x = (F.normalize(x.detach()) * size * 1.7).requires_grad_()
     w = (F.normalize(w.detach()) * 4).requires_grad_()
-    found = gradients_and_loss(fm.functional.linear_cross_entropy(x, w, y), x, w)
-    assert not found[0].isfinite()
+    actual = gradients_and_loss(fm.functional.linear_cross_entropy(x, w, y), x, w)
+    assert not actual[0].isfinite()
 
 
 def on_a_rank(group, weight, classes, x, y):
@@ -110,19 +110,19 @@ def test_large_logits_of_divided_classes(ranks, size):
     w.requires_grad_()
     expected = gradients_and_loss(fm.functional.linear_cross_entropy(x, w, y), x, w)
     parts = [(w.detach(), C, x.detach()[rank::2], y[rank::2]) for rank in range(2)]
-    found = ranks.run(on_a_rank, parts)
+    results = ranks.run(on_a_rank, parts)
     d_x = torch.empty_like(x)
-    for rank, (loss, of_x, _) in enumerate(found):
+    for rank, (loss, of_x, _) in enumerate(results):
         assert error(loss, expected[0].double()) < 1e-6
         d_x[rank::2] = of_x
     assert error(d_x, expected[1].double()) < 1e-6
-    assert error(torch.cat([of_w for *_, of_w in found]), expected[2].double()) < 1e-6
+    assert error(torch.cat([of_w for *_, of_w in results]), expected[2].double()) < 1e-6
 
 
-@pytest.mark.parametrize("workspace_mb", KEPT, ids=["kept", "recomputed"])
+@pytest.mark.parametrize("workspace_mb", WORKSPACES, ids=["saved", "recomputed"])
 @pytest.mark.parametrize("size", [1e-12, 1e-6, 1e10, 1e19, 1e24, 1e30])
 def test_lengths_of_class_weights(size, workspace_mb):
-    """torch.nn.functional.normalize stops at 1e19, where the square of a float32 is infinite."""
+    """torch.nn.functional.normalize fails from 1e19, where the square of a float32 is infinite."""
     (x, w), y = leaves(1.0, size)
     exact = [t.detach().double().requires_grad_() for t in (x, w)]
     unit = F.normalize(exact[1], eps=1e-300)
@@ -133,29 +133,29 @@ def test_lengths_of_class_weights(size, workspace_mb):
         assert error(measured.double() * size, right * size) < 2e-6
 
 
-def nearest_of_long_weights(group, weight, classes):
-    """The nearest classes by every way there is, screened by products of floating point numbers."""
+def nearest_of_large_weights(group, weight, classes):
+    """The nearest classes by every available search, screened in floating point."""
     begin, end = slice_of(classes, group.rank(), group.size())
-    part, found = weight[begin:end], []
+    part, results = weight[begin:end], []
     with (
         patch.object(quantized, "int8_wins", lambda rows: False),
         patch.object(cache, "int8_wins", lambda rows: False),
     ):
         for shard in [Shard(classes, group)] if group.size() > 1 else [Shard(classes, group), None]:
-            found.append(fm.functional.nearest_class(part, shard=shard))
-            found += [fm.ExclusiveRegularizer(refresh=how, shard=shard).find(part) for how in ("certified", 2)]
-    return [tuple(each) for each in found]
+            results.append(fm.functional.nearest_class(part, shard=shard))
+            results += [fm.ExclusiveRegularizer(refresh=how, shard=shard).find(part) for how in ("certified", 2)]
+    return [tuple(each) for each in results]
 
 
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("size", [1e-12, 1e19, 1e24, 1e36])
-def test_nearest_of_long_class_weights(ranks, size, world):
+def test_nearest_of_large_class_weights(ranks, size, world):
     torch.manual_seed(0)
     unit = F.normalize(torch.randn(C, D, dtype=torch.float64))
     weight = (unit * torch.logspace(0, 1, C, dtype=torch.float64).unsqueeze(1) * size * 1.01).float()
     cosine, index = (unit @ unit.t()).fill_diagonal_(-2.0).max(1)
-    found = ranks.run(nearest_of_long_weights, [(weight, C)] * world)
-    for parts in zip(*found, strict=True):
+    results = ranks.run(nearest_of_large_weights, [(weight, C)] * world)
+    for parts in zip(*results, strict=True):
         assert torch.equal(torch.cat([at for _, at in parts]), index)
         torch.testing.assert_close(torch.cat([c for c, _ in parts]).double(), cosine, rtol=0, atol=1e-6)
 
@@ -177,8 +177,8 @@ def test_nearest_of_long_class_weights(ranks, size, world):
     ],
     ids=str,
 )
-def test_inner_products_of_long_rows(dtype, of_query, of_reference, number, alone, int8):
-    """Rows whose norms vary a thousandfold, and products that fit the dtype; a row with NaN is nobody's nearest."""
+def test_inner_products_of_large_rows(dtype, of_query, of_reference, number, alone, int8):
+    """Norms of rows vary a thousandfold and products fit the dtype; a row with NaN is never the nearest."""
     torch.manual_seed(0)
     if alone:
         of_query = of_reference = math.sqrt(of_query * of_reference)
@@ -196,8 +196,8 @@ def test_inner_products_of_long_rows(dtype, of_query, of_reference, number, alon
         products.fill_diagonal_(-torch.inf)
     value, index = products.topk(number, 1)
     with patch.object(quantized, "int8_wins", quantized.int8_wins if int8 else lambda rows: False):
-        found = fm.functional.nearest_class(query, None if alone else reference, k=number, metric="inner_product")
-    at, cosine = found.index.view(C, number), found.cosine.view(C, number).double()
+        actual = fm.functional.nearest_class(query, None if alone else reference, k=number, metric="inner_product")
+    at, cosine = actual.index.view(C, number), actual.cosine.view(C, number).double()
     valid = torch.arange(C) != 9
     assert torch.equal(at[valid], index[valid]) and cosine[9].isnan().all()
     cosine = cosine / of_query / of_reference
@@ -215,8 +215,8 @@ FLOAT64 = {
 
 
 @pytest.mark.parametrize("name", FLOAT64)
-def test_float64_rows_beyond_the_range_are_no_number(name):
-    """Squares are finite up to norms of 1e154; a longer row does not count as zero."""
+def test_float64_rows_out_of_range_are_nan(name):
+    """Squares are finite up to norms of 1e154; a larger row is not treated as zero."""
     (x, w), y = leaves(1.0, 1.0, torch.float64)
     expected = FLOAT64[name](x, w, y)
     torch.testing.assert_close(FLOAT64[name](x * 1e150, w * 1e150, y), expected)
@@ -243,8 +243,8 @@ LOGITS = {
     ],
     ids=str,
 )
-def test_logits_of_long_embeddings(name, dtype, size):
-    """torch.nn.functional.normalize adds squares in the rows' own dtype."""
+def test_logits_of_large_embeddings(name, dtype, size):
+    """torch.nn.functional.normalize sums squares in the dtype of the rows."""
     torch.manual_seed(0)
     x = (torch.randn(N, D, dtype=torch.float64) * size).to(dtype)
     x[3] = 0
@@ -255,8 +255,8 @@ def test_logits_of_long_embeddings(name, dtype, size):
             loss_fn.weight[5] *= 1e20
     exact = LOGITS[name](C, D, dtype=torch.float64)
     exact.load_state_dict(loss_fn.state_dict())
-    found, expected = x.requires_grad_(), x.detach().double().requires_grad_()
-    logits, right = loss_fn.logits(found), exact.logits(expected)
+    actual, expected = x.requires_grad_(), x.detach().double().requires_grad_()
+    logits, right = loss_fn.logits(actual), exact.logits(expected)
     unit = F.normalize(expected, eps=1e-300)
     cosine = (unit @ F.normalize(exact.weight).t()).unflatten(1, (C, -1)).amax(2)
     scale = expected.norm(dim=1, keepdim=True) if exact.scale is None else exact.scale
@@ -265,14 +265,14 @@ def test_logits_of_long_embeddings(name, dtype, size):
     assert error(logits, right) < 1e-6
     (logits * upstream).sum().backward()
     (right * upstream).sum().backward()
-    assert error(found.grad * size, expected.grad * size) < 2 * torch.finfo(dtype).eps + 1e-6
+    assert error(actual.grad * size, expected.grad * size) < 2 * torch.finfo(dtype).eps + 1e-6
     lengths = exact.weight.detach().norm(dim=1, keepdim=True)
     assert error(loss_fn.weight.grad * lengths, exact.weight.grad * lengths) < 1e-5
 
 
 @pytest.mark.parametrize("size", [1e-11, 1.0, 1e30])
 def test_running_mean_of_target_cosines(size):
-    """CurricularFace's t: the cosines of short rows are those of the loss, whatever torch's own function makes of them."""
+    """CurricularFace's t: it uses the loss's cosines of small rows, not those of torch.nn.functional.normalize."""
     (x, w), y = leaves(1.0, 1.0, torch.float64)
     loss_fn = fm.CurricularFaceLoss(C, D, momentum=1.0, dtype=torch.float64)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""One rank dies in the middle of a step: the others end with an error, and fewer ranks go on from the checkpoint."""
+"""One rank dies during a step: the others end with an error, and fewer ranks continue from the checkpoint."""
 
 import os
 from datetime import timedelta
@@ -14,8 +14,8 @@ import fused_margin as fm
 NUM_CLASSES, TIMEOUT = 23, 30
 
 
-class Dies(torch.autograd.Function):
-    """Ends the process in the backward, where the others wait for its gradients."""
+class ExitInBackward(torch.autograd.Function):
+    """Ends the process in the backward pass, while the others wait for its gradients."""
 
     @staticmethod
     def forward(ctx, loss):
@@ -27,7 +27,7 @@ class Dies(torch.autograd.Function):
 
 
 def steps(rank, world, folder, first, last, dies_at=None):
-    """Steps of rank `rank`'s samples, with a checkpoint after each; returns what the whole loss was."""
+    """Training steps on the samples of `rank`, with a checkpoint after each; returns the losses over all samples."""
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store-{first}-{world}", rank=rank, world_size=world,
         timeout=timedelta(seconds=TIMEOUT),
@@ -44,7 +44,7 @@ def steps(rank, world, folder, first, last, dies_at=None):
         optimizer.zero_grad()
         loss = loss_fn(x[rank::world].float(), y[rank::world])
         losses.append(loss.item())
-        (Dies.apply(loss) if step == dies_at and rank == 1 else loss).backward()
+        (ExitInBackward.apply(loss) if step == dies_at and rank == 1 else loss).backward()
         optimizer.step()
         dcp.save(loss_fn.sharded_state_dict(optimizer), checkpoint_id=f"{folder}/{step + 1}")
     dist.destroy_process_group()
@@ -54,13 +54,13 @@ def steps(rank, world, folder, first, last, dies_at=None):
 def one_of_three(rank, folder):
     try:
         steps(rank, 3, folder, 0, 4, dies_at=2)
-    except Exception as error:  # noqa: BLE001 - which one is the group's to say
+    except Exception as error:  # noqa: BLE001 - the type depends on the process group
         return str(error)
 
 
-def test_a_dead_rank_ends_the_others_and_fewer_go_on(forks, tmp_path):
+def test_dead_rank_ends_the_others_and_fewer_ranks_continue(forks, tmp_path):
     processes = [forks.start(one_of_three, rank, str(tmp_path)) for rank in range(3)]
-    for rank, process in enumerate(processes):  # which raises where one still waits for the dead
+    for rank, process in enumerate(processes):  # which raises if a rank still waits for the dead one
         assert process.wait(3 * TIMEOUT) == (1 if rank == 1 else 0), process.output
     assert processes[0].result and processes[2].result
     assert (tmp_path / "2" / ".metadata").exists() and not (tmp_path / "3").exists()

@@ -1,4 +1,4 @@
-"""The oracle itself, against torch's own losses and the papers' formulas."""
+"""The oracle against torch's own losses and the papers' formulas."""
 
 import math
 
@@ -11,14 +11,14 @@ from fused_margin import reference
 from fused_margin.margins import BEYOND_PI, GRADIENT, Margin, psi
 
 
-def test_without_margin_it_is_cross_entropy_of_cosines():
+def test_no_margin_is_cross_entropy_of_cosines():
     x, w, y = problem(20, 50, 8)
     logits = 30 * F.linear(F.normalize(x), F.normalize(w))
     torch.testing.assert_close(reference.margin_cross_entropy(x, w, y, scale=30.0), F.cross_entropy(logits, y))
 
 
 @pytest.mark.parametrize("degrees", [5, 40, 50, 85, 95, 130, 140, 175])
-def test_sphereface_psi_is_the_papers_polynomial(degrees):
+def test_sphereface_psi_matches_the_papers_polynomial(degrees):
     """cos(4 theta) = 8 cos^4 - 8 cos^2 + 1, with (-1)^k and -2k in each quarter of [0, pi]."""
     theta = math.radians(degrees)
     k = int(4 * theta / math.pi)
@@ -38,7 +38,7 @@ def test_arcface_and_cosface_psi():
     torch.testing.assert_close(reference.psi(c, m3=0.35), c - 0.35)
 
 
-def test_monotone_extension_falls_with_the_angle():
+def test_monotone_extension_decreases_with_the_angle():
     c = torch.linspace(1, -1, 1001, dtype=torch.float64)
     for margin in ({"m1": 4.0}, {"m2": 0.5}, {"m1": 1.7, "m2": 0.9}):
         assert (reference.psi(c, **margin).diff() < 1e-12).all()

@@ -1,4 +1,4 @@
-"""State that a forward in training mode moves: its precision under casts, and under activation checkpointing."""
+"""State that a forward updates in training mode: its precision under casts, and activation checkpointing."""
 
 import copy
 import pickle
@@ -21,7 +21,7 @@ def labels():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", LOSSES)
-def test_casts_leave_the_dtype_of_the_state(name, dtype):
+def test_casts_keep_the_dtype_of_the_state(name, dtype):
     loss_fn = getattr(fm, name)(50, 32)
     loss_fn(torch.randn(16, 32), labels())
     before = {key: value.clone() for key, value in loss_fn.named_buffers()}
@@ -33,7 +33,7 @@ def test_casts_leave_the_dtype_of_the_state(name, dtype):
     assert loss_fn.weight.grad.dtype == dtype
 
 
-def test_the_running_mean_of_norms_moves_in_bfloat16():
+def test_running_mean_of_norms_is_updated_in_bfloat16():
     loss_fn = fm.AdaFaceLoss(50, 32).bfloat16()
     embeddings = torch.full((16, 32), 4.5, dtype=torch.bfloat16)
     for _ in range(400):
@@ -90,7 +90,7 @@ def test_activation_checkpointing_of_the_exclusive_term(refresh):
 
 
 def two_views(call, loss_fn, x):
-    """Two batches with the same labels, of which the second sees the state that the first has left."""
+    """Two batches with the same labels; the second uses the state after the first."""
     return call(loss_fn, x[0], labels()) + call(loss_fn, x[1], labels())
 
 
@@ -105,23 +105,23 @@ def another_forward_without_gradient(call, loss_fn, x):
     return loss
 
 
-def labels_made_within(call, loss_fn, x):
+def labels_created_inside(call, loss_fn, x):
     return call(lambda x, y: loss_fn(x, y.clone()), x[0], labels())
 
 
-def rows_that_are_no_number(call, loss_fn, x):
+def rows_with_nan(call, loss_fn, x):
     y = labels()
     y[3] = -100
     return call(loss_fn, torch.where(torch.arange(16).unsqueeze(1) == 3, torch.nan, x[0]), y)
 
 
-STEPS = [two_views, several_batches, another_forward_without_gradient, labels_made_within, rows_that_are_no_number]
+STEPS = [two_views, several_batches, another_forward_without_gradient, labels_created_inside, rows_with_nan]
 
 
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("use_reentrant", [False, True], ids=["saved tensor hooks", "reentrant"])
 @pytest.mark.parametrize("name", [*LOSSES, "CenterLoss"])
-def test_the_state_that_the_first_run_has_seen(name, use_reentrant, step):
+def test_recomputation_uses_the_state_of_the_first_forward(name, use_reentrant, step):
     if use_reentrant and step is another_forward_without_gradient:
         pytest.skip("a reentrant checkpoint runs without gradient too, so nothing tells these two forwards apart")
     torch.manual_seed(0)
@@ -150,12 +150,12 @@ def test_the_state_that_the_first_run_has_seen(name, use_reentrant, step):
 
 
 class Subclass(torch.Tensor):
-    """Embeddings of a type of their own."""
+    """A tensor subclass for embeddings."""
 
 
 @pytest.mark.parametrize("kind", [torch.Tensor, Subclass])
 @pytest.mark.parametrize("name", [*LOSSES, "CenterLoss"])
-def test_a_second_backward(name, kind):
+def test_second_backward(name, kind):
     torch.manual_seed(0)
     plain = getattr(fm, name)(50, 32)
     other, x = copy.deepcopy(plain), (3 * torch.randn(16, 32)).requires_grad_()
@@ -163,8 +163,8 @@ def test_a_second_backward(name, kind):
     y = labels()
     loss = checkpoint(lambda x: other(x.as_subclass(kind), y), x, use_reentrant=False)
     for last in (False, True):
-        (found,) = torch.autograd.grad(loss, x, retain_graph=not last)
-        assert torch.equal(found.as_subclass(torch.Tensor), expected)
+        (actual,) = torch.autograd.grad(loss, x, retain_graph=not last)
+        assert torch.equal(actual.as_subclass(torch.Tensor), expected)
 
 
 @pytest.mark.parametrize("labels", [None, [1, 2], "1"])
@@ -174,7 +174,7 @@ def test_errors_of_labels_are_clear(name, labels):
         getattr(fm, name)(50, 32)(torch.randn(2, 32), labels)
 
 
-def test_a_forward_that_is_not_remembered_is_warned_of_once(monkeypatch):
+def test_forgotten_forward_warns_once(monkeypatch):
     monkeypatch.setattr(fm.AdaFaceLoss, "REMEMBERED", 1)
     loss_fn = fm.AdaFaceLoss(50, 32)
     batches = [(torch.randn(16, 32, requires_grad=True), labels()) for _ in range(3)]
@@ -184,13 +184,15 @@ def test_a_forward_that_is_not_remembered_is_warned_of_once(monkeypatch):
         warnings.simplefilter("always")
         torch.stack(losses).sum().backward()
     assert torch.equal(loss_fn.norm_mean, state)
-    said = [str(each.message) for each in seen if "activation checkpointing" in str(each.message)]
-    assert len(said) == 1 and said[0].startswith("AdaFaceLoss: activation checkpointing runs a forward again that")
+    messages = [str(each.message) for each in seen if "activation checkpointing" in str(each.message)]
+    assert len(messages) == 1 and messages[0].startswith(
+        "AdaFaceLoss: activation checkpointing runs a forward again that"
+    )
 
 
 @pytest.mark.parametrize("name", [*LOSSES, "CenterLoss"])
 def test_compiled_and_checkpointed(name):
-    """The state moves once a step; the gradient is that of the state of now, which a warning says."""
+    """The state is updated once per step; the gradient uses the current state, with a warning."""
     torch.manual_seed(0)
     plain = getattr(fm, name)(50, 32)
     other = copy.deepcopy(plain)
@@ -206,7 +208,7 @@ def test_compiled_and_checkpointed(name):
         torch.testing.assert_close(value, expected, msg=key)
 
 
-def test_ring_loss_sees_its_first_batch_again():
+def test_ring_loss_recomputes_its_first_batch():
     x = torch.randn(16, 32)
     gradients = []
     for again in (False, True):
@@ -220,7 +222,7 @@ def test_ring_loss_sees_its_first_batch_again():
 
 @pytest.mark.parametrize("name", ["ArcFaceLoss", "SoftmaxLoss", "LSoftmaxLoss", "CurricularFaceLoss"])
 @pytest.mark.parametrize("sparse", [False, True])
-def test_activation_checkpointing_of_drawn_classes(name, sparse):
+def test_activation_checkpointing_of_sampled_classes(name, sparse):
     torch.manual_seed(0)
     plain = getattr(fm, name)(50, 32, sample_rate=0.5, sparse=sparse)
     other, x = copy.deepcopy(plain), torch.randn(16, 32, requires_grad=True)
@@ -238,7 +240,7 @@ def test_activation_checkpointing_of_pairwise_losses():
         assert torch.equal(*torch.autograd.grad(checkpoint(loss, weight, use_reentrant=False), weight), *expected)
 
 
-def test_centers_move_in_bfloat16():
+def test_centers_are_updated_in_bfloat16():
     loss_fn = fm.CenterLoss(4, 8, alpha=0.01).bfloat16()
     assert fm.CenterLoss(4, 8, dtype=torch.float16).centers.dtype == loss_fn.centers.dtype == torch.float32
     embeddings = torch.full((4, 8), 3.0, dtype=torch.bfloat16)
@@ -259,7 +261,7 @@ def test_assigned_state_keeps_its_dtype(name):
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_vmap_in_training(name):
-    """A count of forwards is one for all batches; running statistics cannot be."""
+    """All batches share one count of forwards; they cannot share running statistics."""
     loss_fn, x, y = getattr(fm, name)(50, 32), torch.randn(3, 16, 32), labels()
     vectorized = torch.vmap(loss_fn, in_dims=(0, None))
     if hasattr(loss_fn, "iteration"):
@@ -271,8 +273,8 @@ def test_vmap_in_training(name):
             vectorized(x, y)
 
 
-def test_recomputing_is_known():
-    """A private function of torch tells it; this fails where that no longer does."""
+def test_recomputation_is_detected():
+    """Detection relies on a private function of torch; the test fails where that function changes."""
     seen = []
 
     def forward(x):
@@ -283,7 +285,7 @@ def test_recomputing_is_known():
     assert seen == [False, True] and not recomputing()
 
 
-def test_modules_stay_picklable():
+def test_modules_are_picklable():
     loss_fn = fm.AdaFaceLoss(50, 32)
     loss_fn(torch.randn(16, 32), labels())
     assert torch.equal(pickle.loads(pickle.dumps(loss_fn)).norm_mean, loss_fn.norm_mean)

@@ -1,4 +1,4 @@
-"""What the compiler made of the CUDA kernels: that they use what they are written for, and nothing that would stall them."""
+"""The machine code of the CUDA kernels uses the intended instructions, and none that would stall them."""
 
 import os
 import re
@@ -12,7 +12,7 @@ import pytest
 
 from fused_margin import _C
 
-PACKAGED = Path(sysconfig.get_paths()["purelib"]) / "nvidia/cu13/bin"  # of nvidia-cuda-cuobjdump and -nvdisasm
+PACKAGED = Path(sysconfig.get_paths()["purelib"]) / "nvidia/cu13/bin"  # from nvidia-cuda-cuobjdump and -nvdisasm
 
 
 def tool(name):
@@ -34,19 +34,19 @@ def kernels(architecture):
         [cuobjdump, "-sass", "-arch", architecture, _C.__file__],
         env=environment, check=True, capture_output=True, text=True,
     ).stdout  # fmt: skip
-    found = {}
+    instructions = {}
     for text in re.split(r"\n\s*Function : ", listing)[1:]:
         name, _, code = text.partition("\n")
-        found[name] = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", code)
-    return found
+        instructions[name] = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", code)
+    return instructions
 
 
 def family(architecture, space):
-    found = {
+    instructions = {
         n: code for n, code in kernels(architecture).items() if re.match(rf"_ZN2fm4cuda4{space}\d.*14multiply_tiles", n)
     }
-    assert len(found) >= 5
-    return found
+    assert len(instructions) >= 5
+    return instructions
 
 
 def starting(instructions, *prefixes):
@@ -58,9 +58,9 @@ def test_hopper_kernels():
         products = [at for at, i in enumerate(code) if i.startswith("HGMMA")]
         assert products and starting(code, "UTMALDG") and starting(code, "USETMAXREG"), name
         assert not starting(code, "LDL", "STL"), f"{name} keeps something in local memory"
-        # a fence of the whole GPU between products would cost more than they do
+        # a GPU-wide fence between products would take longer than the products
         assert not starting(code[products[0] : products[-1]], "MEMBAR"), name
-        # the two waits that are written; where the compiler finds no way to overlap products it waits after each
+        # the two waits in the source; where the compiler cannot overlap products, it adds one after each
         assert len(starting(code, "WARPGROUP.DEPBAR")) == 2, f"{name}: its products run one after another"
 
 
@@ -70,7 +70,7 @@ def test_ampere_kernels():
         assert not starting(code, "LDL", "STL"), f"{name} keeps something in local memory"
 
 
-# Kernels that give a warp to a row, and the stores that they have beside the row's. None: the stores are not checked,
+# Kernels that use one warp per row, and their stores beside those of the row. None: the stores are not checked,
 # because the kernel only reads rows, or reads rows of several dtypes.
 ROW_KERNELS = {
     "row_normalize": 1,
@@ -84,11 +84,11 @@ ROW_KERNELS = {
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90a"])
 @pytest.mark.parametrize("kernel", ROW_KERNELS)
 def test_row_kernels(architecture, kernel):
-    """Rows stay in registers, and rows that are aligned move 16 bytes at a time."""
+    """Rows stay in registers, and aligned rows are read and written 16 bytes at a time."""
     pattern = re.compile(rf"{kernel}INS0_5PieceI([fd])Li(\d+)ELi(\d+)ELNS0_6AccessE(\d)EEE(\w)")
-    found = [(m, code) for name, code in kernels(architecture).items() if (m := pattern.search(name))]
-    assert len(found) >= 4  # single and double, vectors and strided
-    for match, code in found:
+    matching = [(m, code) for name, code in kernels(architecture).items() if (m := pattern.search(name))]
+    assert len(matching) >= 4  # single and double, vectors and strided
+    for match, code in matching:
         value, group, groups, access, stored = match.groups()
         assert not starting(code, "LDL", "STL"), f"{match[0]} keeps something in local memory"
         if ROW_KERNELS[kernel] is None or access != "0":  # Access::vectors
@@ -97,7 +97,9 @@ def test_row_kernels(architecture, kernel):
         assert len(wide) >= int(groups), match[0]
         assert len(starting(code, "STG")) - len(wide) == ROW_KERNELS[kernel], f"{match[0]} stores parts of 16 bytes"
         size = {"f": 4, "d": 8}
-        loads = int(group) * size.get(stored, 2) // 16  # for a group of the row; a few half numbers are less than one
+        loads = (
+            int(group) * size.get(stored, 2) // 16
+        )  # for a group of the row; a few half values are smaller than a group
         if kernel == "project_weight_gradient":
             loads += int(group) * size[value] // 16
         assert len(starting(code, "LDG.E.128")) >= int(groups) * loads, match[0]

@@ -1,4 +1,4 @@
-"""The exact search for nearest rows, and its certified refresh from step to step, against whole matrices in float64."""
+"""The exact search for nearest rows, and its certified refresh over training steps, against float64 matrices."""
 
 import copy
 import math
@@ -17,13 +17,13 @@ from fused_margin.functional import NearestClass, nearest_class
 
 @pytest.fixture(params=[True, False], ids=["int8", "float"])
 def codes(request, monkeypatch):
-    """Screens in int8, and in floating point, wherever the tests run."""
+    """Screen in int8 and in floating point on any machine."""
     for module in (quantized, cache):
         monkeypatch.setattr(module, "int8_wins", lambda device: request.param)
     return request.param
 
 
-def products(query, reference, metric):
+def similarities(query, reference, metric):
     query, reference = query.double(), reference.double()
     if metric == "cosine":
         query, reference = F.normalize(query), F.normalize(reference)
@@ -38,39 +38,39 @@ def test_top_k(codes, shape, dtype, metric):
     torch.manual_seed(0)
     query = torch.randn(rows, size).to(dtype)
     for reference in (None, torch.randn(others, size).to(dtype)):
-        expected = products(query, query if reference is None else reference, metric)
+        expected = similarities(query, query if reference is None else reference, metric)
         if reference is None:
             expected.fill_diagonal_(-torch.inf)
         for k in (1, 2, 7, 32):
             if k > expected.shape[1] - (reference is None):
                 continue
             value, index = expected.topk(k)
-            found = nearest_class(query, reference, k=k, metric=metric, workspace_mb=1)
-            assert torch.equal(found.index.view(rows, k), index)
+            actual = nearest_class(query, reference, k=k, metric=metric, workspace_mb=1)
+            assert torch.equal(actual.index.view(rows, k), index)
             tolerance = 1e-12 if dtype == torch.float64 else 1e-6
-            torch.testing.assert_close(found.cosine.double().view(rows, k), value, rtol=tolerance, atol=tolerance)
+            torch.testing.assert_close(actual.cosine.double().view(rows, k), value, rtol=tolerance, atol=tolerance)
 
 
 def test_ragged_tiles_and_strides(codes, monkeypatch):
     torch.manual_seed(1)
     query, reference = torch.randn(21, 300).t(), torch.randn(21, 211).t()
-    index = products(query, reference, "cosine").topk(3).indices
+    index = similarities(query, reference, "cosine").topk(3).indices
     monkeypatch.setitem(quantized.TILE_BYTES, "cpu", 1)  # tiles of 64 rows and columns
-    found = nearest_class(query, reference, k=3)
-    assert torch.equal(found.index, index)
-    assert torch.equal(nearest_class(query).index, products(query, query, "cosine").fill_diagonal_(-1).argmax(1))
+    actual = nearest_class(query, reference, k=3)
+    assert torch.equal(actual.index, index)
+    assert torch.equal(nearest_class(query).index, similarities(query, query, "cosine").fill_diagonal_(-1).argmax(1))
 
 
-def test_what_only_double_tells_apart(codes):
-    """A hundred references that float32 products, let alone int8, cannot order."""
+def test_references_that_differ_only_in_float64(codes):
+    """A hundred references that neither float32 nor int8 products can order."""
     torch.manual_seed(2)
     direction, other = torch.randn(2, 64).double()
     reference = direction + 1e-5 * torch.randperm(100).unsqueeze(1).double() * other
     reference = torch.cat([torch.randn(500, 64).double(), reference]).float()
     query = direction.float().unsqueeze(0).repeat(3, 1)
-    expected = products(query, reference, "cosine").topk(5)
-    found = nearest_class(query, reference, k=5)
-    assert torch.equal(found.index, expected.indices)
+    expected = similarities(query, reference, "cosine").topk(5)
+    actual = nearest_class(query, reference, k=5)
+    assert torch.equal(actual.index, expected.indices)
 
 
 def test_ties_zero_rows_and_nan(codes):
@@ -78,18 +78,18 @@ def test_ties_zero_rows_and_nan(codes):
     w[[5, 9, 30]] = w[2].clone()
     w[[11, 12]] = 0.0
     w[0] = float("nan")
-    found = nearest_class(w, k=3)
-    assert found.index[5].tolist() == [2, 9, 30] and found.index[2].tolist() == [5, 9, 30]
-    assert found.index[11].tolist() == [1, 2, 3] and (found.cosine[11] == 0).all()  # not class 0, which is NaN
-    assert found.cosine[0].isnan().all() and not found.cosine[1:].isnan().any()
-    assert not (found.index[1:] == 0).any()
+    actual = nearest_class(w, k=3)
+    assert actual.index[5].tolist() == [2, 9, 30] and actual.index[2].tolist() == [5, 9, 30]
+    assert actual.index[11].tolist() == [1, 2, 3] and (actual.cosine[11] == 0).all()  # not class 0, which is NaN
+    assert actual.cosine[0].isnan().all() and not actual.cosine[1:].isnan().any()
+    assert not (actual.index[1:] == 0).any()
     assert nearest_class(w).index[30] == 2
-    found = nearest_class(w, k=3, metric="inner_product")
-    assert found.cosine[0].isnan().all() and not found.cosine[1:].isnan().any() and not (found.index[1:] == 0).any()
+    actual = nearest_class(w, k=3, metric="inner_product")
+    assert actual.cosine[0].isnan().all() and not actual.cosine[1:].isnan().any() and not (actual.index[1:] == 0).any()
 
 
 @pytest.mark.parametrize(
-    ("call", "error", "said"),
+    ("call", "error", "message"),
     [
         (lambda w: nearest_class(w, k=0), ValueError, "k: "),
         (lambda w: nearest_class(w, k=33), ValueError, "k: expected at most 9, got 33"),
@@ -114,13 +114,13 @@ def test_ties_zero_rows_and_nan(codes):
         ),
     ],
 )
-def test_errors(call, error, said):
-    with pytest.raises(error, match=said):
+def test_errors(call, error, message):
+    with pytest.raises(error, match=message):
         call(torch.randn(10, 4))
 
 
 def training(classes, size, steps, seed=0):
-    """Class weights over the steps of a training with momentum, weight decay, projection and few classes a step."""
+    """Class weights during training with momentum, weight decay and projection, with few classes in each step."""
     torch.manual_seed(seed)
     centers = torch.randn(-(-classes // 8), size).repeat_interleave(8, 0)[:classes]
     weight = leaf(centers + 0.7 * torch.randn(classes, size))
@@ -133,57 +133,57 @@ def training(classes, size, steps, seed=0):
         optimizer.step()
 
 
-def full_sweep(weight):
-    """In float64, as the certified ones are."""
-    found = search.find_nearest(kernels("cpu"), weight, None, 1, False, 1 << 22)
-    return NearestClass(*(answer.squeeze(1) for answer in found.answers(torch.float64)))
+def full_search(weight):
+    """A full search in float64, as for the certified refresh."""
+    result = search.find_nearest(kernels("cpu"), weight, None, 1, False, 1 << 22)
+    return NearestClass(*(answer.squeeze(1) for answer in result.answers(torch.float64)))
 
 
-def same(found, expected):
-    """Bit for bit."""
-    equal = (found.cosine == expected.cosine) | (found.cosine.isnan() & expected.cosine.isnan())
-    return bool(equal.all()) and torch.equal(found.index, expected.index)
+def same(actual, expected):
+    """Whether two results are equal bit for bit."""
+    equal = (actual.cosine == expected.cosine) | (actual.cosine.isnan() & expected.cosine.isnan())
+    return bool(equal.all()) and torch.equal(actual.index, expected.index)
 
 
 @pytest.mark.parametrize("steps", [80, pytest.param(400, marks=pytest.mark.slow)])
-def test_certified_is_a_full_sweep(codes, steps):
+def test_certified_equals_full_search(codes, steps):
     regularizer, stale = fm.ExclusiveRegularizer(refresh="certified"), fm.ExclusiveRegularizer(refresh=10**6)
     changed = 0
     for _, weight in training(800, 48, steps):
-        expected, found = full_sweep(weight), regularizer.find(weight)
-        assert same(found, expected)
-        assert torch.equal(found.cosine.float(), nearest_class(weight).cosine)
+        expected, actual = full_search(weight), regularizer.find(weight)
+        assert same(actual, expected)
+        assert torch.equal(actual.cosine.float(), nearest_class(weight).cosine)
         changed += int((stale.find(weight).index != expected.index).sum())
-    assert changed > 2.5 * steps  # neighbours do change
-    again, not_again, whole = regularizer.swept.tolist()
-    assert not_again > 4 * again and whole < 10
+    assert changed > 2.5 * steps  # neighbours change
+    searched, skipped, full = regularizer.swept.tolist()
+    assert skipped > 4 * searched and full < 10
 
 
-def test_two_classes_that_turn_towards_each_other(codes, monkeypatch):
-    """Each by less than the gap between what is kept and what is not, both together by more."""
+def test_two_classes_that_rotate_towards_each_other(codes, monkeypatch):
+    """Each rotates by less than the gap between candidates and other classes, both together by more."""
     monkeypatch.setattr(cache, "CANDIDATES", 1)
 
     def classes(degrees):
         one, two, turned = (math.radians(angle) for angle in (50.0, 60.0 - degrees, degrees))
         first = [math.cos(turned), 0.0, math.sin(turned), 0.0]
-        kept = [math.cos(one), math.sin(one), 0.0, 0.0]
+        candidate = [math.cos(one), math.sin(one), 0.0, 0.0]
         nearer = [math.cos(two), 0.0, math.sin(two), 0.0]
-        return torch.tensor([first, kept, nearer, [0.475, 0.0, 0.8227, 0.3122]])
+        return torch.tensor([first, candidate, nearer, [0.475, 0.0, 0.8227, 0.3122]])
 
     regularizer = fm.ExclusiveRegularizer(refresh="certified")
     assert regularizer.find(classes(0.0)).index.tolist() == [1, 0, 3, 2]
-    found = regularizer.find(classes(6.0))
-    assert found.index[0] == 2 and same(found, full_sweep(classes(6.0)))
+    actual = regularizer.find(classes(6.0))
+    assert actual.index[0] == 2 and same(actual, full_search(classes(6.0)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
-def test_certified_of_other_types(codes, dtype):
+def test_certified_of_other_dtypes(codes, dtype):
     regularizer = fm.ExclusiveRegularizer(refresh="certified")
     for _, weight in training(304, 20, 40):
-        assert same(regularizer.find(weight.to(dtype)), full_sweep(weight.to(dtype)))
+        assert same(regularizer.find(weight.to(dtype)), full_search(weight.to(dtype)))
 
 
-def test_certified_whatever_becomes_of_the_weights(codes):
+def test_certified_after_arbitrary_weight_changes(codes):
     regularizer = fm.ExclusiveRegularizer(refresh="certified")
     for step, weight in training(400, 32, 60):
         if step == 10:
@@ -191,10 +191,10 @@ def test_certified_whatever_becomes_of_the_weights(codes):
         if step == 20:
             weight[7], weight[8], weight[9] = weight[3].clone(), 0.0, weight[3].clone()
         if step == 30:
-            weight.copy_(torch.randn_like(weight))  # behind its back
+            weight.copy_(torch.randn_like(weight))  # not by the optimizer
         if step == 40:
-            weight.mul_(torch.rand(400, 1) * 1e3 + 1e-3)  # lengths do not count
-        assert same(regularizer.find(weight), full_sweep(weight))
+            weight.mul_(torch.rand(400, 1) * 1e3 + 1e-3)  # cosines do not change
+        assert same(regularizer.find(weight), full_search(weight))
 
 
 def test_number_of_threads(codes):
@@ -208,10 +208,10 @@ def test_number_of_threads(codes):
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
-        assert all(same(found, expected) for found, expected in zip(other, results[0], strict=True))
+        assert all(same(actual, expected) for actual, expected in zip(other, results[0], strict=True))
 
 
-def test_state_travels(codes):
+def test_state_dict_and_deepcopy(codes):
     regularizer = fm.ExclusiveRegularizer(refresh="certified")
     steps = [(step, weight.clone()) for step, weight in training(400, 32, 30)]
     for _, weight in steps[:20]:
@@ -225,22 +225,22 @@ def test_state_travels(codes):
             assert same(other.find(weight), expected)
     assert torch.equal(resumed.swept, regularizer.swept) and torch.equal(copied.swept, regularizer.swept)
     assert regularizer.swept[2] == 1
-    resumed.load_state_dict({})  # a checkpoint from before it was switched on
-    assert same(resumed.find(weight), full_sweep(weight)) and resumed.swept.tolist() == [400, 0, 1]
+    resumed.load_state_dict({})  # a checkpoint from before the option was set
+    assert same(resumed.find(weight), full_search(weight)) and resumed.swept.tolist() == [400, 0, 1]
     smaller = torch.randn(50, 32)
-    assert same(resumed.find(smaller), full_sweep(smaller))
+    assert same(resumed.find(smaller), full_search(smaller))
     assert resumed.half().find(smaller) is not None and resumed.value.dtype == torch.float32
 
 
-def test_frozen_neighbours():
+def test_periodic_refresh():
     regularizer = fm.ExclusiveRegularizer(refresh=5)
     for step, weight in training(200, 16, 12):
-        found = regularizer.find(weight)
+        actual = regularizer.find(weight)
         if step % 5 == 0:
             index = nearest_class(weight).index
         unit = F.normalize(weight.double())
-        assert torch.equal(found.index, index)
-        torch.testing.assert_close(found.cosine, (unit * unit[index]).sum(1), rtol=0, atol=1e-12)
+        assert torch.equal(actual.index, index)
+        torch.testing.assert_close(actual.cosine, (unit * unit[index]).sum(1), rtol=0, atol=1e-12)
     age = regularizer.age.clone()
     regularizer.eval().find(weight)
     assert torch.equal(regularizer.age, age)
@@ -251,21 +251,21 @@ def test_frozen_neighbours():
 def test_losses(codes, kind, backend):
     x, w, y = (t.float() if t.is_floating_point() else t for t in problem(9, 120, 16))
     plain = kind(120, 16, exclusive_weight=3.0)
-    kept = kind(120, 16, exclusive_weight=3.0, exclusive_refresh="certified")
+    certified = kind(120, 16, exclusive_weight=3.0, exclusive_refresh="certified")
     with torch.no_grad():
         plain.weight.copy_(w)
-    kept.load_state_dict(plain.state_dict())
-    call = torch.compile(kept, fullgraph=True, backend=backend) if backend else kept
+    certified.load_state_dict(plain.state_dict())
+    call = torch.compile(certified, fullgraph=True, backend=backend) if backend else certified
     for _ in range(3):
-        for loss_fn, forward in ((plain, plain), (kept, call)):
+        for loss_fn, forward in ((plain, plain), (certified, call)):
             loss_fn.zero_grad()
             forward(x, y).backward()
             torch.optim.SGD(loss_fn.parameters(), lr=0.1).step()
-        assert torch.equal(plain.weight.grad, kept.weight.grad)
-    assert kept.exclusive.swept[1] > 0
+        assert torch.equal(plain.weight.grad, certified.weight.grad)
+    assert certified.exclusive.swept[1] > 0
 
 
-def test_a_share_of_the_classes():
+def test_sampled_classes():
     loss_fn = fm.ArcFaceLoss(60, 8, exclusive_weight=1.0, exclusive_refresh="certified", sample_rate=0.5)
     without = fm.ArcFaceLoss(60, 8, sample_rate=0.5)
     without.weight = loss_fn.weight
@@ -290,11 +290,11 @@ def test_opcheck():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("classes", [2, 3, 17, 129, 2049])
-def test_rows_of_one_number(classes, dtype):
-    """Cosines are 1 or -1, whatever memory held before."""
+def test_rows_with_one_element(classes, dtype):
+    """Cosines are 1 or -1 for any previous content of memory."""
     weight = torch.randn(classes, 1, dtype=dtype)
-    kept = torch.full((1 << 16,), -7, dtype=torch.int32)  # memory for the allocator to hand out again
-    del kept
+    used = torch.full((1 << 16,), -7, dtype=torch.int32)  # memory that the allocator will reuse
+    del used
     cosine = fm.functional.nearest_class(weight).cosine
     sign = weight.sign().flatten()
     expected = (sign[:, None] * sign).fill_diagonal_(-2.0).amax(1)
@@ -302,27 +302,27 @@ def test_rows_of_one_number(classes, dtype):
 
 
 @pytest.mark.parametrize("size", [2.0**90, 2.0**300, 2.0**500])
-def test_long_rows_of_one_number(size):
+def test_large_rows_with_one_element(size):
     weight = torch.randn(30, 1, dtype=torch.float64) * size
     sign = weight.sign().flatten()
     expected = (sign[:, None] * sign).fill_diagonal_(-2.0).amax(1)
     assert torch.equal(fm.functional.nearest_class(weight).cosine, expected)
 
 
-def test_int8_products_of_torch_are_right():
-    """They are no public function of torch: where they change, the search goes without them, and this fails."""
+def test_int8_products_of_torch_are_correct():
+    """They are a private function of torch: where it changes, the search does not use it, and this test fails."""
     assert quantized.int8_products_are_right()
 
 
-def test_processors_with_instructions_for_int8_are_known():
-    """A private function of torch tells it; where that changes, the search is slower, and this fails."""
+def test_processors_with_int8_instructions_are_detected():
+    """Detection relies on a private function of torch; where it changes, the search is slower, and this test fails."""
     processor = Path("/proc/cpuinfo")
     if not (processor.exists() and "avx512_vnni" in processor.read_text(encoding="utf-8")):
-        pytest.skip("a processor without AVX512-VNNI, or one that does not tell")
+        pytest.skip("the processor has no AVX512-VNNI, or does not report it")
     assert quantized.int8_wins(torch.ones(3, 64))
 
 
-def test_int8_products_that_are_wrong_are_not_used(monkeypatch):
+def test_wrong_int8_products_are_not_used(monkeypatch):
     quantized.int8_products_are_right.cache_clear()
     monkeypatch.setattr(torch, "_int_mm", lambda left, right, out: out)
     try:
@@ -334,7 +334,7 @@ def test_int8_products_that_are_wrong_are_not_used(monkeypatch):
 
 
 @pytest.mark.parametrize("size", [1, 3, quantized.INT8_SIZES.stop])
-def test_certified_refresh_of_sizes_that_int8_does_not_take(size):
+def test_certified_refresh_of_sizes_without_int8(size):
     weight = torch.randn(4, size)
-    found = fm.ExclusiveRegularizer(refresh="certified").find(weight)
-    assert torch.equal(found.index, full_sweep(weight).index)
+    actual = fm.ExclusiveRegularizer(refresh="certified").find(weight)
+    assert torch.equal(actual.index, full_search(weight).index)

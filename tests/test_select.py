@@ -1,4 +1,4 @@
-"""Which products serve a call: how torch's settings of float32 precision are read."""
+"""How the choice of a backend reads torch's settings of float32 precision."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import torch
 
 from fused_margin._ops.backends import select
 
-# Settings cannot all be undone within a process: each pair gets its own.
+# Not all settings can be undone within a process, so that each pair has its own process.
 PAIRS = """
 import json, os, sys, warnings
 import torch
@@ -47,18 +47,18 @@ for first in setters:
             for set_it, rounded in (setters[first], setters[second]):
                 set_it()
                 expected |= rounded
-            found = {device: rounds_float32(torch.device(device)) for device in expected}
+            actual = {device: rounds_float32(torch.device(device)) for device in expected}
         except BaseException as error:
-            found = error
-        if found != expected:
-            print(first, second, found, expected, file=sys.stderr, flush=True)
-        os._exit(found != expected)
+            actual = error
+        if actual != expected:
+            print(first, second, actual, expected, file=sys.stderr, flush=True)
+        os._exit(actual != expected)
 print(json.dumps([len(setters), wrong]))
 """
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks a process for each pair of settings")
-def test_every_pair_of_old_and_new_precision_settings_is_read():
+def test_all_pairs_of_old_and_new_precision_settings():
     done = subprocess.run([sys.executable, "-c", PAIRS], check=True, capture_output=True, text=True, env=os.environ)
     number, wrong = json.loads(done.stdout)
     assert wrong == [], done.stderr
@@ -66,7 +66,7 @@ def test_every_pair_of_old_and_new_precision_settings_is_read():
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
-def test_older_versions_of_torch_have_the_old_setting_only(monkeypatch, device):
+def test_older_torch_has_only_the_old_setting(monkeypatch, device):
     for name in ("cuda", "mkldnn"):
         monkeypatch.setattr(torch.backends, name, SimpleNamespace(matmul=SimpleNamespace()))
     for precision, rounded in (("highest", False), ("high", True), ("medium", True)):

@@ -1,4 +1,4 @@
-"""Softmax, L2-softmax and L-softmax against plain formulas over whole logits."""
+"""Softmax, L2-softmax and L-softmax against plain formulas on full logits."""
 
 from functools import partial
 
@@ -12,7 +12,7 @@ import fused_margin as fm
 from fused_margin import reference
 from fused_margin.functional import exclusive_regularization, linear_cross_entropy
 
-KEEP, RECOMPUTE = 256, 1e-6
+SAVE, RECOMPUTE = 256, 1e-6
 
 
 def gradients(function, tensors, upstream):
@@ -25,8 +25,8 @@ def gradients(function, tensors, upstream):
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("workspace_mb", [KEEP, RECOMPUTE], ids=["kept", "recomputed"])
-def test_softmax_is_torchs(reduction, label_smoothing, weighted, workspace_mb):
+@pytest.mark.parametrize("workspace_mb", [SAVE, RECOMPUTE], ids=["saved", "recomputed"])
+def test_softmax_matches_torch(reduction, label_smoothing, weighted, workspace_mb):
     x, w, y = problem(37, 211, 19)
     y[::7] = -5
     bias = torch.randn(211, dtype=torch.float64)
@@ -48,7 +48,7 @@ def test_softmax_is_torchs(reduction, label_smoothing, weighted, workspace_mb):
 
 
 @pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="torch 2.13 or newer")
-def test_softmax_is_linear_cross_entropy():
+def test_softmax_loss_is_linear_cross_entropy():
     x, w, y = problem(20, 90, 8)
     bias = torch.randn(90, dtype=torch.float64)
     expected = F.linear_cross_entropy(x, w, y, linear_bias=bias)
@@ -57,7 +57,7 @@ def test_softmax_is_linear_cross_entropy():
 
 @pytest.mark.parametrize("shape", [(252, 507, 123), (1, 4099, 64), (33, 1, 8), (17, 2, 16), (5, 1031, 512)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_not_less_exact_than_torch(shape, dtype):
+def test_at_least_as_accurate_as_torch(shape, dtype):
     x, w, y = problem(*shape, spread=1.0)
     x, w = x.to(dtype), (w * 0.1).to(dtype)
     bias = torch.randn(shape[1]).to(dtype)
@@ -71,7 +71,7 @@ def test_not_less_exact_than_torch(shape, dtype):
 
 
 def test_logits_far_from_zero():
-    """Nothing overflows or loses its sum where logits are in the thousands, all of them negative, or equal."""
+    """Sums neither overflow nor underflow where logits are in the thousands, all negative, or equal."""
     x, w, y = problem(9, 130, 4, spread=100.0)
     for bias in (torch.full((130,), -5000.0, dtype=torch.float64), torch.linspace(-9e3, 9e3, 130).double()):
         expected = gradients(lambda a, b, c: F.cross_entropy(F.linear(a, b, c), y), (x, w, bias), None)
@@ -80,7 +80,7 @@ def test_logits_far_from_zero():
             assert m.isfinite().all() and relative_error(m, e) < 1e-4
 
 
-@pytest.mark.parametrize("workspace_mb", [KEEP, RECOMPUTE], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("workspace_mb", [SAVE, RECOMPUTE], ids=["saved", "recomputed"])
 @pytest.mark.parametrize("margin", [{"m1": 1.0}, {"m1": 4.0}, {"m1": 2.5, "annealing": 5.0}], ids=str)
 def test_l_softmax_formula(margin, workspace_mb):
     x, w, y = problem(23, 150, 11, spread=1.0)
@@ -99,7 +99,7 @@ def test_gradcheck():
     x, w, y = problem(6, 9, 5, spread=1.0)
     inputs = (x.requires_grad_(), w.requires_grad_(), torch.randn(9, dtype=torch.float64, requires_grad=True))
     for options in ({"label_smoothing": 0.2}, {"margin": fm.Margin(m1=3.0)}):
-        for workspace_mb in (KEEP, RECOMPUTE):
+        for workspace_mb in (SAVE, RECOMPUTE):
             loss = partial(linear_cross_entropy, workspace_mb=workspace_mb, **options)
             assert gradcheck(lambda a, b, c, loss=loss: loss(a, b, y, c), inputs)
 
@@ -162,7 +162,7 @@ def test_module_conventions(module):
     assert module(30, 8, device="meta").weight.is_meta
 
 
-def test_what_is_refused():
+def test_errors():
     x, w, y = problem(6, 30, 8)
     with pytest.raises(ValueError, match="label_smoothing: expected 0 with a margin"):
         linear_cross_entropy(x, w, y, margin=fm.Margin(m1=2.0), label_smoothing=0.1)
@@ -181,8 +181,8 @@ def test_what_is_refused():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_gradients_of_halves_add_up_in_float32(dtype):
-    """Many samples of few classes: a sum in half stops growing where a term is below its last bit."""
+def test_half_gradients_are_summed_in_float32(dtype):
+    """Many samples of few classes: a sum in half precision stops growing when terms are below its last bit."""
     samples, classes, size = 4096, 4, 16
     x = torch.randn(samples, size).to(dtype)
     w, b = (leaf(torch.randn(*shape).to(dtype)) for shape in ((classes, size), (classes,)))
@@ -207,12 +207,12 @@ OPTIONS = {"softmax": {}, "label smoothing": {"label_smoothing": 0.1}, "margin":
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_gradient_of_a_half_bias_is_rounded_once(dtype, name):
-    """The target's part and the others' nearly cancel over many samples: each is about 0.25, their sum below 0.01."""
+    """Contributions of targets and of other classes nearly cancel: each is about 0.25, their sum below 0.01."""
     samples, classes, size = 65536, 4, 16
     x, w = torch.randn(samples, size).to(dtype), (torch.randn(classes, size) * 0.1).to(dtype)
     y, bias = torch.randint(classes, (samples,)), torch.zeros(classes, dtype=dtype)
-    found, exact = leaf(bias), leaf(bias, torch.float64)
-    linear_cross_entropy(x, w, y, found, **OPTIONS[name]).backward()
+    actual, exact = leaf(bias), leaf(bias, torch.float64)
+    linear_cross_entropy(x, w, y, actual, **OPTIONS[name]).backward()
     linear_cross_entropy(x.double(), w.double(), y, exact, **OPTIONS[name]).backward()
-    assert found.grad.dtype == dtype
-    assert relative_error(found.grad, exact.grad) < torch.finfo(dtype).eps
+    assert actual.grad.dtype == dtype
+    assert relative_error(actual.grad, exact.grad) < torch.finfo(dtype).eps

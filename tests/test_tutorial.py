@@ -1,4 +1,4 @@
-"""The tutorial's commands, run in their order on fewer and smaller faces; the faces themselves."""
+"""The tutorial's commands, run in order on fewer and smaller faces, and the faces themselves."""
 
 import contextlib
 import csv
@@ -47,21 +47,21 @@ def faces(tmp_path_factory):
     return folder
 
 
-def test_every_picture_has_landmarks_within_it(faces):
-    found = landmarks(faces)
-    assert set(found) == {path.relative_to(faces).as_posix() for path in faces.rglob("*.jpg")}
-    assert len(found) == (4 + 40) * 2
-    for path, points in found.items():
+def test_landmarks_are_inside_every_picture(faces):
+    points_of = landmarks(faces)
+    assert set(points_of) == {path.relative_to(faces).as_posix() for path in faces.rglob("*.jpg")}
+    assert len(points_of) == (4 + 40) * 2
+    for path, points in points_of.items():
         with Image.open(faces / path) as image:
             assert (points > 0).all() and (points < image.size).all(), path
         left, right, nose, left_corner, right_corner = points
         across, down = right - left, (left_corner + right_corner - left - right) / 2
-        assert across[0] * down[1] - across[1] * down[0] > 0, path  # the mouth is below the eyes, whatever the angle
+        assert across[0] * down[1] - across[1] * down[0] > 0, path  # the mouth is below the eyes at any angle
         assert (nose - left) @ across > 0 > (nose - right) @ across, path
 
 
-def test_landmarks_are_where_the_eyes_are(faces):
-    """The irises are darker than what surrounds them, unless there are glasses: in most pictures."""
+def test_landmarks_are_at_the_eyes(faces):
+    """In most pictures, those without glasses, irises are darker than their surroundings."""
     darker = []
     for path, points in landmarks(faces).items():
         pixels = np.asarray(Image.open(faces / path).convert("L"), float)
@@ -74,7 +74,7 @@ def test_landmarks_are_where_the_eyes_are(faces):
     assert np.mean(darker) > 0.75
 
 
-def test_the_seed_decides_the_pictures(faces, tmp_path):
+def test_pictures_depend_on_the_seed(faces, tmp_path):
     for seed in (0, 1):
         options = ["--identities", 4, "--pictures", 2, "--seed", seed]
         draw(tmp_path / str(seed), *options, script=str(EXAMPLES / "cartoon_faces.py"))
@@ -84,7 +84,7 @@ def test_the_seed_decides_the_pictures(faces, tmp_path):
         assert (tmp_path / "1" / path).read_bytes() != drawn
 
 
-def test_the_readers_take_the_folders(faces):
+def test_folders_are_readable(faces):
     splits = load_splits(str(faces / "train"), (16, 16), 3, 0.5, 0)
     assert (splits.train.num_classes, splits.test.num_classes) == (2, 2)
     lfw = find_pair_list(str(faces / "lfw"))()
@@ -92,15 +92,15 @@ def test_the_readers_take_the_folders(faces):
     people = [
         {Path(lfw.images[item]).parent.name for item in lfw.pairs[lfw.fold == fold].ravel()} for fold in range(10)
     ]
-    assert len(set.union(*people)) == sum(map(len, people))  # no folds share any
+    assert len(set.union(*people)) == sum(map(len, people))  # no identity is in two folds
 
 
-def test_the_commands_work_one_after_the_other(tmp_path, monkeypatch, capsys):
+def test_commands_run_in_sequence(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     shutil.copy(EXAMPLES / "cartoon_faces.py", tmp_path)
     (script,) = [text for language, text in BLOCKS if language == "python"]
     (tmp_path / "same_person.py").write_text(script)
-    _, *commands = [text for language, text in BLOCKS if language == "sh"]  # the first one installs
+    _, *commands = [text for language, text in BLOCKS if language == "sh"]  # the first block installs the package
     ran = []
     for command in [shlex.split(line) for text in commands for line in text.splitlines()]:
         match command:
@@ -125,7 +125,7 @@ def test_the_commands_work_one_after_the_other(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def options_of(capsys, monkeypatch):
-    """What a command's help names."""
+    """The options in a command's help."""
     monkeypatch.setenv("COLUMNS", "200")
 
     def options(command):

@@ -1,4 +1,4 @@
-"""Small data, rendered or written once, and a configuration that trains in a second."""
+"""Small data, created once, and a configuration that trains in a second."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from fused_margin.trainer.data import glyphs
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
-    """Tiny networks run faster on one thread, and a busy machine disturbs them less."""
+    """Tiny networks run faster on one thread, also on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -22,13 +22,13 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def characters():
-    """Images, mask and names of all characters, at a quarter of the default's pixels."""
+    """Images, mask and names of all characters, with a quarter of the default number of pixels."""
     return glyphs.render_characters((16, 16))
 
 
 @pytest.fixture(scope="session")
 def glyph_identities(characters):
-    """Images, labels and names of the identities among them."""
+    """Images, labels and names of the identities."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(glyphs, "render_characters", lambda size: characters)
         return glyphs.glyph_identities((16, 16))
@@ -36,7 +36,7 @@ def glyph_identities(characters):
 
 @pytest.fixture(scope="session")
 def face_folder(tmp_path_factory):
-    """Eight identities: a pattern each, four noisy images of it; one more has a single image."""
+    """Eight identities with four noisy images of a pattern each; a ninth identity has one image."""
     root = tmp_path_factory.mktemp("faces")
     rng = np.random.default_rng(0)
     for identity in range(9):
@@ -69,7 +69,7 @@ def tiny_options():
 
 @pytest.fixture
 def tiny_config(tiny_options, tmp_path):
-    """The same as a configuration, with a folder of its own."""
+    """The same run as a configuration, with its own output folder."""
     import tyro
 
     options = [*tiny_options, "--output", str(tmp_path / "run")]

@@ -25,7 +25,7 @@ class cuda:
         if os.environ.get("LOST"): raise RuntimeError("CUDA error: unspecified launch failure")
 """
 
-# Tests with the names of tests/cuda. The environment variable FAULT chooses what goes wrong with sm90.
+# Tests with the names of those in tests/cuda. The environment variable FAULT selects a fault of sm90.
 CUDA_TESTS = """
 import os, time, pytest
 if os.environ.get("FAULT") == "import": raise ImportError("a package that is missing")
@@ -66,7 +66,7 @@ def test_options(family):
 @pytest.mark.sanitizer
 def test_exact_search(): pass
 
-def test_the_second_device(): pytest.skip("needs two devices")
+def test_second_device(): pytest.skip("needs two devices")
 """
 
 PYTHON = """#!/usr/bin/env bash
@@ -102,7 +102,7 @@ esac
 
 
 class StandIn:
-    """A tree, a device and its tools; `run` returns the exit code and the result."""
+    """A source tree, a device and its tools; `run` returns the exit code and the result."""
 
     def __init__(self, path: Path, monkeypatch: pytest.MonkeyPatch):
         self.root, self.calls, self.output = path / "tree", path / "calls", path / "out"
@@ -112,7 +112,7 @@ class StandIn:
         monkeypatch.setattr(testing, "LEAST_SECONDS", 0.5)
         self.write("torch.py", TORCH)
         self.write("pytest.ini", "[pytest]\nmarkers =\n    cuda\n    sanitizer\n    half_products\n")
-        self.write("tests/cuda/test_products.py", CUDA_TESTS)
+        self.write("tests/cuda/test_accuracy.py", CUDA_TESTS)
         self.write("csrc/kernel.cu", "")
         self.write("fused_margin/__init__.py", "")
         for variant in (builds.PLAIN, builds.TRAP):
@@ -129,7 +129,7 @@ class StandIn:
         self.python = self.write("bin/stand-in", PYTHON.format(python=sys.executable, calls=self.calls))
         self.python.chmod(0o755)
         monkeypatch.setenv("PATH", f"{self.root / 'bin'}:{os.environ['PATH']}")
-        # Tests of its tree need no plugins, and many processes start.
+        # Many processes start, and their tests need no plugins.
         monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
         self.monkeypatch = monkeypatch
 

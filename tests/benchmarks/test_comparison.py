@@ -1,4 +1,4 @@
-"""The comparison on tiny problems: its report, failures of contestants, and interruptions."""
+"""The comparison on tiny problems: the report, failures of contestants, and interruptions."""
 
 import json
 import math
@@ -35,8 +35,8 @@ ROUNDS = 3
 
 
 @pytest.fixture(autouse=True)
-def leave_the_process_alone() -> Iterator[None]:
-    """The command limits the memory and sets the threads of its process, in which other tests run."""
+def keep_process_settings() -> Iterator[None]:
+    """The command limits the memory and sets the threads of its process, which other tests share."""
     limit, threads = resource.getrlimit(resource.RLIMIT_DATA), torch.get_num_threads()
     yield
     resource.setrlimit(resource.RLIMIT_DATA, limit)
@@ -76,8 +76,8 @@ def test_step(tmp_path: Path) -> None:
     assert set(results["suites"]) == {"step"}
     (section,) = results["suites"]["step"]
     assert section["shape"] == {"rows": 32, "dim": 64, "classes": 2000}
-    found = {row["name"] for row in section["contestants"]}
-    assert found == {each.name for each in peers.step_contestants(32, "cpu", compiled=False)}
+    contestants = {row["name"] for row in section["contestants"]}
+    assert contestants == {each.name for each in peers.step_contestants(32, "cpu", compiled=False)}
     check_times(section)
     assert (tmp_path / "results.png").stat().st_size > 10_000
 
@@ -104,7 +104,7 @@ def runner() -> Runner:
 
 
 def test_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first size is measured; the next, which would not fit, is estimated and left alone."""
+    """The smaller size is measured; the larger, which would not fit, is only estimated."""
     monkeypatch.setattr(memory, "available_bytes", lambda device: 2**20)
     few = [each for each in peers.step_contestants(32, "cpu") if each.name in (peers.OURS, peers.LEAN)]
     monkeypatch.setattr(peers, "step_contestants", lambda *_: few)
@@ -117,10 +117,10 @@ def test_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_out_of_memory_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One contestant fails for memory in the second timed round; the others are timed to the end."""
+    """One contestant runs out of memory in the second timed round; the others are timed in all rounds."""
     calls = 0
 
-    class Hungry(LossStep):
+    class OutOfMemory(LossStep):
         def __call__(self, turn: int) -> Tensor:
             nonlocal calls
             calls += 1
@@ -130,7 +130,7 @@ def test_out_of_memory_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
 
     contestants = [
         Contestant(peers.OURS, "arcface", {"plain": lambda inputs: LossStep(peers.lean_arcface, inputs)}),
-        Contestant(peers.LEAN, "arcface", {"hungry": lambda inputs: Hungry(peers.lean_arcface, inputs)}),
+        Contestant(peers.LEAN, "arcface", {"hungry": lambda inputs: OutOfMemory(peers.lean_arcface, inputs)}),
     ]
     monkeypatch.setattr(peers, "step_contestants", lambda *_: contestants)
     monkeypatch.setattr(peak_memory, "measure", lambda job: peak_memory.Peak(bytes=0))
@@ -140,7 +140,7 @@ def test_out_of_memory_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     assert lean.failure == "does not fit: asked for 2.0 GiB more"
 
 
-def test_wrong_answers_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_results_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = Contestant(peers.OURS, "normface", {"plain": lambda inputs: LossStep(peers.lean_arcface, inputs)})
     monkeypatch.setattr(peers, "step_contestants", lambda *_: [wrong])
     (entry,) = runner().step(Shape(8, 16, 100)).entries
@@ -148,7 +148,7 @@ def test_wrong_answers_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert entry.failure.startswith("wrong: relative error")
 
 
-def test_interruption_keeps_what_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interruption_keeps_measurements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(self: Runner, shape: Shape) -> None:
         raise KeyboardInterrupt
 
@@ -175,8 +175,8 @@ main(sys.argv[1:])
 """
 
 
-def test_sigterm_keeps_what_is_measured(tmp_path: Path) -> None:
-    """A whole section, and the part of the next one that is there when the signal comes."""
+def test_sigterm_keeps_measurements(tmp_path: Path) -> None:
+    """A complete section is kept, and the measured part of the next one."""
     output, root = tmp_path / "results.json", str(Path(__file__).parents[2])
     command = [sys.executable, "-c", INTERRUPTED, "step", "exclusive", "--quick", "--no-compiled", "--threads", "1"]
     process = subprocess.Popen(
@@ -198,7 +198,7 @@ def test_sigterm_keeps_what_is_measured(tmp_path: Path) -> None:
     assert exclusive["contestants"][0]["seconds"] == [1.0]
 
 
-def test_a_second_sigterm_does_not_disturb_the_writing() -> None:
+def test_second_sigterm_does_not_interrupt_writing() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt), interrupted_by_sigterm():
         try:
@@ -209,9 +209,7 @@ def test_a_second_sigterm_does_not_disturb_the_writing() -> None:
     assert written and signal.getsignal(signal.SIGTERM) is before
 
 
-def test_every_section_of_kernels_is_written_when_it_is_complete(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_kernel_section_is_written_when_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
     def three(families: object, quick: bool) -> Iterator[comparisons.Comparison]:
@@ -231,13 +229,13 @@ def test_every_section_of_kernels_is_written_when_it_is_complete(
     assert [path.name for path in tmp_path.glob("*.json*")] == ["results.json"]
 
 
-def test_nothing_is_written_where_nobody_is_called_so(tmp_path: Path) -> None:
+def test_unknown_contestant_writes_nothing(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="No contestant is named 'absent'"):
         run_quick(tmp_path, "step", "exclusive", "--only", "absent")
     assert not list(tmp_path.iterdir())
 
 
-def test_the_machine_is_measured_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_machine_is_measured_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "time_queued", timing.time_once)
     machine = next(comparisons.comparisons(("sm90",), quick=True))
     (section,) = runner().kernels([machine])
@@ -252,7 +250,7 @@ def test_the_machine_is_measured_first(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Section.from_summary(section.suite, json.loads(json.dumps(section.summary()))) == section
 
 
-def test_the_machine_copies_and_multiplies() -> None:
+def test_machine_copies_and_multiplies() -> None:
     inputs = make_inputs(Shape(32, 64, 48), "cpu", batches=2)
     copy = steps.Copy(4096, inputs)
     assert copy.source.nbytes == copy.target.nbytes == 4096
@@ -266,8 +264,8 @@ def test_the_machine_copies_and_multiplies() -> None:
     torch.testing.assert_close(product.out.float(), expected, rtol=0, atol=2e-3)
 
 
-def test_ratio_is_taken_within_a_round() -> None:
-    """A disturbance that hits a whole round leaves the ratio alone."""
+def test_ratio_is_computed_within_a_round() -> None:
+    """Noise that slows a complete round does not change the ratio."""
     assert timing.ratio([2.0, 20.0, 2.0], [1.0, 10.0, 1.0]) == 2.0
     assert timing.quartiles([3.0]) == (3.0, 3.0, 3.0)
 
@@ -282,7 +280,7 @@ def test_kernels_need_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 class Counted:
-    """A step that knows its error, and how often it has run."""
+    """A step with a given error that counts its calls."""
 
     def __init__(self, error: float | Exception):
         self.error, self.calls = error, 0
@@ -296,7 +294,7 @@ class Counted:
         return {"result": self.error}
 
 
-def test_a_kernel_at_fault_is_reported_and_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_kernel_is_reported_and_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "time_queued", timing.time_once)
     counted = {
         "right": Counted(9e-7),
@@ -322,7 +320,7 @@ def test_a_kernel_at_fault_is_reported_and_not_timed(monkeypatch: pytest.MonkeyP
 
 
 def test_queued_launches_wait_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The device is held up before the first event, so that the host is ahead when the clock starts."""
+    """The device is busy before the first event, so that the host is ahead when timing starts."""
     log: list[str] = []
 
     class Event:
@@ -347,7 +345,7 @@ def test_queued_launches_wait_for_the_device(monkeypatch: pytest.MonkeyPatch) ->
     assert log == ["synchronize", "hold", "record", "step", "record", "wait"]
 
 
-def test_a_scaled_loss_gives_the_same_answer() -> None:
+def test_scaled_loss_gives_the_same_result() -> None:
     inputs = make_inputs(Shape(4, 8, 16), "cpu", batches=1)
     plain, scaled = (LossStep(peers.lean_arcface, inputs, loss_scale=scale) for scale in (1.0, 256.0))
     answers = [step.answer(0) for step in (plain, scaled)]

@@ -1,4 +1,4 @@
-"""What is on by default rests on committed results of devices that are enough."""
+"""Every kernel family that is enabled by default has a committed result with sufficient evidence."""
 
 import dataclasses
 import json
@@ -26,7 +26,7 @@ PASSED = {
     ],
     "unfinished": [],
 }
-ENOUGH = {
+SUFFICIENT = {
     "commit": "0123456789abcdef0123456789abcdef01234567",
     "hardware": {"gpu": "NVIDIA H100 80GB HBM3", "gpu_capability": "9.0", "driver": "580.159.04"},
     "versions": {"python": "3.11.7", "torch": "2.13.0", "cuda": "13.0", "fused_margin": {"version": "0.1.0"}},
@@ -36,9 +36,9 @@ ENOUGH = {
 
 
 def changed(*path_and_value):
-    """ENOUGH with the value at a path of keys replaced; without a value the last key is removed."""
+    """SUFFICIENT with the value at a path of keys replaced; without a value the last key is removed."""
     *path, last, value = path_and_value
-    result = json.loads(json.dumps(ENOUGH))
+    result = json.loads(json.dumps(SUFFICIENT))
     place = result
     for key in path:
         place = place[key]
@@ -50,8 +50,8 @@ def changed(*path_and_value):
 
 
 @pytest.mark.parametrize("name", ["sm90", "search"])
-def test_a_result_that_is_enough(name):
-    assert evidence.shortcomings(ENOUGH, name, HOPPER) == []
+def test_sufficient_result(name):
+    assert evidence.shortcomings(SUFFICIENT, name, HOPPER) == []
     cut_short = changed("sanitizers", "memcheck", name, "unfinished", [INCOMPLETE])
     assert evidence.shortcomings(cut_short, name, HOPPER) == []
 
@@ -80,41 +80,41 @@ def test_a_result_that_is_enough(name):
         (("sanitizers", "racecheck", "sm90", "failed", ["a"]), "Failed tests of sm90 under racecheck: a."),
     ],
 )  # fmt: skip
-def test_what_a_result_lacks(path_and_value, sentence):
+def test_insufficient_results(path_and_value, sentence):
     assert sentence in evidence.shortcomings(changed(*path_and_value), "sm90", HOPPER)
     if path_and_value[0] != "hardware":
         assert evidence.shortcomings(changed(*path_and_value), "sm90", HOPPER) == [sentence]
 
 
-def test_the_tests_of_another_name_do_not_count():
+def test_tests_of_another_family_do_not_count():
     result = changed("tests", "sm80", {**PASSED, "failed": ["a"]})
     assert evidence.shortcomings(result, "sm90", HOPPER) == []
     assert "Failed tests of sm80: a." in evidence.shortcomings(result, "sm80", HOPPER)
 
 
 def switch(monkeypatch, sm90=None, sm80=None, search=None):
-    """Name these results in backends/select.py."""
+    """Set the results that backends/select.py names."""
     results = {"sm90": sm90 or {}, "sm80": sm80 or {}}
     families = [dataclasses.replace(family, results=results[family.name]) for family in select.FAMILIES]
     monkeypatch.setattr(select, "FAMILIES", tuple(families))
     monkeypatch.setattr(select, "SEARCH_RESULTS", search or {})
 
 
-def test_what_is_on_is_proven():
+def test_enabled_families_have_evidence():
     assert evidence.unproven() == []
 
 
 @pytest.mark.parametrize("name", ["sm90", "search"])
-def test_what_is_on_without_proof_is_found(monkeypatch, tmp_path, name):
-    """A file that is missing, one of another capability, and one that has no tests of that name."""
-    (tmp_path / "enough.json").write_text(json.dumps(ENOUGH))
+def test_enabled_families_without_evidence_are_reported(monkeypatch, tmp_path, name):
+    """The file is missing, has another capability, or has no tests of the family."""
+    (tmp_path / "sufficient.json").write_text(json.dumps(SUFFICIENT))
     (tmp_path / "untested.json").write_text(json.dumps(changed("tests", {})))
     monkeypatch.setattr(evidence, "RESULTS", tmp_path)
-    switch(monkeypatch, **{name: {HOPPER: "enough.json"}})
+    switch(monkeypatch, **{name: {HOPPER: "sufficient.json"}})
     assert evidence.unproven() == []
     for file, capability, sentence in (
         ("absent.json", HOPPER, "There is no such file in benchmarks/results."),
-        ("enough.json", AMPERE, "The result is of compute capability 9.0, not of 8.0."),
+        ("sufficient.json", AMPERE, "The result is of compute capability 9.0, not of 8.0."),
         ("untested.json", HOPPER, f"The result has no tests of {name}."),
     ):
         switch(monkeypatch, **{name: {capability: file}})
@@ -134,8 +134,8 @@ def device(monkeypatch):
         yield chosen
 
 
-def test_nothing_serves_where_it_has_not_passed(device, monkeypatch):
-    """A result of Hopper switches on Hopper, and no other GPU that the family runs on."""
+def test_families_serve_only_devices_with_a_result(device, monkeypatch):
+    """A result on Hopper enables the family on Hopper, and not on other GPUs that it runs on."""
     switch(monkeypatch)
     assert select.select_backend(None, device.weight) == select.PORTABLE
     switch(monkeypatch, sm80={HOPPER: "a.json"})
@@ -150,7 +150,7 @@ def test_nothing_serves_where_it_has_not_passed(device, monkeypatch):
         assert select.select_backend(None, device.weight) == "sm80"
 
 
-def test_the_search_serves_where_it_has_passed(device, monkeypatch):
+def test_search_serves_only_devices_with_a_result(device, monkeypatch):
     switch(monkeypatch, search={HOPPER: "a.json"})
     gpu = device.weight.device
     assert select.searches(gpu) and select.searches(torch.device("cpu"))
@@ -161,7 +161,7 @@ def test_the_search_serves_where_it_has_passed(device, monkeypatch):
         assert select.searches(gpu)
 
 
-def test_the_choice_compiles_into_one_graph(device, monkeypatch):
+def test_selection_compiles_into_one_graph(device, monkeypatch):
     switch(monkeypatch, sm90={HOPPER: "a.json"}, search={HOPPER: "a.json"})
 
     def function(weight):
@@ -173,7 +173,7 @@ def test_the_choice_compiles_into_one_graph(device, monkeypatch):
         assert torch.compile(function, fullgraph=True, backend="eager")(device.weight)[1:] == expected
 
 
-def test_what_is_on_is_described(monkeypatch):
+def test_build_info_describes_enabled_families(monkeypatch):
     monkeypatch.setattr(select, "_C", SimpleNamespace(cuda=SimpleNamespace(sm90=None, sm80=None)))
     switch(monkeypatch)
     off = "off: no committed device result yet"
@@ -188,7 +188,7 @@ def test_what_is_on_is_described(monkeypatch):
     ]
 
 
-def test_the_search_is_refused_where_it_is_off(device, monkeypatch):
+def test_disabled_search_is_an_error(device, monkeypatch):
     switch(monkeypatch)
     with pytest.raises(RuntimeError, match="the exact search is off for this compute capability.*got cuda:0"):
         _checks.searched_device("query", device.weight)

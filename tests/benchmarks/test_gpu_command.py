@@ -1,4 +1,4 @@
-"""`python -m benchmarks.gpu` walked through with stand-ins for the device, its tools and the CUDA tests."""
+"""`python -m benchmarks.gpu` with stand-ins for the device, its tools and the CUDA tests."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def device(tmp_path, monkeypatch):
     return StandIn(tmp_path, monkeypatch)
 
 
-def test_all_right(device, monkeypatch):
+def test_everything_passes(device, monkeypatch):
     code, result = device.run("check", "profile", "sanitize")
     assert code == 0
     assert {group: tests["passed"] for group, tests in result["tests"].items()} == {
@@ -35,7 +35,7 @@ def test_all_right(device, monkeypatch):
     for tests in result["tests"].values():
         assert tests["failed"] == tests["unfinished"] == []
     assert result["tests"]["portable"]["skipped"] == [
-        "tests/cuda/test_products.py::test_the_second_device: Skipped: needs two devices"
+        "tests/cuda/test_accuracy.py::test_second_device: Skipped: needs two devices"
     ]
     assert result["tests"]["sm90"]["notes"] == ["arithmetic: sm90"]
     assert result["commit"] == COMMIT and result["kernel_sources"] == record.kernel_sources(device.root)
@@ -48,7 +48,7 @@ def test_all_right(device, monkeypatch):
     (times,) = device.called("benchmarks")
     assert "--no-compiled --families sm90 sm80" in times
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    parsed = tyro.cli(Options, args=times.partition("-m benchmarks ")[2].split())  # as the benchmarks take them
+    parsed = tyro.cli(Options, args=times.partition("-m benchmarks ")[2].split())  # as the benchmarks parse them
     assert parsed.families == ("sm90", "sm80") and not parsed.compiled and parsed.device == "cuda"
     assert len(device.called("profile")) == 1 and ["--import" in line for line in device.called("ncu")] == [False, True]
     tests = device.called("pytest")
@@ -60,32 +60,32 @@ def test_all_right(device, monkeypatch):
     "fault",
     ["trap", pytest.param("late", marks=pytest.mark.slow), "hang", pytest.param("wrong", marks=pytest.mark.slow)],
 )
-def test_a_family_at_fault_is_left_out_and_the_others_go_on(device, fault):
+def test_faulty_family_is_excluded_and_the_others_continue(device, fault):
     code, result = device.run("check", "profile", fault=fault)
     assert code == 1
     sm90, sm80 = result["tests"]["sm90"], result["tests"]["sm80"]
     assert sm80["passed"] == 4 and not sm80["failed"] and not sm80["unfinished"]
     assert result["tests"]["portable"]["passed"] == 1 and result["tests"]["search"]["passed"] == 1
-    at_fault = "tests/cuda/test_products.py::test_exponent_sum[sm90]"
+    faulty_test = "tests/cuda/test_accuracy.py::test_exponent_sum[sm90]"
     named = sm90["unfinished" if fault == "hang" else "failed"]
-    assert named[0].startswith(at_fault)
+    assert named[0].startswith(faulty_test)
     assert "device lost" in named[0] or fault not in ("trap", "late")
-    assert sm90["passed"] == 2  # the tests before and behind it
+    assert sm90["passed"] == 2  # the tests before and after it
     assert sm90["unfinished"][-1] == "not all tests have run"
     (times,) = device.called("benchmarks")
     assert "--families sm80 --output" in times
-    (sanitized,) = device.called("sanitizer")  # what failed, in the build that traps
-    assert "--tool=memcheck" in sanitized and sanitized.count("::") == 1 and at_fault in sanitized
-    assert all("trap" in line.split()[1] for line in device.called("pytest") if at_fault in line)
+    (sanitized,) = device.called("sanitizer")  # the failed test, in the build with traps
+    assert "--tool=memcheck" in sanitized and sanitized.count("::") == 1 and faulty_test in sanitized
+    assert all("trap" in line.split()[1] for line in device.called("pytest") if faulty_test in line)
     assert any("process 2" in step["name"] for step in result["steps"]) == (fault != "wrong")
 
 
-def test_a_fault_that_only_all_tests_show(device):
+def test_fault_after_bring_up(device):
     code, result = device.run("check", fault="wrong in all")
-    assert code == 1 and result["tests"]["sm90"]["failed"] == ["tests/cuda/test_products.py::test_options[sm90]"]
+    assert code == 1 and result["tests"]["sm90"]["failed"] == ["tests/cuda/test_accuracy.py::test_options[sm90]"]
 
 
-def test_a_build_on_the_device(device):
+def test_build_on_the_device(device):
     assert device.run("check", prebuilt=False)[0] == 0
     (build,) = device.called("prebuild")
     assert build.endswith("build/gpu --capability 9.0")
@@ -93,40 +93,40 @@ def test_a_build_on_the_device(device):
     assert device.run("check", prebuilt=False, fault="build")[0] == 1 and not device.called("pytest")
 
 
-def test_a_missing_package_is_an_error_before_anything_runs(device, monkeypatch, capsys):
+def test_missing_package_is_an_error_before_anything_runs(device, monkeypatch, capsys):
     monkeypatch.setenv("MISSING", "tyro")
     code, result = device.run("check")
     assert code == 1 and result == {} and not device.calls.exists()
     assert "missing: tyro" in capsys.readouterr().out
 
 
-def test_times_of_a_second_call_rest_on_the_tests_of_the_first(device):
+def test_second_call_times_families_that_passed_in_the_first(device):
     device.run("check")
     earlier = device.output / "stand-in-1.json"
-    kept = device.write("earlier.json", earlier.read_text())
+    earlier_path = device.write("earlier.json", earlier.read_text())
     device.calls.unlink()
-    code, result = device.run("time", "--earlier", str(kept))
+    code, result = device.run("time", "--earlier", str(earlier_path))
     assert code == 0 and result["tests"]["sm90"]["passed"] == 4
     (times,) = device.called("benchmarks")
     assert "--rounds 9 --families sm90 sm80" in times and not device.called("pytest")
     device.calls.unlink()
-    device.write("csrc/kernel.cu", "// mended")
-    code, result = device.run("time", "--earlier", str(kept))
+    device.write("csrc/kernel.cu", "// changed")
+    code, result = device.run("time", "--earlier", str(earlier_path))
     assert code == 1 and result["tests"] == {} and not device.calls.exists()
     assert any("not passed with these sources: sm90 sm80" in step["detail"] for step in result["steps"])
 
 
 @pytest.mark.slow
-def test_a_second_call_checks_what_was_mended_and_times_the_rest(device):
-    """A family whose tests passed earlier is timed; what a sanitizer has found clean is not run under it again."""
+def test_second_call_checks_selected_groups_and_times_the_rest(device):
+    """A family whose tests passed earlier is timed; groups that passed a sanitizer do not run under it again."""
     _, result = device.run("check", "sanitize")
     first = json.loads(json.dumps(result))
     first["tests"]["search"]["failed"] = ["test_exact_search"]
     first["sanitizers"]["racecheck"]["sm90"]["failed"] = ["test_small_integers_multiply_exactly[sm90]"]
     del first["sanitizers"]["synccheck"]["sm80"]
-    kept = device.write("earlier.json", json.dumps(first))
+    earlier_path = device.write("earlier.json", json.dumps(first))
     device.calls.unlink()
-    code, result = device.run("check", "sanitize", "time", "--groups", "search", "--earlier", str(kept))
+    code, result = device.run("check", "sanitize", "time", "--groups", "search", "--earlier", str(earlier_path))
     assert code == 0 and result["tests"]["search"]["passed"] == 1 and not result["tests"]["search"]["failed"]
     assert result["tests"]["sm90"] == first["tests"]["sm90"]
     (times,) = (call for call in device.called("benchmarks") if "--rounds 9" in call)
@@ -140,8 +140,8 @@ def test_a_second_call_checks_what_was_mended_and_times_the_rest(device):
     }  # fmt: skip
 
 
-def test_time_that_is_over(device, monkeypatch, capsys):
-    """Times are stopped and kept, which is no fault in the first call; tests that did not run are one."""
+def test_time_limit(device, monkeypatch, capsys):
+    """Timing stops and keeps its results, which is no error in the first call; tests that did not run are an error."""
     monkeypatch.setattr(command, "FIRST_TIMES_SECONDS", 2)
     code, result = device.run("check", "profile", fault="slow times")
     assert code == 0 and result["suites"] == {}
@@ -158,7 +158,7 @@ def section(rows: int, *seconds: float, failure: str | None = None) -> dict:
     }
 
 
-def test_times_of_an_earlier_call_stay_where_there_are_no_new_ones():
+def test_earlier_times_remain_without_new_ones():
     earlier = {"command": "first", "suites": {"step": [section(1, 0.1), section(2, 0.2)], "nearest": [section(1, 0.3)]}}
     later = {"command": "second", "suites": {"step": [section(2, 0.5), section(1)]}}
     merged = record.merge_times(earlier, later)
@@ -171,28 +171,28 @@ def test_times_of_an_earlier_call_stay_where_there_are_no_new_ones():
     ("failure", "expected"),
     [("wrong: relative error 1e-1", 1), pytest.param("does not fit: 9 GiB", 0, marks=pytest.mark.slow)],
 )
-def test_a_wrong_answer_in_the_times_is_a_fault(device, monkeypatch, failure, expected):
+def test_wrong_result_in_timing_is_an_error(device, monkeypatch, failure, expected):
     monkeypatch.setenv("SUITES", json.dumps({"step": [section(1, failure=failure)]}))
     code, result = device.run("check")
     assert code == expected and result["suites"]["step"][0]["contestants"][0]["failure"] == failure
 
 
-def test_profiles_without_a_check(device):
+def test_profile_without_check(device):
     device.run("check")
-    kept = device.write("earlier.json", (device.output / "stand-in-1.json").read_text())
+    earlier_path = device.write("earlier.json", (device.output / "stand-in-1.json").read_text())
     device.calls.unlink()
-    assert device.run("profile", "--earlier", str(kept))[0] == 0
+    assert device.run("profile", "--earlier", str(earlier_path))[0] == 0
     assert "steps sm90 sm80 portable" in device.called("profile")[0]
 
 
-def test_tests_that_cannot_be_imported_are_not_tried_again(device):
+def test_import_errors_are_not_retried(device):
     code, result = device.run("check", fault="import")
     assert code == 1 and len(device.called("pytest")) == 4  # two families, portable kernels, search
     assert not device.called("benchmarks") and result["tests"]["sm90"]["passed"] == 0
 
 
-def test_a_signal_ends_the_command_that_runs_and_keeps_the_record(device):
-    """Here the command is a separate process, whose tests hang until the signal comes."""
+def test_signal_ends_the_running_command_and_keeps_the_record(device):
+    """The command runs in a separate process, whose tests hang until the signal arrives."""
     arguments = ["check", "--prebuilt", str(device.root / "prebuilt"), "--output", str(device.output)]
     code = f"""
 import signal, sys
@@ -217,7 +217,7 @@ sys.exit(command.main({[*arguments, "--python", str(device.python), "--commit", 
 
 
 def test_every_cuda_test_belongs_to_one_group(forks):
-    """Expressions of -k match parts of names: a test that is renamed must not leave a group, or bring-up, unnoticed."""
+    """-k matches parts of names: a renamed test must not drop out of its group or of bring-up unnoticed."""
     arguments = testing.SUITE, "--collect-only", "-q", "-p", "no:cacheprovider"
     collecting = forks.start(run_module, "pytest", *arguments, directory=str(ROOT))
     assert collecting.wait() == 0, collecting.output
@@ -234,8 +234,8 @@ def test_every_cuda_test_belongs_to_one_group(forks):
         assert set(selected(word)) & set(groups["sm90"]) and set(selected(word)) & set(groups["sm80"]), word
 
 
-def test_what_is_asked_of_the_machine(monkeypatch):
-    """Without a device: the packages that are missing, and why the benchmarks cannot run."""
+def test_checks_of_the_machine(monkeypatch):
+    """Without a device: the missing packages, and the reason why the benchmarks cannot run."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
 
     def python(*arguments: str) -> subprocess.CompletedProcess:
@@ -249,7 +249,7 @@ def test_what_is_asked_of_the_machine(monkeypatch):
         assert described.returncode == 1 and described.stderr.startswith("The kernels suite needs a GPU")
 
 
-def test_a_command_without_parts_runs_all_of_them(capsys):
+def test_command_without_parts_runs_all_parts(capsys):
     assert command.arguments_of([]).parts == list(command.PARTS)
     assert command.arguments_of(["check", "--limit", "20", "time"]).parts == ["check", "time"]
     with pytest.raises(SystemExit):
@@ -257,7 +257,7 @@ def test_a_command_without_parts_runs_all_of_them(capsys):
     assert "expected parts among check, profile, sanitize, time; got chekc" in capsys.readouterr().err
 
 
-def test_a_tree_without_git_has_no_commit(tmp_path, monkeypatch):
+def test_source_tree_without_git_has_no_commit(tmp_path, monkeypatch):
     assert record.commit_of(tmp_path) is None
     monkeypatch.setenv("PATH", "")
     assert record.commit_of(ROOT) is None
@@ -272,7 +272,7 @@ def test_arguments(device, tmp_path, capsys):
         device.run("check")
 
 
-def test_architectures_are_the_devices(monkeypatch):
+def test_architectures_match_the_device(monkeypatch):
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.5")
     for capability, expected in {"9.0": "9.0a", "8.0": "8.0"}.items():
         plain, trap = (builds.variables(variant, capability) for variant in (builds.PLAIN, builds.TRAP))
@@ -280,19 +280,19 @@ def test_architectures_are_the_devices(monkeypatch):
         assert "FM_TRAP_AFTER" in trap["NVCC_APPEND_FLAGS"] and "FM_TRAP_AFTER" not in plain["NVCC_APPEND_FLAGS"]
 
 
-def test_a_command_that_ignores_its_end_is_killed_with_its_children(tmp_path, monkeypatch):
+def test_command_that_ignores_sigterm_is_killed_with_its_children(tmp_path, monkeypatch):
     monkeypatch.setattr(steps, "LEAST_SECONDS", 1)
     monkeypatch.setattr(steps, "GRACE_SECONDS", 1)
     run = steps.Steps(60, tmp_path / "log", tmp_path, {})
     pid = tmp_path / "pid"
-    script = f"trap '' TERM; sleep 300 & echo $! >{pid}; echo begun; wait; sleep 300"
+    script = f"trap '' TERM; sleep 300 & echo $! >{pid}; echo started; wait; sleep 300"
     step = run.run("stubborn", 2, ["bash", "-c", script])
     assert step.state == "TIMED OUT" and step.failed
-    assert "begun" in (tmp_path / "log").read_text()
+    assert "started" in (tmp_path / "log").read_text()
     state = subprocess.run(["ps", "-o", "stat=", "-p", pid.read_text()], capture_output=True, text=True, check=False)
     assert state.stdout.strip() in ("", "Z", "Zs")
 
 
 def test_profile_runs_each_kernel_and_a_step():
-    """On the CPU with the portable kernels, what a device's profiler will be given."""
+    """The profiled program runs on the CPU with the portable kernels."""
     assert "fused_margin::forward_chunks" in profile.table_of_step("portable", "cpu", Shape(8, 32, 200))

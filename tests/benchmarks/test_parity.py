@@ -1,4 +1,4 @@
-"""The comparison with other libraries' own code, on checkouts made up here: what it finds, and that it finds it."""
+"""The comparison with other libraries' own code, on synthetic checkouts: it reports all differences and no others."""
 
 import json
 import subprocess
@@ -54,7 +54,7 @@ PACKAGE = 'import os\nimport torch\nTEST_DTYPES = [getattr(torch, os.environ.get
 
 
 def run(*arguments) -> tuple[dict, str]:
-    """The file it wrote and what it exits with."""
+    """The report it wrote and its exit message."""
     output = Path(arguments[1]) / "result.json"
     try:
         main([*map(str, arguments), "--output", str(output)])
@@ -65,7 +65,7 @@ def run(*arguments) -> tuple[dict, str]:
 
 @pytest.fixture
 def forked(forks, monkeypatch):
-    """Processes of the comparison are forked."""
+    """Fork the processes of the comparison."""
     forks.preload("benchmarks.parity.pytorch_metric_learning", "benchmarks.parity.insightface")
 
     def run(command, *, cwd, env, **_):
@@ -82,7 +82,7 @@ def forked(forks, monkeypatch):
 
 @pytest.mark.parametrize("differs", [False, True])
 def test_unit_tests_of_another_library(forked, tmp_path, differs):
-    """Tests that pass with both, with neither, with theirs, and with theirs because of what differs on purpose."""
+    """Tests that pass with both, with neither, with theirs only, and with theirs only by an intended difference."""
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests/__init__.py").write_text(PACKAGE)
     (tmp_path / "tests/test_margin.py").write_text(TESTS + (ONLY_THEIRS if differs else ""))
@@ -103,7 +103,7 @@ def test_unit_tests_of_another_library(forked, tmp_path, differs):
         if dtypes == "float32":
             expected["dtype"] = {"theirs": passed, "ours": passed}
         rows = report["settings"][dtypes]
-        once = rows.pop("tests.test_once.Once.test", None)  # it does not look at TEST_DTYPES
+        once = rows.pop("tests.test_once.Once.test", None)  # it does not use TEST_DTYPES
         assert (once is not None) == (dtypes == "default")
         names = {name: f"tests.test_margin.Test.test_{name}" for name in expected}
         assert set(rows) == set(names.values())
@@ -119,7 +119,7 @@ def test_unit_tests_of_another_library(forked, tmp_path, differs):
 
 
 @pytest.mark.parametrize("processes", ["forked", pytest.param("started", marks=pytest.mark.slow)])
-def test_a_file_that_only_theirs_can_import(request, tmp_path, processes):
+def test_file_that_only_the_other_library_can_import(request, tmp_path, processes):
     if processes == "forked":
         request.getfixturevalue("forked")
     (tmp_path / "tests").mkdir()
@@ -148,7 +148,7 @@ class PartialFC_V2(insightface.PartialFC_V2):
 @pytest.mark.skipif(not distributed.is_available(), reason="torch without torch.distributed")
 @pytest.mark.parametrize("change, values", [("", set()), (" + 1e-3", {"loss"}), (" * (1 + 1e-4)", None)])
 def test_partial_fc_of_another_library(forked, tmp_path, change, values):
-    """In their place ours, and ours with a wrong loss, and with a wrong gradient too."""
+    """Our classes take the place of theirs: correct, with a wrong loss, and with a wrong loss and gradient."""
     folder = tmp_path / "recognition/arcface_torch"
     folder.mkdir(parents=True)
     (folder / "losses.py").write_text(
@@ -160,14 +160,14 @@ def test_partial_fc_of_another_library(forked, tmp_path, change, values):
     cases = report["cases"]
     assert {case["losses"] for case in cases} == {"below the cap", "beyond the cap"} and len(cases) == 8
     assert all(case["same_classes_drawn"] and case["ranks"] == 2 for case in cases)
-    found = {line.split(": ")[1].split(" by")[0] for line in report["different"]}
-    assert found == ({"loss", "embedding_gradient", "weight_gradient"} if values is None else values)
-    assert bool(complaint) == bool(found)
-    if change == " + 1e-3":  # where theirs ends at its cap, the loss is not compared
+    differences = {line.split(": ")[1].split(" by")[0] for line in report["different"]}
+    assert differences == ({"loss", "embedding_gradient", "weight_gradient"} if values is None else values)
+    assert bool(complaint) == bool(differences)
+    if change == " + 1e-3":  # losses beyond their cap are not compared
         assert not any("beyond the cap" in line for line in report["different"])
 
 
-def test_which_files_of_a_checkout(tmp_path):
+def test_files_of_a_checkout(tmp_path):
     def git(*arguments):
         name = ["-c", "user.name=a", "-c", "user.email=a@b"]
         done = subprocess.run(["git", *name, *arguments], cwd=tmp_path, capture_output=True, text=True, check=True)
@@ -189,6 +189,6 @@ def test_which_files_of_a_checkout(tmp_path):
     report = upstream.provenance(tmp_path, [file], {})
     assert report["commit"] == git("rev-parse", "HEAD") and report["modified"] == []
     assert report["files"]["folder/file.py"]["blob"] == git("hash-object", "folder/file.py")
-    assert upstream.provenance(tmp_path / "folder", [file], {})["commit"] is None  # the repository is around it
+    assert upstream.provenance(tmp_path / "folder", [file], {})["commit"] is None  # the repository contains the folder
     file.write_text("x = 2\n")
     assert upstream.provenance(tmp_path, [file], {})["modified"] == ["M folder/file.py"]

@@ -20,7 +20,7 @@ H100 = "NVIDIA H100 80GB HBM3"
 
 
 def content(gpu=H100, date="2026-08-01T10:00:00+00:00", family="sm90"):
-    """What a complete run would leave: every contestant twice as slow in the second of its two rounds."""
+    """The result of a complete run in which every contestant is twice as slow in the second of two rounds."""
     report = Report("python -m benchmarks kernels --device cuda", "cpu", 1, complete=True)
     call, split = ours(family, names.CALL), ours(f"{family} {select.SPLIT}")
     mine, normface = ours(family), ours(family, names.NORMFACE)
@@ -61,17 +61,17 @@ def result(**options):
 
 
 def rows(text):
-    """Cells of a table's rows, by the first of them."""
+    """The cells of a table's rows, keyed by the first cell."""
     cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in text.splitlines() if line[:1] == "|"]
     return {first: rest for first, *rest in cells[2:]}
 
 
-def test_what_is_committed_is_what_the_results_say():
+def test_committed_text_matches_the_results():
     for path, text in publish.documents(device_result.newest()).items():
         assert path.read_text(encoding="utf-8") == text, f"{path.name}: run python -m benchmarks.publish"
 
 
-def test_without_a_result_nothing_is_claimed():
+def test_no_result_gives_no_numbers():
     assert publish.gpu_results(None) == publish.NO_RESULT
     assert "no result of a GPU is committed yet" in publish.NO_RESULT
     assert "both speeds are assumptions" in model.times(model.speeds_of(None)).replace("\n", " ")
@@ -102,7 +102,7 @@ def test_readme_table():
     }  # fmt: skip
 
 
-def test_readme_names_what_the_table_was_measured_on():
+def test_readme_names_the_device_of_the_table():
     text = publish.gpu_results(result())
     first = text.partition("\n\n")[0].replace("\n", " ")
     for fact in (
@@ -113,7 +113,7 @@ def test_readme_names_what_the_table_was_measured_on():
     assert text.endswith(
         "The times are in `benchmarks/results/h100.json`, written by\n\n    python -m benchmarks kernels --device cuda"
     )
-    measured = result()  # within a larger command
+    measured = result()  # run by a larger command
     measured.content.update(command="python -m benchmarks.gpu", benchmark_command="python -m benchmarks kernels")
     assert publish.gpu_results(measured).endswith("written by\n\n    python -m benchmarks kernels")
     assert "interrupted" not in first
@@ -122,7 +122,7 @@ def test_readme_names_what_the_table_was_measured_on():
     assert "The run was interrupted" in publish.gpu_results(interrupted)
 
 
-def test_readme_says_what_a_result_switches_on(monkeypatch):
+def test_readme_names_the_families_that_a_result_enables(monkeypatch):
     monkeypatch.setattr(select, "SEARCH_RESULTS", {(9, 0): "h100.json", (8, 0): "a100.json"})
     assert "This result switches on `search` for compute capability 9.0." in publish.gpu_results(result()).replace(
         "\n", " "
@@ -130,19 +130,19 @@ def test_readme_says_what_a_result_switches_on(monkeypatch):
 
 
 @pytest.mark.parametrize("options", [{"gpu": "NVIDIA A100-SXM4-80GB"}, {"family": "sm80"}], ids=str)
-def test_predictions_are_for_their_device_and_kernels_alone(options):
+def test_predictions_apply_only_to_their_device_and_kernels(options):
     table = rows(publish.gpu_results(result(**options)))
     assert table["exponent-sum kernel, C = 100,000"][0] == "150 µs"
     predicted = {cells[1] for cells in table.values() if len(cells) == 5}
     assert predicted == (set() if "gpu" in options else {"–"})
 
 
-def test_what_was_not_measured_is_a_dash_and_what_failed_says_so():
+def test_unmeasured_cells_are_dashes_and_failures_are_named():
     partial = result()
     del partial.content["suites"][names.NEAREST]
     (sums,) = partial.content["suites"][names.EXPONENT_SUM]
     sums["contestants"][1] |= {"seconds": [], "failure": "wrong: a | b"}
-    sums["contestants"][2]["failure"] = "does not fit"  # only when its memory was measured
+    sums["contestants"][2]["failure"] = "does not fit"  # it failed only when its memory was measured
     table = rows(publish.gpu_results(partial))
     assert table["forward call, C = 100,000"][0] == "300 µs"
     assert table["forward call, C = 100,000"][3] == "does not fit"
@@ -166,13 +166,13 @@ ASSUMED_TABLE = """\
 | 100M | 1,024 | 1.8 | 131 | 0.3 | 8.1 | 940,000 |"""
 
 
-def test_the_model_from_assumed_speeds():
-    """The table that was written by hand before the model was code."""
+def test_model_from_assumed_speeds():
+    """The model gives the table that was first computed by hand."""
     assert model.times(model.ASSUMED).endswith(ASSUMED_TABLE)
     assert model.limit(model.ASSUMED).endswith("W ≈ 170 for 1M classes, 1,700 for 10M, 17,000 for 100M.")
 
 
-def test_the_model_from_measured_speeds():
+def test_model_from_measured_speeds():
     """Four products of 8 · 1024 · 512 · 100,000 operations in 0.75 ms, and 2 GiB through memory in 1.2 ms."""
     speeds = model.speeds_of(result())
     assert speeds.products == pytest.approx(8 * 1024 * 512 * 100_000 / 0.75e-3)
@@ -190,7 +190,7 @@ def test_the_model_from_measured_speeds():
     assert model.limit(speeds).endswith("W ≈ 120 for 1M classes, 1,200 for 10M, 12,000 for 100M.")
 
 
-def test_a_speed_that_was_not_measured_stays_assumed():
+def test_unmeasured_speed_remains_assumed():
     partial = result()
     del partial.content["suites"][names.MACHINE], partial.content["suites"][names.HALF_STEP]
     speeds = model.speeds_of(partial)
@@ -203,7 +203,7 @@ def test_two_digits():
     assert {value: model.two_digits(value) for value in values} == values
 
 
-def test_the_newest_result_of_a_device_is_found(monkeypatch, tmp_path):
+def test_newest_result_of_a_device(monkeypatch, tmp_path):
     monkeypatch.setattr(device_result, "RESULTS", tmp_path)
     (tmp_path / "cpu.json").write_text(
         json.dumps({"date": "2027", "hardware": {"cpu": "EPYC"}, "suites": {"step": []}})
@@ -218,7 +218,7 @@ def test_the_newest_result_of_a_device_is_found(monkeypatch, tmp_path):
     assert device_result.newest().name == "b.json"
 
 
-def test_the_command_writes_between_the_markers(monkeypatch, tmp_path, capsys):
+def test_command_writes_between_the_markers(monkeypatch, tmp_path, capsys):
     before = {"README": publish.README.read_text(), "SCALING": publish.SCALING.read_text()}
     for name, text in before.items():
         (tmp_path / name).write_text(text)
@@ -242,17 +242,17 @@ def test_the_command_writes_between_the_markers(monkeypatch, tmp_path, capsys):
 @pytest.mark.parametrize(
     "text", ["", "<!-- a -->\n", "<!-- end of a -->\n<!-- a -->\n", "<!-- a -->\n<!-- end of a -->\n" * 2]
 )
-def test_markers_are_there_once(text):
+def test_markers_occur_once(text):
     with pytest.raises(ValueError, match="expected <!-- a --> and <!-- end of a --> once each"):
         publish.replace_block(text, "a", "b")
 
 
-def test_a_block_is_replaced_whole():
+def test_complete_block_is_replaced():
     text = "x\n<!-- a -->\nold\n\nold\n<!-- end of a -->\ny\n"
     assert publish.replace_block(text, "a", "new") == "x\n<!-- a -->\nnew\n<!-- end of a -->\ny\n"
 
 
-def test_the_last_section_of_a_problem_counts():
+def test_last_section_of_a_problem_counts():
     twice = result()
     (sums,) = twice.content["suites"][names.EXPONENT_SUM]
     twice.content["suites"][names.EXPONENT_SUM] = [{**sums, "contestants": []}, sums]

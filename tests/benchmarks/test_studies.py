@@ -14,7 +14,7 @@ def check_links(path):
         assert (path.parent / link).exists(), f"{path.name}: {link}"
 
 
-def test_the_list_of_studies():
+def test_list_of_studies():
     index = ROOT / "benchmarks" / "README.md"
     check_links(index)
     assert set(STUDIES) <= set(re.findall(r"\[(\w+)\]\(\1\)", index.read_text(encoding="utf-8")))

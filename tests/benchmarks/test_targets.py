@@ -1,4 +1,4 @@
-"""Verdicts on a run: targets and predictions compared with measured values."""
+"""Verdicts on a run: measured values against targets and predictions."""
 
 import pytest
 
@@ -13,7 +13,7 @@ from benchmarks.kernels import targets as kernel_targets
 
 
 def test_targets() -> None:
-    """Verdicts follow the ratios of a run of the problem that has targets."""
+    """Verdicts follow the ratios of a run on the problem that has targets."""
     report = Report("", "cpu", 2)
     section = report.section("step", targets.STEP)
     for name, seconds in {peers.PRODUCTS: 1.0, peers.OURS: 1.1, peers.COMPILED: 1.6, peers.LEAN: 2.6}.items():
@@ -29,7 +29,7 @@ def test_targets() -> None:
 
 
 def kernel_report(device: str) -> Report:
-    """sm90 just reaches every target it can; sm80 misses each a little, and one of its answers is wrong."""
+    """sm90 barely reaches every target it can; sm80 barely misses each, and one of its results is wrong."""
     report = Report("", device, 1)
     best, nothing_kept, normface = names.ours("sm90"), names.NOTHING_KEPT, names.NORMFACE
     problems = {
@@ -74,7 +74,7 @@ def test_kernel_targets() -> None:
     assert len(verdicts) == len(sm90) + len(sm80)
 
 
-def test_kernel_targets_hold_for_their_problems_alone() -> None:
+def test_kernel_targets_apply_only_to_their_problems() -> None:
     assert kernel_targets.judge(kernel_report("cpu")) == []
     report = kernel_report("cuda")
     for section in report.sections:
@@ -82,7 +82,7 @@ def test_kernel_targets_hold_for_their_problems_alone() -> None:
     assert all("wrong" in verdict.measured for verdict in kernel_targets.judge(report))
 
 
-def test_predictions_are_shown_for_their_device_and_problem_alone() -> None:
+def test_predictions_are_shown_only_for_their_device_and_problem() -> None:
     report = kernel_report("cuda")
     assert all(verdict.met is not None for verdict in kernel_targets.judge(report))
     for gpu, shown in (("NVIDIA H100 80GB HBM3", 3), ("NVIDIA H100 PCIe", 0), ("NVIDIA H200", 0)):
@@ -100,8 +100,8 @@ def test_predictions_are_shown_for_their_device_and_problem_alone() -> None:
     assert all(verdict.met is not None for verdict in kernel_targets.judge(report))
 
 
-def test_a_prediction_names_contestants_that_there_are() -> None:
+def test_predictions_name_existing_contestants() -> None:
     compared = {(each.suite, each.shape): each for each in comparisons.comparisons(("sm90", "sm80"))}
     for each in predictions.PREDICTIONS:
-        found = {contestant.name for contestant in compared[each.suite, each.shape].contestants}
-        assert {each.contestant, each.reference or each.contestant} <= found
+        contestants = {contestant.name for contestant in compared[each.suite, each.shape].contestants}
+        assert {each.contestant, each.reference or each.contestant} <= contestants

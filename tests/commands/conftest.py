@@ -1,3 +1,3 @@
-"""The tests of the commands share the trainer's fixtures."""
+"""The tests of the commands use the fixtures of the trainer's tests."""
 
 from trainer_fixtures import face_folder, one_thread, tiny_options  # noqa: F401

@@ -1,4 +1,4 @@
-"""The command line: usage, errors without a traceback, interruption and resumption of a real process."""
+"""The command line: usage, errors without a traceback, interruption and resumption of a process."""
 
 import ast
 import json
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("blank_pictures")
 
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path, monkeypatch):
-    """Each test has its own runs/."""
+    """Each test runs in its own folder, with its own runs/."""
     root = str(Path(cli.__file__).parents[1])
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -34,7 +34,7 @@ def own_folder(tmp_path, monkeypatch):
 
 
 def fails(capsys, code, *arguments):
-    """Run a command that must fail with `code`; returns what it said."""
+    """Run a command that must exit with `code`; returns its output."""
     try:
         returned = cli.main(list(arguments))
     except SystemExit as exit_:
@@ -45,8 +45,8 @@ def fails(capsys, code, *arguments):
     return " ".join((streams.out + streams.err).split())
 
 
-def test_names_are_printed_as_they_are(face_folder, tmp_path, tiny_options, capsys):
-    """Some look like markup, one like an emoji code, one is not UTF-8."""
+def test_names_are_printed_unchanged(face_folder, tmp_path, tiny_options, capsys):
+    """Some names look like markup, one like an emoji code, one is not UTF-8."""
     data, output = tmp_path / "faces [old]", tmp_path / "run [red]"
     shutil.copytree(face_folder, data)
     (data / "x[").mkdir()
@@ -56,11 +56,15 @@ def test_names_are_printed_as_they_are(face_folder, tmp_path, tiny_options, caps
     options = [*tiny_options, "--epochs", "1", "--evaluation.pairs", "20"]
     assert cli.main(["train", *options, "--data", str(data), "--output", str(output)]) == 0
     assert cli.main(["evaluate", "--checkpoint", str(output), "--data", str(data), "--num-pairs", "20"]) == 0
-    said = capsys.readouterr().out
-    assert f"images of {data}\n" in said and f"files in {output}: " in said and "skipped 3 unreadable images:\n" in said
+    printed = capsys.readouterr().out
+    assert (
+        f"images of {data}\n" in printed
+        and f"files in {output}: " in printed
+        and "skipped 3 unreadable images:\n" in printed
+    )
     for name in ("x[/b].jpg", "person_3/:cat:.jpg", "person_3/\\udcff.jpg"):
-        assert f"\n  {data}/{name}: it is damaged, no image" in said
-    assert f"{data}" in said.partition("files in ")[2]  # what the evaluation says
+        assert f"\n  {data}/{name}: it is damaged, no image" in printed
+    assert f"{data}" in printed.partition("files in ")[2]  # the output of the evaluation
 
 
 def test_usage(capsys):
@@ -72,8 +76,8 @@ def test_usage(capsys):
 
 
 @pytest.mark.parametrize("chosen", [{}, {"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "active"}])
-def test_the_program_shortens_openmps_spinning_before_torch_is_imported(chosen):
-    """Unless the user has chosen how threads wait."""
+def test_program_shortens_openmp_spinning_before_importing_torch(chosen):
+    """A wait policy set by the user is kept."""
     code = """
 import json, os, sys, types
 import fused_margin_command
@@ -88,11 +92,11 @@ sys.exit(fused_margin_command.main())
     env = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")} | chosen
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=env)
     assert done.returncode == 3, done.stderr
-    found = {name: value for name, value in json.loads(done.stdout).items() if value is not None}
-    assert found == (chosen or {"GOMP_SPINCOUNT": fused_margin_command.SPIN_COUNT})
+    variables = {name: value for name, value in json.loads(done.stdout).items() if value is not None}
+    assert variables == (chosen or {"GOMP_SPINCOUNT": fused_margin_command.SPIN_COUNT})
 
 
-def test_the_installed_program_is_that_module():
+def test_installed_program_is_that_module():
     project = (Path(cli.__file__).parents[1] / "pyproject.toml").read_text()
     assert 'fused-margin = "fused_margin_command:main"' in project
     assert 'py-modules = ["fused_margin_command"]' in project
@@ -137,7 +141,7 @@ def test_missing_extra(command, module):
     assert done.stderr.strip() == f'fused-margin {command} needs {package}: pip install "fused_margin[{extra}]"'
 
 
-def test_every_option_is_explained(capsys):
+def test_every_option_has_help(capsys):
     with pytest.raises(SystemExit) as exit_:
         cli.main(["train", "--help"])
     assert exit_.value.code == 0
@@ -146,7 +150,7 @@ def test_every_option_is_explained(capsys):
         assert words in help_text
 
 
-def test_help_says_what_each_loss_takes(capsys, monkeypatch):
+def test_help_names_the_options_of_each_loss(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     with pytest.raises(SystemExit):
         cli.main(["train", "--help"])
@@ -162,7 +166,7 @@ def test_help_says_what_each_loss_takes(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("command", sorted(cli.COMMANDS))
-def test_help_is_made_of_sentences(command, capsys, monkeypatch):
+def test_help_texts_are_sentences(command, capsys, monkeypatch):
     """Each help text begins as a sentence or with a choice and a colon, and ends with a full stop."""
     monkeypatch.setenv("COLUMNS", "100000")
     with pytest.raises(SystemExit):
@@ -216,26 +220,26 @@ def test_invalid_options(capsys, options, message):
         ("--precision 16-mixed --accelerator cpu --data digits", "needs a GPU"),
     ],
 )
-def test_what_cannot_be_trained(capsys, options, message):
+def test_training_errors(capsys, options, message):
     assert message in fails(capsys, 1, "train", *options.split())
     assert not Path("runs").exists()
 
 
-def test_run_and_what_may_follow_it(capsys, tiny_options):
+def test_run_resume_and_evaluate(capsys, tiny_options):
     assert cli.main(["train", *tiny_options, "--output", "here"]) == 0
-    said = capsys.readouterr().out
-    assert "accuracy, 10 folds, 200 pairs" in said and "step 40/40" in said
-    assert "config.yaml, log.csv, tensorboard/" in said
+    printed = capsys.readouterr().out
+    assert "accuracy, 10 folds, 200 pairs" in printed and "step 40/40" in printed
+    assert "config.yaml, log.csv, tensorboard/" in printed
     report = Path("here/report.json").read_text()
 
     assert "--resume" in fails(capsys, 1, "train", *tiny_options, "--output", "here")
     assert Path("here/report.json").read_text() == report
-    said = fails(capsys, 1, "train", "--resume", "--output", "here", "--epochs", "3", "--workers", "0")
-    assert "--epochs 3 (the run has 2)" in said and "workers" not in said
+    printed = fails(capsys, 1, "train", "--resume", "--output", "here", "--epochs", "3", "--workers", "0")
+    assert "--epochs 3 (the run has 2)" in printed and "workers" not in printed
     assert "no checkpoint at nowhere" in fails(capsys, 1, "train", "--resume", "--output", "nowhere")
     assert "no run to resume in runs/" in fails(capsys, 1, "train", "--resume")
 
-    assert cli.main(["train", "--resume", "--output", "here"]) == 0  # done: verifies again
+    assert cli.main(["train", "--resume", "--output", "here"]) == 0  # a finished run only verifies again
     again, before = json.loads(Path("here/report.json").read_text()), json.loads(report)
     assert again["verification"] == before["verification"] and again["training"] == before["training"]
 
@@ -244,12 +248,12 @@ def test_run_and_what_may_follow_it(capsys, tiny_options):
 
 
 @pytest.mark.parametrize("refresh", ["5", "certified"])
-def test_the_exclusive_term_s_refresh(tiny_options, refresh):
+def test_exclusive_refresh_option(tiny_options, refresh):
     options = "--loss.exclusive-weight", "1", "--loss.options", f"exclusive_refresh={refresh}"
     assert cli.main(["train", *tiny_options, *options, "--output", "here"]) == 0
 
 
-def test_a_margin_in_degrees_is_warned_of_once(tiny_options):
+def test_margin_in_degrees_warns_once(tiny_options):
     with pytest.warns(UserWarning, match="28 is an angle above pi") as caught:
         assert cli.main(["train", *tiny_options, "--loss.margin", "28", "--output", "here"]) == 0
     assert sum("above pi" in str(warning.message) for warning in caught) == 1
@@ -263,19 +267,19 @@ def test_folder_without_identities(capsys, tmp_path):
     assert "no identities in" in fails(capsys, 1, "train", "--data", "empty")
 
 
-def test_interrupt_a_process_and_finish_its_run(forks, capsys, tiny_options):
+def test_interrupted_process_can_be_resumed(forks, capsys, tiny_options):
     options = [*tiny_options, "--epochs", "8", "--checkpoint-every", "5"]
     forks.preload("fused_margin.trainer.train.run")
     process = forks.start(run_command, "train", *options)
     deadline = time.monotonic() + 60
-    while not (found := list(Path("runs").glob(f"digits-*/{FILE_NAME}"))):
+    while not (checkpoints := list(Path("runs").glob(f"digits-*/{FILE_NAME}"))):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     assert process.wait(30) == 130 and "Traceback" not in process.output
-    assert f"fused-margin train --resume --output {found[0].parent}" in process.output
+    assert f"fused-margin train --resume --output {checkpoints[0].parent}" in process.output
 
-    assert cli.main(["train", "--resume"]) == 0  # finds the latest run, keeps its options
-    said = capsys.readouterr().out
-    assert "step 160/160" in said and "continuing at step" in said
-    assert json.loads((found[0].parent / "report.json").read_text())["training"]["steps"] == 160
+    assert cli.main(["train", "--resume"]) == 0  # resumes the latest run with its options
+    printed = capsys.readouterr().out
+    assert "step 160/160" in printed and "continuing at step" in printed
+    assert json.loads((checkpoints[0].parent / "report.json").read_text())["training"]["steps"] == 160

@@ -1,4 +1,4 @@
-"""Pairs of a drop-in loss and pytorch-metric-learning's own, with the same weights, and their comparison."""
+"""Pairs of a drop-in loss and pytorch-metric-learning's own with equal weights, and their comparison."""
 
 import inspect
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from loss_inputs import leaf, problem, relative_error
 
-pytest.importorskip("pytorch_metric_learning", "2.9")  # before, SubCenterArcFaceLoss dropped its options
+pytest.importorskip("pytorch_metric_learning", "2.9")  # older versions ignore the options of SubCenterArcFaceLoss
 from pytorch_metric_learning import losses
 
 from fused_margin.compat import pytorch_metric_learning as compat
@@ -22,11 +22,11 @@ def batch():
 
 
 def pair(name, *, dtype=torch.float64, **options):
-    """Our loss and theirs with the same weights; options made anew for each where they are functions."""
+    """Our loss and theirs with equal weights; options that are functions are called for each loss."""
     both = []
     for module in (compat, losses):
-        made = {key: value() if inspect.isfunction(value) else value for key, value in options.items()}
-        both.append(getattr(module, name)(num_classes=CLASSES, embedding_size=SIZE, **made).to(dtype))
+        arguments = {key: value() if inspect.isfunction(value) else value for key, value in options.items()}
+        both.append(getattr(module, name)(num_classes=CLASSES, embedding_size=SIZE, **arguments).to(dtype))
     both[1].load_state_dict(both[0].state_dict())
     return both
 

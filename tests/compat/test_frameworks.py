@@ -1,11 +1,11 @@
-"""A loss that owns parameters under DDP, Lightning and Accelerate: the weights that plain torch ends with."""
+"""A loss with parameters under DDP, Lightning and Accelerate: final weights match plain torch."""
 
 import gc
 
 import pytest
 import torch
 from loss_inputs import problem
-from ranks import MOST
+from ranks import MAX_RANKS
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -71,7 +71,7 @@ def assert_trained(state, expected, **tolerance):
 
 
 def train_part(rank, world_size, name, together):
-    """The state after training on this process's share of every batch, in one DDP or in one for each part."""
+    """The state after training on this process's share of every batch, with one DDP wrapper or one per module."""
     model = make(name)
     if together:
         step = DistributedDataParallel(model)
@@ -90,7 +90,7 @@ def train_part(rank, world_size, name, together):
 
 
 def check_wrapper(rank, world_size, name):
-    """pytorch-metric-learning's wrapper: the loss of the gathered batch, times the number of processes."""
+    """pytorch-metric-learning's wrapper gives the loss of the gathered batch times the number of processes."""
     from pytorch_metric_learning.utils.distributed import DistributedLossWrapper
 
     model, (inputs, labels) = make(name), batches()[0]
@@ -104,14 +104,14 @@ def one_process(group, name):
     states = [train_part(rank, world_size, name, together) for together in (True, False)]
     if name != "fused_margin":
         check_wrapper(rank, world_size, name)
-    gc.collect()  # DDP must not be the last to hold the group: torch would wait for a thread that waits for the GIL
+    gc.collect()  # if DDP held the last reference to the group, torch would wait for a thread that waits for the GIL
     return states
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
 def test_distributed_data_parallel(ranks, name, expected):
-    """On all ranks: the default group is the one that DDP and the wrapper use."""
-    for first, *others in zip(*ranks.run(one_process, [(name,)] * MOST), strict=True):
+    """Uses all ranks, because DDP and the wrapper use the default group."""
+    for first, *others in zip(*ranks.run(one_process, [(name,)] * MAX_RANKS), strict=True):
         assert all(torch.equal(first[key], other[key]) for other in others for key in first)
         assert_trained(first, expected, rtol=1e-4, atol=1e-5)
 

@@ -1,4 +1,4 @@
-"""InsightFace's drop-ins against their formulas written out: losses, gradients, sampling, optimizers."""
+"""The InsightFace drop-ins against InsightFace's formulas, written out: losses, gradients, sampling, optimizers."""
 
 import math
 import warnings
@@ -25,7 +25,7 @@ def combined(s, m1, m2, m3):
 
 
 def oracle_logits(cosine, labels, s, m1, m2, m3, threshold=math.inf):
-    """InsightFace's logits, with whole matrices: the margin has no gradient, nor have filtered classes."""
+    """InsightFace's logits as full matrices; the margin and filtered classes have no gradient."""
     rows = torch.arange(len(labels))
     own = cosine[rows, labels].detach()
     moved = (m1 * own.arccos() + m2).cos() - m3
@@ -59,7 +59,7 @@ def one_rank(group, margin_loss, num_classes, weight, x, y, options):
 
 
 def on_ranks(ranks, margin_loss, counts, x, w, y, **options):
-    """Losses, and the gradients of all embeddings and all classes."""
+    """The losses, and the gradients of all embeddings and all class weights."""
     world, num_classes = len(counts), len(w)
     arguments = []
     for rank, own_x, own_y in zip(range(world), x.split(counts), y.split(counts), strict=True):
@@ -93,8 +93,8 @@ def test_loss_and_gradients(ranks, world, name, dtype, bound):
     x, w = x.to(dtype), w.to(dtype)
     losses, dx, dw = on_ranks(ranks, margin_loss, counts, x, w, y)
     loss, x_grad, w_grad = truth(x, w, y, *numbers)
-    assert all(relative_error(found, loss) < bound and found.dtype == dtype for found in losses)
-    assert relative_error(dx, world * x_grad) < bound  # DistributedDataParallel divides by world
+    assert all(relative_error(actual, loss) < bound and actual.dtype == dtype for actual in losses)
+    assert relative_error(dx, world * x_grad) < bound  # DistributedDataParallel divides by the world size
     assert relative_error(dw, w_grad) < bound
 
 
@@ -103,12 +103,12 @@ def test_more_ranks_than_classes(ranks, options):
     x, w, y = problem(7, 2, SIZE)
     losses, dx, dw = on_ranks(ranks, ArcFace(), [2, 4, 1], x, w, y, **options)
     loss, x_grad, w_grad = truth(x, w, y, 64.0, 1.0, 0.5, 0.0)
-    assert all(relative_error(found, loss) < 1e-9 for found in losses)
+    assert all(relative_error(actual, loss) < 1e-9 for actual in losses)
     assert relative_error(dx, 3 * x_grad) < 1e-9 and relative_error(dw, w_grad) < 1e-9
 
 
-def test_past_pi():
-    """An embedding opposite to its class: the cosine just goes on, so the margin helps it."""
+def test_beyond_pi():
+    """An embedding opposite to its class: the cosine is not monotone beyond pi, so the margin reduces the loss."""
     w = torch.tensor([[1.0, 0.0], [0.6, 0.8]], dtype=torch.float64)
     x = -w[:1] + 1e-3
     fc = PartialFC_V2(ArcFace(8.0, 0.5), 2, 2).double()
@@ -130,7 +130,7 @@ def test_loss_has_no_cap():
 
 @pytest.mark.parametrize("form", [(-1,), (-1, 1)])
 def test_margins_on_logits(form):
-    """As their modules are called: scaled, straight through, -1 without a margin; the caller's logits stay as they are."""
+    """Logits are scaled, with a straight-through gradient; label -1 has no margin; the input is not modified."""
     cosine, labels = torch.rand(5, 4, dtype=torch.float64) * 2 - 1, torch.tensor([0, 3, -1, 1, -1])
     has = labels >= 0
     for margin_loss, numbers in MARGINS.values():
@@ -145,7 +145,7 @@ def test_margins_on_logits(form):
 
 
 def test_filtering_on_logits():
-    """Other classes above the threshold count as orthogonal."""
+    """The logit of another class above the threshold is 0."""
     margin_loss = CombinedMarginLoss(10.0, 1.0, 0.0, 0.25, interclass_filtering_threshold=0.5)
     cosine = torch.tensor([[0.75, 0.625, 0.25], [0.75, 0.5, -0.75]], requires_grad=True)
     logits = margin_loss(cosine, torch.tensor([0, -1]))
@@ -158,7 +158,7 @@ def test_attributes_and_state_dict():
     torch.manual_seed(3)
     fc = PartialFC_V2(ArcFace(), SIZE, 100, sample_rate=0.255)
     torch.manual_seed(3)
-    assert torch.equal(fc.weight, torch.normal(0, 0.01, (100, SIZE)))  # their draws
+    assert torch.equal(fc.weight, torch.normal(0, 0.01, (100, SIZE)))  # their sampling
     assert (fc.rank, fc.world_size, fc.class_start, fc.num_local, fc.num_sample) == (0, 1, 0, 100, 25)
     assert (fc.embedding_size, fc.sample_rate, fc.fp16) == (SIZE, 0.255, False)
     assert list(fc.state_dict()) == ["weight"] and [name for name, _ in fc.named_parameters()] == ["weight"]
@@ -167,11 +167,11 @@ def test_attributes_and_state_dict():
 
 def attributes(group):
     fc = PartialFC_V2(ArcFace(), SIZE, 10, process_group=group)
-    default = PartialFC_V2(ArcFace(), SIZE, 10)  # the process has a default group, of four
+    default = PartialFC_V2(ArcFace(), SIZE, 10)  # the default group of the process has four ranks
     return fc.rank, fc.world_size, fc.class_start, fc.num_local, tuple(fc.weight.shape), default.world_size
 
 
-def test_slices(ranks):
+def test_slice_of_each_rank(ranks):
     assert ranks.run(attributes, [()] * 3) == [
         (0, 3, 0, 4, (4, SIZE), 4),
         (1, 3, 4, 3, (3, SIZE), 4),
@@ -182,22 +182,22 @@ def test_slices(ranks):
 @pytest.mark.parametrize("threshold", [0, 0.4])
 @pytest.mark.parametrize("sparse", [False, True])
 def test_sampling(ranks, sparse, threshold):
-    """The loss of a step is that over the classes drawn, the samples' own among them."""
+    """The loss is over the sampled classes, which include the targets."""
     x, w, y = problem(9, 40, SIZE)
     margin_loss = CombinedMarginLoss(8.0, 1.0, 0.5, 0.0, threshold)
     losses, dx, dw = on_ranks(ranks, margin_loss, [5, 4], x, w, y, sample_rate=0.5, sparse=sparse)
     assert dw.is_sparse == sparse
     dw = dw.to_dense()
-    drawn = dw.abs().sum(dim=1).nonzero().squeeze(1)
-    assert len(drawn) == 20 and (drawn < 20).sum() == 10 and torch.isin(y, drawn).all()
+    sampled = dw.abs().sum(dim=1).nonzero().squeeze(1)
+    assert len(sampled) == 20 and (sampled < 20).sum() == 10 and torch.isin(y, sampled).all()
     numbers = (8.0, 1.0, 0.5, 0.0, threshold or math.inf)
-    loss, x_grad, w_grad = truth(x, w[drawn], torch.searchsorted(drawn, y), *numbers)
-    assert all(relative_error(found, loss) < 1e-9 for found in losses)
+    loss, x_grad, w_grad = truth(x, w[sampled], torch.searchsorted(sampled, y), *numbers)
+    assert all(relative_error(actual, loss) < 1e-9 for actual in losses)
     assert relative_error(dx, 2 * x_grad) < 1e-9
-    assert relative_error(dw[drawn], w_grad) < 1e-9
+    assert relative_error(dw[sampled], w_grad) < 1e-9
 
 
-def test_more_own_classes_than_the_rate_asks_for():
+def test_more_targets_than_the_sample_rate_allows():
     fc = PartialFC_V2(CosFace(), SIZE, 40, sample_rate=0.1, sparse=True)
     fc(torch.randn(12, SIZE), torch.arange(12)).backward()
     assert fc.weight.grad.coalesce().indices()[0].tolist() == list(range(12))
@@ -215,14 +215,14 @@ SAMPLED_OPTIMIZERS = {
 
 @pytest.mark.parametrize("name", SAMPLED_OPTIMIZERS)
 def test_optimizers_with_sampling(name):
-    """Dense gradients move every class, by its momentum and decay, as theirs do; sparse ones only those drawn."""
+    """Dense gradients update every class, with momentum and decay, as theirs do; sparse ones only sampled classes."""
     sparse, make = SAMPLED_OPTIMIZERS[name]
     fc = PartialFC_V2(ArcFace(8.0), SIZE, 40, sample_rate=0.2, sparse=sparse).double()
-    whole = nn.Parameter(fc.weight.detach().clone())
-    alone = [nn.Parameter(row.clone()) for row in fc.weight.detach()]  # stepped only when it has a gradient
+    dense_weight = nn.Parameter(fc.weight.detach().clone())
+    alone = [nn.Parameter(row.clone()) for row in fc.weight.detach()]  # updated only when it has a gradient
     optimizer, dense = make(fc.parameters()), torch.optim.SGD(alone, lr=0.1, momentum=0.9, weight_decay=0.01)
     if not sparse:
-        dense = make([whole])
+        dense = make([dense_weight])
     for seed in range(4):
         x, _, y = problem(3, 40, SIZE, seed=seed)
         optimizer.zero_grad()
@@ -230,18 +230,18 @@ def test_optimizers_with_sampling(name):
         gradient = fc.weight.grad
         if sparse:
             for row, parameter in enumerate(alone):
-                drawn = row in gradient.coalesce().indices()[0]
-                parameter.grad = gradient.to_dense()[row] if drawn else None
+                sampled = row in gradient.coalesce().indices()[0]
+                parameter.grad = gradient.to_dense()[row] if sampled else None
         else:
-            whole.grad = gradient.clone()
+            dense_weight.grad = gradient.clone()
         optimizer.step()
         dense.step()
-        expected = torch.stack(list(alone)) if sparse else whole
+        expected = torch.stack(list(alone)) if sparse else dense_weight
         torch.testing.assert_close(fc.weight, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_fp16_allows_half_products(monkeypatch):
-    """It is autocast that tells kernels so; without it an outer autocast is not heard."""
+    """Kernels read autocast; without the option an outer autocast has no effect."""
     heard = []
     wrapped = insightface.unchecked_margin_cross_entropy
 
@@ -274,7 +274,7 @@ def test_margins_may_change_between_steps():
         torch.testing.assert_close(fc(x, y), expected, rtol=1e-9, atol=0)
 
 
-def test_labels_as_a_column_are_not_changed():
+def test_column_labels_are_not_modified():
     x, _, y = problem(5, CLASSES, SIZE)
     fc = PartialFC_V2(ArcFace(), SIZE, CLASSES).double()
     column = y.unsqueeze(1)
@@ -325,7 +325,7 @@ def test_errors(make, error, message):
         make()
 
 
-def test_margins_that_theirs_forgets_are_said():
+def test_margins_that_insightface_ignores_warn():
     with pytest.warns(UserWarning, match="m1=1.0, m2=0.3 and m3=0.2 are applied together; insightface applies m3"):
         CombinedMarginLoss(64, 1.0, 0.3, 0.2)
     with warnings.catch_warnings():
@@ -337,7 +337,7 @@ def bad_label(group, labels):
     PartialFC_V2(ArcFace(), SIZE, 10, process_group=group)(torch.randn(len(labels), SIZE), torch.tensor(labels))
 
 
-def test_a_bad_label_is_said_on_every_rank(ranks):
+def test_bad_label_raises_on_every_rank(ranks):
     with pytest.raises(RankError) as caught:
         ranks.run(bad_label, [([1, 2],), ([3, 10, 4],)])
     assert str(caught.value).count("got 10 on rank 1 for 10 classes\n") >= 2

@@ -1,4 +1,4 @@
-"""arcface_torch's checkpoints: the same files, resumed on any number of ranks."""
+"""Checkpoints in arcface_torch's format, resumed on any number of ranks."""
 
 import re
 
@@ -22,7 +22,7 @@ def adamw(groups):
 
 
 class Training:
-    """Their script's loop in small: a backbone under DistributedDataParallel, one optimizer, a schedule."""
+    """A small version of their training script: a backbone under DistributedDataParallel, an optimizer, a schedule."""
 
     def __init__(self, group, make_optimizer):
         torch.manual_seed(0)  # the same backbone on all ranks
@@ -31,7 +31,7 @@ class Training:
             w = torch.randn(CLASSES, SIZE, dtype=torch.float64)
         if group is not None and group.size() > 1:
             self.backbone = nn.parallel.DistributedDataParallel(self.backbone, process_group=group)
-        self.backbone.eval()  # statistics of a batch depend on its division
+        self.backbone.eval()  # batch statistics depend on the division among ranks
         self.fc = PartialFC_V2(ArcFace(8.0), SIZE, CLASSES, process_group=group).double()
         with torch.no_grad():
             self.fc.weight.copy_(w[self.fc.class_start :][: self.fc.num_local])
@@ -41,7 +41,7 @@ class Training:
         self.step = 0
 
     def run(self, steps):
-        """Losses. Rank r has every world-th sample of a batch that depends on the step alone."""
+        """Returns the losses. Rank r has every world-th sample of a batch that depends only on the step."""
         losses = []
         for _ in range(steps):
             generator = torch.Generator().manual_seed(self.step)
@@ -69,7 +69,7 @@ def train_and_save(group, folder, steps, optimizer):
 
 def resume_and_train(group, folder, steps, optimizer):
     training = Training(group, optimizer)
-    with torch.no_grad():  # nothing of it may survive
+    with torch.no_grad():  # none of this state may remain
         for parameter in [*training.backbone.parameters(), training.fc.weight]:
             parameter.zero_()
     epoch, training.step = load_checkpoint(folder, *training.state())
@@ -79,9 +79,9 @@ def resume_and_train(group, folder, steps, optimizer):
 @pytest.mark.parametrize("optimizer", [sgd, adamw])
 @pytest.mark.parametrize("before, after", [(1, 1), (2, 2), (2, 3), (3, 2), (3, 1), (1, 2)])
 def test_resuming_on_another_number_of_ranks(ranks, tmp_path, before, after, optimizer):
-    """Goes on as a training that was never divided nor interrupted."""
-    whole = Training(None, optimizer)
-    expected = whole.run(7)
+    """Training continues as on one device without interruption."""
+    uninterrupted = Training(None, optimizer)
+    expected = uninterrupted.run(7)
     first = ranks.run(train_and_save, [(tmp_path, 3, optimizer)] * before)
     results = ranks.run(resume_and_train, [(tmp_path, 4, optimizer)] * after)
     for losses in first:
@@ -89,10 +89,10 @@ def test_resuming_on_another_number_of_ranks(ranks, tmp_path, before, after, opt
     for epoch, step, rate, losses, _ in results:
         assert (epoch, step) == (1, 3) and rate == pytest.approx((0.1 if optimizer is sgd else 0.01) / 2)
         torch.testing.assert_close(losses, expected[3:], rtol=1e-9, atol=0)
-    assert relative_error(torch.cat([weight for *_, weight in results]), whole.fc.weight.detach()) < 1e-9
+    assert relative_error(torch.cat([weight for *_, weight in results]), uninterrupted.fc.weight.detach()) < 1e-9
 
 
-def test_files_are_those_of_their_script(ranks, tmp_path):
+def test_files_match_their_script(ranks, tmp_path):
     ranks.run(train_and_save, [(tmp_path, 2, sgd)] * 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "checkpoint_gpu_0.pt",
@@ -111,8 +111,8 @@ def test_files_are_those_of_their_script(ranks, tmp_path):
     assert list(file["state_dict_softmax_fc"]) == ["weight"]
     assert file["state_dict_softmax_fc"]["weight"].shape == (15, SIZE)
     model = torch.load(tmp_path / "model.pt", weights_only=True)
-    assert list(model) == list(Training(None, sgd).backbone.state_dict())  # no DistributedDataParallel in the names
-    # their way to resume
+    assert list(model) == list(Training(None, sgd).backbone.state_dict())  # no prefix of DistributedDataParallel
+    # as their script resumes
     training = Training(None, sgd)
     training.backbone.load_state_dict(file["state_dict_backbone"])
     training.optimizer.load_state_dict(file["state_optimizer"])
@@ -120,7 +120,7 @@ def test_files_are_those_of_their_script(ranks, tmp_path):
 
 
 def write_files(folder, rows, step=5):
-    """What ranks with so many rows each have saved; row i of all holds i."""
+    """Write the files of ranks with these numbers of rows; global row i holds i."""
     numbers = torch.arange(float(sum(rows))).unsqueeze(1).expand(-1, SIZE)
     for rank, part in enumerate(numbers.split(rows)):
         content = {
@@ -156,11 +156,11 @@ def test_shards_are_merged(tmp_path):
     assert optimizer.state[fc.weight]["momentum_buffer"][:, 0].tolist() == list(range(100, 110))
     assert optimizer.param_groups[1]["lr"] == 0.25
     for path in tmp_path.iterdir():
-        path.write_bytes(bytes(path.stat().st_size))  # nothing is read any more
+        path.write_bytes(bytes(path.stat().st_size))  # the files are not read later
     assert fc.weight[9, 0] == 9 and optimizer.state[backbone.weight]["momentum_buffer"].eq(1).all()
 
 
-def test_projected_optimizer_takes_a_plain_ones_state(tmp_path):
+def test_projected_optimizer_loads_state_of_plain_optimizer(tmp_path):
     write_files(tmp_path, [5, 5])
     backbone, fc, optimizer = small(
         lambda groups: fm.optim.ProjectedSGD([g | {"project": False} for g in groups], lr=1)
@@ -170,7 +170,7 @@ def test_projected_optimizer_takes_a_plain_ones_state(tmp_path):
     assert optimizer.state[fc.weight]["momentum_buffer"][:, 0].tolist() == list(range(100, 110))
 
 
-def test_files_of_an_earlier_run_on_more_ranks_are_passed_over(tmp_path):
+def test_files_of_an_earlier_run_on_more_ranks_are_ignored(tmp_path):
     write_files(tmp_path, [3, 3, 2, 2], step=5)
     write_files(tmp_path, [5, 5], step=9)
     backbone, fc, optimizer = small()
@@ -178,38 +178,38 @@ def test_files_of_an_earlier_run_on_more_ranks_are_passed_over(tmp_path):
     assert fc.weight[:, 0].tolist() == list(range(10))
 
 
-def test_checkpoints_that_cannot_be_read(tmp_path):
+def test_checkpoint_errors(tmp_path):
     backbone, fc, optimizer = small()
     before = fc.weight.detach().clone()
 
-    def refused(message, *optimizers):
+    def check_error(message, *optimizers):
         with pytest.raises(ValueError, match=message):
             load_checkpoint(tmp_path, backbone, fc, *optimizers)
         assert torch.equal(fc.weight, before)
 
-    refused("folder: expected checkpoints of 10 classes, got 0 and no file .*checkpoint_gpu_0.pt")
+    check_error("folder: expected checkpoints of 10 classes, got 0 and no file .*checkpoint_gpu_0.pt")
     write_files(tmp_path, [4, 3, 3])
     (tmp_path / "checkpoint_gpu_2.pt").unlink()
-    refused("folder: expected checkpoints of 10 classes, got 7 and no file .*checkpoint_gpu_2.pt")
+    check_error("folder: expected checkpoints of 10 classes, got 7 and no file .*checkpoint_gpu_2.pt")
     write_files(tmp_path, [6, 6])
-    refused("folder: expected checkpoints of 10 classes, got 12 in")
+    check_error("folder: expected checkpoints of 10 classes, got 12 in")
     write_files(tmp_path, [5, 5], step=5)
     file = torch.load(tmp_path / "checkpoint_gpu_1.pt", weights_only=True)
     torch.save(file | {"global_step": 4}, tmp_path / "checkpoint_gpu_1.pt")
-    refused(re.escape("folder: expected checkpoints of one step, got steps [5, 4]"))
+    check_error(re.escape("folder: expected checkpoints of one step, got steps [5, 4]"))
     torch.save({"weight": torch.ones(5, SIZE)}, tmp_path / "checkpoint_gpu_1.pt")
-    refused("folder: expected a checkpoint of arcface_torch, got .*checkpoint_gpu_1.pt")
+    check_error("folder: expected a checkpoint of arcface_torch, got .*checkpoint_gpu_1.pt")
     write_files(tmp_path, [5, 5])
-    refused("optimizer: expected 2 parameter groups as in .*checkpoint_gpu_0.pt, got 1", sgd(fc.parameters()))
-    file["state_optimizer"]["state"][1]["momentum_buffer"] = torch.ones(2, SIZE)  # of the classes drawn only
+    check_error("optimizer: expected 2 parameter groups as in .*checkpoint_gpu_0.pt, got 1", sgd(fc.parameters()))
+    file["state_optimizer"]["state"][1]["momentum_buffer"] = torch.ones(2, SIZE)  # of sampled classes only
     torch.save(file, tmp_path / "checkpoint_gpu_1.pt")
-    refused("optimizer: expected momentum_buffer of all 10 classes, got 7 rows in", optimizer)
+    check_error("optimizer: expected momentum_buffer of all 10 classes, got 7 rows in", optimizer)
     load_checkpoint(tmp_path, backbone, fc)
 
 
 @pytest.mark.parametrize("classes", [25, 50, 60, 75])
-def test_files_of_more_classes_are_refused(tmp_path, classes):
-    """The first files alone hold 25, 50 or 75 classes, but the four ranks wrote 100."""
+def test_files_of_more_classes_are_errors(tmp_path, classes):
+    """The first one, two or three files hold 25, 50 or 75 classes, but four ranks wrote 100."""
     write_files(tmp_path, [25, 25, 25, 25])
     fc = PartialFC_V2(ArcFace(), SIZE, classes)
     before = fc.weight.detach().clone()
@@ -218,8 +218,8 @@ def test_files_of_more_classes_are_refused(tmp_path, classes):
     assert torch.equal(fc.weight, before)
 
 
-def test_files_of_different_divisions_are_refused(tmp_path):
-    """Rows of 2 ranks and of 4 ranks add up to all classes but are not all classes."""
+def test_files_of_different_divisions_are_errors(tmp_path):
+    """The row counts of 2 ranks and of 4 ranks add up to the number of classes, but rows are missing."""
     write_files(tmp_path, [4, 3, 3])
     torch.save(torch.load(tmp_path / "checkpoint_gpu_0.pt"), tmp_path / "checkpoint_gpu_2.pt")
     torch.save(torch.load(tmp_path / "checkpoint_gpu_1.pt"), tmp_path / "checkpoint_gpu_0.pt")
@@ -228,7 +228,7 @@ def test_files_of_different_divisions_are_refused(tmp_path):
         load_checkpoint(tmp_path, backbone, fc)
 
 
-def test_an_earlier_run_saved_at_the_same_step_is_passed_over(tmp_path):
+def test_earlier_run_saved_at_the_same_step_is_ignored(tmp_path):
     write_files(tmp_path, [3, 3, 2, 2], step=5)
     write_files(tmp_path, [5, 5], step=5)
     backbone, fc, _ = small()
@@ -250,8 +250,8 @@ def test_damaged_files_are_named(tmp_path, damage):
         path.write_bytes({"empty": b"", "truncated": content[: len(content) // 2], "text": b"epoch 3"}[damage])
     backbone, fc, optimizer = small()
     before = [value.clone() for value in (backbone.weight.detach(), fc.weight.detach())]
-    said = "got" if damage == "other" else "got a file that is damaged or of another kind,"
-    message = f"folder: expected a checkpoint of arcface_torch, {said} .*checkpoint_gpu_1.pt"
+    reason = "got" if damage == "other" else "got a file that is damaged or of another kind,"
+    message = f"folder: expected a checkpoint of arcface_torch, {reason} .*checkpoint_gpu_1.pt"
     with pytest.raises(ValueError, match=message):
         load_checkpoint(tmp_path, backbone, fc, optimizer)
     assert torch.equal(backbone.weight, before[0]) and torch.equal(fc.weight, before[1])
@@ -353,7 +353,7 @@ def edit(folder, change):
         "step",
     ],
 )
-def test_what_does_not_match_in_full_is_refused(tmp_path, change, message):
+def test_mismatched_checkpoints_are_errors(tmp_path, change, message):
     write_files(tmp_path, [5, 5])
     edit(tmp_path, change)
     backbone, fc, optimizer = small()
@@ -365,33 +365,33 @@ def test_what_does_not_match_in_full_is_refused(tmp_path, change, message):
     assert not optimizer.state and optimizer.param_groups[0]["lr"] == 0.1 and scheduler.last_epoch == 0
 
 
-def copied(values):
+def copies(values):
     return [value.detach().clone() for value in values]
 
 
 @pytest.mark.parametrize("saved, loaded", [(sgd, adamw), (adamw, sgd)])
-def test_another_kind_of_optimizer_is_refused(tmp_path, saved, loaded):
+def test_another_kind_of_optimizer_is_an_error(tmp_path, saved, loaded):
     train_and_save(None, tmp_path, 2, saved)
     training = Training(None, loaded)
     training.run(1)
     parameters = [*training.backbone.parameters(), training.fc.weight]
-    before, state = copied(parameters), training.optimizer.state_dict()
+    before, state = copies(parameters), training.optimizer.state_dict()
     with pytest.raises(ValueError, match="optimizer: expected options .* of another kind of optimizer in .*gpu_0.pt"):
         load_checkpoint(tmp_path, *training.state())
     assert all(map(torch.equal, parameters, before))
     assert str(training.optimizer.state_dict()) == str(state)
 
 
-class Refusing(torch.optim.SGD):
-    """It takes a state, and then an error comes."""
+class FailsAfterLoading(torch.optim.SGD):
+    """Loads a state and then raises."""
 
     def load_state_dict(self, state_dict):
         super().load_state_dict(state_dict)
         raise KeyError("step")
 
 
-def late(scheduler):
-    """A schedule's load_state_dict that raises in its first call, after it has loaded."""
+def fails_after_loading(scheduler):
+    """A load_state_dict for a schedule that loads and then raises in its first call."""
     plain, calls = type(scheduler).load_state_dict, []
 
     def load_state_dict(self, state):
@@ -404,27 +404,29 @@ def late(scheduler):
 
 
 @pytest.mark.parametrize("what", ["optimizer", "lr_scheduler", "backbone"])
-def test_whatever_cannot_be_loaded_changes_nothing(tmp_path, what):
+def test_failed_load_changes_nothing(tmp_path, what):
     write_files(tmp_path, [5, 5])
-    kind = (lambda groups: Refusing(groups, lr=0.1, momentum=0.9)) if what == "optimizer" else sgd
+    kind = (lambda groups: FailsAfterLoading(groups, lr=0.1, momentum=0.9)) if what == "optimizer" else sgd
     backbone, fc, optimizer = small(kind)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 7)
-    kept = scheduler.state_dict()
+    expected = scheduler.state_dict()
     if what == "lr_scheduler":
-        scheduler.__class__ = type("Late", (torch.optim.lr_scheduler.StepLR,), {"load_state_dict": late(scheduler)})
+        scheduler.__class__ = type(
+            "Late", (torch.optim.lr_scheduler.StepLR,), {"load_state_dict": fails_after_loading(scheduler)}
+        )
     elif what == "backbone":
         edit(tmp_path, lambda file: file["state_dict_backbone"].update(weight=torch.ones(SIZE, 4)))
-    before = copied([backbone.weight, fc.weight])
+    before = copies([backbone.weight, fc.weight])
     with pytest.raises(ValueError, match=f"{what}: the .* in .*checkpoint_gpu_0.pt do.* not fit it"):
         load_checkpoint(tmp_path, backbone, fc, optimizer, scheduler)
     assert torch.equal(backbone.weight, before[0]) and torch.equal(fc.weight, before[1])
     assert not optimizer.state and optimizer.param_groups[0]["lr"] == 0.1
-    assert {name: value for name, value in vars(scheduler).items() if name in kept} == kept
+    assert {name: value for name, value in vars(scheduler).items() if name in expected} == expected
 
 
 @pytest.mark.parametrize("newer", ["file", "optimizer"])
 def test_options_of_another_version_of_pytorch(tmp_path, newer):
-    """One version knows an option that the other does not; what only the optimizer has stays."""
+    """One version has an option that the other lacks; an option that only the optimizer has keeps its value."""
     train_and_save(None, tmp_path, 2, adamw)
     training = Training(None, adamw)
     if newer == "optimizer":

@@ -16,7 +16,7 @@ from torch import nn
 import fused_margin as fm
 from fused_margin.compat import pytorch_metric_learning as compat
 
-KEEP, RECOMPUTE = 256, 1e-6
+SAVE, RECOMPUTE = 256, 1e-6
 
 CASES = [
     *((name, {}) for name in LOSSES),
@@ -33,7 +33,7 @@ CASES = [
 
 @pytest.fixture
 def only_fused(monkeypatch):
-    """No (N, C) or (C, C) matrix is made by a distance."""
+    """Fail if a distance computes an (N, C) or (C, C) matrix."""
 
     def fail(*_):
         raise AssertionError("computed by pytorch-metric-learning")
@@ -41,7 +41,7 @@ def only_fused(monkeypatch):
     monkeypatch.setattr(DotProductSimilarity, "compute_mat", fail)
 
 
-@pytest.mark.parametrize("workspace_mb", [KEEP, RECOMPUTE], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("workspace_mb", [SAVE, RECOMPUTE], ids=["saved", "recomputed"])
 @pytest.mark.parametrize(("name", "options"), CASES, ids=str)
 def test_values_and_gradients(name, options, workspace_mb):
     ours, theirs = pair(name, **options)
@@ -54,7 +54,7 @@ def test_values_and_gradients(name, options, workspace_mb):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_nothing_but_the_kernels(name, only_fused):
+def test_only_kernels_are_used(name, only_fused):
     ours, theirs = pair(name)
     ours(*batch())
     with pytest.raises(AssertionError, match="computed by pytorch-metric-learning"):
@@ -62,25 +62,25 @@ def test_nothing_but_the_kernels(name, only_fused):
 
 
 @pytest.mark.parametrize("name", compat.__all__)
-def test_is_the_class_it_replaces(name):
+def test_is_a_subclass_of_the_replaced_class(name):
     ours, theirs = getattr(compat, name), getattr(regularizers if name.endswith("Regularizer") else losses, name)
     assert issubclass(ours, theirs) and ours.__name__ == name
     for method in ("__init__", "forward", "get_logits", "get_outliers"):
         if hasattr(theirs, method):
             assert inspect.signature(getattr(ours, method)) == inspect.signature(getattr(theirs, method))
-    for base in theirs.__mro__[1:]:  # their hierarchy is ours
+    for base in theirs.__mro__[1:]:  # the same class hierarchy as theirs
         if base.__name__ in compat.__all__:
             assert issubclass(ours, getattr(compat, base.__name__))
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_construction(name):
-    """The same parameter from the same seed, or from a function; the same attributes."""
-    made = []
+    """The same seed or init function gives the same parameter; attributes are equal."""
+    both = []
     for module in (compat, losses):
         torch.manual_seed(5)
-        made.append(getattr(module, name)(num_classes=CLASSES, embedding_size=SIZE))
-    ours, theirs = made
+        both.append(getattr(module, name)(num_classes=CLASSES, embedding_size=SIZE))
+    ours, theirs = both
     centers = CLASSES * getattr(theirs, "sub_centers", 1)
     assert torch.equal(ours.W, theirs.W) and ours.W.shape == (SIZE, centers)
     assert [key for key, _ in ours.named_parameters()] == ["W"]
@@ -91,7 +91,7 @@ def test_construction(name):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_state_dicts_both_ways(name):
+def test_state_dicts_in_both_directions(name):
     ours, theirs = pair(name)
     for key, value in ours.state_dict().items():
         assert torch.equal(value, theirs.state_dict()[key])
@@ -121,7 +121,7 @@ def test_reducers(name, reducer):
     assert_same(ours, theirs, *batch())
 
 
-def test_reducers_that_do_not_reduce():
+def test_reducers_without_reduction():
     ours, theirs = pair("ArcFaceLoss", reducer=lambda: reducers.DoNothingReducer())
     measured, expected = ours(*batch())["loss"], theirs(*batch())["loss"]
     torch.testing.assert_close(measured["losses"], expected["losses"])
@@ -133,7 +133,7 @@ def test_reducers_that_do_not_reduce():
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_miners_weigh_the_samples(name):
+def test_miner_weights(name):
     ours, theirs = pair(name)
     x, y = batch()
     y = y % 9
@@ -174,9 +174,9 @@ def test_regularizers(name, kind):
 
 @pytest.mark.parametrize("reducer", REDUCERS)
 def test_regular_face(reducer, only_fused):
-    """Ours beside our loss against theirs beside theirs, and against the plain formula."""
+    """Ours with our loss against theirs with theirs, and against the plain formula."""
     x, y = batch()
-    weight = torch.randn(SIZE, CLASSES, dtype=torch.float64).t()  # strided, as the losses hand it over
+    weight = torch.randn(SIZE, CLASSES, dtype=torch.float64).t()  # strided, as the losses pass it
     a = leaf(weight)
     compat.RegularFaceRegularizer(reducer=REDUCERS[reducer]())(a).backward()
     b = leaf(weight)
@@ -199,7 +199,7 @@ def test_regular_face(reducer, only_fused):
     + [{"distance": CosineSimilarity(power=3)}],
     ids=str,
 )
-def test_regular_face_is_theirs(options):
+def test_regular_face_matches_theirs(options):
     _, weight, _ = problem(1, CLASSES, SIZE)
     a, b = leaf(weight), leaf(weight)
     ours, theirs = compat.RegularFaceRegularizer(**options)(a), regularizers.RegularFaceRegularizer(**options)(b)
@@ -219,11 +219,11 @@ def recorded(module):
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_recorded_statistics(name):
-    made = {"collect_stats": True, "reducer": lambda: reducers.ThresholdReducer(5.0, 1e3, collect_stats=True)}
+    options = {"collect_stats": True, "reducer": lambda: reducers.ThresholdReducer(5.0, 1e3, collect_stats=True)}
     distance = CosineSimilarity if name in MARGIN_LOSSES else DotProductSimilarity
-    ours, theirs = pair(name, distance=lambda: distance(collect_stats=True), **made)
+    ours, theirs = pair(name, distance=lambda: distance(collect_stats=True), **options)
     x, y = batch()
-    for samples in (x, 3 * x[:20]):  # statistics are those of the last batch
+    for samples in (x, 3 * x[:20]):  # statistics of the last batch
         ours(samples, y[: len(samples)])
         theirs(samples, y[: len(samples)])
         for a, b in ((ours, theirs), (ours.distance, theirs.distance), (ours.reducer, theirs.reducer)):
@@ -250,12 +250,12 @@ def test_outliers(monkeypatch):
     ours, theirs = pair("SubCenterArcFaceLoss")
     x, y = batch()
     y = y % 7
-    y[4] = -1  # passed over
+    y[4] = -1  # skipped
     for threshold in (40, 75, 90):
         measured, expected = (fn.get_outliers(x, y, threshold, False) for fn in (ours, theirs))
         assert torch.equal(measured[0], expected[0])
         assert torch.equal(measured[1][:, :7], expected[1][:, :7])
-        assert not measured[1][:, 7:].any()  # theirs is whatever was in memory
+        assert not measured[1][:, 7:].any()  # theirs is uninitialized memory
     assert ours.get_outliers(x, y, 0)[0].numel() == SAMPLES - 1
     none, centers = ours.float().get_outliers(x.half(), y, 180)
     assert none.dtype == torch.int64 and len(none) == 0 and centers.dtype == torch.float16
@@ -263,7 +263,7 @@ def test_outliers(monkeypatch):
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_weights_keep_their_dtype(name):
-    """Whatever the embeddings' is; theirs takes it over. Half is computed in float32."""
+    """Weights keep their dtype for embeddings of any dtype, unlike theirs. Half inputs are computed in float32."""
     x, y = batch()
     for embeddings_dtype, weight_dtype in (
         (torch.float16, torch.float32),

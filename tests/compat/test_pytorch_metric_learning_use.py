@@ -1,4 +1,4 @@
-"""The drop-ins in use: what is left to pytorch-metric-learning, what is better than there, wrappers, trainers, devices."""
+"""The drop-ins in use: fallbacks to pytorch-metric-learning, fixed edge cases, wrappers, trainers, devices."""
 
 import math
 import os
@@ -32,7 +32,7 @@ class Squared(CosineSimilarity):
         ("NormalizedSoftmaxLoss", DotProductSimilarity(power=2)),
     ],
 )
-def test_other_distances_are_theirs(name, distance):
+def test_other_distances_use_their_implementation(name, distance):
     ours, theirs = pair(name, distance=distance, weight_regularizer=regularizers.LpRegularizer())
     x, y = batch()
     for indices_tuple in (None, miners.MultiSimilarityMiner()(x, y % 9)):
@@ -41,8 +41,8 @@ def test_other_distances_are_theirs(name, distance):
     assert ours.W.dtype == torch.float32 and ours.W.grad.isfinite().all()
 
 
-def test_redefined_steps_are_the_users():
-    """A subclass's own margin, scale or logits are not passed over."""
+def test_overridden_methods_are_used():
+    """A margin, scale or logits method of a subclass is called."""
 
     def margin(self, cosine):
         return cosine - 0.1 * cosine.abs()
@@ -74,11 +74,11 @@ def test_another_cross_entropy(name, monkeypatch):
         ours.cross_entropy = theirs.cross_entropy = cross_entropy
         assert_same(ours, theirs, x, y)
     monkeypatch.setattr(DotProductSimilarity, "compute_mat", None)
-    ours(x, y)  # class weights the kernels know
+    ours(x, y)  # class weights, which the kernels support
 
 
 def test_dynamic_margin_and_scale():
-    """The attributes are read at every call; the margin may be one number a sample, the scale may be learned."""
+    """The attributes are read at every call; the margin may be per sample, and the scale learned."""
     x, y = batch()
     margins = torch.linspace(0.1, 0.6, SAMPLES, dtype=torch.float64)
     for name, margin, scale in (("ArcFaceLoss", math.radians(10), 5), ("CosFaceLoss", margins, 7.0)):
@@ -91,7 +91,7 @@ def test_dynamic_margin_and_scale():
 
 @pytest.mark.parametrize("name", MARGIN_LOSSES)
 def test_gradients_at_the_poles_are_finite(name):
-    """Embeddings along and against their class; theirs has NaN in ArcFace."""
+    """Embeddings parallel and opposite to their class; theirs gives NaN for ArcFace."""
     ours, theirs = pair(name, dtype=torch.float32)
     centers = torch.eye(SIZE).repeat(1, ours.W.shape[1] // SIZE + 1)[:, : ours.W.shape[1]]
     for loss_fn in (ours, theirs):
@@ -105,8 +105,8 @@ def test_gradients_at_the_poles_are_finite(name):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_a_zero_class_row_has_no_gradient(name):
-    """Theirs has one of 1e9 and more, except where lengths count."""
+def test_zero_class_row_has_no_gradient(name):
+    """Theirs has a gradient of 1e9 or more, except for losses that do not normalize."""
     ours, theirs = pair(name, dtype=torch.float32)
     x, y = batch()
     with torch.no_grad():
@@ -134,7 +134,7 @@ NATIVE = {
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_the_native_equivalents(name):
+def test_native_equivalents(name):
     """The table of docs/migrate-from-pytorch-metric-learning.md."""
     _, theirs = pair(name)
     native = NATIVE[name](num_classes=CLASSES, embedding_size=SIZE, dtype=torch.float64)
@@ -159,7 +159,7 @@ def test_wrappers():
 
 
 def test_trainer():
-    """Their trainer takes our loss, and ends with the weights it ends with for theirs."""
+    """Their trainer gives the same weights with our loss as with theirs."""
     x, _, y = problem(24, CLASSES, 10, spread=1.0)
     dataset = torch.utils.data.TensorDataset(x.float(), y)
     results = []
@@ -184,8 +184,8 @@ def test_trainer():
         torch.testing.assert_close(measured, expected, rtol=1e-3, atol=1e-4)
 
 
-def test_importing():
-    """The package does not need pytorch-metric-learning; the module that does says how to get it."""
+def test_import_without_pytorch_metric_learning():
+    """The package does not need pytorch-metric-learning; the error of the module that does says how to install it."""
     code = """if True:
         import sys, fused_margin
         assert "pytorch_metric_learning" not in sys.modules
@@ -203,7 +203,7 @@ def test_importing():
 def test_weights_follow_the_embeddings_to_their_device(name):
     ours, theirs = pair(name, weight_regularizer=lambda: compat.RegularFaceRegularizer())
     x, y = batch()
-    parameter, labels = ours.W, y  # made and left on the CPU
+    parameter, labels = ours.W, y  # created on the CPU
     for measured, expected in zip(outcome(ours, x.cuda(), labels), outcome(theirs, x, y), strict=True):
         assert measured.is_cuda and relative_error(measured.cpu(), expected) < 1e-10
     assert ours.W is parameter and parameter.is_cuda
@@ -230,7 +230,7 @@ unittest.main(None, argv=["", *sys.argv[2:]])
         "losses.test_cosface_loss",
         "losses.test_large_margin_softmax_loss",
         "losses.test_normalized_softmax_loss",
-        # not its test of get_outliers, which fails for theirs too: it compares with centers it does not normalise
+        # without its test of get_outliers, which also fails for theirs: its centers are not normalized
         "losses.test_subcenter_arcface_loss.TestSubCenterArcFaceLoss.test_subcenter_arcface_loss",
         "regularizers.test_center_invariant_regularizer",
         "regularizers.test_regular_face_regularizer",

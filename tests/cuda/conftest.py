@@ -11,7 +11,7 @@ from fused_margin._ops.backends import select
 
 @pytest.fixture(autouse=True)
 def all_threads():
-    """For what is expected, which the CPU computes, of larger shapes than in other tests."""
+    """Use all threads: the CPU computes expected results for larger shapes than in other tests."""
     threads = torch.get_num_threads()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     yield
@@ -29,7 +29,7 @@ def serve(name):
 
 
 @pytest.fixture(params=[select.PORTABLE, *FAMILIES])
-def way(request):
+def backend(request):
     yield from serve(request.param)
 
 

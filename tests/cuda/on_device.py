@@ -1,4 +1,4 @@
-"""Inputs, limits and marks that the tests on a device share."""
+"""Inputs, tolerances and marks that the tests on a device share."""
 
 import math
 
@@ -14,7 +14,7 @@ needs_cuda = [
     pytest.mark.skipif(not fm.build_info()["cuda"]["available"], reason="needs a CUDA device and a CUDA build"),
 ]
 sanitizer = pytest.mark.sanitizer
-# racecheck loses the device in torch's own products of halves, on Hopper at least (benchmarks/gpu/testing.py).
+# racecheck fails in torch's own half-precision products, at least on Hopper (benchmarks/gpu/testing.py).
 half_products = pytest.mark.half_products
 
 DEVICE = "cuda"
@@ -24,7 +24,7 @@ ARCFACE = {"m2": 0.5}
 
 
 def tolerance(precision, size, scale=64.0):
-    """Rounding operands to fp16 moves a logit by its scale over the square root of the size."""
+    """Rounding operands to fp16 changes a logit in proportion to its scale over the square root of the size."""
     if precision == "highest":
         return 1e-5
     return 5e-4 * max(1.0, math.sqrt(512 / size)) * max(1.0, scale / 64)

@@ -1,4 +1,4 @@
-"""Calls on a device: repeatability, memory, streams, host threads, CUDA graphs, bad labels, a second device."""
+"""Calls on a device: determinism, memory, streams, host threads, CUDA graphs, bad labels, a second device."""
 
 import subprocess
 import sys
@@ -19,9 +19,9 @@ pytestmark = needs_cuda
 @pytest.mark.parametrize(
     ("shape", "options"),
     [((65, 30_001, 64), {"exclusive_weight": 0.1, "workspace_mb": 4}), ((300, 1100, 600), {})],
-    ids=["many chunks", "rows are streamed"],
+    ids=["many chunks", "streamed rows"],
 )
-def test_the_same_bits_every_time(way, precision, shape, options):
+def test_results_are_deterministic(backend, precision, shape, options):
     x, w, y = single(*shape)
     first = ours(x, w, y, ARCFACE, **options)
     for _ in range(100):
@@ -29,12 +29,12 @@ def test_the_same_bits_every_time(way, precision, shape, options):
             assert torch.equal(a, b)
 
 
-def test_a_million_classes_in_bounded_memory(way, precision):
+def test_million_classes_in_bounded_memory(backend, precision):
     needs_gibibytes(12)
     samples, size, classes, workspace_mb = 1024, 512, 1_000_000, 256
     x, w = torch.randn(samples, size, device=DEVICE), torch.randn(classes, size, device=DEVICE)
     y = torch.randint(classes, (samples,), device=DEVICE)
-    ours(x[:8], w[:500].clone(), y[:8] % 500, ARCFACE)  # libraries' own memory is there before
+    ours(x[:8], w[:500].clone(), y[:8] % 500, ARCFACE)  # libraries allocate their own memory first
     x.requires_grad_()
     w.requires_grad_()
     torch.cuda.synchronize()
@@ -49,8 +49,8 @@ def test_a_million_classes_in_bounded_memory(way, precision):
     assert loss.isfinite() and w.grad.isfinite().all() and x.grad.isfinite().all()
 
 
-def test_offsets_beyond_31_bits(way):
-    """Classes that repeat a thousand: every copy has the same gradient, and the sum is as many times as large."""
+def test_offsets_beyond_31_bits(backend):
+    """Classes repeat a thousand: all copies have the same gradient, and sums grow with the number of copies."""
     copies, classes, size = 530, 1000, 4096
     needs_gibibytes(48)
     x, base = torch.randn(8, size, device=DEVICE), torch.randn(classes, size, device=DEVICE)
@@ -70,7 +70,7 @@ def test_offsets_beyond_31_bits(way):
         assert relative_error(gradient, one.grad) < 1e-5
 
 
-def test_a_side_stream_and_no_host_sync(way):
+def test_side_stream_without_host_sync(backend):
     x, w, y = single(65, 3001, 64)
     expected = ours(x, w, y, ARCFACE, exclusive_weight=0.1)
     torch.cuda.synchronize()
@@ -86,8 +86,8 @@ def test_a_side_stream_and_no_host_sync(way):
         assert torch.equal(m, e)
 
 
-def test_host_threads_launch_one_kernel_with_different_sizes(way):
-    """Embedding sizes that divide shared memory differently, each from a thread with its own stream."""
+def test_host_threads_launch_one_kernel_with_different_sizes(backend):
+    """Embedding sizes that need different amounts of shared memory, each in a thread with its own stream."""
     problems = [single(140, 1500, size) for size in (64, 256, 512, 600)]
     expected = [ours(*each, ARCFACE) for each in problems]
     torch.cuda.synchronize()
@@ -105,8 +105,8 @@ def test_host_threads_launch_one_kernel_with_different_sizes(way):
         thread.join()
     assert len(results) == len(problems)
     for number, each in enumerate(expected):  # torch.mm may choose another kernel on another stream
-        for found in results[number]:
-            assert max(map(relative_error, found, each)) < 1e-5
+        for actual in results[number]:
+            assert max(map(relative_error, actual, each)) < 1e-5
 
 
 FIRST_LAUNCH = """
@@ -127,15 +127,15 @@ torch.testing.assert_close(captured, expected, rtol=1e-5, atol=1e-5)
 """
 
 
-def test_the_first_launch_of_a_process_may_be_captured(family):
-    """It loads the kernels and asks the runtime about them during the capture."""
+def test_first_launch_of_a_process_can_be_captured(family):
+    """The first launch loads the kernels and queries the runtime during capture."""
     result = subprocess.run(
         [sys.executable, "-c", FIRST_LAUNCH, family], capture_output=True, text=True, timeout=25, check=False
     )
     assert result.returncode == 0, result.stderr
 
 
-def test_a_captured_graph_replays(way):
+def test_captured_graph_replays(backend):
     x, _, y = single(65, 3001, 64)
     x.requires_grad_()
     loss_fn = fm.ArcFaceLoss(3001, 64, device=DEVICE)
@@ -146,7 +146,7 @@ def test_a_captured_graph_replays(way):
     assert relative_error(loss, expected[0]) < 1e-6 and relative_error(x.grad, expected[1]) < 1e-5
 
 
-def test_a_captured_step_replays_on_other_data(way):
+def test_captured_step_replays_on_other_data(backend):
     """Forward and backward with both gradients, in several chunks."""
     x, w, y = single(65, 3001, 64)
     others = on_device(torch.randn(65, 64), torch.randn(3001, 64), torch.randint(3001, (65,)))
@@ -179,7 +179,7 @@ def test_a_captured_step_replays_on_other_data(way):
         assert relative_error(m, e) < 1e-6
 
 
-def test_bad_labels_are_reported_by_the_next_call_or_at_once():
+def test_bad_labels_are_reported_by_the_next_call_or_immediately():
     x, w, y = on_device(*problem(8, 20, 4))
     fm.functional.margin_cross_entropy(x, w, y + 20)
     torch.cuda.synchronize()
@@ -195,8 +195,8 @@ def test_bad_labels_are_reported_by_the_next_call_or_at_once():
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")
-def test_the_second_device(way):
-    dtype = torch.float64 if way == select.PORTABLE else torch.float32
+def test_second_device(backend):
+    dtype = torch.float64 if backend == select.PORTABLE else torch.float32
     x, w, y = (t.to(f"{DEVICE}:1", dtype if t.is_floating_point() else None) for t in problem(33, 500, 64))
     for m, e in zip(ours(x, w, y, ARCFACE), truth(x, w, y, ARCFACE), strict=True):
         assert m.device == torch.device(f"{DEVICE}:1")

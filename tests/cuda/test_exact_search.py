@@ -1,9 +1,9 @@
-"""The exact search on a device, against the CPU's and against its own full sweeps."""
+"""The exact search on a device, against the CPU and against full searches on the device."""
 
 import pytest
 import torch
 from on_device import DEVICE, needs_cuda, sanitizer
-from test_search import full_sweep, same, training
+from test_search import full_search, same, training
 
 import fused_margin as fm
 from fused_margin._ops.backends import select
@@ -28,23 +28,23 @@ def test_exact_search(search, shape, metric):
         for k in (1, 2, 7, 32):
             if k > (rows - 1 if among is None else others):
                 continue
-            found = fm.functional.nearest_class(query, among, k=k, metric=metric, workspace_mb=1)
+            actual = fm.functional.nearest_class(query, among, k=k, metric=metric, workspace_mb=1)
             of_cpu = query.cpu(), None if among is None else among.cpu()
             expected = fm.functional.nearest_class(*of_cpu, k=k, metric=metric, workspace_mb=1)
-            assert torch.equal(found.index.cpu(), expected.index)
-            torch.testing.assert_close(found.cosine.cpu(), expected.cosine, rtol=1e-6, atol=1e-6)
+            assert torch.equal(actual.index.cpu(), expected.index)
+            torch.testing.assert_close(actual.cosine.cpu(), expected.cosine, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("size", [48, 512])
 def test_certified_refresh(search, size):
-    """As the CPU finds them at every step of a training, and bit for bit what a whole sweep of the device finds."""
+    """At every training step the neighbours are those of the CPU, and equal a full search on the device bit for bit."""
     regularizer = fm.ExclusiveRegularizer(refresh="certified")
     for step, weight in training(1500, size, 40):
         moved = weight.to(DEVICE)
         if step == 20:
             moved[7], moved[8], moved[9] = float("nan"), 0.0, moved[3].clone()
-        found, expected = regularizer.find(moved), full_sweep(moved)
-        assert same(found, expected)
-        assert torch.equal(found.index.cpu(), full_sweep(moved.cpu()).index)
-    again, not_again, _ = regularizer.swept.tolist()
-    assert not_again > again
+        actual, expected = regularizer.find(moved), full_search(moved)
+        assert same(actual, expected)
+        assert torch.equal(actual.index.cpu(), full_search(moved.cpu()).index)
+    searched, skipped, _ = regularizer.swept.tolist()
+    assert skipped > searched

@@ -1,4 +1,4 @@
-"""Builds csrc as the module _emulated, whose CUDA backend is compiled for the host by emulation.h."""
+"""Builds csrc as the module _emulated, with the CUDA backend compiled for the host through emulation.h."""
 
 import ctypes
 import importlib.util
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def load(directory: Path):
-    """Compiles into a directory, unless another process has, and imports the module, whose ``cuda`` kernels take host tensors."""
+    """Compile into a directory, unless already done, and import the module; its ``cuda`` kernels take host tensors."""
     target = directory / f"_emulated{sysconfig.get_config_var('EXT_SUFFIX')}"
     with FileLock(directory / "lock"):
         if not target.exists():
@@ -48,7 +48,7 @@ def compile_to(target: Path) -> None:
     jobs = []
     for source in sources:
         output = target.parent / (Path(source).name.replace(".", "_") + f"_{len(jobs)}.o")
-        optimization = "-O0" if source.endswith("module.cpp") else "-O1"  # bindings take longest to compile
+        optimization = "-O0" if source.endswith("module.cpp") else "-O1"  # bindings take the longest to compile
         command = [*compiler, optimization, *defines, "-x", "c++", "-c", str(ROOT / source), "-o", str(output)]
         jobs.append((output, subprocess.Popen(command)))
     if any(process.wait() for _, process in jobs):
@@ -58,7 +58,7 @@ def compile_to(target: Path) -> None:
 
 
 def half_product(module):
-    """tensor_cores.half_product for host tensors, with the arithmetic of tensor cores: sums round towards zero."""
+    """tensor_cores.half_product for host tensors with tensor-core arithmetic: sums are rounded towards zero."""
     product = ctypes.CDLL(module.__file__).half_product
     product.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 3
 

@@ -1,4 +1,4 @@
-"""The kernels suite of the benchmarks on emulated kernels: it accepts right answers and detects wrong ones."""
+"""The kernels suite of the benchmarks on emulated kernels: it accepts correct results and detects wrong ones."""
 
 import pytest
 import torch
@@ -33,13 +33,13 @@ class Idle:
         return lambda **_: None
 
 
-def test_right_answers_are_within_tolerance_and_wrong_ones_are_not(measured):
+def test_correct_results_are_within_tolerance_and_wrong_ones_are_not(measured):
     assert len(measured) == 2 * len(names.KERNELS)
     for (suite, name), (contestant, step) in measured.items():
-        for turn in range(3):  # what earlier rounds left behind does not count
+        for turn in range(3):  # results of earlier rounds are not used
             step(turn)
         assert max(step.errors().values()) <= contestant.tolerance, (suite, name)
-        if suite != names.NEAREST:  # another label is left out than should be
+        if suite != names.NEAREST:  # a wrong label is excluded
             rows = step.rows[0]
             step.rows[0] = step.rows[1]
             assert not max(step.errors().values()) <= contestant.tolerance, (suite, name)
@@ -48,13 +48,13 @@ def test_right_answers_are_within_tolerance_and_wrong_ones_are_not(measured):
         assert not max(step.errors().values()) <= contestant.tolerance, (suite, name)
 
 
-def test_the_forward_call_is_the_public_loss_without_gradients(emulated, monkeypatch):
+def test_forward_call_is_the_public_loss_without_gradients(emulated, monkeypatch):
     monkeypatch.setattr(select, "kernels", lambda *_: Kernels(emulated.cuda, 0))
     inputs = make_inputs(SHAPE, "cpu", batches=2)
     comparison = next(c for c in comparisons.comparisons(("sm90", "sm80")) if c.suite == names.EXPONENT_SUM)
     calls = {each.name: each for each in comparison.contestants if each.name.endswith(names.CALL)}
     assert list(calls) == [names.ours(backend, names.CALL) for backend in ("sm90", "sm80", select.PORTABLE)]
-    with half.precision("highest"):  # the call itself asks for half operands
+    with half.precision("highest"):  # the call itself requests half operands
         for backend in ("sm90", "sm80"):
             contestant = calls[names.ours(backend, names.CALL)]
             (build,) = contestant.variants.values()

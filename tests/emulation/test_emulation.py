@@ -1,4 +1,4 @@
-"""The portable CUDA kernels, executed by the host emulator, against the CPU kernels: whole calls."""
+"""Complete calls with the portable CUDA kernels, executed by the host emulator, against the CPU kernels."""
 
 import math
 
@@ -17,7 +17,7 @@ from fused_margin.margins import FilteredNegatives, HardNegatives
 
 @pytest.fixture
 def compare(emulated, monkeypatch):
-    """Runs a function with the kernels of the CPU, then with those of CUDA on the host, and compares the results."""
+    """Run a function with the CPU kernels, then with the CUDA kernels on the host, and compare the results."""
 
     def run(function, tolerance):
         expected = function()
@@ -33,7 +33,7 @@ def compare(emulated, monkeypatch):
 CASES = {
     "everything": {"scale": 64.0, "exclusive_weight": 0.7, "label_smoothing": 0.1},
     "feature norm": {"scale": None, "class_weight": torch.rand(333, dtype=torch.float64), "label_smoothing": 0.1},
-    "own exponent per row": {"scale": 300.0},
+    "exponent per row": {"scale": 300.0},
     "recomputed": {"scale": 64.0, "exclusive_weight": 0.1, "workspace_mb": 1e-6},
 }
 
@@ -98,19 +98,19 @@ def test_large_logits(compare, size, workspace_mb):
 @pytest.mark.parametrize("size", [1.0, 1e24])
 @pytest.mark.parametrize("workspace_mb", [256, 1e-6])
 def test_nearest_classes_in_chunks(emulated, monkeypatch, size, workspace_mb):
-    """As in a loss on a GPU, which does not wait for a search."""
+    """As in a loss on a GPU, which avoids the host synchronization of a search."""
     monkeypatch.setattr(LossInputs, "uses_tiled_nearest", property(lambda inputs: inputs.nearest))
     monkeypatch.setattr(select, "kernels", lambda *_: Kernels(emulated.cuda, 0))
     torch.manual_seed(0)
     for unit in (torch.eye(5)[torch.arange(301) % 5], F.normalize(torch.randn(301, 12))):
         w = unit * size
-        found = forward_backward.forward(
+        actual = forward_backward.forward(
             LossInputs(None, w, int(workspace_mb * 2**20), PORTABLE, nearest=True), False, -100, True
         )
         cosine = (unit.double() @ unit.double().t()).fill_diagonal_(-2.0).amax(1)
-        torch.testing.assert_close(found.nearest_cosine.double(), cosine, rtol=0, atol=1e-6)
-        torch.testing.assert_close((unit * unit[found.nearest_index]).double().sum(1), cosine, rtol=0, atol=1e-6)
-        assert (found.nearest_index != torch.arange(301)).all()
+        torch.testing.assert_close(actual.nearest_cosine.double(), cosine, rtol=0, atol=1e-6)
+        torch.testing.assert_close((unit * unit[actual.nearest_index]).double().sum(1), cosine, rtol=0, atol=1e-6)
+        assert (actual.nearest_index != torch.arange(301)).all()
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 3), (33, 257, 31), (3, 1025, 130)], ids=str)
@@ -143,7 +143,7 @@ def test_margins_and_bad_labels(compare, emulated, monkeypatch):
         ours(x, w, y.index_fill(0, torch.tensor([3]), 20))
 
 
-# around a vector of 2 or 4 elements, one read of a warp, and the capacity of its registers, 256 to 1024 elements
+# sizes around a vector of 2 or 4 elements, one read by a warp, and its register capacity of 256 to 1024 elements
 SIZES = (1, 3, 4, 5, 31, 127, 128, 129, 256, 258, 512, 513, 1024, 1025, 1028, 4096)
 DTYPES = {  # of the weights, and of the arithmetic
     "float32": (torch.float32, torch.float32),
@@ -298,9 +298,9 @@ def test_embedding_gradients_of_rows_in_any_layout(run, dtype, layout, inner_pro
 
 
 def test_samples_of_a_class_among_many(run):
-    """A warp's search in the sorted labels: counts around its 32 lanes, classes at both ends, and absent classes."""
+    """A warp's search in the sorted labels: counts around 32 lanes, first and last classes, and absent classes."""
     for samples in (1, 31, 32, 33, 63, 64, 65, 1023, 1024, 1025, 2049):
-        labels = torch.randint(0, 60, (samples,)) // 3 * 3  # runs of equals, and classes without a sample
+        labels = torch.randint(0, 60, (samples,)) // 3 * 3  # runs of equal labels, and classes without samples
         gradient, x = torch.zeros(64, 4), torch.randn(samples, 4)
         order = torch.sort(labels, stable=True)
         run.project_weight_gradient(

@@ -8,7 +8,7 @@ HERE = Path(__file__).parent
 
 
 def test_host_calls(tmp_path):
-    """Permission is requested once for each kernel and device, with any number of threads; later calls only launch."""
+    """Shared memory is permitted once per kernel and device, with any number of threads; later calls only launch."""
     program = tmp_path / "host_calls"
     compiler = [os.environ.get("CXX", "c++"), "-std=c++17", "-O1", "-Wall", "-pthread", f"-I{HERE / 'runtime'}"]
     subprocess.run([*compiler, str(HERE / "host_calls.cpp"), "-o", str(program)], check=True)

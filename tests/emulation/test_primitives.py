@@ -23,7 +23,7 @@ def run(program: Path, *arguments: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize("family", ["common", "halves", "sums", "sm80", "sm90"])
-def test_right_kernels(program, family):
+def test_correct_kernels(program, family):
     result = run(program, family)
     assert result.returncode == 0, result.stderr
 
@@ -56,7 +56,7 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize(("family", "mistake", "found"), MISTAKES, ids=str)
-def test_mistakes_are_found(program, family, mistake, found):
+@pytest.mark.parametrize(("family", "mistake", "expected"), MISTAKES, ids=str)
+def test_mistakes_are_detected(program, family, mistake, expected):
     result = run(program, family, mistake)
-    assert result.returncode != 0 and found in result.stderr, result.stderr
+    assert result.returncode != 0 and expected in result.stderr, result.stderr

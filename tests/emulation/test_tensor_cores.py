@@ -1,4 +1,4 @@
-"""Whole tensor-core kernels, executed by the host emulator: pipelines, tiles and epilogues, in whole calls."""
+"""Complete calls with the tensor-core kernels, executed by the host emulator: pipelines, tiles and epilogues."""
 
 import math
 
@@ -46,7 +46,7 @@ def check(x, w, y, tolerance, **options):
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize(("rows", "columns", "width"), [(1, 1, 64), (130, 200, 128), (300, 450, 576)])
 def test_small_integers_multiply_exactly(family, emulated, rows, columns, width, parts, wide):
-    """Shows any error in a descriptor, a swizzle or a phase."""
+    """Detects any error in a descriptor, a swizzle or a phase."""
     left, right = (torch.randint(-4, 5, (n, parts * width)).half() for n in (rows, columns))
     out = torch.full((rows, columns), float("nan"))
     getattr(Kernels(emulated.cuda, 0), family).dump(
@@ -58,8 +58,8 @@ def test_small_integers_multiply_exactly(family, emulated, rows, columns, width,
 
 
 @pytest.mark.parametrize("spread", [0, 8], ids=["one magnitude", "many magnitudes"])
-def test_sums_are_those_of_the_published_model(family, emulated, spread):
-    """The same bits, with the coarser alignment; the arithmetic of the emulator is in integers."""
+def test_sums_match_the_published_model(family, emulated, spread):
+    """Equal bit for bit with the coarser alignment; the emulator computes in integers."""
     left, right = (torch.randn(n, 192) * torch.exp2(torch.randint(-spread, 1, (n, 192))) for n in (20, 30))
     left, right = left.half(), right.half()
     out = torch.empty(20, 30)
@@ -68,14 +68,14 @@ def test_sums_are_those_of_the_published_model(family, emulated, spread):
     )
     assert torch.equal(out.double(), tensor_core_model.product(left, right, family, "products"))
     exact = left.double() @ right.double().t()
-    assert (out - exact).abs().max() > (exact.float() - exact).abs().max()  # which float32 alone would not show
+    assert (out - exact).abs().max() > (exact.float() - exact).abs().max()  # a float32 sum would differ
 
 
 @pytest.mark.parametrize(("parts", "tolerance"), [(1, 2e-4), (2, 2e-6)])
 def test_accuracy_of_packed_operands(family, emulated, parts, tolerance):
-    """Cosines, some of them near one, of rows of any length.
+    """Cosines of rows of any length, some of them near one.
 
-    Split operands keep 22 bits; near one the tensor cores' rounding towards zero is the larger error.
+    Split operands have 22 bits; near one the tensor cores' rounding towards zero is the larger error.
     """
     x, w = torch.randn(40, 100) * torch.logspace(-8, 8, 40)[:, None], torch.randn(70, 100)
     w[:40] = x / x.norm(dim=1, keepdim=True) + 1e-3 * w[:40]
@@ -104,7 +104,7 @@ def test_accuracy_of_packed_operands(family, emulated, parts, tolerance):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
 def test_operands_of_rows_in_any_layout(emulated, dtype, layout):
-    """The bits of every half, then zeros, for sizes around a group of 8 and the register limits, 512 and 1024."""
+    """Exact halves with zero padding, for sizes around a group of 8 and the register limits of 512 and 1024."""
     run = Kernels(emulated.cuda, 0)
     for size in (1, 3, 4, 5, 8, 127, 128, 129, 511, 512, 513, 1000, 1024, 1025, 4096):
         rows = torch.randn(7, size)
@@ -127,7 +127,7 @@ def test_operands_of_rows_in_any_layout(emulated, dtype, layout):
             assert (packed[:, :, size:].view(torch.int16) == 0).all()
 
 
-# tile edges are at 128 rows and 128 or 192 classes; an operand's row is a multiple of 64 wide
+# tiles have 128 rows and 128 or 192 classes; rows of operands are padded to multiples of 64
 @pytest.mark.parametrize("shape", [(1, 2, 32), (129, 193, 40), (128, 384, 64), (300, 1100, 192)], ids=str)
 def test_losses_and_gradients(family, precision, shape):
     x, w, y = single(*shape)
@@ -146,7 +146,7 @@ def test_losses_and_gradients(family, precision, shape):
     ids=str,
 )
 def test_exponent_sum(family, precision, shape):
-    """The limits of tests/cuda. A scale of one shows a class that is missing or counted twice."""
+    """The tolerances of tests/cuda. A scale of one detects a class that is missing or counted twice."""
     x, w, y = single(*shape)
     cosines = reference.normalize(x.double()) @ reference.normalize(w.double()).t()
     for scale, limit in ((64.0, 2e-5), (1.0, 2e-6)):
@@ -156,7 +156,7 @@ def test_exponent_sum(family, precision, shape):
 
 
 def test_long_sums_of_split_operands(family, monkeypatch):
-    """Sums over many classes stay accurate although tensor cores round each addition towards zero."""
+    """Sums over many classes are accurate although tensor cores round each addition towards zero."""
     samples, classes, size = 4, 40_000, 16
     left, right = torch.rand(samples, classes, dtype=torch.float64), torch.rand(classes, size, dtype=torch.float64)
     split = [[t.half(), (t - t.half().double()).half()] for t in (left, right)]
@@ -170,8 +170,8 @@ def test_long_sums_of_split_operands(family, monkeypatch):
 
 
 @pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, torch.float16], ids=str)
-def test_the_default_dtype_changes_nothing(family, default):
-    """The scratch memory of a kernel has the dtype that the kernel writes, for any default dtype."""
+def test_default_dtype_changes_nothing(family, default):
+    """Scratch memory has the dtype that the kernel writes, for any default dtype."""
     x, w, y = single(140, 300, 40)
     expected = ours(x, w, y, {"m2": 0.5}, exclusive_weight=0.3)
     torch.set_default_dtype(default)
@@ -191,7 +191,7 @@ def test_the_default_dtype_changes_nothing(family, default):
         {"scale": torch.linspace(0.0, 90.0, 140, dtype=torch.float64)},
         {"workspace_mb": 0.3, "exclusive_weight": 0.5},
     ],
-    ids=["feature norm", "large scale", "own scales", "many chunks"],
+    ids=["feature norm", "large scale", "per-sample scales", "many chunks"],
 )
 def test_options(family, options):
     x, w, y = single(140, 700, 48)
@@ -201,7 +201,7 @@ def test_options(family, options):
 
 @pytest.mark.parametrize("size", [1e3, 1e5, 1.9e6])
 def test_large_logits(family, size):
-    """The exponent of every row is exact: the remaining error is the rounding of the products of such logits."""
+    """Row exponents are exact: the remaining error is the rounding of large products."""
     x, w, y = single(40, 300, 48)
     x = torch.nn.functional.normalize(x) * size
     y[3] = -100
@@ -210,8 +210,8 @@ def test_large_logits(family, size):
         assert relative_error(m, e) < 1e-5
 
 
-def test_logits_beyond_the_range_are_no_number(family):
-    """The portable kernels serve a fixed scale."""
+def test_logits_out_of_range_are_not_finite(family):
+    """The portable kernels serve calls with a fixed scale."""
     x, w, y = single(40, 300, 48)
     x[5] *= 1e9 / x[5].norm()
     loss = fm.functional.margin_cross_entropy(x, w, y, scale=None, reduction="none")
@@ -221,8 +221,8 @@ def test_logits_beyond_the_range_are_no_number(family):
 
 
 @pytest.mark.parametrize(
-    "size",  # rows stay in test_losses_and_gradients too
-    [pytest.param(512, id="rows stay", marks=pytest.mark.slow), pytest.param(600, id="rows are streamed")],
+    "size",  # test_losses_and_gradients also covers resident rows
+    [pytest.param(512, id="resident rows", marks=pytest.mark.slow), pytest.param(600, id="streamed rows")],
 )
 @pytest.mark.parametrize("precision", ["high"], indirect=True)
 def test_enough_tiles_to_wrap_the_ring(family, precision, size):
@@ -268,7 +268,7 @@ def test_half_parameters(family, dtype):
         assert relative_error(m, e) < max(5e-4, torch.finfo(dtype).eps)
 
 
-def test_which_products_serve(family):
+def test_choice_of_backend(family):
     x, w, _ = single(3, 20, 40)
     exact = f"{family} {select.SPLIT}"
     assert select.select_backend(x, w) == select.select_backend(None, w) == exact
@@ -301,14 +301,14 @@ def test_opcheck(family, keep, exact):
     torch.library.opcheck(library.forward_chunks, (*arguments, False, -100, keep))
 
 
-def test_the_same_bits_every_time(family):
+def test_results_are_deterministic(family):
     x, w, y = single(140, 500, 64)
     first, again = (ours(x, w, y, {"m2": 0.5}, exclusive_weight=0.3) for _ in range(2))
     for a, b in zip(first, again, strict=True):
         assert torch.equal(a, b)
 
 
-def test_a_gradient_scaler_neither_overflows_nor_loses(family):
+def test_gradient_scaler_neither_overflows_nor_underflows(family):
     x, w, y = single(40, 300, 64)
     for upstream in (2.0**-20, 1.0, 2.0**16):
         _, dx, dw = loss_and_gradients(

@@ -1,4 +1,4 @@
-"""The tests of the evaluation need scikit-learn, but not the trainer."""
+"""The tests of the evaluation need scikit-learn, and not the trainer."""
 
 import pytest
 

@@ -1,10 +1,10 @@
-"""Pairs of labelled rows, for the tests of what scores them."""
+"""Pairs of labelled rows, for the tests of protocols that score them."""
 
 import numpy as np
 
 
 def pairs_of(labels, num_pairs, seed=1):
-    """Pairs, half of them of one identity in random order, and whether they are."""
+    """Pairs in random order, half of them genuine, and whether each is genuine."""
     rng = np.random.default_rng(seed)
     pairs = np.array([(i, j) for i in range(len(labels)) for j in range(i)])
     same = labels[pairs[:, 0]] == labels[pairs[:, 1]]

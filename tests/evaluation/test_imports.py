@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 
-def test_no_module_of_the_evaluation_imports_the_trainer():
+def test_evaluation_does_not_import_the_trainer():
     code = """
 import importlib, pkgutil, sys
 import fused_margin.evaluation

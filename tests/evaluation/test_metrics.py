@@ -1,4 +1,4 @@
-"""Protocols against cases computed by hand, and what is promised of the pairs."""
+"""Metrics against cases computed by hand, and properties of the drawn pairs."""
 
 import numpy as np
 import pytest
@@ -15,12 +15,12 @@ from fused_margin.evaluation.metrics import (
 
 
 def test_kfold_accuracy_by_hand():
-    # Fold 0 alone is separated by 0.45; fold 1 alone by 0.75, and its pair of score 0.7 is a different one.
+    # 0.45 separates fold 0; 0.75 separates fold 1, whose pair of score 0.7 is an impostor.
     scores = np.array([0.6, 0.5, 0.4, 0.3, 0.9, 0.8, 0.7, 0.1])
     same = np.array([True, True, False, False, True, True, False, False])
     fold = np.array([0, 0, 0, 0, 1, 1, 1, 1])
     result = kfold_accuracy(scores, same, fold)
-    np.testing.assert_allclose(result.threshold, [0.75, 0.45])  # each from the other fold
+    np.testing.assert_allclose(result.threshold, [0.75, 0.45])  # each threshold is from the other fold
     np.testing.assert_array_equal(result.accuracy, [0.5, 0.75])
 
 
@@ -28,47 +28,47 @@ def test_threshold_is_not_chosen_on_the_fold_it_scores():
     rng = np.random.default_rng(0)
     same = np.tile([True, False], 300)
     accuracy = kfold_accuracy(rng.normal(size=600), same, np.repeat(np.arange(10), 60)).accuracy
-    assert accuracy.mean() < 0.56  # the best threshold on the fold itself would give more on noise
+    assert accuracy.mean() < 0.56  # the best threshold on the fold itself would be better than chance on noise
 
 
 def test_tar_at_far_by_hand():
     genuine, impostor = np.array([0.9, 0.7, 0.6]), np.array([0.8, 0.5, 0.4])
     none = tar_at_far(genuine, impostor, 0.0)
-    assert none.tar == pytest.approx(1 / 3) and none.threshold == 0.8  # above 0.8 there is one pair of the three
+    assert none.tar == pytest.approx(1 / 3) and none.threshold == 0.8  # one of the three pairs is above 0.8
     assert tar_at_far(genuine, impostor, 0.3).tar == pytest.approx(1 / 3)  # one false accept is 1/3 already
     assert tar_at_far(genuine, impostor, 0.34).tar == 1
     assert tar_at_far(genuine, impostor, 1).threshold == -np.inf
     assert summarize_pairs(np.concatenate([genuine, impostor]), np.arange(6) < 3, 0.3).auc == pytest.approx(7 / 9)
 
 
-def test_far_below_one_false_accept_is_said_to_be():
+def test_far_below_one_false_accept_is_unresolved():
     impostor = np.linspace(0, 0.5, 1000)
     at = {far: tar_at_far(np.array([0.6, 0.4]), impostor, far) for far in (1e-6, 9e-4, 1e-3)}
     assert [result.resolved for result in at.values()] == [False, False, True]
     assert all(result.smallest_far == 1e-3 for result in at.values())
-    assert at[1e-6][1:] == at[9e-4][1:]  # both: no false accept
+    assert at[1e-6][1:] == at[9e-4][1:]  # no false accept for both
 
 
-def test_ties_fall_on_the_same_side():
-    # Two of four impostors at 0.5: one may pass at FAR = 1/4, but neither can without the other.
+def test_tied_scores_are_on_the_same_side():
+    # Two of four impostors have 0.5: FAR = 1/4 allows one, but only both can pass.
     genuine, impostor = np.array([0.5, 0.5, 0.6]), np.array([0.5, 0.5, 0.1, 0.1])
     assert tar_at_far(genuine, impostor, 0.25).tar == pytest.approx(1 / 3)
     assert tar_at_far(genuine, impostor, 0.5).tar == 1
-    # Every score alike: one straight line, half of it below.
+    # All scores are equal: the curve is a straight line with area 1/2.
     alike = summarize_pairs(np.zeros(8), np.arange(8) < 4, 0.5)
     np.testing.assert_array_equal(alike.roc, [[0, 1], [0, 1]])
     assert alike.auc == 0.5 and alike.equal_error_rate == 0.5 and alike.tar.tar == 0
 
 
 def test_equal_error_rate_by_hand():
-    # Thresholds from the top: FAR 0, 0, 1/4, 1/4, ... against rejects 3/4, 1/2, 1/2, 1/4: they meet at 1/4.
+    # With decreasing thresholds, FAR is 0, 0, 1/4, 1/4, ... and FRR 3/4, 1/2, 1/2, 1/4: they are equal at 1/4.
     genuine, impostor = np.array([0.9, 0.8, 0.6, 0.3]), np.array([0.7, 0.5, 0.2, 0.1])
     assert equal_error_rate(roc(genuine, impostor)) == pytest.approx(1 / 4)
-    # One of each at 0.5: between (FAR 0, rejects 1/2) and (1/2, 0) a straight line crosses at 1/4.
+    # One of each kind at 0.5: the line from (FAR 0, FRR 1/2) to (1/2, 0) has equal rates at 1/4.
     assert equal_error_rate(roc(np.array([0.9, 0.5]), np.array([0.5, 0.1]))) == pytest.approx(1 / 4)
 
 
-def test_tar_of_the_highest_impostors_is_that_of_all():
+def test_tar_from_the_highest_impostors_equals_that_from_all():
     rng = np.random.default_rng(0)
     genuine, impostor = rng.normal(1, 1, 300), rng.normal(0, 1, 2000)
     for far in (0.0, 1e-3, 0.29, 0.5):
@@ -77,10 +77,10 @@ def test_tar_of_the_highest_impostors_is_that_of_all():
         assert tar_at_far(genuine, impostor, far).tar == best
         highest = np.sort(impostor)[-int(far * 2000 + 1.5) :]
         assert tar_at_far(genuine, highest, far, 2000) == tar_at_far(genuine, impostor, far)
-    assert tar_at_far(genuine, np.arange(100.0), 0.29).threshold == 70  # 29 of them are above
+    assert tar_at_far(genuine, np.arange(100.0), 0.29).threshold == 70  # 29 of them are higher
 
 
-def test_counted_impostors_are_so_many_pairs():
+def test_impostor_counts_equal_repeated_pairs():
     genuine, impostor, count = np.array([0.9, 0.4, 0.2]), np.array([0.5, 0.3, 0.1]), np.array([2, 0, 3])
     np.testing.assert_allclose(roc(genuine, impostor, count), roc(genuine, np.repeat(impostor, count)))
 
@@ -115,7 +115,7 @@ def test_unshuffled_folds():
         ([0.1, 0.2, 0.3], [1, 0, 0], [0, 1, 1], "same: expected genuine and impostor pairs outside fold 0"),
     ],
 )
-def test_scores_without_an_answer(scores, same, fold, message):
+def test_invalid_scores(scores, same, fold, message):
     with pytest.raises(ValueError, match=message):
         kfold_accuracy(np.array(scores, float), np.array(same, bool), np.array(fold, int))
 
@@ -155,7 +155,7 @@ def test_few_identities_share_folds():
 
 def test_fewer_pairs_than_asked_for_stay_balanced():
     pairs = make_pairs(np.array([0, 0, 0, 1, 1, 1, 2]), 100, 2, seed=0)
-    assert pairs.same.sum() == 6 == (~pairs.same).sum()  # two identities of three images: 3 pairs each
+    assert pairs.same.sum() == 6 == (~pairs.same).sum()  # two identities of three images have 3 pairs each
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Protocols against cases computed by hand, plain loops, and what must hold whatever the features."""
+"""Protocols against cases computed by hand, plain loops, and properties that hold for any features."""
 
 import math
 
@@ -14,21 +14,21 @@ VARIANTS = ("insightface", "regularface")
 
 
 def people(identities, images, size, noise, seed=0):
-    """Features (identities * images, size), near a centre each, their mirrored ones and labels."""
+    """Features (identities * images, size) near one center per identity, features of mirrored images, and labels."""
     rng = np.random.default_rng(seed)
     centre = np.repeat(rng.normal(size=(identities, size)) + 0.5, images, axis=0)
     features, mirrored = (centre + noise * rng.normal(size=centre.shape) for _ in range(2))
     return features, mirrored, np.repeat(np.arange(identities), images)
 
 
-def turned(features, seed=5):
+def rotated(features, seed=5):
     rotation, _ = np.linalg.qr(np.random.default_rng(seed).normal(size=(features.shape[1],) * 2))
     return features @ rotation
 
 
 def test_insightface_lfw_by_hand():
-    # Sums of image and mirror image: image 0 along x, the others at cosines 12/13, 15/17, 8/17, 5/13 and 0 to
-    # it, which are squared distances 2/13, 4/17, 18/17, 16/13 and 2.
+    # Sums of image and mirror image: image 0 is along x, the others have cosines 12/13, 15/17, 8/17, 5/13 and 0 to
+    # it, so that squared distances are 2/13, 4/17, 18/17, 16/13 and 2.
     joined = np.array([[5, 0], [24, 10], [15, 8], [8, 15], [5, 12], [0, 3]], float)
     mirrored = np.array([[2, -1], [30, 3], [0, 9], [1, 1], [-7, 2], [4, 4]], float)
     pairs = np.array([[0, 1], [0, 3], [0, 4], [0, 5], [0, 1], [0, 4], [0, 2], [0, 3]])
@@ -41,17 +41,17 @@ def test_insightface_lfw_by_hand():
     assert result.folds.accuracy.std() == 0.25
     np.testing.assert_allclose(result.scores[:4], [12 / 13, 8 / 17, 5 / 13, 0], atol=1e-15)
     # FAR goes from 0 to 1/2 between 0.235 and 0.236 on fold 1, between 1.230 and 1.231 on fold 0;
-    # 1e-3 is the 500th part of the way.
+    # 1e-3 is 1/500 of this step.
     np.testing.assert_allclose(result.tar.threshold, [0.235002, 1.230002], rtol=1e-9)
     np.testing.assert_array_equal(result.tar.tar, [1 / 2, 1 / 2])
     np.testing.assert_array_equal(result.tar.far, [0, 1])
-    assert not result.tar.resolved  # two impostors cannot tell 1e-3 from 0
+    assert not result.tar.resolved  # two impostors cannot resolve 1e-3
 
 
 def test_regularface_lfw_by_hand():
-    # Less (1, 1), the mean of fold 1: (1, 0) and (3, 0), cosine 1; (0, 3) and (0, -2), cosine -1.
+    # Minus (1, 1), the mean of fold 1: (1, 0) and (3, 0), cosine 1; (0, 3) and (0, -2), cosine -1.
     first = [[2, 1], [4, 1], [1, 4], [1, -1]]
-    # Less (2, 5/4), the mean of fold 0: (3, 4) and (4, 3), cosine 24/25; (-8, -6) and (-3, -2), 36 / sqrt(1300).
+    # Minus (2, 5/4), the mean of fold 0: (3, 4) and (4, 3), cosine 24/25; (-8, -6) and (-3, -2), 36 / sqrt(1300).
     second = [[5, 5.25], [6, 4.25], [-6, -4.75], [-1, -0.75]]
     joined = np.array(first + second)
     result = lfw(
@@ -64,8 +64,8 @@ def test_regularface_lfw_by_hand():
     )
     np.testing.assert_allclose(result.scores, [1, -1, 24 / 25, 36 / math.sqrt(1300)])
     np.testing.assert_array_equal(result.folds.accuracy, [1, 1 / 2])
-    # Fold 1 less its own mean: genuine 0.97150, impostor 0.99951. One of the two is right at the steps from
-    # -1 to 0.9714 or 0.9715 and again from 0.9996 to 1. Fold 0 less its own: all right from -0.7200 to 0.1240.
+    # Fold 1 minus its own mean: genuine 0.97150, impostor 0.99951. One of the two is correct at the steps from
+    # -1 to 0.9714 or 0.9715 and from 0.9996 to 1. Fold 0 minus its own mean: all correct from -0.7200 to 0.1240.
     assert result.folds.threshold[0] == pytest.approx(-0.0140, abs=1e-4)
     assert result.folds.threshold[1] == pytest.approx((-0.72 + 0.124) / 2, abs=1e-4)
     assert result.tar is None
@@ -78,7 +78,7 @@ def test_ytf_by_hand():
     pairs = np.array([[2, 5], [0, 9], [0, 2], [5, 9]])
     result = ytf(features, video, pairs, np.array([True, False, True, False]), np.array([0, 0, 1, 1]))
     np.testing.assert_allclose(result.scores, [0.6, 0, 0.8, -1], atol=1e-7)
-    # Fold 0 is judged halfway from 0.8 to -1 and lets an impostor in, fold 1 halfway from 0.6 to 0.
+    # The threshold of fold 0 is halfway from 0.8 to -1 and accepts an impostor, that of fold 1 halfway from 0.6 to 0.
     np.testing.assert_allclose(result.folds.threshold, [-0.1, 0.3], atol=1e-7)
     np.testing.assert_array_equal(result.folds.accuracy, [1 / 2, 1])
 
@@ -87,13 +87,13 @@ def test_megaface_by_hand():
     probes = np.array([[1, 0], [3, 4], [-1, 0], [-2, 0], [0, -1]], float)
     identity = np.array([7, 7, 3, 3, 5])
     distractors = np.array([[0, 1], [5, 12], [4, 3]], float)
-    # Genuine: 0.6 (identity 7), 1 (identity 3). Best distractor of the first two probes: among one 0 and 0.8,
-    # among two 5/13 and 63/65, among three 0.8 and 63/65; of identity 3 none is above 0.
+    # Genuine: 0.6 (identity 7), 1 (identity 3). Best distractor of the first two probes: of one distractor 0 and 0.8,
+    # of two 5/13 and 63/65, of three 0.8 and 63/65; for identity 3 none is above 0.
     result = megaface(probes, identity, distractors, sizes=[1, 2, 3], far=0)
     np.testing.assert_array_equal(result.sizes, [1, 2, 3])
     np.testing.assert_array_equal(result.rank1, [3 / 4, 3 / 4, 2 / 4])
     np.testing.assert_allclose(np.sort(result.genuine), [0.6, 1])
-    # The highest of the 15 impostors: 63/65, 24/25, 0.8, 0.8, 5/13.
+    # The highest of the 15 impostor scores: 63/65, 24/25, 0.8, 0.8, 5/13.
     assert result.tar.tar == 0.5 and result.tar.threshold == pytest.approx(63 / 65)
     assert result.tar.smallest_far == 1 / 15 and not result.tar.resolved
     two = megaface(probes, identity, distractors, far=2 / 15).tar
@@ -102,13 +102,13 @@ def test_megaface_by_hand():
     assert four.tar == 1 and four.threshold == pytest.approx(5 / 13)
 
 
-def test_a_distractor_as_near_as_the_mate_is_a_miss():
+def test_distractor_tied_with_the_mate_is_a_miss():
     axes = np.eye(3)
     result = megaface(axes[[0, 0, 1, 1]], np.array([0, 0, 1, 1]), axes[[2, 0]], sizes=[1, 2])
     np.testing.assert_array_equal(result.rank1, [1, 1 / 2])
 
 
-def test_megaface_is_its_plain_loop_in_blocks_of_any_size():
+def test_megaface_matches_plain_loop_for_any_block_size():
     features, _, labels = people(12, 5, 8, 0.9)
     distractors = np.random.default_rng(2).normal(size=(150, 8))
     unit = features / np.linalg.norm(features, axis=1, keepdims=True)
@@ -131,10 +131,10 @@ def test_megaface_is_its_plain_loop_in_blocks_of_any_size():
         assert result.tar.tar == expected and result.tar.threshold == pytest.approx(impostor[allowed])
         np.testing.assert_allclose(np.sort(result.genuine), np.sort(genuine))
         edges = np.linspace(-1, 1, len(result.impostor) + 1)
-        assert np.abs(result.impostor_count - np.histogram(impostor, edges)[0]).sum() <= 4  # on an edge
+        assert np.abs(result.impostor_count - np.histogram(impostor, edges)[0]).sum() <= 4  # at a boundary
         assert result.impostor_count.sum() == len(impostor)
         assert np.diff(result.impostor) == pytest.approx(np.diff(edges)[0])
-    # float32 products may turn a near tie, no more.
+    # float32 products may change the order of near ties only.
     single = megaface(features.astype(np.float32), labels, distractors.astype(np.float32), [10, 70, 150], far=0.005)
     np.testing.assert_allclose(single.rank1, result.rank1, atol=2 / searches)
     assert single.tar.threshold == pytest.approx(impostor[allowed], abs=1e-6)
@@ -159,7 +159,7 @@ def test_megaface_on_a_gpu():
     assert host.tar.tar == device.tar.tar and host.impostor_count.sum() == device.impostor_count.sum()
 
 
-def test_insightface_lfw_is_its_plain_loop():
+def test_insightface_lfw_matches_plain_loop():
     features, mirrored, labels = people(40, 4, 16, 1.4)
     pairs, same = pairs_of(labels, 200)
     result = lfw(features, mirrored, pairs, same)
@@ -187,10 +187,10 @@ def test_insightface_lfw_is_its_plain_loop():
     assert 0.6 < result.folds.accuracy.mean() < 1
 
 
-def test_regularface_lfw_is_its_plain_loop():
+def test_regularface_lfw_matches_plain_loop():
     features, mirrored, labels = people(20, 4, 4, 1.0)
     pairs, same = pairs_of(labels, 60)
-    fold = np.arange(60) % 3  # any folds, not only consecutive ones
+    fold = np.arange(60) % 3  # arbitrary folds, not only consecutive ones
     result = lfw(features, mirrored, pairs, same, fold, "regularface")
     rows = np.hstack([features, mirrored])
     for number in range(3):
@@ -213,13 +213,13 @@ def test_regularface_lfw_is_its_plain_loop():
 
 
 @pytest.mark.parametrize("noise", [0.01, 1e4])
-def test_one_for_perfect_features_and_half_for_noise(noise):
+def test_perfect_features_and_noise(noise):
     features, mirrored, labels = people(60, 20, 32, noise)
     pairs, same = pairs_of(labels, 6000)
     accuracies = [lfw(features, mirrored, pairs, same, variant=v).folds.accuracy.mean() for v in VARIANTS]
     accuracies.append(cosine_pairs(features, pairs, same).folds.accuracy.mean())
     accuracies.append(ytf(features, np.arange(1200), pairs, same).folds.accuracy.mean())
-    # By chance the mate is the nearest of eleven.
+    # The mate is the nearest of eleven by chance.
     rank1 = megaface(features, labels, np.random.default_rng(0).normal(size=(10, 32))).rank1[0]
     if noise < 1:
         assert accuracies == [1, 1, 1, 1] and rank1 == 1
@@ -228,7 +228,7 @@ def test_one_for_perfect_features_and_half_for_noise(noise):
         assert rank1 == pytest.approx(1 / 11, abs=0.03)
 
 
-def test_rotated_features_score_alike():
+def test_rotation_does_not_change_scores():
     features, mirrored, labels = people(40, 5, 16, 0.9)
     pairs, same = pairs_of(labels, 400)
     distractors = np.random.default_rng(3).normal(size=(300, 16))
@@ -240,20 +240,20 @@ def test_rotated_features_score_alike():
         (ytf(features, video, clips, clips_same), "ytf"),
     ):
         if theirs in VARIANTS:
-            again = lfw(turned(features), turned(mirrored), pairs, same, variant=theirs)
+            again = lfw(rotated(features), rotated(mirrored), pairs, same, variant=theirs)
         elif theirs == "pairs":
-            again = cosine_pairs(turned(features), pairs, same)
+            again = cosine_pairs(rotated(features), pairs, same)
         else:
-            again = ytf(turned(features), video, clips, clips_same)
+            again = ytf(rotated(features), video, clips, clips_same)
         np.testing.assert_allclose(ours.scores, again.scores, atol=1e-12)
         np.testing.assert_array_equal(ours.folds.accuracy, again.folds.accuracy)
     ours = megaface(features, labels, distractors, far=1e-2)
-    again = megaface(turned(features), labels, turned(distractors), far=1e-2)
+    again = megaface(rotated(features), labels, rotated(distractors), far=1e-2)
     np.testing.assert_array_equal(ours.rank1, again.rank1)
     assert ours.tar.tar == again.tar.tar
 
 
-def test_length_does_not_count_where_features_are_compared_as_they_are():
+def test_cosine_protocols_ignore_feature_norms():
     features, _, labels = people(20, 5, 8, 0.9)
     pairs, same = pairs_of(labels, 100)
     longer = features * np.random.default_rng(0).uniform(0.1, 10, (100, 1))
@@ -264,7 +264,7 @@ def test_length_does_not_count_where_features_are_compared_as_they_are():
     )
 
 
-def test_mirror_features_are_joined():
+def test_join_mirror():
     features, mirrored = np.array([[1.0, 2.0]]), np.array([[10.0, 20.0]])
     assert join_mirror(features, None, "none") is features
     np.testing.assert_array_equal(join_mirror(features, mirrored, "sum"), [[11, 22]])
@@ -275,7 +275,7 @@ def test_mirror_features_are_joined():
         join_mirror(features, mirrored[:, :1], "concat")
 
 
-def test_half_precision_and_torch_settings_do_not_leak():
+def test_half_precision_and_unchanged_torch_settings():
     features, mirrored, labels = people(20, 5, 8, 0.5)
     pairs, same = pairs_of(labels, 100)
     half = lfw(features.astype(np.float16), mirrored.astype(np.float16), pairs, same)
@@ -314,12 +314,12 @@ ROW_OF_NAN = np.where(np.arange(6)[:, None] == 3, np.nan, np.eye(6))
         ("fold", np.arange(19), r"fold: expected \(20,\) integers"),
     ],
 )
-def test_arrays_that_lfw_refuses(variant, name, value, message):
+def test_invalid_lfw_arrays(variant, name, value, message):
     with pytest.raises(ValueError, match=message):
         lfw(**{**GOOD, name: value}, variant=variant)
 
 
-def test_what_else_the_protocols_refuse():
+def test_other_invalid_arguments():
     arrays = {name: GOOD[name] for name in ("features", "pairs", "same", "fold")}
     with pytest.raises(ValueError, match="variant: expected insightface or regularface, got 'arcface'"):
         lfw(**GOOD, variant="arcface")
@@ -350,7 +350,7 @@ def test_what_else_the_protocols_refuse():
         ({"far": -1e-6}, "far: expected a rate from 0 to 1"),
     ],
 )
-def test_what_megaface_refuses(change, message):
+def test_invalid_megaface_arrays(change, message):
     arguments = {"probes": np.eye(6), "identity": np.zeros(6, int), "distractors": np.eye(6)}
     with pytest.raises(ValueError, match=message):
         megaface(**{**arguments, **change})

@@ -1,4 +1,4 @@
-"""The learned weighted L1 distance: what it finds, against scikit-learn's own fit, and that nothing leaks."""
+"""The learned weighted L1 distance: its weights, agreement with scikit-learn's fit, and no leakage between folds."""
 
 import numpy as np
 import pytest
@@ -10,18 +10,18 @@ from fused_margin.evaluation import weighted_l1
 from fused_margin.evaluation.protocols import cosine_pairs, weighted_l1_pairs, ytf
 from fused_margin.evaluation.weighted_l1 import REGULARISATION, WeightedL1Head, fit_head
 
-TELLING = (1, 4)  # dimensions that are the same in all images of an identity
+INFORMATIVE = (1, 4)  # dimensions that are equal in all images of an identity
 
 
 def people(identities=120, images=4, size=8, seed=0):
-    """Features of unit norm (n, size) in which two dimensions tell the identity and the others are noise; labels."""
+    """Features of unit norm (n, size) with two informative dimensions and noise in the others, and labels."""
     rng = np.random.default_rng(seed)
     labels = np.repeat(np.arange(identities), images)
     features = rng.normal(size=(len(labels), size))
-    features[:, TELLING] = rng.normal(size=(identities, 2))[labels]
-    noise = [dimension for dimension in range(size) if dimension not in TELLING]
-    # The lengths of both parts are fixed, so that normalising leaves the telling dimensions as they are.
-    for part, length in ((TELLING, 1.0), (noise, 2.0)):
+    features[:, INFORMATIVE] = rng.normal(size=(identities, 2))[labels]
+    noise = [dimension for dimension in range(size) if dimension not in INFORMATIVE]
+    # Both parts have fixed norms, so that normalization does not change the informative dimensions.
+    for part, length in ((INFORMATIVE, 1.0), (noise, 2.0)):
         features[:, part] *= length / np.linalg.norm(features[:, part], axis=1, keepdims=True)
     return features, labels
 
@@ -33,7 +33,7 @@ def test_scores_by_hand():
     np.testing.assert_array_equal(head.scores(features, np.array([[0, 1], [2, 0], [1, 2]])), [4, 3, 2])
 
 
-def test_it_finds_the_dimensions_that_tell_and_beats_the_cosine():
+def test_informative_dimensions_are_learned_and_beat_the_cosine():
     features, labels = people()
     pairs, same = pairs_of(labels, 600)
     learned, cosine = weighted_l1_pairs(features, pairs, same), cosine_pairs(features, pairs, same)
@@ -42,12 +42,12 @@ def test_it_finds_the_dimensions_that_tell_and_beats_the_cosine():
     assert len(learned.heads) == 10
     for head in learned.heads:
         assert head.num_pairs == 540 and head.regularisation in REGULARISATION
-        noise = np.abs(np.delete(head.alpha, TELLING))
-        assert head.alpha[list(TELLING)].min() > 4 * noise.max()  # a distance: apart there is another identity
+        noise = np.abs(np.delete(head.alpha, INFORMATIVE))
+        assert head.alpha[list(INFORMATIVE)].min() > 4 * noise.max()  # distant pairs are impostors
 
 
-def test_a_sign_is_learned_too():
-    """In one dimension the images of an identity are opposite, those of two identities as they come."""
+def test_sign_is_learned():
+    """In one dimension, images of an identity have opposite signs, and those of two identities random signs."""
     rng = np.random.default_rng(0)
     features = rng.normal(size=(400, 3))
     features[1::2, 2] = -features[::2, 2]
@@ -57,7 +57,7 @@ def test_a_sign_is_learned_too():
     assert head.alpha[2] < 0 and np.argmax(np.abs(head.alpha)) == 2
 
 
-def test_it_is_a_logistic_regression_on_the_standardised_differences():
+def test_fit_is_logistic_regression_on_standardized_differences():
     features, labels = people(identities=30)
     pairs, same = pairs_of(labels, 120)
     fold = np.arange(120) % 4
@@ -69,7 +69,7 @@ def test_it_is_a_logistic_regression_on_the_standardised_differences():
     np.testing.assert_allclose(head.alpha, -plain.coef_[0] / differences.std(axis=0), rtol=1e-9)
 
 
-def test_each_fold_is_scored_by_the_others_alone():
+def test_each_fold_is_scored_only_by_the_others():
     features, labels = people(identities=40)
     pairs, same = pairs_of(labels, 200)
     fold = np.random.default_rng(2).permutation(200) % 3
@@ -87,15 +87,15 @@ def test_each_fold_is_scored_by_the_others_alone():
         assert (after.scores[~part] != before.scores[~part]).any()
 
 
-def test_noise_is_chance():
+def test_noise_gives_chance_accuracy():
     features = np.random.default_rng(0).normal(size=(400, 16))
     pairs = np.random.default_rng(1).permutation(400).reshape(200, 2)
     pairs = np.concatenate([pairs, np.random.default_rng(2).permutation(400).reshape(200, 2)])
     accuracy = weighted_l1_pairs(features, pairs, np.arange(400) % 2 == 0).folds.accuracy
-    assert accuracy.mean() == pytest.approx(0.5, abs=0.08)  # the same pairs would be told apart by some dimension
+    assert accuracy.mean() == pytest.approx(0.5, abs=0.08)  # some dimension would separate the training pairs
 
 
-def test_length_does_not_count():
+def test_scores_ignore_feature_norms():
     features, labels = people(identities=30)
     pairs, same = pairs_of(labels, 100)
     longer = features * np.random.default_rng(0).uniform(0.1, 10, (len(features), 1))
@@ -104,18 +104,18 @@ def test_length_does_not_count():
     np.testing.assert_allclose(ours.scores, theirs.scores, rtol=1e-6)
 
 
-def test_many_pairs_are_scored_in_blocks_and_some_are_fitted(monkeypatch):
+def test_scoring_in_blocks_and_fit_on_a_subset(monkeypatch):
     features, labels = people(identities=60)
     pairs, same = pairs_of(labels, 600)
     fold = np.arange(600) % 3
-    whole = weighted_l1_pairs(features, pairs, same, fold)
+    full = weighted_l1_pairs(features, pairs, same, fold)
     shapes = []
     differences = weighted_l1._differences
     monkeypatch.setattr(weighted_l1, "_differences", lambda *given: shapes.append(len(given[1])) or differences(*given))
     monkeypatch.setattr(weighted_l1, "BLOCK_VALUES", 8 * 50)
     blocks = weighted_l1_pairs(features, pairs, same, fold)
-    np.testing.assert_allclose(blocks.scores, whole.scores, rtol=1e-12)
-    assert shapes.count(400) == 3 and max(n for n in shapes if n != 400) <= 50  # three fits, of all there is
+    np.testing.assert_allclose(blocks.scores, full.scores, rtol=1e-12)
+    assert shapes.count(400) == 3 and max(n for n in shapes if n != 400) <= 50  # three fits on all pairs of other folds
 
     few = fit_head(features, pairs, same, fold, max_pairs=200)
     assert few.num_pairs == 200 and few.alpha.tolist() != fit_head(features, pairs, same, fold).alpha.tolist()
@@ -124,8 +124,8 @@ def test_many_pairs_are_scored_in_blocks_and_some_are_fitted(monkeypatch):
     assert fit_head(features, pairs, same, fold, max_pairs=200, seed=1).alpha.tolist() != few.alpha.tolist()
 
 
-def test_folds_of_one_kind():
-    """A fold may hold pairs of one kind only: the inner folds are then drawn anew."""
+def test_folds_with_pairs_of_one_kind():
+    """If a fold has pairs of one kind only, the inner folds are drawn again."""
     features, labels = people(identities=30)
     pairs, same = pairs_of(labels, 120)
     order = np.argsort(same, kind="stable")
@@ -133,7 +133,7 @@ def test_folds_of_one_kind():
     assert result.folds.accuracy.mean() > 0.8
 
 
-def test_videos_by_the_learned_metric():
+def test_learned_metric_on_videos():
     features, labels = people(identities=60, images=4)
     video = np.repeat(np.arange(120), 2)  # two frames each
     means = features.reshape(120, 2, -1).mean(axis=1)

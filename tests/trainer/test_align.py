@@ -1,4 +1,4 @@
-"""Alignment: the transform against SVD and known answers, the warp to half a pixel, the command on real files."""
+"""Alignment: the transform against SVD and known cases, the warp to half a pixel, the command on files."""
 
 import json
 
@@ -23,7 +23,7 @@ def moved(matrix, points):
 
 
 def umeyama(points, target):
-    """The published form, by singular values, with the sign that excludes reflections."""
+    """The published algorithm, by SVD, with the sign that excludes reflections."""
     a, b = points - points.mean(0), target - target.mean(0)
     u, singular, v = np.linalg.svd(b.T @ a / len(a))
     sign = np.array([1, np.sign(np.linalg.det(u) * np.linalg.det(v))])
@@ -33,7 +33,7 @@ def umeyama(points, target):
 
 @EVERY_TEMPLATE
 @pytest.mark.parametrize("degrees", [0, 20, -75, 180])
-def test_a_known_similarity_is_recovered(name, degrees):
+def test_known_similarity_is_recovered(name, degrees):
     template = TEMPLATES[name].points
     known = similarity(degrees, 3.7, (210.5, -40.25))
     back = similarity_transform(moved(known, template), template)
@@ -42,7 +42,7 @@ def test_a_known_similarity_is_recovered(name, degrees):
     assert goodness_of_fit(moved(known, template), template, back) == pytest.approx(1)
 
 
-def test_least_squares_is_umeyamas():
+def test_least_squares_matches_umeyama():
     rng = np.random.default_rng(0)
     for template in (template.points for template in TEMPLATES.values()):
         for noise in (1, 10, 100):
@@ -53,18 +53,18 @@ def test_least_squares_is_umeyamas():
 
 
 @EVERY_TEMPLATE
-def test_a_reflection_is_never_returned(name):
+def test_reflections_are_never_returned(name):
     template = TEMPLATES[name].points
     mirrored = template * [-1, 1]
     matrix = similarity_transform(mirrored, template)
     assert np.linalg.det(matrix[:, :2]) > 0
     np.testing.assert_allclose(matrix, umeyama(mirrored, template), rtol=0, atol=1e-9)
     assert goodness_of_fit(mirrored, template, matrix) < 0.2
-    from_the_side = template * [0, 1]  # a profile explains more than exchanged landmarks ever do
+    from_the_side = template * [0, 1]  # a profile fits better than exchanged landmarks
     assert goodness_of_fit(from_the_side, template, similarity_transform(from_the_side, template)) > 0.55
 
 
-def test_points_that_no_similarity_fits():
+def test_degenerate_points():
     template = TEMPLATES["112x112"].points
     with pytest.raises(ValueError, match="no unique similarity"):
         similarity_transform(np.full((5, 2), 3.0), template)
@@ -73,14 +73,14 @@ def test_points_that_no_similarity_fits():
 
 
 def centroid(pixels, near):
-    """Middle of the light within six pixels of a point."""
+    """The centroid of the brightness within six pixels of a point."""
     rows, columns = np.indices(pixels.shape)
     weight = pixels * (np.hypot(columns - near[0], rows - near[1]) < 6)
     return np.array([(columns * weight).sum(), (rows * weight).sum()]) / weight.sum()
 
 
 def draw_face(points, size):
-    """White dots with soft edges, each around its exact place."""
+    """Draw white dots with soft edges at exact positions."""
     height, width = size
     rows, columns = np.indices((height, width))
     light = sum(np.clip(6 - np.hypot(columns - x, rows - y), 0, 1) for x, y in points)
@@ -96,7 +96,7 @@ def test_drawn_dots_land_on_the_template(name, degrees):
     assert face.size == size[::-1]
     pixels = np.asarray(face, float)
     errors = [np.hypot(*(centroid(pixels, point) - point)) for point in template]
-    assert max(errors) < 0.1  # half a pixel is what a mix-up of corners and middles would cost
+    assert max(errors) < 0.1  # confusing pixel corners with pixel centers would give half a pixel
 
 
 def test_identity_keeps_every_pixel():
@@ -110,7 +110,7 @@ def test_identity_keeps_every_pixel():
 
 @pytest.fixture
 def photographs(tmp_path, monkeypatch):
-    """Three photographs in a tree, and their landmarks by path."""
+    """Three photographs in a folder tree, and their landmarks by path."""
     monkeypatch.setenv("COLUMNS", "200")
     template = TEMPLATES["112x112"].points
     landmarks = {}
@@ -134,13 +134,13 @@ def write_csv(path, landmarks, heading=True):
 
 def run(capsys, *arguments):
     code = cli.main(["align", *map(str, arguments)])
-    said = capsys.readouterr()
-    return code, said.out, said.err
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err
 
 
 @pytest.mark.parametrize("kind", ["csv", "csv without heading", "json", "flat json"])
 @EVERY_TEMPLATE
-def test_a_tree_is_aligned(photographs, tmp_path, capsys, kind, name):
+def test_folder_tree_is_aligned(photographs, tmp_path, capsys, kind, name):
     images, landmarks = photographs
     if "csv" in kind:
         file = write_csv(tmp_path / "landmarks.csv", landmarks, heading=kind == "csv")
@@ -168,11 +168,11 @@ def test_existing_outputs_are_kept(photographs, tmp_path, capsys):
     (out / "anna" / "1.png").write_bytes(b"made before")
     assert "2 aligned, 1 already existed" in run(capsys, images, file, out)[1]
     assert (out / "anna" / "1.png").read_bytes() == b"made before"
-    code, said, _ = run(capsys, images, file, out)
-    assert code == 0 and "0 aligned, 3 already existed" in said
+    code, printed, _ = run(capsys, images, file, out)
+    assert code == 0 and "0 aligned, 3 already existed" in printed
 
 
-def test_existing_outputs_of_another_size_are_told(photographs, tmp_path, capsys):
+def test_existing_outputs_of_another_size_are_errors(photographs, tmp_path, capsys):
     images, landmarks = photographs
     file, out = write_csv(tmp_path / "landmarks.csv", landmarks), tmp_path / "out"
     assert run(capsys, images, file, out)[0] == 0
@@ -183,28 +183,28 @@ def test_existing_outputs_of_another_size_are_told(photographs, tmp_path, capsys
             assert face.size == (112, 112)
 
 
-def test_points_outside_the_picture_make_no_face(photographs, tmp_path, capsys):
+def test_points_outside_the_picture_are_errors(photographs, tmp_path, capsys):
     images, landmarks = photographs
     inside = np.array(landmarks["anna/1.png"])
     for name, points in (
         ("outside.png", inside + 500),
-        ("cut-off.png", inside - [inside[:, 0].max(), 0]),  # one point is at the left edge, the others beyond
+        ("cut-off.png", inside - [inside[:, 0].max(), 0]),  # one point is at the left edge, the others outside
     ):
         (images / name).write_bytes((images / "anna/1.png").read_bytes())
         landmarks[name] = points.tolist()
     file, out = write_csv(tmp_path / "landmarks.csv", landmarks), tmp_path / "out"
-    code, said, err = run(capsys, images, file, out)
-    assert code == 0 and "4 aligned, 0 already existed, 1 failed" in said
+    code, printed, err = run(capsys, images, file, out)
+    assert code == 0 and "4 aligned, 0 already existed, 1 failed" in printed
     assert "outside.png: none of the points is in the upright image, which is 300 wide and 300 high" in err
     assert not (out / "outside.png").exists()
 
 
-def test_names_are_printed_as_they_are(photographs, tmp_path, capsys):
+def test_names_are_printed_unchanged(photographs, tmp_path, capsys):
     images, landmarks = photographs
     landmarks["x[/b] :cat:.png"] = landmarks["anna/1.png"]
     file = write_csv(tmp_path / "a [old].csv", landmarks)
-    code, said, err = run(capsys, images, file, tmp_path / "out")
-    assert code == 0 and "3 aligned" in said
+    code, printed, err = run(capsys, images, file, tmp_path / "out")
+    assert code == 0 and "3 aligned" in printed
     assert f"{file}, line 5: x[/b] :cat:.png: cannot be read: No such file or directory" in err
 
 
@@ -234,8 +234,8 @@ def test_bad_rows_are_reported_and_the_others_aligned(photographs, tmp_path, cap
     file.write_text("\n".join(map(",".join, rows)))
     code, out, err = run(capsys, images, file, tmp_path / "out", "--workers", "2")
     assert code == 0 and "2 aligned, 0 already existed, 11 failed" in out
-    said = err.splitlines()
-    assert len(said) == 11
+    printed = err.splitlines()
+    assert len(printed) == 11
     for line, words in {
         2: "anna/2.jpg: expected ten numbers, x and y of five points, got",
         3: "anna/2.jpg: it has landmarks already",
@@ -249,12 +249,12 @@ def test_bad_rows_are_reported_and_the_others_aligned(photographs, tmp_path, cap
         11: "one-point.png: no unique similarity transform fits",
         12: "mirrored.png: the points are not those of a face",
     }.items():
-        assert any(entry.startswith(f"{file}, line {line}: {words}") for entry in said), words
+        assert any(entry.startswith(f"{file}, line {line}: {words}") for entry in printed), words
     assert sorted(p.name for p in (tmp_path / "out").rglob("*") if p.is_file()) == ["1.png", "3.png"]
 
 
 @pytest.mark.parametrize(("orientation", "stored"), [(3, "ROTATE_180"), (6, "ROTATE_90"), (8, "ROTATE_270")])
-def test_landmarks_are_those_of_the_upright_picture(photographs, tmp_path, capsys, orientation, stored):
+def test_landmarks_refer_to_the_upright_picture(photographs, tmp_path, capsys, orientation, stored):
     images, landmarks = photographs
     with Image.open(images / "anna/1.png") as image:
         exif = image.getexif()
@@ -269,14 +269,14 @@ def test_landmarks_are_those_of_the_upright_picture(photographs, tmp_path, capsy
         assert np.hypot(*(centroid(pixels, point) - point)) < 0.5
 
 
-def test_help_says_which_picture_the_landmarks_are_of(capsys):
+def test_help_names_the_picture_that_landmarks_refer_to(capsys):
     with pytest.raises(SystemExit):
         cli.main(["align", "--help"])
-    said = " ".join(capsys.readouterr().out.split())
-    assert "upright image" in said and "EXIF orientation" in said
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "upright image" in printed and "EXIF orientation" in printed
 
 
-def test_what_cannot_be_started(photographs, tmp_path, capsys):
+def test_errors_before_alignment(photographs, tmp_path, capsys):
     images, landmarks = photographs
     file = write_csv(tmp_path / "landmarks.csv", landmarks)
     for content in ("[1]", "{", '{"a.png": '):

@@ -1,4 +1,4 @@
-"""The comparison of losses: its table, what it does not do twice, and what it refuses."""
+"""The comparison of losses: its table, reuse of finished runs, and errors."""
 
 import dataclasses
 import io
@@ -22,19 +22,19 @@ pytestmark = pytest.mark.usefixtures("blank_pictures")
 
 @pytest.fixture
 def config(tmp_path, monkeypatch):
-    """Two losses and two seeds, with networks that train in a second."""
-    whole = TrainConfig.defaults
+    """A comparison of two losses and two seeds, with networks that train in a second."""
+    defaults = TrainConfig.defaults
 
     def tiny(*arguments):
         model = ModelConfig(image_size=(8, 8), widths=(4, 4, 8, 8), embedding_size=8)
-        evaluation = dataclasses.replace(whole(*arguments).evaluation, pairs=200)
-        return dataclasses.replace(whole(*arguments), model=model, evaluation=evaluation)
+        evaluation = dataclasses.replace(defaults(*arguments).evaluation, pairs=200)
+        return dataclasses.replace(defaults(*arguments), model=model, evaluation=evaluation)
 
     monkeypatch.setattr(TrainConfig, "defaults", tiny)
     return CompareConfig((RANDOM, "normface+exclusive"), (3, 4), 1, "digits", tmp_path / "out", "cpu")
 
 
-def test_comparison_goes_on_where_it_was_stopped(config, monkeypatch):
+def test_interrupted_comparison_continues(config, monkeypatch):
     console, real, calls = Console(quiet=True), module.run, []
 
     def interrupted(training, inner):
@@ -58,7 +58,7 @@ def test_comparison_goes_on_where_it_was_stopped(config, monkeypatch):
     assert json.loads((config.output / "compare.json").read_text())["losses"].keys() == set(config.losses)
 
     lines = (config.output / "compare.md").read_text().splitlines()
-    assert len(lines) == 6 and lines[2].startswith(f"| {RANDOM} |") and lines[2].endswith("|  |")  # no step, no time
+    assert len(lines) == 6 and lines[2].startswith(f"| {RANDOM} |") and lines[2].endswith("|  |")  # no step time
     assert lines[5] == "TAR at FAR = 0.001: none of 100 impostors may pass."
     for name in config.losses:
         for seed, measured in zip(config.seeds, report["losses"][name]["seeds"], strict=True):
@@ -91,15 +91,15 @@ def test_table():
     assert markdown(["x", "y"], [["1", "2"]]) == "| x | y |\n| --- | ---: |\n| 1 | 2 |\n"
 
 
-def test_the_table_is_whole_on_a_narrow_screen(config, monkeypatch):
+def test_table_fits_a_narrow_screen(config, monkeypatch):
     name = "elasticface-plus+exclusive=0.125+contrastive"
     row = {"accuracy": 0.9, "tar": 0.5, "rank1": 1.0, "distractors": 9, "sep_mean": 0.25, "sep_std": 0.125}
     monkeypatch.setattr(module, "measure", lambda *arguments, **options: row)
     monkeypatch.setattr(module, "time_steps", lambda trainings: {f"{name}-3": 1234.56})
     console = Console(width=80, record=True, file=io.StringIO())
     compare(dataclasses.replace(config, losses=(RANDOM, name)), console)
-    said = console.export_text()
-    lines = said.splitlines()
+    printed = console.export_text()
+    lines = printed.splitlines()
     assert max(map(len, lines[lines.index(RANDOM) - 4 : -1])) <= 80
     for loss, time in ((RANDOM, []), (name, ["1234.6"])):
         numbers = lines[lines.index(loss) + 1].split()
@@ -127,15 +127,15 @@ def test_the_table_is_whole_on_a_narrow_screen(config, monkeypatch):
             "step",
         ]
     )
-    assert "mean±std over 2 seeds" in said
-    assert "impostors may pass" not in said  # runs of an older version do not tell
+    assert "mean±std over 2 seeds" in printed
+    assert "impostors may pass" not in printed  # runs of an older version do not report it
 
 
-def test_help_names_what_may_be_added(capsys):
+def test_help_names_auxiliary_losses(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
-    said = " ".join(capsys.readouterr().out.replace("\u2502", " ").split())
-    assert "subcenter-arcface" in said and "contrastive=1" in said and "center=0.003" in said
+    printed = " ".join(capsys.readouterr().out.replace("\u2502", " ").split())
+    assert "subcenter-arcface" in printed and "contrastive=1" in printed and "center=0.003" in printed
 
 
 def test_names():
@@ -147,7 +147,7 @@ def test_names():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--losses", "arkface"], "expected random-weights or one of"),
         (["--losses", "arcface+centre"], "after the +, got 'centre'"),
@@ -159,8 +159,8 @@ def test_names():
         (["--epochs", "0"], "epochs must be at least 1, got 0"),
     ],
 )
-def test_wrong_arguments(arguments, said, capsys):
+def test_wrong_arguments(arguments, message, capsys):
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     text = capsys.readouterr()
-    assert caught.value.code == 2 and said in " ".join((text.err + text.out).replace("│", " ").split())
+    assert caught.value.code == 2 and message in " ".join((text.err + text.out).replace("│", " ").split())

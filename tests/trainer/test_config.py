@@ -1,4 +1,4 @@
-"""Configurations: plain values and YAML files give what the command line gives, or say which option is wrong."""
+"""Configurations: plain values and YAML files match the command line, and errors name the wrong option."""
 
 import dataclasses
 from pathlib import Path
@@ -29,13 +29,13 @@ def test_file_gives_defaults_and_the_command_line_wins():
     )
     config = parse([*file, "--epochs", "3", "--optimizer.momentum", "0.25"])
     assert config.data == "digits" and config.epochs == 3 and config.seed == 5
-    assert config.batch_size == 64  # what suits digits is the default still
+    assert config.batch_size == 64  # the defaults for digits still apply
     assert config.optimizer.lr == 0.001 and config.optimizer.momentum == 0.25
     assert config.optimizer.milestones == (0.5, 0.9)
     assert config.output.parent == Path("runs") and config.output.name.startswith("digits-")
 
 
-def test_defaults_follow_what_the_file_names():
+def test_defaults_depend_on_the_data_in_the_file():
     config = parse(config_file("network: lenet\nloss: {name: cosface}\nmodel: {widths: [3, 4, 5]}\n"))
     expected = TrainConfig.defaults("glyphs", "lenet", "cosface")
     assert config.loss == expected.loss
@@ -43,7 +43,7 @@ def test_defaults_follow_what_the_file_names():
     assert parse([*config_file("network: lenet\n"), "--network", "paper"]).model.image_size == (112, 96)
 
 
-def test_a_runs_file_starts_the_same_run(tmp_path):
+def test_file_of_a_run_starts_the_same_run(tmp_path):
     options = "--data digits --loss.name cosface --loss.options workspace_mb=32 --model.widths 4 4 8 8 --backbone a.b"
     more = "--backbone-options size=(3,4) rate=0.5 name=resnet18 text='1e-3' --optimizer.schedule step --optimizer.lr 1e-7 --output one"
     config = parse(f"{options} {more}".split())
@@ -86,7 +86,7 @@ def test_a_runs_file_starts_the_same_run(tmp_path):
         ("a: !!python/object/apply:os.getcwd []", "cannot read the configuration run.yaml"),
     ],
 )
-def test_faults_of_a_file(text, message):
+def test_file_errors(text, message):
     with pytest.raises(ConfigError) as error:
         parse(config_file(text))
     assert message in str(error.value)
@@ -97,7 +97,7 @@ def test_missing_file():
         read_file(Path("nothing.yaml"))
 
 
-def test_a_file_may_name_the_output_and_data_that_the_command_line_replaces():
+def test_command_line_replaces_output_and_data_of_the_file():
     file = config_file("output: here\ndata: no/such/folder\n")
     assert parse([*file, "--data", "digits"]).output == Path("here")
     assert parse([*file, "--data", "digits", "--output", "there"]).output == Path("there")
@@ -119,7 +119,7 @@ def test_plain_values_round_trip():
     assert overlay(config, {"model": {"embedding_size": 3}}).model.embedding_size == 3
 
 
-def test_options_of_code_of_ones_own():
+def test_parsing_of_user_options():
     words = [
         "a=1",
         "b=1e-3",

@@ -1,4 +1,4 @@
-"""Identities of every source: disjoint, told apart as they should be, read as promised."""
+"""Identities of all data sources: disjoint, distinct, and read as documented."""
 
 import shutil
 
@@ -17,13 +17,13 @@ def identity_of(glyph_identities):
     return {c: label for label, name in enumerate(glyph_identities[2]) for c in name}
 
 
-@pytest.mark.parametrize("alike", ["AΑА", "BΒВ", "oοо", "pр", "ÄӒ"])
-def test_characters_drawn_alike_are_one_identity(identity_of, alike):
-    assert len({identity_of[c] for c in alike}) == 1
+@pytest.mark.parametrize("equal_glyphs", ["AΑА", "BΒВ", "oοо", "pр", "ÄӒ"])
+def test_characters_with_equal_glyphs_are_one_identity(identity_of, equal_glyphs):
+    assert len({identity_of[c] for c in equal_glyphs}) == 1
 
 
 @pytest.mark.parametrize("unlike", ["ABCDE", "Oo0", "iıj", "EÉÈ", "bdpq", "ΦФ"])
-def test_other_characters_are_not(identity_of, unlike):
+def test_other_characters_are_different_identities(identity_of, unlike):
     assert len({identity_of[c] for c in unlike}) == len(unlike)
 
 
@@ -41,7 +41,7 @@ def test_glyph_identities_have_distinct_images(glyph_identities):
     assert len(counts) == len(names) > 2000
     assert counts.min() >= glyphs.MIN_IMAGES
     rows = torch.cat([labels[:, None].to(torch.uint8), (labels[:, None] // 256).to(torch.uint8), images.flatten(1)], 1)
-    assert len(torch.unique(rows, dim=0)) == len(images)  # no image twice in an identity
+    assert len(torch.unique(rows, dim=0)) == len(images)  # no duplicate images in an identity
 
 
 @pytest.mark.parametrize("data", ["glyphs", "digits", "folder"])
@@ -78,11 +78,11 @@ def test_folder_images_are_read_and_resized(face_folder):
     expected = np.asarray(Image.open(path).resize((20, 10), Image.Resampling.BILINEAR))
     np.testing.assert_array_equal(image.permute(1, 2, 0).numpy(), expected)
     assert to_input(torch.tensor([0, 255])).tolist() == [-1, 1]
-    assert "person_8" in splits.train.identities  # its one image makes no pair
+    assert "person_8" in splits.train.identities  # an identity with one image has no pairs
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_unreadable_images_are_left_out_and_named(face_folder, tmp_path, workers):
+def test_unreadable_images_are_skipped_and_named(face_folder, tmp_path, workers):
     root = tmp_path / "faces"
     root.symlink_to(face_folder)
     splits = load_splits(str(root), (8, 8), 1, 0.3, seed=0)
@@ -91,7 +91,7 @@ def test_unreadable_images_are_left_out_and_named(face_folder, tmp_path, workers
     first, second = sorted(broken)
     try:
         first.write_bytes(b"not an image")
-        second.write_bytes(contents[second][:60])  # cut off
+        second.write_bytes(contents[second][:60])  # truncated
         sampler = TrainingBatches(len(splits.train), 4, epochs=1, seed=0)
         batches = list(data_loader(splits.train, sampler, workers))
     finally:
@@ -105,12 +105,12 @@ def test_unreadable_images_are_left_out_and_named(face_folder, tmp_path, workers
 def test_only_folders_of_images_are_identities(face_folder, tmp_path):
     root = tmp_path / "faces"
     shutil.copytree(face_folder, root)
-    whole = load_splits(str(root), (8, 8), 1, 0.3, seed=0)
-    assert not whole.skipped
+    before = load_splits(str(root), (8, 8), 1, 0.3, seed=0)
+    assert not before.skipped
     for folder in (".ipynb_checkpoints", "__MACOSX", "@eaDir", ".hidden", "System Volume Information"):
         shutil.copytree(root / "person_0", root / folder)
     (root / "person_1" / "0.png").rename(root / "person_1" / "session.png")
-    (root / "person_1" / "0.png").mkdir()  # a network drive has such a folder of thumbnails for each image
+    (root / "person_1" / "0.png").mkdir()  # network drives add such a folder of thumbnails for each image
     (root / "person_1" / "session.png").rename(root / "person_1" / "0.jpg")
     (root / "empty").mkdir()
     for name in ("Thumbs.db", ".DS_Store", "list.txt"):
@@ -118,9 +118,9 @@ def test_only_folders_of_images_are_identities(face_folder, tmp_path):
         (root / "person_0" / name).touch()
     for name in ("._0.png", "1.jfif", "2.JFIF", "README"):
         (root / "person_2" / name).touch()
-    found = load_splits(str(root), (8, 8), 1, 0.3, seed=0)
-    assert found.fingerprint() == whole.fingerprint()
-    assert found.skipped == {
+    actual = load_splits(str(root), (8, 8), 1, 0.3, seed=0)
+    assert actual.fingerprint() == before.fingerprint()
+    assert actual.skipped == {
         "hidden or system files and folders": 10,
         "files beside the folders of identities": 1,
         "folders without an image": 1,
@@ -131,13 +131,13 @@ def test_only_folders_of_images_are_identities(face_folder, tmp_path):
     }
 
 
-def test_a_folder_too_many_is_told(face_folder, tmp_path):
+def test_folder_one_level_too_high_is_reported(face_folder, tmp_path):
     (tmp_path / "faces").symlink_to(face_folder)
     with pytest.raises(DataError, match="no identities in .*; skipped: folders inside the folder .* \\(9\\)"):
         load_splits(str(tmp_path), (8, 8), 1, 0.3, seed=0)
 
 
-def test_folders_that_cannot_be_used(tmp_path):
+def test_folder_errors(tmp_path):
     with pytest.raises(DataError, match="no identities"):
         load_splits(str(tmp_path), (8, 8), 1, 0.3, seed=0)
     for name in ("a", "b", "c", "d"):
@@ -147,18 +147,18 @@ def test_folders_that_cannot_be_used(tmp_path):
         load_splits(str(tmp_path), (8, 8), 1, 0.3, seed=0)
 
 
-def test_order_is_a_function_of_seed_and_step():
-    whole = list(TrainingBatches(50, 8, epochs=3, seed=5))
-    assert len(whole) == 21 and {len(b) for b in whole} == {7, 8}  # no small last batch
+def test_order_depends_on_seed_and_step():
+    full = list(TrainingBatches(50, 8, epochs=3, seed=5))
+    assert len(full) == 21 and {len(b) for b in full} == {7, 8}  # the last batch is not smaller
     for epoch in range(3):
-        assert sorted(i for batch in whole[7 * epoch : 7 * epoch + 7] for i in batch) == list(range(50))
-    assert whole[:7] != whole[7:14]
+        assert sorted(i for batch in full[7 * epoch : 7 * epoch + 7] for i in batch) == list(range(50))
+    assert full[:7] != full[7:14]
     resumed = TrainingBatches(50, 8, epochs=3, seed=5, start_step=10)
-    assert list(resumed) == whole[10:] and len(resumed) == 11
-    assert list(TrainingBatches(50, 8, epochs=3, seed=6)) != whole
+    assert list(resumed) == full[10:] and len(resumed) == 11
+    assert list(TrainingBatches(50, 8, epochs=3, seed=6)) != full
 
 
-def test_augmentation_is_a_function_of_the_generator():
+def test_augmentation_depends_on_the_generator():
     images = torch.rand(6, 3, 16, 12)
     everything = AugmentationConfig(mirror=True)
     first = augment(images, everything, seeded_generator(0, 1))
@@ -171,7 +171,7 @@ def test_augmentation_is_a_function_of_the_generator():
     assert torch.equal(augment(images, nothing, seeded_generator(0)), images)
 
 
-def test_each_augmentation_does_what_it_says():
+def test_each_augmentation():
     nothing = dict.fromkeys(("rotation", "scale", "shear", "shift", "blur", "noise"), 0)
     images = torch.rand(200, 1, 12, 12)
     mirrored = augment(images, AugmentationConfig(**nothing, mirror=True), seeded_generator(0))
@@ -191,7 +191,7 @@ def test_each_augmentation_does_what_it_says():
     assert 0.2 < noisy.std(dim=(1, 2, 3)).mean() < 0.3  # uniform up to 0.5
 
 
-def test_blur_keeps_the_sum_and_has_the_width_asked_for():
+def test_blur_keeps_the_sum_and_has_the_given_width():
     point = torch.zeros(3, 2, 21, 21)
     point[:, :, 10, 10] = 1
     blurred = gaussian_blur(point, torch.tensor([0.0, 1.0, 2.0]), 2.0)
@@ -200,4 +200,4 @@ def test_blur_keeps_the_sum_and_has_the_width_asked_for():
     rows = (torch.arange(21.0) - 10) ** 2
     variance = (blurred.sum(dim=3) * rows).sum(dim=2)
     torch.testing.assert_close(variance[1], torch.ones(2), rtol=0.02, atol=0)
-    assert (variance[2] > 3).all()  # four, but for the cut tails
+    assert (variance[2] > 3).all()  # four, up to the truncated tails

@@ -1,4 +1,4 @@
-"""Several processes train as one: images and classes divided, the same weights, stops and resumptions together."""
+"""Training in several processes: divided images and classes, equal weights, common stops and resumptions."""
 
 import dataclasses
 import json
@@ -32,7 +32,7 @@ def command(*options):
 
 
 def train(forks, *options, devices=2):
-    """A process for each device, as Lightning starts them, or torchrun; what all of them said."""
+    """Train with one process per device, as started by Lightning or torchrun; returns their output."""
     forks.preload("fused_margin.trainer.train.run")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -44,30 +44,30 @@ def train(forks, *options, devices=2):
         for rank in range(devices)
     ]
     codes = [process.wait() for process in processes]
-    said = "".join(process.output for process in processes)
-    assert codes == [0] * devices, said
-    return said
+    printed = "".join(process.output for process in processes)
+    assert codes == [0] * devices, printed
+    return printed
 
 
-class Stop(Exception):
+class Stopped(Exception):
     pass
 
 
 DIVIDED = {
     "arcface": LossConfig("arcface", margin=0.2, scale=16.0, exclusive_weight=1.0),
-    "l2-softmax": LossConfig("l2-softmax"),  # a bias, and a length that is learned
+    "l2-softmax": LossConfig("l2-softmax"),  # has a bias and a learned scale
 }
 
 
 @pytest.fixture
-def begun(tiny_config, tmp_path, name):
-    """A run that one process has begun, without augmentation, which each process would draw for itself."""
+def partial_run(tiny_config, tmp_path, name):
+    """A run started by one process, without augmentation, which would differ between processes."""
     nothing = dict.fromkeys(("rotation", "scale", "shear", "shift", "blur", "noise"), 0)
     config = dataclasses.replace(
         tiny_config,
         augmentation=AugmentationConfig(**nothing),
         checkpoint_every=25,
-        output=tmp_path / "begun",
+        output=tmp_path / "partial_run",
         loss=DIVIDED[name],
     )
     trainer = Trainer(config, load_splits("digits", (8, 8), 1, 0.3, seed=0))
@@ -75,21 +75,21 @@ def begun(tiny_config, tmp_path, name):
 
     def save():
         save_checkpoint(config.output / FILE_NAME, trainer.state_dict())
-        raise Stop
+        raise Stopped
 
-    with pytest.raises(Stop):
+    with pytest.raises(Stopped):
         trainer.fit(Console(quiet=True), save)
     return config.output
 
 
 @pytest.mark.parametrize("name", DIVIDED)
-def test_two_processes_end_as_one_does(forks, begun, tmp_path, name):
+def test_two_processes_match_one(forks, partial_run, tmp_path, name):
     states = []
     for devices in (1, 2):
         output = tmp_path / str(devices)
-        shutil.copytree(begun, output)
-        said = train(forks, "--resume", "--output", output, devices=devices)
-        assert said.count("Verification on 3 identities") == 1  # one of them speaks
+        shutil.copytree(partial_run, output)
+        printed = train(forks, "--resume", "--output", output, devices=devices)
+        assert printed.count("Verification on 3 identities") == 1  # only one process prints
         assert (output / "report.json").exists()
         states.append(load_checkpoint(output / FILE_NAME))
     one, two = states
@@ -99,7 +99,7 @@ def test_two_processes_end_as_one_does(forks, begun, tmp_path, name):
     torch.testing.assert_close(two["optimizer"]["state"], one["optimizer"]["state"], rtol=1e-2, atol=1e-3)
 
 
-def test_a_signal_to_one_stops_all_and_one_goes_on(tiny_options, tmp_path):
+def test_signal_stops_all_processes_and_one_device_resumes(tiny_options, tmp_path):
     output = tmp_path / "run"
     options = [*tiny_options, "--epochs", "500", "--devices", "2", "--output", output, "--accumulate", "2"]
     process = subprocess.Popen(command(*options), env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -108,8 +108,8 @@ def test_a_signal_to_one_stops_all_and_one_goes_on(tiny_options, tmp_path):
         assert process.poll() is None and time.monotonic() - waited < 120
         time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
-    said = process.communicate(timeout=60)[0].decode()
-    assert process.returncode == 130 and said.count("continue with") == 1, said
+    printed = process.communicate(timeout=60)[0].decode()
+    assert process.returncode == 130 and printed.count("continue with") == 1, printed
     step = load_checkpoint(output / FILE_NAME)["step"]
     assert step > 0
     trainer_options = TrainConfig.from_dict(load_checkpoint(output / FILE_NAME)["config"])
@@ -120,7 +120,7 @@ def test_a_signal_to_one_stops_all_and_one_goes_on(tiny_options, tmp_path):
 
 
 def test_processes_without_a_readable_image(forks, face_folder, tmp_path):
-    """Steps of two images, half of which are broken: often one process has none, now and then neither has one."""
+    """Batches of two images, half of which are broken: often one process has no image, sometimes both."""
     folder = tmp_path / "faces"
     shutil.copytree(face_folder, folder)
     broken = sorted(folder.glob("*/[01].png"))
@@ -145,7 +145,7 @@ def test_processes_without_a_readable_image(forks, face_folder, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["l-softmax", "softmax"])
-def test_inner_products_from_the_start(forks, tiny_options, tmp_path, name):
+def test_softmax_losses_in_two_processes(forks, tiny_options, tmp_path, name):
     train(forks, *tiny_options, "--loss.name", name, "--output", tmp_path / "run")
     training = json.loads((tmp_path / "run" / "report.json").read_text())["training"]
     assert training["last_loss"] < training["first_loss"]
@@ -155,7 +155,7 @@ def test_inner_products_from_the_start(forks, tiny_options, tmp_path, name):
         assert model["criterion.loss_fn.bias"].shape == (7,) and model["criterion.loss_fn.bias"].abs().min() > 0
 
 
-def test_what_is_not_divided(tiny_config):
+def test_center_loss_is_not_supported_on_several_devices(tiny_config):
     loss = dataclasses.replace(LossConfig(), companions=dataclasses.replace(LossConfig().companions, center=0.1))
     config = dataclasses.replace(tiny_config, devices=2, loss=loss)
     with pytest.raises(DataError, match="--devices 2: "):

@@ -40,7 +40,7 @@ def own_folder(tmp_path, monkeypatch):
 
 
 def evaluate(*arguments, drawn=False):
-    """Run the command; returns the report it writes to the folder `out`, and checks the picture."""
+    """Run the command, check the picture, and return the report written to the folder `out`."""
     assert cli.main(["evaluate", "--output", "out", *map(str, arguments)]) == 0
     options = list(arguments)
     name = options[options.index("--protocol") + 1] if "--protocol" in options else "pairs"
@@ -57,7 +57,7 @@ def evaluate(*arguments, drawn=False):
 
 
 def fails(capsys, code, *arguments):
-    """Run the command, which must fail with `code`; returns what it said."""
+    """Run the command, which must exit with `code`; returns its output."""
     try:
         returned = cli.main(["evaluate", *map(str, arguments)])
     except SystemExit as exit_:
@@ -80,11 +80,11 @@ def clusters(identities=12, images=6, size=8, noise=0.8):
     return {"features": features, "mirrored": mirrored, "labels": np.repeat(np.arange(identities), images)}
 
 
-def test_without_options_it_repeats_what_the_training_reported(trained, monkeypatch, capsys):
-    monkeypatch.chdir(trained.parents[1])  # its runs/ has one run, the latest
+def test_default_options_repeat_the_report_of_the_training(trained, monkeypatch, capsys):
+    monkeypatch.chdir(trained.parents[1])  # runs/ has one run, the latest
     assert cli.main(["evaluate"]) == 0
-    said = capsys.readouterr().out
-    assert "accuracy" in said and "3 identities not trained on" in said and "pairs.json, pairs.png" in said
+    printed = capsys.readouterr().out
+    assert "accuracy" in printed and "3 identities not trained on" in printed and "pairs.json, pairs.png" in printed
     ours, theirs = (json.loads((trained / name).read_text()) for name in ("pairs.json", "report.json"))
     for name in ("accuracy", "accuracy_std", "fold_accuracy", "fold_threshold", "pairs", "folds_share_no_identity"):
         assert ours["result"][name] == theirs["verification"][name], name
@@ -99,24 +99,24 @@ def test_protocols_on_a_trained_network(pictures, trained):
     joined = evaluate("--checkpoint", trained / FILE_NAME, "--protocol", "lfw", "--variant", "regularface", drawn=True)
     for report in (sums, joined):
         assert report["result"]["pairs"] == 200 and len(report["result"]["fold_accuracy"]) == 10
-    assert sums["result"]["accuracy"] >= 0.5  # 40 steps leave the distances below the first steps of the grid
+    assert sums["result"]["accuracy"] >= 0.5  # after 40 steps, distances are below the first steps of the grid
     assert joined["result"]["accuracy"] > 0.6
     assert (sums["flip"], sums["result"]["threshold_unit"]) == ("sum", "squared distance")
     assert (joined["flip"], joined["result"]["threshold_unit"]) == ("concat", "cosine")
     assert not sums["result"]["tar_over_folds"]["far_resolved"]  # 90 impostors, FAR 1e-3
     assert "tar_over_folds" not in joined["result"]
 
-    found = evaluate("--checkpoint", trained, "--protocol", "megaface", "--probes", 0.7, drawn=True)
-    result = found["result"]
+    actual = evaluate("--checkpoint", trained, "--protocol", "megaface", "--probes", 0.7, drawn=True)
+    result = actual["result"]
     assert result["probe_identities"] == 2 and result["probes"] + result["distractors"] == 539
     assert [row["distractors"] for row in result["rank1"]] == [10, 100, result["distractors"]]
     rates = [row["rate"] for row in result["rank1"]]
     assert rates == sorted(rates, reverse=True) and rates[0] > 0.2
-    assert found["scores"]["impostors"] == result["probes"] * result["distractors"]
-    assert found["scores"]["far"] == 1e-6 and not found["scores"]["far_resolved"]
+    assert actual["scores"]["impostors"] == result["probes"] * result["distractors"]
+    assert actual["scores"]["far"] == 1e-6 and not actual["scores"]["far_resolved"]
 
 
-def test_other_images_than_the_training_s(trained, face_folder, capsys):
+def test_evaluation_on_other_images(trained, face_folder, capsys):
     broken = face_folder / "person_3" / "9.jpg"
     broken.write_bytes(b"\xff\xd8 nothing more")
     other = face_folder / "person_3" / "9.jfif"
@@ -126,18 +126,21 @@ def test_other_images_than_the_training_s(trained, face_folder, capsys):
     finally:
         broken.unlink()
         other.unlink()
-    assert report["input"]["rows"] == 8 * 4 + 1  # all identities: none was trained on
+    assert report["input"]["rows"] == 8 * 4 + 1  # all identities, because none was trained on
     (unreadable,) = report["input"]["unreadable"]
     assert unreadable.startswith(f"{broken}: it is damaged, no image") and report["input"]["dimensions"] == 8
     assert "9 identities not trained on" in report["input"]["description"]
     assert report["input"]["skipped"] == {"files ending in .jfif": 1}
-    said = capsys.readouterr().out
-    assert "skipped 1 unreadable image, listed in the report" in said and "skipped: files ending in .jfif (1)" in said
-    assert report["result"]["accuracy"] > 0.6  # even an untrained network tells these patterns apart
+    printed = capsys.readouterr().out
+    assert (
+        "skipped 1 unreadable image, listed in the report" in printed
+        and "skipped: files ending in .jfif (1)" in printed
+    )
+    assert report["result"]["accuracy"] > 0.6  # even an untrained network separates these patterns
 
 
 def test_other_images_need_no_split(face_folder, capsys, tmp_path):
-    """A run that was trained on all identities is evaluated on other images, and any run on two identities."""
+    """A run trained on all identities can be evaluated on other images, and any run on two identities."""
     assert cli.main([*TRAIN.split(), "--epochs", "1", "--test-fraction", "0", "--output", "all"]) == 0
     arguments = "--checkpoint", "all", "--num-pairs", 60
     assert evaluate(*arguments, "--data", face_folder)["input"]["rows"] == 33
@@ -147,14 +150,14 @@ def test_other_images_need_no_split(face_folder, capsys, tmp_path):
     for image in list(Path("two").glob("*/[1-9].png")):
         image.unlink()
     capsys.readouterr()
-    said = fails(capsys, 1, *arguments, "--data", "two")
-    assert "there are images of 2 identities, 0 of them with two or more" in said and "train" not in said
+    printed = fails(capsys, 1, *arguments, "--data", "two")
+    assert "there are images of 2 identities, 0 of them with two or more" in printed and "train" not in printed
     shutil.rmtree("two/person_1")
-    said = fails(capsys, 1, *arguments, "--data", "two")
-    assert "has images of one identity; at least two are needed" in said and "train" not in said
+    printed = fails(capsys, 1, *arguments, "--data", "two")
+    assert "has images of one identity; at least two are needed" in printed and "train" not in printed
 
 
-def test_identities_with_names_that_were_trained_on_are_counted(face_folder, capsys, tmp_path):
+def test_identities_with_trained_names_are_counted(face_folder, capsys, tmp_path):
     options = [
         "--model.image-size",
         "8",
@@ -180,12 +183,12 @@ def test_identities_with_names_that_were_trained_on_are_counted(face_folder, cap
     assert "9 identities, 1 of which has the name of one trained on" in evaluate(*arguments)["input"]["description"]
 
     state = load_checkpoint(Path("run", FILE_NAME))
-    del state["identities"]  # of an older version
+    del state["identities"]  # as in an older version
     save_checkpoint(Path("run", FILE_NAME), state)
     assert "it is unknown whether the network was trained on any" in evaluate(*arguments)["input"]["description"]
 
 
-def test_images_that_have_changed_are_not_evaluated(trained, capsys, tmp_path):
+def test_changed_images_are_an_error(trained, capsys, tmp_path):
     state = load_checkpoint(trained / FILE_NAME)
     save_checkpoint(tmp_path / FILE_NAME, {**state, "data": "of other images"})
     assert "have changed since the training" in fails(capsys, 1, "--checkpoint", tmp_path)
@@ -195,24 +198,24 @@ def test_images_that_have_changed_are_not_evaluated(trained, capsys, tmp_path):
 
 
 def test_pairs_in_a_file_by_hand():
-    # Cosines 1, 0.6, 0.8, 0 and again; both folds are separated between 0.6 and 0.8 but for one pair each.
+    # Cosines 1, 0.6, 0.8, 0, repeated; a threshold between 0.6 and 0.8 separates all but one pair of each fold.
     features = np.array([[1, 0], [2, 0], [3, 4], [8, 6], [0, 1]], np.float32)
     pairs = np.array([[0, 1], [0, 2], [0, 3], [0, 4]] * 2)
     same = np.array([True, True, False, False, True, False, True, False])
     report = evaluate(*write(features=features, pairs=pairs, same=same, fold=np.repeat([0, 1], 4)), "--far", 0.25)
-    # Fold 1 sets 0.7, where fold 0 errs twice; fold 0 is best above 0.8, at 0.9, or below 0.6, at 0.3: the
-    # higher is taken, where fold 1 errs once.
+    # Fold 1 gives 0.7, with two errors in fold 0; fold 0 is best above 0.8, at 0.9, or below 0.6, at 0.3: the
+    # higher one is used, with one error in fold 1.
     assert report["result"]["fold_threshold"] == pytest.approx([0.7, 0.9])
     assert report["result"]["fold_accuracy"] == [0.5, 0.75]
     assert report["result"]["accuracy"] == 0.625 and report["result"]["accuracy_std"] == 0.125
-    # Genuine 1, 1, 0.8, 0.6; impostor 0.8, 0.6, 0, 0: 13 of 16 in order, and two ties for a half each.
+    # Genuine 1, 1, 0.8, 0.6; impostor 0.8, 0.6, 0, 0: 13 of 16 are ordered correctly, and two ties count half.
     assert report["scores"]["auc"] == pytest.approx(14 / 16)
     assert report["scores"]["tar_at_far"] == 0.75 and report["scores"]["far_resolved"]
     assert report["scores"]["threshold_at_far"] == pytest.approx(0.6)
     assert report["separability"] is None
 
 
-def test_a_file_s_arrays_reach_the_protocols():
+def test_arrays_of_a_file_reach_the_protocols():
     given = clusters()
     features, mirrored, labels = given.values()
     pairs = np.array([[i, (i + step) % 72] for step in (1, 7) for i in range(72)])
@@ -240,9 +243,9 @@ def test_a_file_s_arrays_reach_the_protocols():
     assert report["result"]["fold_accuracy"] == expected.folds.accuracy.tolist()
 
 
-def test_the_learned_metric_beside_the_cosine(pictures, capsys):
+def test_learned_metric_beside_the_cosine(pictures, capsys):
     features, _, labels = clusters(identities=30, noise=0.2).values()
-    features[:, 3:] = np.random.default_rng(5).normal(size=features[:, 3:].shape)  # tells nothing
+    features[:, 3:] = np.random.default_rng(5).normal(size=features[:, 3:].shape)  # carries no information
     file = write(features=features, labels=labels)
     options = *file, "--num-pairs", 400, "--folds", 5
     cosine, learned = evaluate(*options, drawn=True), evaluate(*options, "--metric", "weighted-l1", drawn=True)
@@ -270,7 +273,7 @@ def test_the_learned_metric_beside_the_cosine(pictures, capsys):
     assert report["result"]["fold_accuracy"] == expected.folds.accuracy.tolist()
 
 
-def test_megaface_with_distractors_of_its_own():
+def test_megaface_with_given_distractors():
     given, others = clusters(), clusters(20)
     arrays = {"distractors": others["features"] + 1, "mirrored_distractors": others["mirrored"] + 1}
     report = evaluate(*write(**given, **arrays), "--protocol", "megaface", "--far", 1e-2, "--flip", "concat")
@@ -280,7 +283,7 @@ def test_megaface_with_distractors_of_its_own():
     assert report["result"]["searches"] == 12 * 6 * 5
     scores = report["scores"]
     assert scores["tar_at_far"] == expected.tar.tar and scores["far_resolved"]
-    # The impostors of the curve, and they alone, are rounded to 1e-4.
+    # Only the impostor scores of the curve are rounded to 1e-4.
     probes, distractors = (rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (probes, distractors))
     impostor = np.sort((probes @ distractors.T).ravel())
     below = np.searchsorted(impostor, expected.genuine) / len(impostor)
@@ -308,13 +311,13 @@ def test_invalid_options(capsys, options, message):
     assert message in fails(capsys, 2, *options.split())
 
 
-def test_every_option_is_explained(capsys):
-    said = fails(capsys, 0, "--help")
+def test_every_option_has_help(capsys):
+    printed = fails(capsys, 0, "--help")
     for words in ("--checkpoint", "--features", "--variant", "Mirror", "Share of the identities"):
-        assert words.lower() in said.lower()
+        assert words.lower() in printed.lower()
 
 
-def test_no_network_to_evaluate(capsys, tmp_path):
+def test_missing_network(capsys, tmp_path):
     assert "no run to evaluate in runs/" in fails(capsys, 1)
     assert "no checkpoint at nowhere" in fails(capsys, 1, "--checkpoint", "nowhere")
     (tmp_path / FILE_NAME).write_bytes(b"damaged")
@@ -323,7 +326,7 @@ def test_no_network_to_evaluate(capsys, tmp_path):
     assert "cannot evaluate" in fails(capsys, 1, "--checkpoint", tmp_path)
 
 
-def test_files_without_an_answer(capsys, tmp_path):
+def test_invalid_files(capsys, tmp_path):
     given = clusters()
     nan = np.where(given["features"] > 2, np.nan, given["features"])
     for arrays, options, message in (
@@ -369,7 +372,7 @@ def encoded_digit(rng, shade):
 
 
 def test_published_verification_sets(trained, monkeypatch, tmp_path, capsys):
-    """A .bin file, LFW's folder and videos, made of images in two shades."""
+    """A .bin file, an LFW folder and videos, with images of two shades."""
     rng = np.random.default_rng(0)
     shades = [(20, 20) if row % 2 else (20, 180) for row in range(40)]
     images = [encoded_digit(rng, shade) for pair in shades for shade in pair]
@@ -395,13 +398,13 @@ def test_published_verification_sets(trained, monkeypatch, tmp_path, capsys):
     for split in (1, 2):
         rows += [f"{split}, {n}/0, {n}/1, 1" for n in names] + [f"{split}, {names[0]}/0, {n}/1, 0" for n in names[1:]]
     Path("ytf/splits.txt").write_text("\n".join(rows))
-    Path("ytf/Bo/0/Bo_0001.png").write_bytes(b"no image")  # the video has two frames left
+    Path("ytf/Bo/0/Bo_0001.png").write_bytes(b"no image")  # two frames of the video remain
     for data in ("ytf", "ytf/splits.txt"):
         report = evaluate("--checkpoint", trained, "--data", data, "--protocol", "ytf")
         assert report["result"]["pairs"] == 10 and report["input"]["rows"] == 17
         assert len(report["input"]["unreadable"]) == 1
 
-    # A protocol for another kind of set is refused before any feature is computed.
+    # A protocol for another kind of set is an error before any feature is computed.
     monkeypatch.setattr(inputs, "embed", None)
     for data, protocol, message in (
         ("ytf", "pairs", "splits.txt has pairs of videos: evaluate it with --protocol ytf"),
@@ -415,7 +418,7 @@ def test_published_verification_sets(trained, monkeypatch, tmp_path, capsys):
         assert message in fails(capsys, 1, "--checkpoint", trained, "--data", data, "--protocol", protocol)
     monkeypatch.undo()
 
-    # In a folder of both sets the protocol tells which is meant.
+    # In a folder with both sets, the protocol selects one.
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.chdir(tmp_path)
     Path("ytf/pairs.txt").write_text(Path("lfw/pairs.txt").read_text())
@@ -427,7 +430,7 @@ def test_published_verification_sets(trained, monkeypatch, tmp_path, capsys):
 
 
 def test_pairs_without_folds(trained, capsys):
-    """LFW's pairsDevTest.txt: all pairs of one identity, then all others, and no folds."""
+    """LFW's pairsDevTest.txt has all genuine pairs, then all impostor pairs, and no folds."""
     rng = np.random.default_rng(0)
     names = [f"P_{number}" for number in range(12)]
     for number, name in enumerate(names):
@@ -453,7 +456,7 @@ def test_pairs_without_folds(trained, capsys):
     )
 
 
-def test_options_that_the_input_leaves_no_choice_for(trained, capsys):
+def test_options_that_do_not_apply_to_the_input(trained, capsys):
     rng = np.random.default_rng(0)
     for name in ("A", "B", "C", "D"):
         Path("lfw", name).mkdir(parents=True)
@@ -468,19 +471,19 @@ def test_options_that_the_input_leaves_no_choice_for(trained, capsys):
     for arguments, number in ((("--checkpoint", trained, "--data", "lfw"), 8), (("--features", "given.npz"), 4)):
         assert "gives 2 folds, not 3" in fails(capsys, 1, *arguments, "--folds", 3)
         assert f"gives {number} pairs" in fails(capsys, 1, *arguments, "--num-pairs", 400)
-        evaluate(*arguments, "--folds", 2, "--num-pairs", number)  # as they are
-        said = fails(capsys, 1, *arguments, "--protocol", "megaface", "--folds", 5)
-        assert "folds, num-pairs: the protocol megaface has neither" in said
+        evaluate(*arguments, "--folds", 2, "--num-pairs", number)  # unchanged
+        printed = fails(capsys, 1, *arguments, "--protocol", "megaface", "--folds", 5)
+        assert "folds, num-pairs: the protocol megaface has neither" in printed
 
 
-def test_an_error_of_the_images_names_them(trained, capsys):
+def test_error_of_images_names_their_file(trained, capsys):
     rng = np.random.default_rng(0)
     Path("faces.bin").write_bytes(pickle.dumps(([encoded_digit(rng, 20)] * 40, [True] * 20)))
-    said = fails(capsys, 1, "--checkpoint", trained, "--data", "faces.bin")
-    assert "faces.bin: same: expected genuine and impostor pairs" in said
+    printed = fails(capsys, 1, "--checkpoint", trained, "--data", "faces.bin")
+    assert "faces.bin: same: expected genuine and impostor pairs" in printed
 
 
-def test_a_pair_without_its_image_is_an_error(trained, capsys):
+def test_pair_without_its_image_is_an_error(trained, capsys):
     rng = np.random.default_rng(0)
     Path("faces.bin").write_bytes(pickle.dumps(([encoded_digit(rng, 20)] * 39 + [b"no image"], [True, False] * 10)))
     assert "image 39" in fails(capsys, 1, "--checkpoint", trained, "--data", "faces.bin")

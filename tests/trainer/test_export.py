@@ -1,4 +1,4 @@
-"""What is exported computes what was trained, and says so when it does not."""
+"""Exported files compute the trained network, and a difference is an error."""
 
 import dataclasses
 import io
@@ -32,7 +32,7 @@ CONSOLE = Console(quiet=True)
 
 
 def trained(config, steps=3):
-    """Path of a checkpoint after a few steps, in which no weight is what it was at first."""
+    """The path of a checkpoint after a few steps, in which all weights have changed."""
     splits = load_splits("digits", (8, 8), 1, 0.3, seed=0)
     trainer = Trainer(config, splits)
     for number in range(steps):
@@ -46,13 +46,13 @@ def trained(config, steps=3):
 def test_average_of_a_network_with_batch_norm(tiny_config):
     config = dataclasses.replace(
         tiny_config,
-        backbone="own_networks.BatchNormNet",
+        backbone="user_networks.BatchNormNet",
         backbone_options={"dropout": 0.5},
         optimizer=dataclasses.replace(tiny_config.optimizer, ema=0.9),
     )
     path = trained(config)
-    for named in (None, "own_networks.Forgetful"):  # a checkpoint alone imports nothing
-        with pytest.raises(CheckpointError, match="if you trust it, add --backbone own_networks.BatchNormNet"):
+    for named in (None, "user_networks.StateOutsideStateDict"):  # a checkpoint alone does not import code
+        with pytest.raises(CheckpointError, match="if you trust it, add --backbone user_networks.BatchNormNet"):
             export(path, None, CONSOLE, named)
     assert export(path, None, CONSOLE, config.backbone) < 1e-5
 
@@ -68,8 +68,8 @@ def test_average_of_a_network_with_batch_norm(tiny_config):
         expected = backbone(images)
     session = onnxruntime.InferenceSession(config.output / "backbone.onnx", providers=["CPUExecutionProvider"])
     for rows in (slice(0, 5), slice(0, 1)):  # any batch size
-        (found,) = session.run(None, {"images": images[rows].numpy()})
-        torch.testing.assert_close(torch.from_numpy(found), expected[rows], rtol=1e-4, atol=1e-5)
+        (actual,) = session.run(None, {"images": images[rows].numpy()})
+        torch.testing.assert_close(torch.from_numpy(actual), expected[rows], rtol=1e-4, atol=1e-5)
     metadata = {entry.key: entry.value for entry in onnx.load(config.output / "backbone.onnx").metadata_props}
     assert "-1 to 1" in metadata["input"] and "not normalised" in metadata["output"]
 
@@ -80,9 +80,9 @@ def test_command(tiny_config, tmp_path, monkeypatch, capsys):
     assert "no run to export in runs/" in capsys.readouterr().err
     trained(tiny_config)
     assert cli.main(["export", str(tiny_config.output), "--output", "files"]) == 0
-    said = " ".join(capsys.readouterr().out.split())
-    assert "pixels from -1 to 1, (batch, 1, 8, 8), to embeddings (batch, 8)" in said
-    assert "features differ by" in said and "allowed: 0.0001" in said
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "pixels from -1 to 1, (batch, 1, 8, 8), to embeddings (batch, 8)" in printed
+    assert "features differ by" in printed and "allowed: 0.0001" in printed
     assert sorted(path.name for path in (tmp_path / "files").iterdir()) == [
         "backbone.onnx",
         "backbone.pt",
@@ -93,7 +93,7 @@ def test_command(tiny_config, tmp_path, monkeypatch, capsys):
     assert "no checkpoint at nowhere" in capsys.readouterr().err
 
 
-def test_a_file_that_computes_something_else_is_an_error(tiny_config, monkeypatch):
+def test_file_with_other_results_is_an_error(tiny_config, monkeypatch):
     path = trained(tiny_config)
     write = export_module._write_onnx
 
@@ -109,14 +109,14 @@ def test_a_file_that_computes_something_else_is_an_error(tiny_config, monkeypatc
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("Forgetful", "gives other features: the network has state outside its state_dict"),
-        ("Undecided", "cannot be written as ONNX"),
+        ("StateOutsideStateDict", "gives other features: the network has state outside its state_dict"),
+        ("DataDependent", "cannot be written as ONNX"),
     ],
 )
 def test_networks_that_cannot_be_exported(tiny_config, name, message):
-    path = trained(dataclasses.replace(tiny_config, backbone=f"own_networks.{name}"), steps=0)
+    path = trained(dataclasses.replace(tiny_config, backbone=f"user_networks.{name}"), steps=0)
     with pytest.raises(ExportError, match=message):
-        export(path, None, CONSOLE, f"own_networks.{name}")
+        export(path, None, CONSOLE, f"user_networks.{name}")
 
 
 def test_identities_of_the_class_weights(tiny_config):
@@ -144,7 +144,7 @@ def test_checkpoint_of_an_older_version_has_no_names(tiny_config):
 
 
 @pytest.mark.parametrize("damage", ["empty", "truncated", "text", "weights", "half"])
-def test_what_cannot_be_exported_is_named(tiny_config, tmp_path, damage, capsys):
+def test_export_errors(tiny_config, tmp_path, damage, capsys):
     path = trained(tiny_config)
     if damage == "weights":
         torch.save({"weight": torch.ones(2)}, path)
@@ -158,7 +158,7 @@ def test_what_cannot_be_exported_is_named(tiny_config, tmp_path, damage, capsys)
     assert not (tmp_path / "files").exists()
 
 
-def test_the_images_of_the_training_may_be_gone(tiny_config):
+def test_export_without_the_training_images(tiny_config):
     path = trained(tiny_config)
     state = load_checkpoint(path)
     state["config"]["data"] = "folder/that/is/gone"

@@ -1,4 +1,4 @@
-"""`fused-margin figure`: its picture and numbers, that all losses start alike, errors and interruption."""
+"""`fused-margin figure`: its picture and numbers, the common start of all losses, errors and interruption."""
 
 import json
 import os
@@ -32,30 +32,30 @@ def own_folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def panels(monkeypatch):
-    """What was drawn by the runs of a test."""
-    found, draw = [], figure_run.draw_panels
+    """The panels drawn by the runs of a test."""
+    drawn, draw = [], figure_run.draw_panels
 
     def keep(path, title, panels, names, colors):
-        found.append(panels)
+        drawn.append(panels)
         draw(path, title, panels, names, colors)
 
     monkeypatch.setattr(figure_run, "draw_panels", keep)
-    return found
+    return drawn
 
 
 def test_measures_by_hand():
     embeddings = np.array([[3.0, 0.0], [1.0, 1.0], [0.0, -2.0], [-1.0, 1.0]])
     labels = np.array([0, 0, 1, 2])
-    # Weights at 0, -60 and 150 degrees: samples are 0, 45, 30 and 15 degrees from theirs.
+    # Weights are at 0, -60 and 150 degrees: samples are 0, 45, 30 and 15 degrees from their class weights.
     weight = np.array([[2.0, 0.0], [0.5, -(3**0.5) / 2], [-(3**0.5), 1.0]])
-    found = measure(embeddings, labels, weight, np.array([0, 0, 1, 1]))
-    assert found == pytest.approx(Geometry(0.75, (0 + 45 + 30 + 15) / 4, 60))
+    actual = measure(embeddings, labels, weight, np.array([0, 0, 1, 1]))
+    assert actual == pytest.approx(Geometry(0.75, (0 + 45 + 30 + 15) / 4, 60))
 
 
 def test_picture_and_numbers(panels, capsys):
     assert cli.main([*TINY, "--digits", "3", "8", "6", "--output", "here"]) == 0
-    said = capsys.readouterr().out
-    assert "softmax (1 of 2)" in said and "files in here: figure.json, figure.png" in said
+    printed = capsys.readouterr().out
+    assert "softmax (1 of 2)" in printed and "files in here: figure.json, figure.png" in printed
     with Image.open("here/figure.png") as picture:
         assert picture.width >= 900 and np.asarray(picture.convert("L")).std() > 10
     report = json.loads(Path("here/figure.json").read_text(), parse_constant=pytest.fail)
@@ -73,7 +73,7 @@ def test_picture_and_numbers(panels, capsys):
         directions = np.degrees(np.arctan2(*weight.T))
         apart = [abs((a - b + 180) % 360 - 180) for i, a in enumerate(directions) for b in directions[:i]]
         assert numbers["smallest_angle_between_classes"] == pytest.approx(min(apart), rel=1e-4)
-    unit = weight / np.linalg.norm(weight, axis=1, keepdims=True)  # of SphereFace, which decides by the cosine alone
+    unit = weight / np.linalg.norm(weight, axis=1, keepdims=True)  # of SphereFace, which classifies by the cosine alone
     assert numbers["held_out_accuracy"] == np.mean((panel.test @ unit.T).argmax(axis=1) == panel.test_labels)
     np.testing.assert_allclose(np.linalg.norm(weight, axis=1), 1, rtol=1e-6)
 
@@ -125,7 +125,7 @@ def test_images_are_held_out():
 
 
 @pytest.mark.parametrize("num_classes", [2, 3, 10])
-def test_margins_that_the_plane_has_room_for(num_classes):
+def test_margins_that_fit_the_plane(num_classes):
     cosface, arcface = (PANELS[name].settings(num_classes) for name in ("cosface", "arcface"))
     assert cosface.scale == arcface.scale > 0
     largest = 1 - np.cos(2 * np.pi / num_classes)
@@ -151,12 +151,12 @@ def test_margins_that_the_plane_has_room_for(num_classes):
 def test_invalid_options(capsys, options, message):
     with pytest.raises(SystemExit) as exit_:
         cli.main(["figure", *options.split()])
-    said = " ".join(capsys.readouterr().err.replace("│", " ").split())
-    assert exit_.value.code == 2 and message in said and "Traceback" not in said
+    printed = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert exit_.value.code == 2 and message in printed and "Traceback" not in printed
     assert not Path("runs").exists()
 
 
-def test_an_output_that_cannot_be(capsys):
+def test_invalid_output(capsys):
     Path("file").write_text("")
     assert cli.main([*TINY, "--output", "file"]) == 1
     assert "error: " in capsys.readouterr().err

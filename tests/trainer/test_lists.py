@@ -1,4 +1,4 @@
-"""Image lists: what a line may be, what is wrong with others, and training from one."""
+"""Image lists: valid lines, errors in others, and training from a list."""
 
 import json
 from collections import Counter
@@ -18,7 +18,7 @@ from fused_margin.trainer.data.records import record_splits
 
 @pytest.fixture
 def listed(face_folder, tmp_path):
-    """The images of the face folder as a list beside a link to it, labels in no order."""
+    """The images of the face folder as a list beside a link to it, with unordered labels."""
     (tmp_path / "faces").symlink_to(face_folder)
     files = sorted(face_folder.rglob("*.png"))
     lines = [f"faces/{file.relative_to(face_folder)} {90 - int(file.parent.name[-1])}" for file in files]
@@ -38,7 +38,7 @@ def test_lines(tmp_path):
     assert labels.tolist() == [0, 1, 0, 2, 2] and names == ["7", "Anna B", "8"]
 
 
-def test_lines_that_are_no_images_are_no_identities(tmp_path):
+def test_lines_without_images_are_not_identities(tmp_path):
     for name in ("a.png", "#b.png", "noname"):
         Image.new("L", (8, 8)).save(tmp_path / name, "PNG")
     path = tmp_path / "list.txt"
@@ -56,7 +56,7 @@ def test_lines_that_are_no_images_are_no_identities(tmp_path):
         read_list(path)
 
 
-def test_files_with_other_suffixes_are_no_identities(tmp_path):
+def test_files_with_other_suffixes_are_not_identities(tmp_path):
     path = tmp_path / "list.txt"
     Image.new("L", (8, 8)).save(tmp_path / "a.png")
     path.write_text("file.name person.id\na.png 7\nnotes.txt y\nb/c.GIF z\nd.gif 7\nThumbs.db 7\ne.JPG 8\n")
@@ -76,17 +76,17 @@ def test_files_with_other_suffixes_are_no_identities(tmp_path):
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
-def test_a_list_in_another_encoding_is_told(tmp_path, encoding):
+def test_list_in_another_encoding_is_an_error(tmp_path, encoding):
     path = tmp_path / "list.txt"
     path.write_bytes("a.png 7\nb.png 8\n".encode(encoding))
     with pytest.raises(DataError, match="list.txt is not UTF-8 text"):
         read_list(path)
-    path.write_bytes("\ufeff\u5f20.png".encode("utf-16-be"))  # its first character has no zero byte
+    path.write_bytes("\ufeff\u5f20.png".encode("utf-16-be"))  # the first character has no zero byte
     with pytest.raises(DataError, match="list.txt is not UTF-8 text"):
         read_list(path)
 
 
-def test_lines_of_mxnet(tmp_path):
+def test_mxnet_lines(tmp_path):
     Image.new("L", (8, 8)).save(tmp_path / "a.png")
     path = tmp_path / "faces.lst"
     path.write_text("5\t3.000000\ta.png\n7\t11\tmy photo.png\n2\t3.000000\tb/c.png\n")
@@ -108,7 +108,7 @@ def test_lines_of_mxnet(tmp_path):
         "1\ta.png\t3",
     ],
 )
-def test_a_line_of_another_format_is_named(tmp_path, line):
+def test_line_in_another_format_is_an_error(tmp_path, line):
     Image.new("L", (8, 8)).save(tmp_path / "a.png")
     path = tmp_path / "list.txt"
     path.write_text(f"a.png 1\n{line}\n")
@@ -116,7 +116,7 @@ def test_a_line_of_another_format_is_named(tmp_path, line):
         read_list(path)
 
 
-def test_a_list_without_images(tmp_path):
+def test_list_without_images(tmp_path):
     path = tmp_path / "list.txt"
     path.write_text("\n")
     with pytest.raises(DataError, match="lists no images"):
@@ -126,10 +126,10 @@ def test_a_list_without_images(tmp_path):
         read_list(path)
 
 
-def test_splits_are_read_as_those_of_the_folder(listed, face_folder):
+def test_splits_match_those_of_the_folder(listed, face_folder):
     splits = load_splits(str(listed), (10, 8), 3, 0.3, seed=0)
     assert sorted(splits.train.identities + splits.test.identities) == [str(90 - i) for i in reversed(range(9))]
-    assert "82" in splits.train.identities  # its one image makes no pair
+    assert "82" in splits.train.identities  # an identity with one image has no pairs
     assert len(splits.train) + len(splits.test) == 33
     for part in (splits.train, splits.test):
         assert part.labels.unique().tolist() == list(range(part.num_classes))
@@ -143,7 +143,7 @@ def test_splits_are_read_as_those_of_the_folder(listed, face_folder):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_absent_and_corrupt_images_are_left_out_and_named(listed, tmp_path, workers):
+def test_absent_and_corrupt_images_are_skipped_and_named(listed, tmp_path, workers):
     (tmp_path / "corrupt.png").write_text("not an image")
     with open(listed, "a") as file:
         file.write("corrupt.png 90\nabsent.png 89\n")
@@ -158,7 +158,7 @@ def test_absent_and_corrupt_images_are_left_out_and_named(listed, tmp_path, work
     assert unreadable[str(tmp_path / "absent.png")] == "No such file or directory"
 
 
-def test_what_a_path_holds_is_recognised(listed, face_folder, tmp_path):
+def test_kind_of_data_at_a_path_is_recognized(listed, face_folder, tmp_path):
     assert find_reader(str(listed)) is list_splits
     assert find_reader(str(face_folder)) is folder_splits
     (tmp_path / "packed").mkdir()
@@ -180,7 +180,7 @@ def test_what_a_path_holds_is_recognised(listed, face_folder, tmp_path):
                 assert accepted in str(error.value)
 
 
-def test_training_from_a_list(listed, tmp_path, tiny_options, capsys):
+def test_training_from_list(listed, tmp_path, tiny_options, capsys):
     (tmp_path / "corrupt.png").write_text("not an image")
     with open(listed, "a") as file:
         file.write("corrupt.png 90\n# the last\n")
@@ -190,5 +190,5 @@ def test_training_from_a_list(listed, tmp_path, tiny_options, capsys):
     (unreadable,) = report["data"]["unreadable"]
     assert unreadable.startswith(f"{tmp_path / 'corrupt.png'}: it is damaged, no image")
     assert report["data"]["skipped"] == {"comment lines": 1}
-    said = capsys.readouterr().out
-    assert f"skipped 1 unreadable image:\n  {unreadable}\n" in said and "skipped: comment lines (1)" in said
+    printed = capsys.readouterr().out
+    assert f"skipped 1 unreadable image:\n  {unreadable}\n" in printed and "skipped: comment lines (1)" in printed

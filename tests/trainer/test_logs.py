@@ -1,4 +1,4 @@
-"""The course of a run is written once: no step is missing or there twice, however often the run was resumed."""
+"""Every step of a run is logged exactly once, for any number of resumptions."""
 
 import csv
 import dataclasses
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("blank_pictures")
 
 @pytest.fixture(autouse=True)
 def one_second_at_a_time(monkeypatch):
-    """TensorBoard orders the files of a folder by the second they were begun in."""
+    """Advance the clock one second at a time: TensorBoard orders files by their start in seconds."""
     seconds = itertools.count(1_700_000_000)
     monkeypatch.setattr(
         "tensorboard.summary.writer.event_file_writer.time", SimpleNamespace(time=lambda: next(seconds))
@@ -43,9 +43,9 @@ def test_rows_after_the_checkpoint_are_dropped(tmp_path):
     log.close()
     assert [row["loss"] for row in rows_of(tmp_path)] == ["1", "2", "3", "4"]
     with open(tmp_path / LOG_NAME, "a") as file:
-        file.write("1")  # half a row: 10 or more
+        file.write("1")  # a truncated row of step 10 or later
 
-    log = RunLog(tmp_path, 5, ["loss", "accuracy"])  # the checkpoint's step
+    log = RunLog(tmp_path, 5, ["loss", "accuracy"])  # the step of the checkpoint
     for step in (6, 8):
         log.write(step, {"loss": step / 4})
     log.write(8, {"accuracy": 0.5})  # more of the same step
@@ -61,7 +61,7 @@ def test_rows_after_the_checkpoint_are_dropped(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [LOG_NAME, CURVES_NAME]
 
 
-def test_a_run_that_never_reached_a_checkpoint_leaves_nothing(tmp_path):
+def test_rows_without_a_checkpoint_are_dropped(tmp_path):
     log = RunLog(tmp_path, 0, ["loss/arcface"])
     log.write(3, {"loss/arcface": 1.0})
     log.close()
@@ -96,13 +96,13 @@ def test_rows_are_appended(tmp_path):
     assert (tmp_path / LOG_NAME).read_text().splitlines()[2:] == ["2,0.25,0.5", "3,1,"]
     assert (tmp_path / LOG_NAME).stat().st_ino == file
 
-    log = RunLog(tmp_path, 3, ["loss", "separability"])  # of another version: columns are added
+    log = RunLog(tmp_path, 3, ["loss", "separability"])  # another version adds columns
     log.write(3, {"separability": 0.75})
     log.close()
     assert (tmp_path / LOG_NAME).read_text().splitlines()[::3] == ["step,loss,accuracy,separability", "3,1,,0.75"]
 
 
-def test_killed_and_resumed_run_logs_what_an_unbroken_one_does(tiny_config, tmp_path, monkeypatch):
+def test_killed_and_resumed_run_logs_the_same_as_an_uninterrupted_one(tiny_config, tmp_path, monkeypatch):
     console = Console(quiet=True)
     config = dataclasses.replace(
         tiny_config,
@@ -112,8 +112,8 @@ def test_killed_and_resumed_run_logs_what_an_unbroken_one_does(tiny_config, tmp_
             tiny_config.loss, companions=dataclasses.replace(tiny_config.loss.companions, center=0.1)
         ),
     )
-    unbroken = dataclasses.replace(config, output=tmp_path / "unbroken")
-    report = run(unbroken, console)
+    uninterrupted = dataclasses.replace(config, output=tmp_path / "uninterrupted")
+    report = run(uninterrupted, console)
 
     take_step = Trainer.train_step
 
@@ -131,18 +131,18 @@ def test_killed_and_resumed_run_logs_what_an_unbroken_one_does(tiny_config, tmp_
             run(config, console)
     assert [int(row["step"]) for row in rows_of(config.output)] == list(range(3, 28, 3))
     run(dataclasses.replace(config, resume=True), console)
-    run(dataclasses.replace(config, resume=True), console)  # verifies again
+    run(dataclasses.replace(config, resume=True), console)  # a finished run verifies again
 
-    expected, found = rows_of(unbroken.output), rows_of(config.output)
-    assert [int(row["step"]) for row in found] == [*range(3, 40, 3), 40]
-    for row in (*expected, *found):
+    expected, actual = rows_of(uninterrupted.output), rows_of(config.output)
+    assert [int(row["step"]) for row in actual] == [*range(3, 40, 3), 40]
+    for row in (*expected, *actual):
         assert float(row.pop("images_per_second")) > 0
-    assert found == expected
-    assert curve(config.output, "loss") == curve(unbroken.output, "loss")
+    assert actual == expected
+    assert curve(config.output, "loss") == curve(uninterrupted.output, "loss")
 
-    last = found[-1]
+    last = actual[-1]
     assert float(last["loss/arcface"]) + float(last["loss/center"]) == pytest.approx(float(last["loss"]), rel=1e-5)
-    assert float(found[0]["lr"]) == pytest.approx(config.optimizer.lr * 3 / 5)  # third step of four of warm-up
+    assert float(actual[0]["lr"]) == pytest.approx(config.optimizer.lr * 3 / 5)  # third of four warm-up steps
     assert float(last["verification/accuracy"]) == pytest.approx(report["verification"]["accuracy"], rel=1e-6)
     assert float(last["separability/mean"]) == pytest.approx(report["separability"]["mean"], rel=1e-6)
-    assert all(float(row["gradient_norm"]) > 0 for row in found)
+    assert all(float(row["gradient_norm"]) > 0 for row in actual)

@@ -1,4 +1,4 @@
-"""The networks have the published shapes at any size; a backbone of one's own is found or its fault is named."""
+"""The networks have the published shapes at any size; user-defined backbones are loaded, or errors name the cause."""
 
 import dataclasses
 import itertools
@@ -18,7 +18,7 @@ def convolutions(network: nn.Module) -> int:
 
 
 def published_resnet20_parameters() -> int:
-    """Counted by hand from the paper's table: weights of the convolutions, PReLU slopes, the layer on top."""
+    """The count from the paper's table: weights of convolutions, PReLU slopes, the last layer."""
     count, channels = 0, 3
     for width, units in zip((64, 128, 256, 512), (1, 2, 4, 1), strict=True):
         count += channels * width * 9 + width + width  # stride-2 convolution with bias, PReLU
@@ -32,7 +32,7 @@ def test_published_resnet20():
         network = ResNet(ModelConfig.of("paper"))
         embeddings = network(torch.empty(2, 3, 112, 96))
     assert embeddings.shape == (2, 512)
-    assert convolutions(network) == 20  # "20" counts the convolutions here: 4 + 2 * (1 + 2 + 4 + 1)
+    assert convolutions(network) == 20  # "20" is the number of convolutions here: 4 + 2 * (1 + 2 + 4 + 1)
     assert network.embedding.in_features == 512 * 7 * 6
     assert sum(p.numel() for p in network.parameters()) == published_resnet20_parameters()
     assert not any(isinstance(m, nn.BatchNorm2d) for m in network.modules())
@@ -45,7 +45,7 @@ def test_depth_is_the_number_of_convolutions(depth):
 
 
 def test_published_lenet():
-    """LeNet++'s table: (5, 32) x 2, (5, 64) x 2, (5, 128) x 2, each halved, and 2 numbers: 128 * 3 * 3 into them."""
+    """LeNet++'s table: (5, 32) x 2, (5, 64) x 2, (5, 128) x 2, each pooled, then a layer from 128 * 3 * 3 to 2."""
     network = LeNet(ModelConfig.of("lenet"))
     assert network(torch.zeros(5, 1, 28, 28)).shape == (5, 2)
     channels = (1, 32, 32, 64, 64, 128, 128)
@@ -63,7 +63,7 @@ def test_any_input_size(image_size):
     assert ResNet(config)(torch.randn(3, 1, *image_size)).shape == (3, 7)
 
 
-def test_width_multiplies_and_widths_replace():
+def test_width_and_widths():
     published = (64, 128, 256, 512)
     assert ModelConfig(width=0.25).stage_widths(published) == (16, 32, 64, 128)  # the small network
     assert ModelConfig(width=1e-3).stage_widths(published) == (1, 1, 1, 1)
@@ -72,8 +72,8 @@ def test_width_multiplies_and_widths_replace():
         LeNet(ModelConfig(widths=(1, 2, 3, 4)))
 
 
-def test_gray_background_starts_embeddings_apart(glyph_identities):
-    """Without batch norm a black background makes all embeddings one direction before training."""
+def test_gray_background_separates_initial_embeddings(glyph_identities):
+    """Without batch norm and with a black background, all initial embeddings have nearly the same direction."""
     torch.manual_seed(0)
     network = ResNet(ModelConfig(image_size=(16, 16)))
     glyphs = glyph_identities[0][::100, None]
@@ -99,8 +99,8 @@ def with_backbone(name, **options):
     return dataclasses.replace(TrainConfig(), backbone=name, backbone_options=options, model=model)
 
 
-def test_own_backbone():
-    config = with_backbone("own_networks.BatchNormNet", size=6)
+def test_user_backbone():
+    config = with_backbone("user_networks.BatchNormNet", size=6)
     backbone = build_backbone(config)
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
     assert embedding_size(backbone, config.model) == 6
@@ -114,12 +114,12 @@ def test_own_backbone():
         ("nowhere.Net", {}, "no module 'nowhere'"),
         ("torch.nowhere.Net", {}, "no module 'torch.nowhere'"),
         ("Net", {}, "expected package.module.factory, got 'Net'"),
-        ("own_networks.Net", {}, "own_networks has no 'Net'"),
-        ("own_networks.not_callable", {}, "to be a class or function, got int"),
-        ("own_networks.BatchNormNet", {"sise": 3}, r"BatchNormNet\(sise=3\) failed: .*unexpected keyword"),
-        ("own_networks.pair", {"images": 1}, "expected own_networks.pair to return an nn.Module, got tuple"),
-        ("own_networks.Pair", {}, "expected embeddings .* got tuple"),
-        ("own_networks.integer_features", {}, "floating-point embeddings, got torch.int64"),
+        ("user_networks.Net", {}, "user_networks has no 'Net'"),
+        ("user_networks.not_callable", {}, "to be a class or function, got int"),
+        ("user_networks.BatchNormNet", {"sise": 3}, r"BatchNormNet\(sise=3\) failed: .*unexpected keyword"),
+        ("user_networks.pair", {"images": 1}, "expected user_networks.pair to return an nn.Module, got tuple"),
+        ("user_networks.Pair", {}, "expected embeddings .* got tuple"),
+        ("user_networks.integer_features", {}, "floating-point embeddings, got torch.int64"),
         ("torch.nn.Identity", {}, r"expected embeddings \(2, D\).* got \(2, 1, 8, 8\)"),
         (
             "torch.nn.Conv2d",
@@ -128,13 +128,13 @@ def test_own_backbone():
         ),
     ],
 )
-def test_faults_of_an_own_backbone(name, options, message):
+def test_user_backbone_errors(name, options, message):
     config = with_backbone(name, **options)
     with pytest.raises(BackboneError, match=message):
         embedding_size(build_backbone(config), config.model)
 
 
-def test_what_an_own_module_lacks_is_not_hidden(tmp_path, monkeypatch):
+def test_missing_import_of_a_user_module_is_not_hidden(tmp_path, monkeypatch):
     (tmp_path / "imports_more.py").write_text("import not_installed_anywhere\n")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ModuleNotFoundError, match="not_installed_anywhere"):

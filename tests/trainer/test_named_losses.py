@@ -6,14 +6,13 @@ import math
 import pytest
 import torch
 import tyro
-from test_training import StoppedTrainer, assert_same_state, fit
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
+from training_runs import StoppedTrainer, assert_same_state, fit
 
 import fused_margin as fm
 from fused_margin.commands.train import parse
 from fused_margin.trainer.config import TrainConfig
-from fused_margin.trainer.data import load_splits
 from fused_margin.trainer.train.auxiliary import ARGUMENTS, AuxiliaryConfig, PairLoss, TripletLoss
 from fused_margin.trainer.train.checkpoint import FILE_NAME, load_checkpoint
 from fused_margin.trainer.train.criterion import Criterion, class_directions, stored_class_weight
@@ -21,7 +20,7 @@ from fused_margin.trainer.train.interrupts import Interrupted
 from fused_margin.trainer.train.loop import Trainer
 from fused_margin.trainer.train.named_losses import LOSSES, SMALL_DATA, LossConfig, make_loss
 
-# What the papers trained with; of the margin losses m1, m2 and m3 of cos(m1 * theta + m2) - m3.
+# Settings of the papers; for margin losses m1, m2 and m3 in cos(m1 * theta + m2) - m3.
 PAPERS = {
     "softmax": (fm.SoftmaxLoss, {"bias": "learned"}),
     "modified-softmax": (fm.ModifiedSoftmaxLoss, {"m1": 1, "m2": 0, "m3": 0, "scale": None}),
@@ -46,11 +45,6 @@ PAPERS = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def splits():
-    return load_splits("digits", (8, 8), 1, 0.3, seed=0)
-
-
 def batch(samples, classes, size, seed=0):
     generator = torch.Generator().manual_seed(seed)
     embeddings = torch.randn(samples, size, generator=generator).requires_grad_()
@@ -64,13 +58,13 @@ def test_every_name_has_its_papers_settings():
         assert type(loss_fn) is module
         for setting, value in settings.items():
             owner = loss_fn.margin_function if setting in ("m1", "m2", "m3") else loss_fn
-            found = getattr(owner, setting)
-            assert ("learned" if isinstance(found, torch.nn.Parameter) else found) == value, (name, setting)
+            actual = getattr(owner, setting)
+            assert ("learned" if isinstance(actual, torch.nn.Parameter) else actual) == value, (name, setting)
         assert getattr(loss_fn, "exclusive_weight", 0.0) == 0
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_a_step_moves_network_and_class_weights(tiny_config, splits, name):
+def test_step_updates_network_and_class_weights(tiny_config, splits, name):
     loss = LossConfig.small_data(name)
     trainer = Trainer(dataclasses.replace(tiny_config, loss=loss), splits)
     images, labels = splits.train.images[:64], splits.train.labels[:64]
@@ -89,7 +83,7 @@ def test_a_step_moves_network_and_class_weights(tiny_config, splits, name):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_a_step_never_holds_the_logits(name):
+def test_step_never_stores_the_logits(name):
     samples, classes, size = 64, 5000, 8
     config = LossConfig(name, options={"workspace_mb": 0.5})
     criterion = Criterion(config, classes, size)
@@ -97,17 +91,17 @@ def test_a_step_never_holds_the_logits(name):
     assert largest_allocation(lambda: criterion(x, y).backward()) < samples * classes * 4 // 2
 
 
-def test_auxiliary_losses_never_hold_the_cosines():
+def test_auxiliary_losses_never_store_the_cosines():
     samples, classes, size = 64, 2000, 8
     everything = AuxiliaryConfig(**dict.fromkeys(ARGUMENTS, 1.0), triplet_mining="all")
     criterion = Criterion(LossConfig(options={"workspace_mb": 0.25}, companions=everything), classes, size)
     x, y = batch(samples, classes, size)
-    y = y % 30  # triplets, and with them scratch of N^3 bytes
+    y = y % 30  # with triplets, there is scratch memory of N^3 bytes
     assert samples**3 <= samples * classes * 4
     assert largest_allocation(lambda: criterion(x, y).backward()) < samples * classes * 4
 
 
-def test_what_the_memory_tests_measure():
+def test_largest_allocation():
     x, y = batch(64, 5000, 8)
     weight = torch.randn(5000, 8, requires_grad=True)
     assert largest_allocation(lambda: F.cross_entropy(x @ weight.t(), y).backward()) >= 64 * 5000 * 4
@@ -126,7 +120,7 @@ STATEFUL = {
     "l2-softmax": LossConfig("l2-softmax"),
     "adaface": LossConfig("adaface", scale=16.0),
     "elasticface": LossConfig("elasticface", margin=0.2, scale=16.0),
-    "companions": LossConfig(
+    "auxiliary": LossConfig(
         margin=0.2,
         scale=16.0,
         companions=AuxiliaryConfig(center=0.01, ring=0.01, inter=0.1, uniform=0.1, triplet=0.1, contrastive=0.1),
@@ -135,24 +129,24 @@ STATEFUL = {
 
 
 @pytest.mark.parametrize("name", STATEFUL)
-def test_resumed_run_ends_as_the_unbroken_one(tiny_config, splits, tmp_path, name, quiet):
+def test_resumed_run_matches_uninterrupted_run(tiny_config, splits, tmp_path, name, console):
     config = dataclasses.replace(tiny_config, epochs=1, loss=STATEFUL[name])
-    unbroken = fit(dataclasses.replace(config, output=tmp_path / "unbroken"), splits, quiet)
+    uninterrupted = fit(dataclasses.replace(config, output=tmp_path / "uninterrupted"), splits, console)
 
     def stop():
         raise Interrupted
 
     config = dataclasses.replace(config, checkpoint_every=7)
     with pytest.raises(Interrupted):
-        fit(config, splits, quiet, trainer=StoppedTrainer(config, splits, 12, stop))
+        fit(config, splits, console, trainer=StoppedTrainer(config, splits, 12, stop))
     state = load_checkpoint(config.output / FILE_NAME)
     assert state["step"] == 7
     assert TrainConfig.from_dict(state["config"]) == config
     torch.manual_seed(99)
-    assert_same_state(fit(config, splits, quiet, state=state).state_dict(), unbroken.state_dict())
+    assert_same_state(fit(config, splits, console, state=state).state_dict(), uninterrupted.state_dict())
 
 
-def test_parts_add_up():
+def test_sum_of_parts():
     everything = AuxiliaryConfig(**{name: 0.1 * (i + 1) for i, name in enumerate(ARGUMENTS)})
     config = LossConfig("cosface", companions=everything)
     criterion = Criterion(config, 12, 8).eval()
@@ -164,7 +158,7 @@ def test_parts_add_up():
     weight = criterion.loss_fn.weight
     expected = {
         "cosface": criterion.loss_fn(x, y),
-        "center": 0.1 * x.square().sum(1).mean() / 2,  # the centres start at 0
+        "center": 0.1 * x.square().sum(1).mean() / 2,  # the centers start at 0
         "ring": 0.2 * (x.norm(dim=1) - x.norm(dim=1).mean()).square().mean() / 2,
         "intra": 0.3 * fm.IntraLoss()(x, weight, y),
         "inter": 0.4 * fm.InterLoss()(weight, y),
@@ -175,7 +169,7 @@ def test_parts_add_up():
 
 
 def test_half_precision_embeddings():
-    """As mixed precision gives them, within autocast: everything is computed in float32 all the same."""
+    """With half-precision embeddings, as from mixed precision, within autocast: losses are computed in float32."""
     everything = AuxiliaryConfig(**dict.fromkeys(ARGUMENTS, 1.0))
     criterion = Criterion(LossConfig(companions=everything), 12, 8).eval()
     x, y = batch(32, 12, 8)
@@ -194,7 +188,7 @@ def distances(x):
 
 @pytest.mark.parametrize(("mining", "lowest", "highest"), [("all", -9, 0.2), ("hard", -9, 0), ("semihard", 0, 0.2)])
 def test_triplets(mining, lowest, highest):
-    """ArcFace with triplets: FaceNet's formula over the mined ones."""
+    """ArcFace with triplets: FaceNet's formula over the mined triplets."""
     x, y = batch(24, 6, 8)
     d = distances(F.normalize(x.detach(), dim=1)) ** 2
     losses = [
@@ -206,8 +200,8 @@ def test_triplets(mining, lowest, highest):
     ]
     assert len(losses) > 20
     assert TripletLoss(0.2, mining)(x, y).item() == pytest.approx(sum(losses) / len(losses), rel=1e-5)
-    companions = AuxiliaryConfig(triplet=0.5, triplet_mining=mining)
-    criterion = Criterion(LossConfig("arcface", companions=companions), 6, 8)
+    auxiliary = AuxiliaryConfig(triplet=0.5, triplet_mining=mining)
+    criterion = Criterion(LossConfig("arcface", companions=auxiliary), 6, 8)
     criterion(x, y).backward()
     torch.testing.assert_close(
         criterion.last_parts["triplet"].item(), 0.5 * sum(losses) / len(losses), rtol=1e-5, atol=0
@@ -217,7 +211,7 @@ def test_triplets(mining, lowest, highest):
 
 @pytest.mark.parametrize("margins", [(0.0, 1.0), (0.5, 1.5)])
 def test_pairs(margins):
-    """DeepID2: its formula over all pairs that cost something."""
+    """DeepID2's formula over all pairs with a nonzero loss."""
     x, y = batch(24, 6, 8)
     d = distances(F.normalize(x.detach(), dim=1))
     positive, negative = margins
@@ -226,13 +220,13 @@ def test_pairs(margins):
     far = (negative - d[y[:, None] != y[None]]).clamp(min=0) ** 2 / 2
     expected = near[near > 0].mean() + far[far > 0].mean()
     torch.testing.assert_close(PairLoss(*margins)(x, y).detach(), expected)
-    companions = AuxiliaryConfig(contrastive=0.05, contrastive_margins=margins)
-    criterion = Criterion(LossConfig(companions=companions), 6, 8)
+    auxiliary = AuxiliaryConfig(contrastive=0.05, contrastive_margins=margins)
+    criterion = Criterion(LossConfig(companions=auxiliary), 6, 8)
     criterion(x, y).backward()
     torch.testing.assert_close(criterion.last_parts["contrastive"], 0.05 * expected)
 
 
-def test_a_batch_without_pairs_costs_nothing():
+def test_batch_without_pairs_has_zero_loss():
     x, _ = batch(1, 6, 8)
     y = torch.tensor([3])
     for loss_fn in (TripletLoss(0.2, "all"), PairLoss(0.0, 1.0)):
@@ -241,8 +235,8 @@ def test_a_batch_without_pairs_costs_nothing():
         assert loss == 0 and (x.grad == 0).all()
 
 
-def test_sub_centers_have_one_direction_a_class():
-    weight = torch.tensor([[2.0, 0.0], [0.0, 0.5], [3.0, 4.0], [0.3, 0.4]])  # two classes with two each
+def test_sub_centers_have_one_direction_per_class():
+    weight = torch.tensor([[2.0, 0.0], [0.0, 0.5], [3.0, 4.0], [0.3, 0.4]])  # two classes with two sub-centers each
     expected = torch.tensor([[math.sqrt(0.5), math.sqrt(0.5)], [0.6, 0.8]])
     torch.testing.assert_close(class_directions(weight, 2), expected)
     assert class_directions(weight, 1) is weight
@@ -256,7 +250,7 @@ def test_class_weights_of_a_checkpoint():
         assert torch.equal(stored_class_weight(config, criterion.state_dict()), criterion.class_weight)
 
 
-def test_defaults_follow_data_and_name(face_folder):
+def test_defaults_depend_on_data_and_name(face_folder):
     assert TrainConfig.defaults().loss == LossConfig("arcface", 0.2, 16.0, 1.0)
     for name, settings in SMALL_DATA.items():
         assert TrainConfig.defaults("digits", loss=name).loss == LossConfig(name, **settings)
@@ -286,7 +280,7 @@ def test_options_on_the_command_line():
 
 
 @pytest.mark.parametrize(
-    ("values", "said"),
+    ("values", "message"),
     [
         ({"name": "arc"}, "loss.name must be one of"),
         ({"scale": 0.0}, "loss.scale must be positive"),
@@ -308,26 +302,19 @@ def test_options_on_the_command_line():
         ({"name": "sphereface", "margin": 0.5}, "loss sphereface: margin: expected a number in"),
     ],
 )
-def test_wrong_configurations(values, said):
-    with pytest.raises(ValueError, match=said):
+def test_wrong_configurations(values, message):
+    with pytest.raises(ValueError, match=message):
         LossConfig(**values)
 
 
 @pytest.mark.parametrize(
-    ("values", "said"),
+    ("values", "message"),
     [
         ({"center": -0.1}, "loss.companions.center must be finite"),
         ({"triplet_margin": math.nan}, "loss.companions.triplet_margin must be finite"),
         ({"contrastive_margins": (1.0, 0.5)}, "contrastive_margins must be two ascending numbers, got 1.0 0.5"),
     ],
 )
-def test_wrong_companions(values, said):
-    with pytest.raises(ValueError, match=said):
+def test_wrong_auxiliary_losses(values, message):
+    with pytest.raises(ValueError, match=message):
         AuxiliaryConfig(**values)
-
-
-@pytest.fixture
-def quiet():
-    from rich.console import Console
-
-    return Console(quiet=True)

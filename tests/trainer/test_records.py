@@ -1,4 +1,4 @@
-"""InsightFace's record files, written here as dmlc-core and mxnet write them: read, split, and found broken."""
+"""InsightFace's record files, written in the format of dmlc-core and mxnet: reading, splits, and errors."""
 
 import io
 import json
@@ -20,7 +20,7 @@ MAGIC = struct.pack("<I", 0xCED7230A)
 
 
 def framed(payload):
-    """A payload as dmlc-core writes it: cut wherever it has the magic at a multiple of four bytes."""
+    """A payload as dmlc-core writes it, split at every magic number at a multiple of four bytes."""
     cuts = [i for i in range(0, len(payload) - len(payload) % 4, 4) if payload[i : i + 4] == MAGIC]
     starts, ends = [0, *(cut + 4 for cut in cuts)], [*cuts, len(payload)]
     flags = [0] if not cuts else [1, *[2] * (len(cuts) - 1), 3]
@@ -32,14 +32,14 @@ def framed(payload):
 
 
 def packed(labels, number, content=b""):
-    """mxnet's pack(): one label in the header, several after it."""
+    """mxnet's pack(): one label is in the header, several follow it."""
     if isinstance(labels, (int, float)):
         return struct.pack("<IfQQ", 0, labels, number, 0) + content
     return struct.pack("<IfQQ", len(labels), 0, number, 0) + struct.pack(f"<{len(labels)}f", *labels) + content
 
 
 def write(folder, payloads):
-    """train.rec and train.idx of payloads by number; returns the offset of each."""
+    """Write train.rec and train.idx for numbered payloads; returns the offset of each."""
     folder.mkdir(exist_ok=True)
     offsets = {}
     with open(folder / "train.rec", "wb") as file:
@@ -57,7 +57,7 @@ def encoded(value, side=12, kind="JPEG"):
 
 
 def faces(counts, header=True, label=float):
-    """Payloads of a file whose identities have so many images, as InsightFace's face2rec2 numbers them."""
+    """Payloads of a file with these numbers of images per identity, numbered as by InsightFace's face2rec2."""
     images = [(identity, n) for identity, count in enumerate(counts) for n in range(count)]
     payloads = {}
     for number, (identity, n) in enumerate(images, 1):
@@ -74,14 +74,14 @@ def faces(counts, header=True, label=float):
 COUNTS = [4, 3, 1, 5, 0, 2, 4]
 
 
-def colours(part):
-    """The red value of every image, to tell which it is, by identity."""
+def colors(part):
+    """The red values of images by identity; each value identifies an image."""
     batch = part.__getitems__(list(range(len(part))))
     assert not batch.unreadable
-    found = {}
+    by_name = {}
     for image, label in zip(batch.images, batch.labels.tolist(), strict=True):
-        found.setdefault(part.identities[label], []).append(round(float(image[0].float().mean())))
-    return found
+        by_name.setdefault(part.identities[label], []).append(round(float(image[0].float().mean())))
+    return by_name
 
 
 @pytest.mark.parametrize("layout", ["header", "labels", "label arrays"])
@@ -90,24 +90,24 @@ def test_identities_and_their_images(tmp_path, layout):
     write(tmp_path / "faces", faces(COUNTS, header=layout == "header", label=label))
     splits = load_splits(str(tmp_path / "faces"), (12, 12), 3, 0.3, seed=0)
     assert str(tmp_path / "faces" / "train.rec") in splits.description
-    found = {**colours(splits.train), **colours(splits.test)}
-    assert set(found) == {"0", "1", "2", "3", "5", "6"}  # 4 has no image
-    for name, values in found.items():
+    images = {**colors(splits.train), **colors(splits.test)}
+    assert set(images) == {"0", "1", "2", "3", "5", "6"}  # 4 has no image
+    for name, values in images.items():
         assert len(values) == COUNTS[int(name)]
         assert np.allclose(values, 20 * int(name) + np.arange(len(values)), atol=3)
-    assert "2" in splits.train.identities  # its one image makes no pair
+    assert "2" in splits.train.identities  # an identity with one image has no pairs
     for part in (splits.train, splits.test):
         assert part.labels.unique().tolist() == list(range(part.num_classes))
     gray = load_splits(str(tmp_path / "faces"), (8, 6), 1, 0.3, seed=0).train.__getitems__([0, 1])
     assert gray.images.shape == (2, 1, 8, 6) and gray.images.dtype == torch.uint8
 
 
-def test_numbers_that_float32_leaves_out_are_not_used(tmp_path, monkeypatch):
+def test_numbers_that_float32_cannot_represent_are_not_used(tmp_path, monkeypatch):
     monkeypatch.setattr(records, "EXACT", 20)  # the header names record 20
     write(tmp_path / "faces", faces(COUNTS))
     splits = load_splits(str(tmp_path / "faces"), (12, 12), 3, 0.3, seed=0)
-    found = {**colours(splits.train), **colours(splits.test)}
-    assert {name: len(values) for name, values in found.items()} == {"0": 4, "1": 3, "2": 1, "3": 5, "5": 2, "6": 4}
+    images = {**colors(splits.train), **colors(splits.test)}
+    assert {name: len(values) for name, values in images.items()} == {"0": 4, "1": 3, "2": 1, "3": 5, "5": 2, "6": 4}
     write(tmp_path / "faces", {1: packed(20.0, 1, b"image"), 2: packed(1.0, 2, b"image")})
     with pytest.raises(DataError, match="byte 0: its labels are not whole numbers below 20: "):
         load_splits(str(tmp_path / "faces"), (12, 12), 3, 0.3, seed=0)
@@ -116,10 +116,10 @@ def test_numbers_that_float32_leaves_out_are_not_used(tmp_path, monkeypatch):
 def test_order_of_the_index_does_not_matter(tmp_path):
     folder = tmp_path / "faces"
     write(folder, faces(COUNTS))
-    expected = colours(load_splits(str(folder), (12, 12), 3, 0.3, seed=0).train)
+    expected = colors(load_splits(str(folder), (12, 12), 3, 0.3, seed=0).train)
     lines = (folder / "train.idx").read_text().splitlines()
     (folder / "train.idx").write_text("\n".join(reversed(lines)))
-    assert colours(load_splits(str(folder), (12, 12), 3, 0.3, seed=0).train) == expected
+    assert colors(load_splits(str(folder), (12, 12), 3, 0.3, seed=0).train) == expected
 
 
 @pytest.mark.parametrize(
@@ -131,11 +131,11 @@ def test_order_of_the_index_does_not_matter(tmp_path):
         MAGIC,
         MAGIC * 3,
         b"abcd" + MAGIC + b"efgh" + MAGIC + b"i",
-        b"ab" + MAGIC + b"cd",  # not at a multiple of four: not cut
+        b"ab" + MAGIC + b"cd",  # not at a multiple of four, so not split
         b"abcd" + MAGIC[:3],
     ],
 )
-def test_payloads_come_back(tmp_path, content):
+def test_payload_round_trip(tmp_path, content):
     payloads = {0: packed(1.0, 0, content), 1: packed([5.0, 6.0, 7.0], 1, content), 2: packed(2.0, 2, b"after")}
     offsets = write(tmp_path, payloads)
     file = RecordFile(tmp_path / "train.rec")
@@ -148,7 +148,7 @@ def test_payloads_come_back(tmp_path, content):
         assert bool(head.content) == bool(record.content)
 
 
-def test_many_labels_are_read_whole(tmp_path):
+def test_many_labels(tmp_path):
     labels = [float(value) for value in range(100)]
     offsets = write(tmp_path, {0: packed(labels, 0, b"image")})
     record = RecordFile(tmp_path / "train.rec").read(offsets[0], enough=128)
@@ -156,7 +156,7 @@ def test_many_labels_are_read_whole(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_corrupt_images_are_left_out_and_named(tmp_path, workers):
+def test_corrupt_images_are_skipped_and_named(tmp_path, workers):
     payloads = faces(COUNTS)
     payloads[1] = packed(0.0, 1, encoded(0)[:100])
     payloads[6] = packed(1.0, 6, b"")
@@ -185,11 +185,11 @@ def test_one_file_handle_per_process(tmp_path):
         loader.multiprocessing_context = method
         for indices, batch in zip(batches, loader, strict=True):
             assert torch.equal(batch.images, expected[indices])
-    # A handle that a fork has inherited moves with its parent's.
+    # A file handle inherited by fork shares its position with the parent's.
     assert os.lseek(train.records._file.fileno(), 0, os.SEEK_CUR) == position
     handle = train.records._file
     train.__getitems__([0])
-    assert train.records._file is handle  # and it stays open
+    assert train.records._file is handle  # the handle stays open
     assert pickle.loads(pickle.dumps(train)).records._file is None
     assert os.getpid() == train.records._process
 
@@ -200,7 +200,7 @@ def damage(path, offset, content):
         file.write(content)
 
 
-def test_a_broken_record_is_named_with_its_byte(tmp_path):
+def test_broken_record_is_named_with_its_byte_offset(tmp_path):
     folder, path = tmp_path / "faces", tmp_path / "faces" / "train.rec"
     for content, why in (
         (b"\0\0\0\0", "it has 0x00000000 where 0xced7230a is expected"),
@@ -219,11 +219,11 @@ def test_a_broken_record_is_named_with_its_byte(tmp_path):
         splits.train.__getitems__([0, 1])
         with pytest.raises(DataError, match=f"{path}: broken record at byte {damaged}: {why}"):
             splits.train.__getitems__([1, 2])
-    with pytest.raises(DataError, match=f"broken record at byte {damaged}"):  # and from a worker
+    with pytest.raises(DataError, match=f"broken record at byte {damaged}"):  # also in a worker
         list(data_loader(splits.train, [[2]], workers=1))
 
 
-def test_broken_files_are_found_before_the_training(tmp_path):
+def test_broken_files_are_errors_before_training(tmp_path):
     folder = tmp_path / "faces"
 
     def read():
@@ -231,7 +231,7 @@ def test_broken_files_are_found_before_the_training(tmp_path):
 
     offsets = write(folder, faces(COUNTS))
     last = max(offsets.values())
-    for size in (last + 30, last + 3, last, last // 2):  # a download that has stopped
+    for size in (last + 30, last + 3, last, last // 2):  # an incomplete download
         os.truncate(folder / "train.rec", size)
         with pytest.raises(DataError, match=f"train.rec: broken record at byte {last}: the file ends within it"):
             read()

@@ -1,19 +1,16 @@
-"""Training learns, survives interruption bit for bit, and reports what it measured."""
+"""Training: learning, gradient accumulation, averaged weights, reports, and initial weights."""
 
 import csv
 import dataclasses
 import io
 import json
-import os
-import re
-import signal
-import subprocess
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from rich.console import Console
+from training_runs import fit
 
 import fused_margin as fm
 from fused_margin.commands.train import parse
@@ -31,62 +28,14 @@ from fused_margin.trainer.train.checkpoint import (
     criterion_state,
     load_backbone_weights,
     load_checkpoint,
-    load_run,
     save_checkpoint,
 )
 from fused_margin.trainer.train.criterion import stored_class_weight
-from fused_margin.trainer.train.interrupts import Interrupted
 from fused_margin.trainer.train.loop import Trainer
-from fused_margin.trainer.train.named_losses import LossConfig
 from fused_margin.trainer.train.optimizer import learning_rate_factor
 from fused_margin.trainer.train.run import averaged_steps, run
 
 pytestmark = pytest.mark.usefixtures("blank_pictures")
-
-
-@pytest.fixture
-def console():
-    return Console(quiet=True)
-
-
-@pytest.fixture(scope="module")
-def splits():
-    return load_splits("digits", (8, 8), 1, 0.3, seed=0)
-
-
-class StoppedTrainer(Trainer):
-    """Calls `stop` in the course of step number `at`."""
-
-    def __init__(self, config, splits, at, stop):
-        super().__init__(config, splits)
-        self.at, self.stop = at, stop
-
-    def train_step(self, images, labels):
-        if self.step + 1 == self.at:
-            self.stop()
-        return super().train_step(images, labels)
-
-
-def fit(config, splits, console, state=None, trainer=None):
-    """Train with checkpoints in the output folder; returns the trainer."""
-    trainer = trainer or Trainer(config, splits)
-    if state is not None:
-        trainer.load_state_dict(state)
-    config.output.mkdir(exist_ok=True)
-    trainer.fit(console, lambda: save_checkpoint(config.output / FILE_NAME, trainer.state_dict()))
-    return trainer
-
-
-def assert_same_state(ours, theirs):
-    """Equal in every bit, but for the time it took."""
-    assert ours.keys() == theirs.keys()
-    for name in ours.keys() - {"seconds", "config"}:
-        if isinstance(ours[name], dict):
-            assert_same_state(ours[name], theirs[name])
-        elif isinstance(ours[name], torch.Tensor):
-            assert torch.equal(ours[name], theirs[name]), name
-        else:
-            assert ours[name] == theirs[name], name
 
 
 def test_loss_falls_and_unseen_identities_are_verified(pictures, tiny_config, console):
@@ -110,67 +59,11 @@ def test_loss_falls_and_unseen_identities_are_verified(pictures, tiny_config, co
     state = load_checkpoint(config.output / FILE_NAME)
     weight = stored_class_weight(config.loss, criterion_state(state))
     assert report["separability"]["mean"] == pytest.approx(fm.functional.separability(weight).mean)
-    torch.testing.assert_close(weight.norm(dim=1), torch.ones(7))  # projected after the last step
+    torch.testing.assert_close(weight.norm(dim=1), torch.ones(7))  # class weights are projected after the last step
 
 
-@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_run_ends_as_the_unbroken_one(tiny_config, splits, console, tmp_path, signal_number):
-    unbroken = fit(dataclasses.replace(tiny_config, output=tmp_path / "unbroken"), splits, console)
-
-    before = signal.getsignal(signal_number)
-    stopped = StoppedTrainer(tiny_config, splits, 13, lambda: os.kill(os.getpid(), signal_number))
-    with pytest.raises(Interrupted):
-        fit(tiny_config, splits, console, trainer=stopped)
-    assert signal.getsignal(signal_number) is before
-    state = load_checkpoint(tiny_config.output / FILE_NAME)
-    assert state["step"] == 13 and len(state["losses"]) == 13
-    torch.manual_seed(99)  # another process does not start with this one's random numbers
-    resumed = fit(tiny_config, splits, console, state=state)
-    assert resumed.step == unbroken.step == 40
-    assert_same_state(resumed.state_dict(), unbroken.state_dict())
-
-
-def test_killed_run_goes_on_from_its_last_checkpoint(tiny_config, splits, console, tmp_path):
-    config = dataclasses.replace(tiny_config, checkpoint_every=10)
-    unbroken = fit(dataclasses.replace(config, output=tmp_path / "unbroken"), splits, console)
-
-    def die():
-        raise MemoryError
-
-    with pytest.raises(MemoryError):
-        fit(config, splits, console, trainer=StoppedTrainer(config, splits, 27, die))
-    state = load_checkpoint(config.output / FILE_NAME)
-    assert state["step"] == 20
-    assert_same_state(fit(config, splits, console, state=state).state_dict(), unbroken.state_dict())
-
-
-def test_every_option_is_resumed_exactly(tiny_config, splits, console, tmp_path):
-    """What draws random numbers or keeps state: dropout, drawn margins, batch norm, the average of the weights."""
-    config = dataclasses.replace(
-        tiny_config,
-        checkpoint_every=10,
-        accumulate=3,
-        backbone="own_networks.BatchNormNet",
-        backbone_options={"dropout": 0.3},
-        loss=LossConfig("elasticface"),
-        optimizer=OptimizerConfig(ema=0.9, schedule="step"),
-    )
-    unbroken = fit(dataclasses.replace(config, output=tmp_path / "unbroken"), splits, console)
-
-    def die():
-        raise MemoryError
-
-    with pytest.raises(MemoryError):
-        fit(config, splits, console, trainer=StoppedTrainer(config, splits, 27, die))
-    torch.manual_seed(99)
-    state = load_checkpoint(config.output / FILE_NAME)
-    assert state["step"] == 20
-    resumed = fit(config, splits, console, state=state)
-    assert_same_state(resumed.state_dict(), unbroken.state_dict())
-
-
-def test_parts_of_a_step_make_the_whole_step(tiny_config, splits):
-    """Gradients of unequal parts, weighed by their images, add up to that of the batch."""
+def test_gradient_accumulation_matches_full_batch(tiny_config, splits):
+    """Gradients of unequal micro-batches, weighted by their images, add up to that of the batch."""
     batch = splits.train.__getitems__(list(range(64)))
     results, weights = [], []
     for accumulate in (1, 5):  # 13 + 13 + 13 + 13 + 12 images
@@ -183,8 +76,8 @@ def test_parts_of_a_step_make_the_whole_step(tiny_config, splits):
         torch.testing.assert_close(weights[1][name], value, rtol=1e-4, atol=1e-6)
 
 
-def test_parts_that_have_no_images_are_left_out(tiny_config, splits):
-    batch = splits.train.__getitems__([0, 1])  # the others of the batch were unreadable
+def test_empty_micro_batches_are_skipped(tiny_config, splits):
+    batch = splits.train.__getitems__([0, 1])  # the other images of the batch were unreadable
     trainer = Trainer(dataclasses.replace(tiny_config, accumulate=5), splits)
     assert torch.isfinite(trainer.train_step(batch.images, batch.labels).loss)
 
@@ -198,33 +91,33 @@ def test_average_of_the_weights(tiny_config, splits, console):
         trainer.train_step(batch.images, batch.labels)
         weight = trainer.backbone.embedding.weight.detach().clone()
         expected = weight if expected is None else 0.75 * expected + 0.25 * weight
-    found = trainer.evaluated_backbone
-    torch.testing.assert_close(found.embedding.weight, expected)
-    assert not torch.equal(found.embedding.weight, weight)
-    assert torch.equal(backbone_state(trainer.state_dict())["embedding.weight"], found.embedding.weight)
+    averaged = trainer.evaluated_backbone
+    torch.testing.assert_close(averaged.embedding.weight, expected)
+    assert not torch.equal(averaged.embedding.weight, weight)
+    assert torch.equal(backbone_state(trainer.state_dict())["embedding.weight"], averaged.embedding.weight)
     assert Trainer(tiny_config, splits).evaluated_backbone is not None
 
 
-def test_average_is_what_is_evaluated(tiny_config, console):
+def test_average_is_evaluated(tiny_config, console):
     config = dataclasses.replace(tiny_config, optimizer=dataclasses.replace(tiny_config.optimizer, ema=0.9))
     with_average, without = (
         run(config, console),
         run(dataclasses.replace(tiny_config, output=config.output / "b"), console),
     )
-    assert with_average["training"] == without["training"]  # it changes nothing in the training
+    assert with_average["training"] == without["training"]  # the average does not change training
     assert with_average["verification"] != without["verification"]
 
 
-def test_batch_norm_from_training_to_evaluation_of_the_checkpoint(tiny_config, console):
-    """Evaluation uses the running statistics, reads them from the checkpoint, and leaves training on."""
-    config = dataclasses.replace(tiny_config, backbone="own_networks.BatchNormNet", backbone_options={"size": 5})
+def test_batch_norm_in_training_and_evaluation(tiny_config, console):
+    """Evaluation uses running statistics from the checkpoint, and training steps run in training mode."""
+    config = dataclasses.replace(tiny_config, backbone="user_networks.BatchNormNet", backbone_options={"size": 5})
     report = run(config, console)
     state = load_checkpoint(config.output / FILE_NAME)
     assert backbone_state(state)["layers.1.num_batches_tracked"] == 40
     options = EvaluateConfig(checkpoint=config.output, accelerator="cpu")
-    with pytest.raises(CheckpointError, match="add --backbone own_networks.BatchNormNet"):
+    with pytest.raises(CheckpointError, match="add --backbone user_networks.BatchNormNet"):
         run_evaluation(options, console)
-    with pytest.raises(CheckpointError, match="add --backbone own_networks.BatchNormNet"):
+    with pytest.raises(CheckpointError, match="add --backbone user_networks.BatchNormNet"):
         parse(["--resume", "--output", str(config.output)])
     evaluated = run_evaluation(dataclasses.replace(options, backbone=config.backbone), console)
     assert evaluated["input"]["dimensions"] == 5
@@ -232,14 +125,14 @@ def test_batch_norm_from_training_to_evaluation_of_the_checkpoint(tiny_config, c
 
     modes = []
 
-    class Watching(Trainer):
+    class RecordsMode(Trainer):
         def train_step(self, images, labels):
             modes.append(self.backbone.training)
             return super().train_step(images, labels)
 
     splits = load_splits("digits", (8, 8), 1, 0.3, seed=0)
-    trainer = Watching(config, splits)
-    trainer.backbone.eval()  # as an evaluation leaves it
+    trainer = RecordsMode(config, splits)
+    trainer.backbone.eval()  # as after an evaluation
     trainer.fit(console, lambda: None)
     assert len(modes) == 40 and all(modes)
 
@@ -255,19 +148,7 @@ def test_half_precision(tiny_config, splits, console):
     assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
 
 
-def test_what_killed_savers_leave_is_removed(tiny_config, console):
-    folder = tiny_config.output
-    folder.mkdir()
-    with subprocess.Popen(["true"]) as dead:
-        dead.wait()
-    for name in (f"{FILE_NAME}.{dead.pid}.tmp", f"{FILE_NAME}.{os.getppid()}.tmp", f"{FILE_NAME}.mine.tmp"):
-        (folder / name).write_bytes(b"half")
-    run(tiny_config, console)
-    left = sorted(path.name for path in folder.glob("*.tmp"))
-    assert left == sorted([f"{FILE_NAME}.{os.getppid()}.tmp", f"{FILE_NAME}.mine.tmp"])  # one that runs, and no saver's
-
-
-def test_folder_of_faces_from_end_to_end(face_folder, tmp_path, console):
+def test_face_folder_end_to_end(face_folder, tmp_path, console):
     config = TrainConfig.defaults(str(face_folder))
     assert config.augmentation.mirror and config.evaluation.flip == "concat"
     config = dataclasses.replace(
@@ -301,71 +182,10 @@ def test_progress_is_shown(tiny_config, splits, terminal, monkeypatch):
     assert ("\x1b[" in shown.getvalue()) == terminal
 
 
-def test_changed_data_is_not_resumed(tiny_config, splits, console):
-    state = Trainer(tiny_config, splits).state_dict()
-    other = load_splits("digits", (8, 8), 1, 0.3, seed=1)
-    with pytest.raises(CheckpointError, match="changed"):
-        Trainer(tiny_config, other).load_state_dict(state)
-
-
 def test_divergence_is_an_error(tiny_config, splits, console):
     config = dataclasses.replace(tiny_config, optimizer=OptimizerConfig(lr=1e30, clip_norm=1e30))
     with pytest.raises(FloatingPointError, match="lower --optimizer.lr"):
         fit(config, splits, console)
-
-
-def test_checkpoint_is_replaced_whole(tmp_path, monkeypatch):
-    path = tmp_path / FILE_NAME
-    save_checkpoint(path, {"step": 1})
-
-    def fail(*args, **kwargs):
-        args[1].write(b"half of it")
-        raise OSError("disk full")
-
-    monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(OSError, match="disk full"):
-        save_checkpoint(path, {"step": 2})
-    assert load_checkpoint(path)["step"] == 1
-    assert [p.name for p in tmp_path.iterdir()] == [FILE_NAME]
-
-
-@pytest.mark.parametrize("content", [b"", b"no zip file", None])
-def test_damaged_checkpoints(tmp_path, content):
-    path = tmp_path / FILE_NAME
-    if content is None:  # the front half of a good one
-        save_checkpoint(path, {"weights": torch.randn(1000)})
-        content = path.read_bytes()[:2000]
-    path.write_bytes(content)
-    with pytest.raises(CheckpointError, match="cannot read the checkpoint"):
-        load_checkpoint(path)
-    with pytest.raises(CheckpointError, match="no checkpoint"):
-        load_checkpoint(tmp_path / "other.pt")
-    torch.save({"step": 3}, path)
-    with pytest.raises(CheckpointError, match="not a checkpoint of this version"):
-        load_checkpoint(path)
-
-
-def test_any_cut_is_a_checkpoint_error(tmp_path):
-    """Wherever the file ends, and for any bytes in its place, the error names it."""
-    path = tmp_path / FILE_NAME
-    save_checkpoint(path, {"weights": torch.randn(100), "step": 3})
-    content = path.read_bytes()
-    rng = np.random.default_rng(0)
-    cuts = [content[:end] for end in range(0, len(content), max(1, len(content) // 60))]
-    random = [rng.integers(0, 256, 100, dtype=np.uint8).tobytes() for _ in range(100)]
-    for broken in cuts + random + [b"\x80\x02" + part for part in random]:
-        path.write_bytes(broken)
-        with pytest.raises(CheckpointError, match=re.escape(str(path))):
-            load_checkpoint(path)
-
-
-@pytest.mark.parametrize("missing", ["config", "model", "average", "losses"])
-def test_part_of_a_checkpoint_is_no_run(tiny_config, splits, tmp_path, missing):
-    path = tmp_path / FILE_NAME
-    state = Trainer(tiny_config, splits).state_dict()
-    save_checkpoint(path, {name: value for name, value in state.items() if name != missing})
-    with pytest.raises(CheckpointError, match=f"cannot resume .*{FILE_NAME}: .* no usable {missing}"):
-        load_run(path, "resume")
 
 
 def test_all_identities_can_be_trained_on(pictures, tiny_config, console):
@@ -384,7 +204,7 @@ def test_all_identities_can_be_trained_on(pictures, tiny_config, console):
 
 
 def test_all_identities_of_a_folder(face_folder, tmp_path):
-    """Identities with one image too, which verification could not use."""
+    """Identities with one image are included, although verification could not use them."""
     splits = load_splits(str(face_folder), (8, 8), 1, 0.0, 0)
     assert splits.train.num_classes == 9 and len(splits.train) == 33
     assert splits.test.num_classes == 0 and len(splits.test) == 0
@@ -410,21 +230,21 @@ def test_training_starts_from_weights(tiny_config, splits, console, tmp_path, so
     trainer = Trainer(tiny_config, splits, weights=weights)
     for name, value in trainer.backbone.state_dict().items():
         assert torch.equal(value, expected[name]), name
-    # The run does it, and its first loss is that of a network which was trained before.
+    # The run loads the weights, and its first loss is that of a trained network.
     config = dataclasses.replace(tiny_config, weights=path, epochs=1)
     run(config, console)
     state = load_checkpoint(config.output / FILE_NAME)
     batch = splits.train.__getitems__(next(iter(trainer.batches)))
     assert state["losses"][0].item() == pytest.approx(trainer.train_step(batch.images, batch.labels).loss.item())
-    if source == "export":  # to resume, the file is not needed
+    if source == "export":  # resuming does not need the file
         path.unlink()
         run(dataclasses.replace(config, resume=True), console)
 
 
-def test_identities_that_the_starting_weights_were_trained_on_are_said(tiny_config, tmp_path):
-    """Also by the runs that start from such a run, by a resumed one, and by the evaluation of any."""
+def test_identities_of_the_initial_weights_are_reported(tiny_config, tmp_path):
+    """The report includes runs that start from such a run, resumed runs, and evaluations."""
 
-    def started_from(weights, name, **options):
+    def run_from(weights, name, **options):
         screen = Console(record=True, file=io.StringIO(), width=120)
         config = dataclasses.replace(tiny_config, epochs=1, weights=weights, output=tmp_path / name, **options)
         return config, run(config, screen)["data"]["test"], screen.export_text()
@@ -433,30 +253,30 @@ def test_identities_that_the_starting_weights_were_trained_on_are_said(tiny_conf
         screen = Console(quiet=True)
         return run_evaluation(EvaluateConfig(checkpoint=config.output), screen)["input"]["description"]
 
-    config, test, said = started_from(None, "random")
-    assert test["named_as_before"] == 0 and "Verification on 3 identities not trained on" in said
-    everyone, _, _ = started_from(None, "all", test_fraction=0.0)
+    config, test, printed = run_from(None, "random")
+    assert test["named_as_before"] == 0 and "Verification on 3 identities not trained on" in printed
+    everyone, _, _ = run_from(None, "all", test_fraction=0.0)
     for before, name in ((everyone.output, "second"), (tmp_path / "second", "third")):
-        config, test, said = started_from(before, name)
+        config, test, printed = run_from(before, name)
         assert test["named_as_before"] == test["identities"] == 3
-        assert "Verification on 3 identities, 3 of which have the name of one trained on" in said
+        assert "Verification on 3 identities, 3 of which have the name of one trained on" in printed
         assert evaluated(config).endswith("3 identities, 3 of which have the name of one trained on")
     config.weights.rename(tmp_path / "gone")
     assert run(dataclasses.replace(config, resume=True), Console(quiet=True))["data"]["test"] == test
 
     torch.save(backbone_state(load_checkpoint(config.output / FILE_NAME)), tmp_path / "backbone.pt")
-    config, test, said = started_from(tmp_path / "backbone.pt", "unknown")
+    config, test, printed = run_from(tmp_path / "backbone.pt", "unknown")
     assert test["named_as_before"] is None
     assert "Verification on 3 identities; it is unknown whether the network was trained on any" in " ".join(
-        said.split()
+        printed.split()
     )
     state = load_checkpoint(config.output / FILE_NAME)
-    del state["identities_before"]  # of an older version
+    del state["identities_before"]  # as in an older version
     save_checkpoint(config.output / FILE_NAME, state)
     assert "it is unknown" in evaluated(config)
 
 
-def test_a_training_without_a_readable_image_is_an_error(tiny_config, console, face_folder, tmp_path):
+def test_training_without_a_readable_image_is_an_error(tiny_config, console, face_folder, tmp_path):
     for image in face_folder.glob("*/*.png"):
         (tmp_path / "faces" / image.parent.name).mkdir(parents=True, exist_ok=True)
         (tmp_path / "faces" / image.parent.name / image.name).write_bytes(b"no image")
@@ -466,54 +286,35 @@ def test_a_training_without_a_readable_image_is_an_error(tiny_config, console, f
     assert not (config.output / FILE_NAME).exists() and not (config.output / "report.json").exists()
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"epochs: 3\n", "it is not a file that torch.save has written"),
-        (b"\x93NUMPY\x01\x00 and numbers", "it is not a file that torch.save has written"),
-        (torch.nn.Linear(2, 2), "it holds other objects than tensors and plain values"),
-    ],
-)
-def test_files_of_another_kind_are_no_checkpoints(tmp_path, content, message):
-    path = tmp_path / "file"
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    else:
-        torch.save(content, path)
-    with pytest.raises(CheckpointError, match=message) as caught:
-        load_checkpoint(path)
-    assert "weights_only" not in str(caught.value)
-
-
-def test_weights_that_cannot_be_started_from(tiny_config, console, tmp_path):
+def test_initial_weights_errors(tiny_config, console, tmp_path):
     path = tmp_path / "backbone.pt"
     config = dataclasses.replace(tiny_config, weights=path)
 
-    def refused(message):
+    def check_error(message):
         with pytest.raises(CheckpointError, match=message):
             run(config, console)
         assert not config.output.exists()
 
-    refused("no weights at .*backbone.pt; expected the folder of a run")
+    check_error("no weights at .*backbone.pt; expected the folder of a run")
     path.write_bytes(b"")
-    refused("cannot read the weights .*backbone.pt: the file is empty")
+    check_error("cannot read the weights .*backbone.pt: the file is empty")
     torch.save([1, 2], path)
-    refused("backbone.pt holds no weights of a backbone")
+    check_error("backbone.pt holds no weights of a backbone")
     torch.save({"weight": torch.ones(3)}, path)
-    refused("the weights in .*backbone.pt do not fit the network.*Missing key")
+    check_error("the weights in .*backbone.pt do not fit the network.*Missing key")
 
 
 @pytest.mark.parametrize(("steps", "expected"), [(1, 1), (7, 1), (20, 2), (40, 5), (160, 20), (5000, 20)])
-def test_losses_at_both_ends_share_no_step(steps, expected):
+def test_averaged_first_and_last_steps_are_disjoint(steps, expected):
     assert averaged_steps(steps) == expected and 2 * averaged_steps(steps) <= max(steps, 2)
 
 
-def test_a_rate_below_one_impostor_is_said(tiny_config):
+def test_far_below_one_impostor_is_reported(tiny_config):
     console = Console(record=True, file=io.StringIO(), width=80)
     report = run(dataclasses.replace(tiny_config, epochs=1), console)  # 20 steps
-    verification, said = report["verification"], console.export_text()
+    verification, printed = report["verification"], console.export_text()
     assert verification["impostors"] == 100 and verification["far_resolved"] is False
-    assert "(none of 100 impostors may pass)" in said
+    assert "(none of 100 impostors may pass)" in printed
     with open(tiny_config.output / "log.csv", newline="") as file:
         *_, last = csv.DictReader(file)
     assert float(last["verification/accuracy"]) > 0 and last["verification/tar_at_far"] == ""
@@ -521,7 +322,7 @@ def test_a_rate_below_one_impostor_is_said(tiny_config):
     training = report["training"]
     assert training["first_loss"] == pytest.approx(losses[:2].mean().item())
     assert training["last_loss"] == pytest.approx(losses[-2:].mean().item())
-    assert "first to last 2 steps" in said and f"{losses[:2].mean():.2f} to {losses[-2:].mean():.2f}" in said
+    assert "first to last 2 steps" in printed and f"{losses[:2].mean():.2f} to {losses[-2:].mean():.2f}" in printed
 
 
 def test_learning_rate():
@@ -543,12 +344,3 @@ def test_published_step_schedules():
     assert factors == pytest.approx([1, 1, 0.1, 0.1, 0.01])
     warm = OptimizerConfig(schedule="step", warmup=0.1)
     assert learning_rate_factor(0, 100, warm) == pytest.approx(1 / 11)
-
-
-def test_config_survives_a_checkpoint(tmp_path):
-    config = TrainConfig.defaults("digits")
-    assert TrainConfig.from_dict(config.to_dict()) == config
-    save_checkpoint(tmp_path / FILE_NAME, {"config": config.to_dict()})
-    assert TrainConfig.from_dict(load_checkpoint(tmp_path / FILE_NAME)["config"]) == config
-    other = dataclasses.replace(config, epochs=7, workers=3)
-    assert config.differences(other) == [f"--epochs {config.epochs} (the run has 7)"]

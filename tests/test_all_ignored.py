@@ -1,4 +1,4 @@
-"""Batches of which no sample counts: the mean is NaN and the gradients are exactly 0, as in torch.nn.functional.cross_entropy."""
+"""Batches without a valid label: the mean is NaN and gradients are 0, as in torch.nn.functional.cross_entropy."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def assert_zero_gradients(loss, *leaves):
     assert loss.isnan()
     loss.backward()
     for leaf in leaves:
-        assert leaf.grad is None or not leaf.grad.to_dense().any()  # neither NaN nor another number
+        assert leaf.grad is None or not leaf.grad.to_dense().any()  # not NaN either
     assert any(leaf.grad is not None for leaf in leaves)
 
 
@@ -48,19 +48,19 @@ def test_class_weights_that_sum_to_zero(name, label_smoothing):
     class_weight = torch.ones(C).index_fill(0, torch.arange(3), 0.0)
     loss_fn, x = getattr(fm, name)(C, D, class_weight=class_weight, label_smoothing=label_smoothing), embeddings()
     labels = torch.arange(N) % 3
-    if label_smoothing:  # the other classes' weights count in the numerator
+    if label_smoothing:  # other classes' weights are in the numerator
         assert not loss_fn(x, labels).isfinite()
     else:
         assert_zero_gradients(loss_fn(x, labels), x, *loss_fn.parameters())
 
 
-def test_a_share_of_the_classes():
+def test_sampled_classes():
     loss_fn, x = fm.ArcFaceLoss(C, D, sample_rate=0.5), embeddings()
     assert_zero_gradients(loss_fn(x, IGNORED), x, loss_fn.weight)
 
 
-def test_the_exclusive_term_stays():
-    """Its gradient is that of the class weights alone."""
+def test_exclusive_term_is_still_computed():
+    """Its gradient depends on the class weights alone."""
     loss_fn, x = fm.ArcFaceLoss(C, D, exclusive_weight=2.0), embeddings()
     loss_fn(x, IGNORED).backward()
     alone = loss_fn.weight.detach().clone().requires_grad_()
@@ -69,7 +69,7 @@ def test_the_exclusive_term_stays():
     assert not x.grad.any()
 
 
-def test_the_insightface_drop_in():
+def test_insightface_drop_in():
     head, x = insightface.PartialFC_V2(insightface.ArcFace(), D, C), embeddings()
     loss = head(x, IGNORED)
     loss.backward()
@@ -85,13 +85,13 @@ def test_linear_cross_entropy(margin):
 @pytest.mark.parametrize(
     "loss_fn", [fm.RingLoss(), fm.RingLoss(2.0), fm.CenterLoss(C, D)], ids=["new", "ring", "center"]
 )
-def test_companions(loss_fn):
+def test_auxiliary_losses(loss_fn):
     x = embeddings()
     assert_zero_gradients(loss_fn(x, IGNORED), x, *loss_fn.parameters())
     assert all(value.isfinite().all() for value in loss_fn.state_dict().values())
 
 
-def test_an_accumulated_step_keeps_the_weights():
+def test_gradient_accumulation_keeps_weights_finite():
     torch.manual_seed(0)
     loss_fn = fm.ArcFaceLoss(C, D)
     for step in range(4):
@@ -101,6 +101,6 @@ def test_an_accumulated_step_keeps_the_weights():
     assert loss_fn.weight.isfinite().all()
 
 
-def test_torch_does_the_same():
+def test_torch_cross_entropy():
     logits = torch.randn(N, C, requires_grad=True)
     assert_zero_gradients(F.cross_entropy(logits, IGNORED), logits)

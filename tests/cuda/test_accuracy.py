@@ -1,6 +1,6 @@
-"""Products on a device, and what is made of them, against float64: first the tensor cores' own, then whole losses.
+"""Results on a device against float64: first those of the tensor-core kernels alone, then complete losses.
 
-Run with ``pytest -m cuda`` where there is a device. What only portable kernels do is compared with the CPU.
+Run with ``pytest -m cuda`` where there is a device. Options of portable kernels only are compared with the CPU.
 """
 
 import math
@@ -32,7 +32,7 @@ from fused_margin.margins import FilteredNegatives, HardNegatives
 
 pytestmark = needs_cuda
 
-# tile edges are at 128 rows and 128 or 192 classes; an operand's row is a multiple of 64 wide; more than 512 are streamed
+# tiles have 128 rows and 128 or 192 classes; rows are padded to multiples of 64, and streamed beyond 512
 SHAPES = [
     (1, 2, 32),
     pytest.param((129, 193, 40), marks=sanitizer),
@@ -63,7 +63,7 @@ SHAPES = [
     ],
 )
 def test_small_integers_multiply_exactly(family, rows, columns, width, parts, wide):
-    """Any error in a descriptor, a swizzle or a phase shows at once."""
+    """Detects any error in a descriptor, a swizzle or a phase."""
     left, right = (torch.randint(-4, 5, (n, parts * width), device=DEVICE).half() for n in (rows, columns))
     out = torch.full((rows, columns), math.nan, device=DEVICE)
     getattr(kernels("cuda", torch.cuda.current_stream().cuda_stream), family).dump(
@@ -76,7 +76,7 @@ def test_small_integers_multiply_exactly(family, rows, columns, width, parts, wi
 
 @pytest.mark.parametrize("positive", [True, False], ids=["positive", "of both signs"])
 def test_rounding_of_products_of_fractions(family, positive, record_property):
-    """Integers cannot show how sums are rounded. Which published model the device follows bit for bit is recorded."""
+    """Integers cannot show how sums are rounded. The test records the published model that the device matches."""
     left, right = (torch.randn(n, 512, device=DEVICE).half() for n in (60, 70))
     if positive:
         left, right = left.abs(), right.abs()
@@ -98,7 +98,7 @@ def test_rounding_of_products_of_fractions(family, positive, record_property):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_exponent_sum(family, precision, shape):
-    """Also at a scale of one, where a single class that is missing or counted twice would show."""
+    """At a scale of one the test also detects a single class that is missing or counted twice."""
     x, w, y = single(*shape)
     cosines = reference.normalize(x.double()) @ reference.normalize(w.double()).t()
     target = cosines.gather(1, y[:, None])[:, 0]
@@ -112,7 +112,7 @@ def test_exponent_sum(family, precision, shape):
 
 
 @pytest.mark.parametrize("classes", [2, 127, 129, pytest.param(400, marks=sanitizer), 1000, 5003])
-def test_nearest_class(way, precision, classes):
+def test_nearest_class(backend, precision, classes):
     w = torch.randn(classes, 40, device=DEVICE)
     for workspace_mb in (256, 0.02):
         cosine, index = fm.functional.nearest_class(w, workspace_mb=workspace_mb)
@@ -124,7 +124,7 @@ def test_nearest_class(way, precision, classes):
 
 
 @sanitizer
-def test_ties_go_to_the_lowest_class(way):
+def test_ties_go_to_the_lowest_class(backend):
     expected = torch.arange(301, device=DEVICE) % 5
     w = torch.eye(32, device=DEVICE)[expected]
     expected[:5] += 5
@@ -136,7 +136,7 @@ def test_ties_go_to_the_lowest_class(way):
 @pytest.mark.parametrize("shape", [Shape(129, 40, 193), Shape(300, 520, 1100)], ids=str)
 @sanitizer
 def test_probabilities(family, shape):
-    """The kernel alone, without the products of torch that a backward multiplies its results by."""
+    """The kernel alone, without torch's matrix products of the backward."""
     operands = Operands(make_inputs(shape, DEVICE))
     assert Probabilities(family, operands).errors()["probabilities"] < 5e-4
 
@@ -157,9 +157,9 @@ def test_losses_and_gradients(family, precision, shape):
         pytest.param({"workspace_mb": 0.3, "exclusive_weight": 0.5}, marks=sanitizer),
         {"workspace_mb": 1e-6},
     ],
-    ids=["feature norm", "large scale", "own scales", "many chunks", "smallest chunks"],
+    ids=["feature norm", "large scale", "per-sample scales", "many chunks", "smallest chunks"],
 )
-def test_options(way, options):
+def test_options(backend, options):
     x, w, y = single(140, 700, 48)
     y[3] = -100
     check(x, w, y, 1e-5, **{k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in options.items()})
@@ -172,11 +172,11 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize("workspace_mb", [256, 1e-6], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("workspace_mb", [256, 1e-6], ids=["saved", "recomputed"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("shape", [(252, 507, 123), pytest.param((33, 258, 8), marks=sanitizer)], ids=str)
-def test_what_only_portable_products_do(shape, dtype, workspace_mb):
-    """Sub-centers, hard and filtered negatives, inner products with a bias: on the device as on the CPU."""
+def test_options_of_portable_kernels(shape, dtype, workspace_mb):
+    """Sub-centers, hard and filtered negatives, inner products with a bias: results match the CPU."""
     x, w, y = (t.to(dtype) if t.is_floating_point() else t for t in problem(*shape, spread=1.0))
     y = torch.where(torch.arange(len(y)) == 2, -100, y % (len(w) // 3))
     threshold, bias = torch.linspace(-0.3, 0.3, len(x), dtype=torch.float64), torch.randn(len(w), dtype=dtype)
@@ -210,17 +210,17 @@ def test_what_only_portable_products_do(shape, dtype, workspace_mb):
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALVES], ids=str)
 @pytest.mark.parametrize("shape", [(252, 507, 123), (1, 4099, 64), (33, 2, 8)], ids=str)
-def test_against_the_reference(way, shape, dtype, options):
+def test_against_the_reference(backend, shape, dtype, options):
     x, w, y = problem(*shape)
     x, w, y = on_device(x.to(dtype), w.to(dtype), y)
     limit = {torch.float64: 1e-10, torch.float32: 1e-5}.get(dtype, 2 * torch.finfo(dtype).eps)
-    if dtype in HALVES and way in FAMILIES:
+    if dtype in HALVES and backend in FAMILIES:
         limit = max(limit, tolerance("high", shape[2], options["scale"] or 64.0))
     check(x, w, y, limit, **options)
 
 
-def test_half_gradients_are_not_summed_in_half(way):
-    """Parameters of either half type and under autocast: gradients in their own type, rounded once."""
+def test_half_gradients_are_not_summed_in_half(backend):
+    """Parameters of both half types, and under autocast: gradients have the parameters' dtype, rounded once."""
     x, w, y = problem(300, 2000, 512)
     for dtype in HALVES:
         halves = on_device(x.to(dtype), w.to(dtype), y)
@@ -235,7 +235,7 @@ def test_half_gradients_are_not_summed_in_half(way):
     assert measured[1].dtype == torch.float16 and measured[2].dtype == torch.float32
 
 
-def test_zero_and_nan_rows(way):
+def test_zero_and_nan_rows(backend):
     w = torch.randn(60, 32, device=DEVICE)
     w[7], w[9, 3] = 0, math.nan
     cosine, index = fm.functional.nearest_class(w)
@@ -244,7 +244,7 @@ def test_zero_and_nan_rows(way):
     assert cosine[others].isfinite().all() and (index[others] != 9).all()
 
 
-def test_a_gradient_scaler_neither_overflows_nor_loses(way):
+def test_gradient_scaler_neither_overflows_nor_underflows(backend):
     x, w, y = single(40, 300, 64)
     _, ex, ew = truth(x, w, y, ARCFACE)
     for upstream in (2.0**-20, 1.0, 2.0**16):
@@ -257,8 +257,8 @@ def test_a_gradient_scaler_neither_overflows_nor_loses(way):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALVES], ids=str)
-def test_layouts_of_the_weight(way, layout, dtype):
-    """Strided, transposed and misaligned rows are read as contiguous ones are."""
+def test_layouts_of_the_weight(backend, layout, dtype):
+    """Strided, transposed and misaligned rows give the results of contiguous ones."""
     x, w, y = problem(70, 600, 130)
     x, w, y = on_device(x.to(dtype), w.to(dtype), y)
     expected = ours(x, w, y, ARCFACE, exclusive_weight=0.3)

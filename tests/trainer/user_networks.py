@@ -1,10 +1,10 @@
-"""Backbones that a user could name, good and bad."""
+"""Valid and invalid backbones, as a user might name them."""
 
 from torch import nn
 
 
 class BatchNormNet(nn.Module):
-    """Convolution, batch norm, dropout and a full layer, for grayscale images of any size."""
+    """Convolution, batch norm, dropout and a linear layer, for grayscale images of any size."""
 
     def __init__(self, size: int = 8, dropout: float = 0.0) -> None:
         super().__init__()
@@ -17,8 +17,8 @@ class BatchNormNet(nn.Module):
         return self.head(self.layers(images))
 
 
-class Undecided(nn.Module):
-    """Computes one thing or another, as its input is: no graph can say that."""
+class DataDependent(nn.Module):
+    """Has data-dependent control flow, which cannot be exported."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -29,15 +29,15 @@ class Undecided(nn.Module):
         return features if features.sum() > 0 else 2 * features
 
 
-class Forgetful(nn.Module):
-    """Has a number to compute with that its state dict lacks."""
+class StateOutsideStateDict(nn.Module):
+    """Computes with a number that is not in its state dict."""
 
-    made = 0
+    instances = 0
 
     def __init__(self) -> None:
         super().__init__()
-        Forgetful.made += 1
-        self.layer, self.factor = nn.Linear(64, 4), Forgetful.made
+        StateOutsideStateDict.instances += 1
+        self.layer, self.factor = nn.Linear(64, 4), StateOutsideStateDict.instances
 
     def forward(self, images):
         return self.layer(images.flatten(1)) * self.factor
