@@ -1,4 +1,4 @@
-"""fused_margin: margin-softmax losses and RegularFace's exclusive term, fused, exact and bounded in memory."""
+"""Margin-softmax losses and RegularFace's exclusive term: fused, exact and bounded in memory."""
 
 import importlib as _importlib
 from types import ModuleType as _ModuleType
@@ -6,16 +6,15 @@ from types import ModuleType as _ModuleType
 import torch as _torch  # noqa: F401 - before the extension, so that both share torch's OpenMP threads
 
 try:
-    from fused_margin import _C  # noqa: F401
+    from fused_margin import _C  # type: ignore[attr-defined]  # noqa: F401 - compiled, without a stub
 except ImportError as error:
     from pathlib import Path as _Path
 
     _folder = _Path(__file__).resolve().parents[1]
     if (_folder / "setup.py").exists() and (_folder / "csrc").exists():
         raise ImportError(
-            f"{_folder} is fused_margin's source folder, and Python imports from it before the installed package. It has "
-            "no compiled kernels for this Python. Leave the folder to use the installed package, or run "
-            "`pip install -e .` in it to use the source."
+            f"fused_margin was imported from its source folder {_folder}, which has no compiled kernels for this Python. "
+            "To use an installed package, run Python in another folder. To use the source, run `pip install -e .` in it."
         ) from error
     raise ImportError(
         f"fused_margin's compiled kernels could not be loaded from {_folder / 'fused_margin'}: {error}. Install it again."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ _bad_label_buffers: dict[torch.device, Tensor] = {}
 _debug = False
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, NUMBERS) and not isinstance(value, bool)
 
 
@@ -71,7 +71,7 @@ def same_device(name: str, value: Tensor, reference: Tensor) -> None:
         raise ValueError(f"{name}: expected a tensor on {reference.device}, got one on {value.device}")
 
 
-def per_sample_index(name: str, value: Tensor, embeddings: Tensor) -> None:
+def per_sample_index(name: str, value: Tensor | None, embeddings: Tensor) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected an integer tensor of shape (N,), got {type(value).__name__}")
     if value.dtype not in INTEGERS:
@@ -81,24 +81,27 @@ def per_sample_index(name: str, value: Tensor, embeddings: Tensor) -> None:
     same_device(name, value, embeddings)
 
 
-def labels(value: Tensor, weight: Tensor) -> None:
-    """(N,) labels where no embeddings say what N is."""
-    if isinstance(value, Tensor) and value.dim() != 1:
+def labels(value: Tensor | None, weight: Tensor) -> Tensor:
+    """Checks the labels (N,) of a call without embeddings, and returns them."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"labels: expected an integer tensor of shape (N,), got {type(value).__name__}")
+    if value.dim() != 1:
         raise ValueError(f"labels: expected shape (N,), got {tuple(value.shape)}")
     per_sample_index("labels", value, value)
     same_device("labels", value, weight)
+    return value
 
 
 def label_values(value: Tensor, num_classes: int, ignore_index: int) -> None:
-    """On CPU only: looking at the values of a CUDA tensor would wait for it. There torch's own look-up asserts."""
+    """Range of the labels, on the CPU only. Reading a CUDA tensor would synchronize; there torch's indexing asserts."""
     if value.device.type == "cpu" and not torch.compiler.is_compiling():
         wrong = (value != ignore_index) & ((value < 0) | (value >= num_classes))
         if bool(wrong.any()):
-            raise bad_label_error(value[wrong][0].item(), f"for {num_classes} classes")
+            raise bad_label_error(int(value[wrong][0]), f"for {num_classes} classes")
 
 
 def per_sample(name: str, value: Tensor, embeddings: Tensor) -> Tensor:
-    """The (N,) float64 tensor of a per-sample argument."""
+    """Converts a per-sample argument to an (N,) float64 tensor."""
     samples = embeddings.shape[0]
     if value.dim() > 1 or (value.dim() == 1 and value.shape[0] != samples):
         raise ValueError(f"{name}: expected a number or shape ({samples},), got {tuple(value.shape)}")
@@ -135,30 +138,30 @@ def margin_numbers(margin: Any) -> None:
             continue
         if not is_number(value):
             raise TypeError(f"{name}: expected a number or a tensor of shape (N,), got {type(value).__name__}")
-        if not -math.inf < value < math.inf:  # NaN is not either; math.isfinite would not compile
+        if not -math.inf < value < math.inf:  # also rejects NaN; torch.compile cannot trace math.isfinite
             raise ValueError(f"{name}: expected a finite number, got {value}")
         if (name == "m1" and value <= 0) or (name == "annealing" and value < 0):
             raise ValueError(f"{name}: expected a {'positive' if name == 'm1' else 'non-negative'} number, got {value}")
 
 
 def margin_values(name: str, value: Tensor) -> None:
-    """A number of a margin as an (N,) tensor. On CPU only: reading the values of a CUDA tensor would wait for it."""
+    """An (N,) m1, m2, m3 or annealing, on the CPU only: reading a CUDA tensor would synchronize."""
     if value.device.type == "cpu":
-        right = value > 0 if name == "m1" else value >= 0 if name == "annealing" else value.isfinite()
-        wrong = ~(right & value.isfinite())
+        in_range = value > 0 if name == "m1" else value >= 0 if name == "annealing" else value.isfinite()
+        wrong = ~(in_range & value.isfinite())
         if bool(wrong.any()):
             expected = {"m1": "positive", "annealing": "non-negative"}.get(name, "finite")
             raise ValueError(f"margin.{name}: expected {expected} numbers, got {value[wrong][0].item()}")
 
 
 def scale_values(value: Tensor | None) -> None:
-    """An (N,) scale. On CPU only: reading the values of a CUDA tensor would wait for it."""
+    """An (N,) scale, on the CPU only: reading a CUDA tensor would synchronize."""
     if value is not None and value.device.type == "cpu" and not bool((value >= 0).all()):
         raise ValueError(f"scale: expected non-negative numbers, got {value[~(value >= 0)][0].item()}")
 
 
 def per_class(name: str, value: Tensor | None, weight: Tensor, num_classes: int) -> None:
-    """One number per class, such as F.cross_entropy's ``weight``."""
+    """A (C,) tensor such as ``weight`` of F.cross_entropy, or None."""
     if value is None:
         return
     if not isinstance(value, Tensor) or not value.is_floating_point():
@@ -177,7 +180,7 @@ def sub_centers(value: int, weight: Tensor, exclusive_weight: float, label_smoot
 
 
 def shard(value: Shard | None, weight: Tensor, sub_centers: int, label_smoothing: float) -> int:
-    """The number of classes, over all ranks."""
+    """Checks a shard against its weights, and returns the number of classes over all ranks."""
     if value is None:
         return weight.shape[0] // sub_centers
     if not isinstance(value, Shard):
@@ -192,10 +195,10 @@ def shard(value: Shard | None, weight: Tensor, sub_centers: int, label_smoothing
     return value.num_classes
 
 
-def nearest(value, weight: Tensor, shard: Shard | None) -> tuple[Tensor, Tensor]:
-    """cosine and index of a NearestClass of the classes of weight, or None and None."""
+def nearest(value: tuple[Tensor, Tensor] | None, weight: Tensor, shard: Shard | None) -> None:
+    """A NearestClass of the classes of weight, or None."""
     if value is None:
-        return None, None
+        return
     cosine, index = value
     classes = len(weight) if shard is None else shard.num_classes
     per_class("nearest.cosine", cosine, weight, len(weight))
@@ -206,19 +209,18 @@ def nearest(value, weight: Tensor, shard: Shard | None) -> tuple[Tensor, Tensor]
         low, high = (int(t) for t in index.aminmax())
         if low < 0 or high >= classes:
             raise ValueError(f"nearest.index: expected classes in [0, {classes}), got {low if low < 0 else high}")
-    return cosine, index
 
 
 def searched_device(name: str, value: Tensor) -> None:
-    """What is found by the exact search alone."""
+    """A tensor of a call that only the exact search serves."""
     if value.is_meta:
         raise RuntimeError(
             f"{name}: expected a CPU or CUDA tensor, whose values the exact search reads, got one on meta"
         )
     if not searches(value.device):
         raise RuntimeError(
-            f"{name}: expected a CPU tensor, the exact search is off for this compute capability (see fused_margin.build_info); "
-            f"got {value.device}"
+            f"{name}: expected a CPU tensor, because the exact search is off for this compute capability "
+            f"(see fused_margin.build_info), got {value.device}"
         )
 
 
@@ -228,14 +230,15 @@ def one_of(name: str, value: str, allowed: tuple[str, ...]) -> str:
     return value
 
 
-def absent(beside: str, **numbers: float) -> None:
-    """Options that are not defined together."""
+def absent(other: str, **numbers: float) -> None:
+    """Options that must be 0 in combination with the option `other`."""
     for name, value in numbers.items():
         if value > 0:
-            raise ValueError(f"{name}: expected 0 with {beside}, got {value}")
+            raise ValueError(f"{name}: expected 0 with {other}, got {value}")
 
 
-def kind(value) -> str:
+def kind(value: Any) -> str:
+    """The dtype of a tensor, or the type of another value, for an error message."""
     return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
 
 
@@ -243,8 +246,8 @@ def number(name: str, value: float, low: float, high: float = math.inf, *, open_
     if not is_number(value):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     if not (low < value if open_low else low <= value) or not value <= high or value == math.inf:
-        interval = f"{'(' if open_low else '['}{low}, {high}{')' if high == math.inf else ']'}"
-        raise ValueError(f"{name}: expected a number in {interval}, got {value}")
+        bounds = f"{'(' if open_low else '['}{low}, {high}{')' if high == math.inf else ']'}"
+        raise ValueError(f"{name}: expected a number in {bounds}, got {value}")
 
 
 def index(name: str, value: int) -> None:
@@ -253,7 +256,7 @@ def index(name: str, value: int) -> None:
 
 
 def positive_index(name: str, value: int) -> int:
-    """The value as an int; NumPy's integers are taken too."""
+    """Converts a positive integer, which may be NumPy's, to an int."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
     value = operator.index(value)
@@ -263,12 +266,13 @@ def positive_index(name: str, value: int) -> int:
 
 
 def interval(name: str, value: tuple[float, float], low: float, *, open_low: bool = False) -> tuple[float, float]:
-    """Two numbers, ascending."""
+    """Two numbers in ascending order."""
     if not isinstance(value, (tuple, list)) or len(value) != 2:
         raise TypeError(f"{name}: expected two numbers, got {value!r}")
-    number(f"{name}[0]", value[0], low, open_low=open_low)
-    number(f"{name}[1]", value[1], value[0], open_low=open_low)
-    return tuple(value)
+    first, second = value
+    number(f"{name}[0]", first, low, open_low=open_low)
+    number(f"{name}[1]", second, first, open_low=open_low)
+    return first, second
 
 
 def cross_entropy_options(
@@ -285,25 +289,29 @@ def reduction(value: str, exclusive_weight: float) -> None:
         raise ValueError(f"reduction: expected one of {', '.join(map(repr, REDUCTIONS))}, got {value!r}")
     if value == "none" and exclusive_weight > 0:
         raise ValueError(
-            "exclusive_weight: expected 0 with reduction='none', because the exclusive term belongs to no sample; "
-            "add fused_margin.functional.exclusive_regularization(weight) to the reduced loss instead"
+            f"exclusive_weight: expected 0 with reduction='none', got {exclusive_weight}: the exclusive term is not a sum "
+            "over samples. Add fused_margin.functional.exclusive_regularization(weight) to the reduced loss"
         )
 
 
 def set_debug(enabled: bool) -> None:
-    """With ``enabled``, every CUDA call waits for its kernels and reports a bad label itself, not the next call.
+    """Switches debug mode: a CUDA call then waits for its kernels and reports its own bad labels.
 
-    Costs a host synchronisation per call. CPU calls always report at once.
+    Without debug mode the next call reports them. Debug mode costs a host synchronisation per call. CPU calls always
+    report their own bad labels.
+
+    Args:
+        enabled: True switches debug mode on, False off.
     """
     global _debug
     _debug = bool(enabled)
 
 
 def bad_label_buffer(device: torch.device) -> Tensor:
-    """One int64 that host and device both see, 0 until a kernel reports a label outside [0, num_classes) in it."""
+    """A (1,) int64 tensor shared by host and device: 0, until a kernel writes a label outside [0, num_classes) to it."""
     if device.type != "cuda":
         return torch.zeros(1, dtype=torch.int64, device="cpu")
-    if device not in _bad_label_buffers:  # setdefault: threads that find none at the same time use the same one
+    if device not in _bad_label_buffers:  # setdefault, so that concurrent threads use the same buffer
         _bad_label_buffers.setdefault(device, torch.zeros(1, dtype=torch.int64, device="cpu", pin_memory=True))
     reported = _bad_label_buffers[device]
     where = "in an earlier call (fused_margin.set_debug(True) reports it in its own call)"
@@ -312,7 +320,7 @@ def bad_label_buffer(device: torch.device) -> Tensor:
 
 
 def bad_label(reported: Tensor, device: torch.device, where: str, *, earlier: bool = False) -> None:
-    """After the kernel that reads the labels: at once on the CPU; on CUDA one call later, without a host synchronisation."""
+    """Raises for a label that a kernel reported: at once on the CPU; on CUDA one call later, without synchronizing."""
     if device.type == "cuda" and not earlier:
         if not _debug:
             return

@@ -1,4 +1,4 @@
-"""The program `fused-margin`: runs the module in `fused_margin.commands` that has the name of the subcommand."""
+"""The program `fused-margin`: runs the module of `fused_margin.commands` with the name of the subcommand."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from collections.abc import Sequence
 from importlib.metadata import version
 
 COMMANDS = {
-    "info": "show the version and what this build can do",
-    "train": "train and verify a network; without options in minutes on two CPU cores",
+    "info": "show the version and the kernels of this build",
+    "train": "train and verify a network; the defaults take minutes on two CPU cores",
     "evaluate": "evaluate a trained network, or features from a file, under a named protocol",
     "export": "write a trained network as PyTorch weights and as ONNX",
     "compare": "train several losses with the same settings and write a table of their results",
-    "consolidate": "merge a checkpoint that several ranks have written into one file",
+    "consolidate": "merge a checkpoint written by several ranks into one file",
     "figure": "draw the 2-d embeddings that losses learn for a few digits",
     "align": "align faces to a template by their five landmarks",
-}  # name and help. `main` of the module takes the arguments and returns the exit code.
+}  # Name and help. The `main` of the module takes the arguments and returns the exit code.
 
 EXTRAS = {
     "lightning": ("lightning", "trainer"),
@@ -35,11 +35,11 @@ EXTRAS = {
     "onnx": ("onnx", "export"),
     "onnxruntime": ("onnxruntime", "export"),
     "onnxscript": ("onnxscript", "export"),
-}  # module: its package, and the extra that installs it
+}  # Package of a module, and the extra that installs it.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand; returns the exit code."""
+    """Runs one subcommand, and returns the exit code."""
     parser = argparse.ArgumentParser(prog="fused-margin", description="Fused margin losses for face recognition.")
     parser.add_argument("--version", action="version", version=f"fused-margin {version('fused_margin')}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
@@ -53,12 +53,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         command = importlib.import_module(f"fused_margin.commands.{known.command}")
     except ModuleNotFoundError as error:
-        return _missing(known.command, error)
+        return _report_missing_module(known.command, error)
     return command.main(rest)
 
 
-def _missing(command: str, error: ModuleNotFoundError) -> int:
-    """Print which package and extra `command` needs; other missing modules are raised."""
+def _report_missing_module(command: str, error: ModuleNotFoundError) -> int:
+    """Prints which package and extra `command` needs. Raises the error again if another module is missing."""
     module = (error.name or "").partition(".")[0]
     if module not in EXTRAS:
         raise error

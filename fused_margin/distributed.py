@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,10 +16,10 @@ from torch import Tensor
 
 
 def slice_of(num_classes: int, rank: int, world_size: int) -> tuple[int, int]:
-    """First class of a rank and the first class after its slice; the first C % world_size ranks have one class more."""
-    share, more = divmod(num_classes, world_size)
-    begin = rank * share + min(rank, more)
-    return begin, begin + share + (rank < more)
+    """First class of a rank, and the first class after its slice. The first C % world_size ranks have one more class."""
+    share, remainder = divmod(num_classes, world_size)
+    begin = rank * share + min(rank, remainder)
+    return begin, begin + share + (rank < remainder)
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,19 +28,24 @@ class Shard:
 
     Args:
         num_classes: C, over all ranks.
-        group: process group whose ranks have different samples; every rank must make every call. None: one rank.
-        sample_rate: share of its classes that a rank takes at a step: the classes of the samples, and others drawn at
-            random.
+        group: process group whose ranks have different samples. Every rank must make every call. None means one rank.
+        sample_rate: share of a rank's classes that take part in a step: the classes of the samples, and other classes
+            drawn at random.
 
     Attributes:
-        name: of the group, for the ops, whose arguments cannot be groups; empty without a group.
-        rank, world_size: of this process in the group.
+        name: name of the group, empty without a group. The ops take the name, because they cannot take a group.
+        rank, world_size: rank of this process in the group, and number of ranks.
         begin, size: first class of this rank, and its number of classes.
     """
 
     num_classes: int
     group: dist.ProcessGroup | None = None
     sample_rate: float = 1.0
+    rank: int = field(init=False, repr=False)
+    world_size: int = field(init=False, repr=False)
+    name: str = field(init=False, repr=False)
+    begin: int = field(init=False, repr=False)
+    size: int = field(init=False, repr=False)
 
     def __post_init__(self):
         rank, world_size, name = 0, 1, ""
@@ -48,10 +53,10 @@ class Shard:
             rank, world_size, name = dist.get_rank(self.group), dist.get_world_size(self.group), self.group.group_name
             _groups[name] = self.group
         begin, end = slice_of(self.num_classes, rank, world_size)
-        for field, value in (
+        for attribute, value in (
             ("rank", rank), ("world_size", world_size), ("name", name), ("begin", begin), ("size", end - begin)
         ):  # fmt: skip
-            object.__setattr__(self, field, value)
+            object.__setattr__(self, attribute, value)
 
     @property
     def sizes(self) -> list[int]:
@@ -63,13 +68,13 @@ class Shard:
         return self  # a process group cannot be copied
 
     def all_gather(self, rows: Tensor) -> Tensor:
-        """(R, ...) of every rank, R the same on all, as (world_size, R, ...)."""
+        """Gathers the rows (R, ...) of every rank, with the same R, as (world_size, R, ...)."""
         gathered, wait = self.start_all_gather(rows)
         wait()
         return gathered
 
     def start_all_gather(self, rows: Tensor) -> tuple[Tensor, Callable[[], Any]]:
-        """As `all_gather`, but the result may be read only after the returned function was called."""
+        """As `all_gather`, but the result may be read only after calling the returned function."""
         if self.group is None:
             return rows.unsqueeze(0), lambda: None
         gathered = rows.new_empty(self.world_size, *rows.shape)
@@ -106,25 +111,25 @@ class Shard:
         """Sends `sent[r]` of the rows, in order, to rank r; returns the rows of the other ranks, in the order of ranks."""
         if self.group is None:
             return rows
-        arrived = rows.new_empty(sum(received), *rows.shape[1:])
-        dist.all_to_all_single(arrived, rows.contiguous(), received, sent, group=self.group)
-        return arrived
+        output = rows.new_empty(sum(received), *rows.shape[1:])
+        dist.all_to_all_single(output, rows.contiguous(), received, sent, group=self.group)
+        return output
 
     def iter_shards(
-        self, own: list[Tensor], counts: list[int], most: int | None = None
+        self, own: list[Tensor], counts: list[int], block_rows: int | None = None
     ) -> Iterator[tuple[int, list[Tensor]]]:
-        """Rows of every rank in turn, on all ranks: (owner, rows of each tensor).
+        """Iterates over the rows of every rank, on all ranks: (owner, rows of each tensor).
 
         Args:
             own: this rank's (R, ...) tensors, `counts[rank]` rows each.
             counts: number of rows of every rank, the same on all ranks.
-            most: maximum number of rows per block. At most two remote blocks are resident.
+            block_rows: maximum number of rows per block. At most two remote blocks are resident.
         """
-        most = most or max(1, *counts)
+        block_rows = block_rows or max(1, *counts)
         blocks = [
-            (owner, begin, min(begin + most, count))
+            (owner, begin, min(begin + block_rows, count))
             for owner, count in enumerate(counts)
-            for begin in range(0, count, most)
+            for begin in range(0, count, block_rows)
         ]
 
         def start(owner: int, begin: int, end: int) -> tuple[list[Tensor], list[dist.Work | None]]:
@@ -132,17 +137,17 @@ class Shard:
             rows = [t[begin:end].contiguous() if local else t.new_empty(end - begin, *t.shape[1:]) for t in own]
             return rows, [self.broadcast(t, owner) for t in rows]
 
-        started = start(*blocks[0]) if blocks else None
+        started = [start(*block) for block in blocks[:1]]
         for k, (owner, *_) in enumerate(blocks):
-            rows, pending = started
-            started = start(*blocks[k + 1]) if k + 1 < len(blocks) else None
+            rows, pending = started.pop()
+            started += [start(*block) for block in blocks[k + 1 : k + 2]]
             for work in pending:
                 if work is not None:
                     work.wait()
             yield owner, rows
 
     def gather_classes(self, rows: Tensor) -> Tensor:
-        """(C, ...) from the rows (C_rank, ...) of every rank's classes, on all ranks: for small rows."""
+        """Gathers the rows (C_rank, ...) of every rank's classes as (C, ...), on all ranks. For small rows."""
         if self.group is None:
             return rows
         sizes = self.sizes
@@ -153,9 +158,8 @@ class Shard:
         """The rows of all classes on the first rank's CPU, one shard at a time; None on the other ranks."""
         if self.group is None:
             return rows.cpu()
-        each = self.all_reduce_max(
-            torch.tensor(rows.shape[0] // self.size if self.size else 0, device=rows.device)
-        ).item()
+        rows_per_class = torch.tensor(rows.shape[0] // self.size if self.size else 0, device=rows.device)
+        most_rows_per_class = int(self.all_reduce_max(rows_per_class))
         if self.rank:
             if self.size:
                 dist.send(rows.contiguous(), dist.get_global_rank(self.group, 0), group=self.group)
@@ -164,53 +168,54 @@ class Shard:
         for owner in range(1, self.world_size):
             begin, end = slice_of(self.num_classes, owner, self.world_size)
             if end > begin:
-                arrived = rows.new_empty((end - begin) * each, *rows.shape[1:])
-                dist.recv(arrived, dist.get_global_rank(self.group, owner), group=self.group)
-                parts.append(arrived.cpu())
+                part = rows.new_empty((end - begin) * most_rows_per_class, *rows.shape[1:])
+                dist.recv(part, dist.get_global_rank(self.group, owner), group=self.group)
+                parts.append(part.cpu())
         return torch.cat(parts)
 
     def local_part(self, rows: Tensor) -> Tensor:
-        """This rank's rows, from those of all classes."""
-        each = rows.shape[0] // self.num_classes
-        return rows[self.begin * each : (self.begin + self.size) * each]
+        """This rank's rows of the rows of all classes."""
+        rows_per_class = rows.shape[0] // self.num_classes
+        return rows[self.begin * rows_per_class : (self.begin + self.size) * rows_per_class]
 
-    def sharded_tensor(self, rows: Tensor) -> Tensor:
-        """A rank's rows (a multiple of its classes) as its part of those of all classes, for torch.distributed.checkpoint.
+    def sharded_tensor(self, rows: Tensor) -> Any:
+        """This rank's rows, a multiple of its classes, as its part of a ShardedTensor over the rows of all classes.
 
-        ``dcp.save`` writes each part from its rank; ``dcp.load`` fills `rows` in place, whatever ranks had written.
+        For torch.distributed.checkpoint: ``dcp.save`` writes each part from its rank; ``dcp.load`` fills `rows` in place,
+        for any number of ranks that wrote the checkpoint. Without a group, `rows` itself is returned.
         """
         if self.group is None:
             return rows
-        # Imported here, because not every build of torch has them; DTensor, their successor, divides rows differently.
+        # Imported here, because not every build of torch has these. DTensor, their successor, divides rows differently.
         from torch.distributed._shard.metadata import ShardMetadata
         from torch.distributed._shard.sharded_tensor import Shard as LocalShard
         from torch.distributed._shard.sharded_tensor import ShardedTensor
 
-        each = rows.shape[0] // self.size if self.size else 1
-        offsets = [self.begin * each, *[0] * (rows.dim() - 1)]
+        rows_per_class = rows.shape[0] // self.size if self.size else 1
+        offsets = [self.begin * rows_per_class, *[0] * (rows.dim() - 1)]
         placement = f"rank:{dist.get_rank()}/{rows.device}"
         parts = [LocalShard(rows, ShardMetadata(offsets, list(rows.shape), placement))] if self.size else []
-        most = self.all_reduce_max(torch.tensor(each, device=rows.device)).item()
-        total = [self.num_classes * most, *rows.shape[1:]]
+        most_rows_per_class = int(self.all_reduce_max(torch.tensor(rows_per_class, device=rows.device)))
+        total = [self.num_classes * most_rows_per_class, *rows.shape[1:]]
         return ShardedTensor._init_from_local_shards(parts, total, process_group=self.group)
 
 
-# The groups of all shards, by name. torch has such a table too, but no public function that reads it.
+# The groups of all shards, by name. torch has such a table, but no public function to read it.
 _groups: weakref.WeakValueDictionary[str, dist.ProcessGroup] = weakref.WeakValueDictionary()
 
 
 def named_shard(name: str, num_classes: int) -> Shard:
-    """The shard of an op's arguments: a group's name (empty: one rank), and C."""
+    """The shard of an op's arguments: the name of a group (empty for one rank), and C."""
     if name and name not in _groups:
         raise RuntimeError(f"shard: the process group {name!r} was destroyed")
     return Shard(num_classes, _groups[name] if name else None)
 
 
 def padded(rows: Tensor, count: int) -> Tensor:
-    """The rows, followed by rows of zeros up to `count`."""
+    """The rows, followed by zero rows up to `count`."""
     return torch.cat([rows, rows.new_zeros(count - len(rows), *rows.shape[1:])]) if len(rows) < count else rows
 
 
-# Their names from torch 2.13 on, and before.
+# torch 2.13 renamed these collectives.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor

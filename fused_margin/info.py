@@ -1,6 +1,7 @@
 """The version, and the properties of this build."""
 
 from importlib.metadata import version
+from typing import Any
 
 import torch
 
@@ -10,17 +11,17 @@ from fused_margin._ops.backends import select
 __version__ = version("fused_margin")
 
 
-def build_info() -> dict:
-    """Version, CPU instruction set in use, CUDA build, and the kernels that serve each device.
+def build_info() -> dict[str, Any]:
+    """The version, the CPU instruction set in use, the CUDA build, and the kernels that serve each device.
 
     Returns:
         dict with ``version``; ``cpu``: ``capability`` ("avx512", "avx2" or "plain") and ``best_capability``; ``cuda``:
-        ``compiled``, ``architectures`` and ``toolkit`` (of the build), ``available`` (a device torch can use now);
-        ``kernels``: by device, what its matrix products and the kernels around them are.
+        ``compiled``, ``architectures`` and ``toolkit`` of the build, and ``available``, whether torch can use a CUDA
+        device; ``kernels``: a description of the matrix products and kernels of each device.
     """
     architectures = [a for a in _C.cuda_architectures.split(",") if a]
     capability = _C.cpu.capability().name
-    kernels = {"cpu": f"{capability} kernels around torch.mm"}
+    kernels: dict[str, str | list[str]] = {"cpu": f"{capability} kernels around torch.mm"}
     if architectures:
         kernels["cuda"] = select.describe()
     return {

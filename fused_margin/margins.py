@@ -16,7 +16,7 @@ GRADIENT = ("exact", "straight_through")
 
 
 def warn(message: str) -> None:
-    """A warning that names the caller's line: the first one outside this package and torch.nn."""
+    """Warns at the line of the caller: the first frame outside this package and torch.nn."""
     level = 2
     frame = sys._getframe(1)
     while frame.f_back is not None and f"{frame.f_globals.get('__name__')}.".startswith(("fused_margin.", "torch.nn.")):
@@ -25,6 +25,7 @@ def warn(message: str) -> None:
 
 
 def warn_of_degrees(name: str, value: float) -> None:
+    """Warns of a margin above pi, which is probably in degrees."""
     if abs(value) > math.pi:
         warn(
             f"{name} {value:g} is an angle above pi: margins are in radians "
@@ -41,6 +42,9 @@ def minimum_scale(num_classes: int, probability: float) -> float:
         num_classes: C, 2 or more.
         probability: P, between 1 / C and 1.
 
+    Returns:
+        The scale.
+
     Raises:
         ValueError: for numbers out of range.
     """
@@ -52,19 +56,19 @@ def minimum_scale(num_classes: int, probability: float) -> float:
     return others / num_classes * math.log(others * probability / (1 - probability))
 
 
-# The combined margins of the ArcFace paper (arXiv:1801.07698, table 2), as CombinedMarginLoss takes them.
+# The combined margins of the ArcFace paper (arXiv:1801.07698, table 2), as arguments of CombinedMarginLoss.
 CM1 = {"m1": 1.0, "m2": 0.3, "m3": 0.2}
 CM2 = {"m1": 0.9, "m2": 0.4, "m3": 0.15}
 
 
 @dataclass(frozen=True)
 class HardNegatives:
-    """Other classes nearer than ``threshold`` weigh more: their cosine becomes ``cos * (strength + cos)``.
+    """Weights hard negatives: a cosine above ``threshold`` to another class becomes ``cos * (strength + cos)``.
 
-    (CurricularFace, arXiv:2004.00288, eq. 6.) No gradient flows to either number.
+    CurricularFace (arXiv:2004.00288, eq. 6). No gradient flows to ``threshold`` or ``strength``.
 
     Args:
-        threshold: (N,) tensor, cosine: the target's own after its margin, in the paper.
+        threshold: (N,) tensor of cosines. In the paper it is the target's cosine after the margin.
         strength: t of the paper, a number or a tensor with one element.
     """
 
@@ -74,12 +78,12 @@ class HardNegatives:
 
 @dataclass(frozen=True)
 class FilteredNegatives:
-    """Other classes whose cosine is above ``threshold`` count as if it were 0, and have no gradient.
+    """Filters hard negatives: a cosine above ``threshold`` to another class becomes 0, without a gradient.
 
-    (InsightFace's ``interclass_filtering_threshold``, for noisy labels: a class so near may be the same person.)
+    InsightFace's ``interclass_filtering_threshold``, for noisy labels: a class that near may be the same person.
 
     Args:
-        threshold: a number in (0, 1]; no cosine is above 1.
+        threshold: cosine, a number in (0, 1]. 1 filters nothing.
     """
 
     threshold: float
@@ -87,26 +91,27 @@ class FilteredNegatives:
 
 @dataclass(frozen=True)
 class Margin:
-    """The margin applied to the target's angle: ``psi(theta) = cos(m1 * theta + m2) - m3``.
+    """The margin on the target's angle: ``psi(theta) = cos(m1 * theta + m2) - m3``.
 
-    Each of ``m1``, ``m2``, ``m3`` and ``annealing`` is a number or an ``(N,)`` tensor, one value per sample;
-    tensors are differentiable.
+    Each of ``m1``, ``m2``, ``m3`` and ``annealing`` is a number or an ``(N,)`` tensor with one value per sample.
+    Tensors are differentiable.
 
     Args:
         m1: factor on the angle (SphereFace, arXiv:1704.08063, eq. 7). Default 1.
         m2: angle added, in radians (ArcFace, arXiv:1801.07698, eq. 3). Default 0.
         m3: cosine subtracted (CosFace, arXiv:1801.09414, eq. 4). Default 0.
-        beyond_pi: what psi is where ``phi = m1 * theta + m2`` passes pi. ``"monotone"`` continues it as SphereFace
-            does, ``(-1)^k cos(phi) - 2k - m3`` with ``k = floor(phi / pi)``; ``"linear"`` is ArcFace's published
-            fallback ``cos(theta) - m2 * sin(m2)``; ``"none"`` stays with ``cos(phi) - m3``.
+        beyond_pi: definition of psi where ``phi = m1 * theta + m2`` exceeds pi. ``"monotone"``: SphereFace's
+            continuation, ``(-1)^k cos(phi) - 2k - m3`` with ``k = floor(phi / pi)``. ``"linear"``: ArcFace's published
+            fallback, ``cos(theta) - m2 * sin(m2)``. ``"none"``: ``cos(phi) - m3``.
         easy: apply the margin only where ``cos(theta) > 0``.
-        gradient: ``"exact"``, with the limit where theta is 0 or pi; where there is none (``m2 > 0`` at theta = 0)
-            sin(theta) is held at the square root of the dtype's epsilon (float32: 3.5e-4). ``"straight_through"`` takes dpsi/dcos = 1, as InsightFace trains.
-        annealing: SphereFace's lambda: the target cosine used is ``(annealing * cos(theta) + psi) / (1 + annealing)``.
+        gradient: ``"exact"``: the derivative of psi, and its limit where theta is 0 or pi. Where the limit is infinite
+            (``m2 > 0`` at theta = 0), sin(theta) is bounded below by the square root of the dtype's epsilon (float32:
+            3.5e-4). ``"straight_through"``: dpsi/dcos = 1, as in InsightFace.
+        annealing: lambda of SphereFace: the target cosine is ``(annealing * cos(theta) + psi) / (1 + annealing)``.
 
     Raises:
-        ValueError: for a number that is NaN, infinite or (m1, annealing) out of range, or an unknown mode.
-        TypeError: for a margin that is neither a number nor a tensor.
+        ValueError: for a number that is NaN, infinite or out of range (``m1``, ``annealing``), or an unknown mode.
+        TypeError: for a value that is neither a number nor a tensor.
     """
 
     m1: float | Tensor = 1.0
@@ -122,17 +127,17 @@ class Margin:
         _checks.one_of("beyond_pi", self.beyond_pi, BEYOND_PI)
         _checks.one_of("gradient", self.gradient, GRADIENT)
         if is_number(self.m2) and abs(self.m2) > math.pi and not torch.compiler.is_compiling():
-            maker = sys._getframe(2).f_globals.get("__name__", "")  # frame 1 is the generated __init__
-            if maker.partition(".")[0] != "fused_margin":  # a loss has warned when its margin was set
+            caller = sys._getframe(2).f_globals.get("__name__", "")  # frame 1 is the generated __init__
+            if caller.partition(".")[0] != "fused_margin":  # a loss warns when its margin is set
                 warn_of_degrees("m2", self.m2)
 
 
 def psi(cosine: Tensor, margin: Margin) -> Tensor:
-    """The target cosine (N,) after a margin, without annealing; any dtype, gradients by autograd.
+    """The target cosine (N,) after a margin, without annealing, in any dtype. Autograd differentiates it.
 
     Args:
         cosine: (N,) cosines to the targets.
-        margin: with numbers, or (N,) tensors.
+        margin: a margin of numbers or (N,) tensors.
     """
     cosine = cosine.clamp(-1.0, 1.0)
     phi = margin.m1 * torch.acos(cosine) + margin.m2

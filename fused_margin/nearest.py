@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fused_margin import _checks
-from fused_margin._ops import library
+from fused_margin._ops import collectives, library
 from fused_margin._ops.backends.select import select_backend
 from fused_margin._ops.inputs import MIB, PORTABLE, LossInputs, compute_dtype
 from fused_margin._ops.nearest.library import nearest_rows
@@ -17,11 +17,15 @@ METRICS = ("cosine", "inner_product")
 
 
 class NearestClass(NamedTuple):
+    """Result of :func:`nearest_class`."""
+
     cosine: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # the public name, although tuples have a method index
 
 
 class Separability(NamedTuple):
+    """Result of :func:`separability`."""
+
     mean: float
     std: float
 
@@ -35,41 +39,44 @@ def nearest_class(
     shard: Shard | None = None,
     workspace_mb: float = 256,
 ) -> NearestClass:
-    """The rows that point most nearly the same way: of every class the nearest others, or of every query references.
+    """Searches for the k nearest other classes of every class, or the k nearest references of every query.
 
-    Exact: products screen, in int8 where the processor has instructions for it, and rows that they cannot tell apart
-    are compared in float64 (on the CPU, and wherever there is a ``reference`` or ``k > 1``). Hard identities are the
-    nearest of a class; identities that were labelled twice are classes whose cosine is above what two people have.
+    The search is exact on the CPU, and on every device with a ``reference`` or ``k > 1``: candidates are selected by
+    matrix products (in int8 on processors with instructions for it), and candidates too close to distinguish are
+    compared in float64. The nearest classes of a class are its hardest negatives. A very high cosine between two
+    classes suggests that they are one identity with two labels.
 
     Args:
-        query: (C, D) class weights, or other rows; C >= 2 without a reference. Need not be normalised.
-        reference: (R, D) rows to look among; None: the other rows of ``query``.
-        k: how many, at most 32, and at most as many as there are.
-        metric: ``"cosine"``, or ``"inner_product"``: the largest ``query_i . reference_j``, with their lengths.
-        shard: which of the classes ``query`` holds, if they are divided among ranks; others are then looked for on
-            all of them, and ``index`` counts over all. Shards go round, two at a time on every rank; on the CPU the
-            result is that of one device, bit for bit. For the nearest other class by cosine only.
-        workspace_mb: bound on scratch memory in MiB; int8 takes a byte an entry of the rows, and is used where that fits.
+        query: (C, D) class weights or other rows; C >= 2 without a reference. They need not be normalised.
+        reference: (R, D) rows to search. None searches the other rows of ``query``.
+        k: number of nearest rows, at most 32 and at most the number of rows that are searched.
+        metric: ``"cosine"``, or ``"inner_product"`` for the largest ``query_i . reference_j`` of unnormalised rows.
+        shard: the slice of the classes in ``query``, if classes are divided among ranks. The search is then over the
+            classes of all ranks, and so is ``index``. At most two remote blocks of classes are resident on a rank. On
+            the CPU the result equals that of one device, bit for bit. Supports only k = 1, ``"cosine"`` and no reference.
+        workspace_mb: bound on scratch memory in MiB. int8 codes take one byte per element of the rows, and are used if
+            they fit.
 
     Returns:
-        ``NearestClass(cosine, index)``, both (C,), or (C, k) for k > 1, in descending order (inner products, if those
-        are asked for). Ties go to the lowest index. A row with NaN has cosine NaN, and is no row's nearest; so has a float64
-        row of a norm above 1e154. Inner products may be as large as their dtype allows: rows with elements beyond 2^55 are
-        copied as float64. ``cosine`` of the nearest other class is differentiable; for all else
-        take the rows of ``index`` and multiply.
+        ``NearestClass(cosine, index)``, both (C,), or (C, k) for k > 1, in descending order. With
+        ``metric="inner_product"``, ``cosine`` holds inner products. The lowest index wins a tie. A row that contains NaN,
+        or a float64 row with a norm above 1e154, has cosine NaN and is never the nearest of another row. Inner products
+        may be as large as their dtype allows; rows with elements above 2^55 are copied as float64. ``cosine`` is
+        differentiable for k = 1, ``"cosine"`` and no reference. Otherwise, multiply by the rows of ``index`` for a
+        differentiable result.
 
     Raises:
-        ValueError, TypeError: for wrong shapes, dtypes or devices, fewer than two classes, k out of range.
-        RuntimeError: for CUDA tensors with a reference, k > 1 or inner products, which run on the CPU only yet, and for
-            these where torch.func differentiates.
+        ValueError, TypeError: for wrong shapes, dtypes or devices, fewer than two classes, or k out of range.
+        RuntimeError: for a reference, k > 1 or inner products, with CUDA tensors on a compute capability without the
+            exact search (see :func:`fused_margin.build_info`), or under a torch.func derivative.
     """
     _checks.number("workspace_mb", workspace_mb, 0.0, open_low=True)
     _checks.one_of("metric", metric, METRICS)
     _checks.positive_index("k", k)
-    plain = reference is None and k == 1 and metric == "cosine"
+    is_differentiable = reference is None and k == 1 and metric == "cosine"
     if shard is not None:
-        if not plain:
-            raise ValueError("shard: expected None with a reference, k > 1 or inner products: those are of one device")
+        if not is_differentiable:
+            raise ValueError(f"shard: expected None with a reference, k > 1 or inner products, got {shard}")
         if _checks.shard(shard, query, 1, 0.0) < 2:
             _checks.class_weights(query, at_least=2)
         return differentiable_nearest(query, None, shard, workspace_mb)
@@ -82,10 +89,12 @@ def nearest_class(
         _checks.same_device("reference", reference, query)
         others = len(reference)
         if reference.shape[1] != query.shape[1]:
-            raise ValueError(f"reference: expected (R, {query.shape[1]}), as query, got {tuple(reference.shape)}")
+            raise ValueError(
+                f"reference: expected shape (R, {query.shape[1]}) as query has, got {tuple(reference.shape)}"
+            )
     if k > min(MOST_NEAREST, others):
         raise ValueError(f"k: expected at most {min(MOST_NEAREST, others)}, got {k}")
-    if plain:
+    if is_differentiable:
         return differentiable_nearest(query, None, None, workspace_mb)
     _checks.searched_device("query", query)
     refuse_derivative(query, reference)
@@ -99,7 +108,7 @@ def nearest_class(
 
 
 def refuse_derivative(query: Tensor, reference: Tensor | None) -> None:
-    """An error where torch.func would differentiate cosines that have no derivative: it would be 0."""
+    """Raises RuntimeError if torch.func differentiates the result, which would silently have the derivative 0."""
     if torch.compiler.is_compiling():
         return
     try:
@@ -107,14 +116,14 @@ def refuse_derivative(query: Tensor, reference: Tensor | None) -> None:
     except RuntimeError as error:
         raise RuntimeError(
             "nearest_class: with a reference, k > 1 or inner products its results have no derivative; call it with "
-            "detached rows, take the rows of index and multiply"
+            "detached rows, and multiply by the rows of index"
         ) from error
 
 
 def differentiable_nearest(
     weight: Tensor, known: NearestClass | None, shard: Shard | None, workspace_mb: float
 ) -> NearestClass:
-    """Differentiable cosines to the nearest other classes, of all ranks, found here if they are not known."""
+    """Differentiable cosines to the nearest other classes of all ranks; searches for these unless they are known."""
     group, classes = ("", len(weight)) if shard is None else (shard.name, shard.num_classes)
     if shard is not None:
         _checks.not_meta(weight)
@@ -132,20 +141,20 @@ def differentiable_nearest(
 def exclusive_regularization(
     weight: Tensor, *, nearest: NearestClass | None = None, shard: Shard | None = None, workspace_mb: float = 256
 ) -> Tensor:
-    """RegularFace's exclusive term: mean over the classes of the cosine to the nearest other class.
+    """RegularFace's exclusive term: the mean over the classes of the cosine to the nearest other class.
 
-    ``1/C * sum_j max_{k != j} w_j . w_k`` with unit-length rows (RegularFace, CVPR 2019, eq. 8). Time is that of half
-    of W @ W.T, in int8 where that is fastest; memory O(C * D), never O(C^2).
+    ``1/C * sum_j max_{k != j} w_j . w_k`` with unit-length rows (RegularFace, CVPR 2019, eq. 8). It takes the time of
+    half of W @ W.T, in int8 where that is fastest, and O(C * D) memory.
 
     Args:
-        weight: (C, D), C >= 2; need not be normalised.
-        nearest: every class's nearest other, where they are known already; their cosines are taken as they are, and
-            differentiated. Where classes are divided, of the own ones, with numbers over all.
-        shard: as in :func:`nearest_class`; every rank gets the mean over all classes.
+        weight: (C, D), C >= 2. Rows need not be normalised.
+        nearest: the nearest other class of every class, if it is known; the given cosines are used, and differentiated.
+            If classes are divided among ranks: of this rank's classes, with indices over all classes.
+        shard: as in :func:`nearest_class`. Every rank gets the mean over all classes.
         workspace_mb: bound on scratch memory in MiB.
 
     Returns:
-        Scalar, differentiable; float64 if ``weight`` is, else float32.
+        Differentiable scalar; float64 if ``weight`` is, else float32.
 
     Raises:
         ValueError, TypeError: for wrong shapes or dtypes, or fewer than two classes.
@@ -159,7 +168,7 @@ def exclusive_regularization(
         cosine = differentiable_nearest(weight, nearest, shard, workspace_mb).cosine
     if shard is None:
         return cosine.mean()
-    return library.all_reduce_forward(cosine.sum(), shard.name) / shard.num_classes
+    return collectives.all_reduce_forward(cosine.sum(), shard.name) / shard.num_classes
 
 
 @torch.no_grad()
@@ -167,11 +176,12 @@ def separability(weight: Tensor, *, workspace_mb: float = 256) -> Separability:
     """Mean and standard deviation of Sep_j, the cosine of class j to its nearest other class (RegularFace, eq. 5).
 
     Args:
-        weight: (C, D), C >= 2; need not be normalised.
+        weight: (C, D), C >= 2. Rows need not be normalised.
+        workspace_mb: bound on scratch memory in MiB.
 
     Returns:
-        ``Separability(mean, std)``, Python floats; std is that of the C values (divided by C). Lower is better
-        separated. Uniform random directions, C = 10,575 and D = 512, give 0.170 and 0.0134.
+        ``Separability(mean, std)``, Python floats. std is the population standard deviation (divided by C). A lower mean
+        is a better separation. Uniform random directions with C = 10,575 and D = 512 give 0.170 and 0.0134.
 
     Raises:
         ValueError, TypeError: for wrong shapes or dtypes, or fewer than two classes.

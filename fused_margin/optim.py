@@ -1,4 +1,9 @@
-"""Projected gradient for class weights: after every step each row is put back on the unit sphere."""
+"""Projected gradient descent for class weights: every step ends with a projection of each row onto the unit sphere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,27 +13,42 @@ from fused_margin import _checks
 
 @torch.no_grad()
 def project_(weight: Tensor) -> Tensor:
-    """Divides every row of weight (C, D) by its L2 norm, in place, and returns it. Zero rows stay zero."""
+    """Divides every row of weight (C, D) by its L2 norm, in place. Zero rows stay zero.
+
+    Args:
+        weight: (C, D).
+
+    Returns:
+        ``weight``.
+
+    Raises:
+        ValueError, TypeError: for a wrong shape or dtype.
+    """
     _checks.class_weights(weight, at_least=0)  # a rank may have no classes
-    norm = torch.linalg.vector_norm(weight, dim=1, keepdim=True, dtype=torch.float64)  # squares of 1e-25 count too
+    norm = torch.linalg.vector_norm(weight, dim=1, keepdim=True, dtype=torch.float64)  # no underflow of squares
     return weight.mul_(
         norm.masked_fill_(norm == 0, 1.0).reciprocal_().to(torch.promote_types(weight.dtype, torch.float32))
     )
 
 
 def start_momentum(optimizer: torch.optim.SGD, parameter: Tensor) -> None:
-    """Gives a parameter the momentum of zero that its first step would, so that a checkpoint can be loaded into it."""
+    """Gives a parameter a momentum buffer of zeros, as its first step does, so that a checkpoint can be loaded into it.
+
+    Args:
+        optimizer: an SGD optimizer of the parameter.
+        parameter: the parameter. Its momentum stays if it has one.
+    """
     state = optimizer.state[parameter]
     if state.get("momentum_buffer") is None:
         state["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 class ProjectedSGD(torch.optim.SGD):
-    """SGD whose every step ends on the unit sphere: ``W <- normalize(W - lr * update)`` (RegularFace, CVPR 2019, sec. 3.4).
+    """SGD with a projection onto the unit sphere: ``W <- normalize(W - lr * update)`` (RegularFace, CVPR 2019, sec. 3.4).
 
-    For the (C, D) class weights of a margin loss. Parameters of a group with ``project=False`` take a plain
-    SGD step, so that one optimizer can serve backbone and class weights. Where a gradient is sparse (a loss with
-    ``sample_rate < 1`` and ``sparse=True``) only its rows, and their momentum, take part in the step.
+    For the (C, D) class weights of a margin loss. Parameters of a group with ``project=False`` take a plain SGD step, so
+    that one optimizer can serve the backbone and the class weights. With a sparse gradient (of a loss with
+    ``sample_rate < 1`` and ``sparse=True``), the step changes only the gradient's rows and their momentum.
 
     Args:
         params: parameters or groups, as in ``torch.optim.SGD``.
@@ -38,7 +58,7 @@ class ProjectedSGD(torch.optim.SGD):
         ValueError: for a parameter to project that is not a matrix.
     """
 
-    def __init__(self, params, lr: float, momentum: float = 0.9, weight_decay: float = 0.0):
+    def __init__(self, params: Any, lr: float, momentum: float = 0.9, weight_decay: float = 0.0):
         super().__init__(params, lr=lr, momentum=momentum, weight_decay=weight_decay)
 
     def add_param_group(self, param_group: dict) -> None:
@@ -52,7 +72,15 @@ class ProjectedSGD(torch.optim.SGD):
         for group in self.param_groups:
             group.setdefault("project", True)
 
-    def step(self, closure=None):
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Makes one step.
+
+        Args:
+            closure: as in ``torch.optim.SGD``.
+
+        Returns:
+            The closure's loss, or None.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -63,14 +91,14 @@ class ProjectedSGD(torch.optim.SGD):
             for p in group["params"]:
                 if p in sparse:
                     p.grad = sparse[p]
-                    self._step_rows(p, group)
+                    self._step_rows(p, sparse[p], group)
                 elif group["project"] and p.grad is not None:
                     project_(p)
         return loss
 
     def _take_sparse_gradients(self) -> dict[Tensor, Tensor]:
-        """Sparse gradients by parameter, which has none afterwards: a dense step would move every row."""
-        sparse = {}
+        """Removes the sparse gradients from their parameters and returns them: a dense step would move every row."""
+        sparse: dict[Tensor, Tensor] = {}
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None and p.grad.is_sparse:
@@ -78,8 +106,9 @@ class ProjectedSGD(torch.optim.SGD):
         return sparse
 
     @torch.no_grad()
-    def _step_rows(self, p: Tensor, group: dict) -> None:
-        gradient = p.grad.coalesce()
+    def _step_rows(self, p: Tensor, gradient: Tensor, group: dict) -> None:
+        """Makes an SGD step of the rows of a sparse gradient."""
+        gradient = gradient.coalesce()
         rows, values = gradient.indices()[0], gradient.values()
         values = values + group["weight_decay"] * p[rows]
         if group["momentum"]:

@@ -1,7 +1,8 @@
-"""The plain PyTorch truth: every formula written out with whole N x C and C x C matrices, in any dtype.
+"""Reference implementation in plain PyTorch: every formula with whole N x C and C x C matrices, in any dtype.
 
-Slow and large on purpose, and the oracle of the tests in float64. Differentiable any number of times.
-Imports nothing but torch. Gradients are undefined (NaN) where a cosine is exactly +-1.
+The tests compare with it in float64. It is slow, needs O(N * C + C * C) memory, and can be differentiated any number of
+times. Gradients are undefined (NaN) for a cosine of exactly +-1. It imports only torch, so that it is independent of the
+code under test.
 """
 
 import math
@@ -63,15 +64,17 @@ def margin_cross_entropy(
     sub_centers: int = 1,
     hard_negatives: tuple[Tensor, float | None] | None = None,
 ) -> Tensor:
-    """As fused_margin.functional.margin_cross_entropy, with psi's arguments as a dict for the margin.
+    """As fused_margin.functional.margin_cross_entropy, except for two arguments.
 
-    hard_negatives is (threshold, strength), or (threshold, None) for FilteredNegatives.
+    Args:
+        margin: keyword arguments of :func:`psi`.
+        hard_negatives: (threshold, strength), or (threshold, None) for FilteredNegatives.
     """
     cosine = normalize(embeddings) @ normalize(weight).t()
     cosine = cosine.unflatten(1, (-1, sub_centers)).max(dim=2).values
     labels = labels.long()
     rows = torch.arange(len(labels), device=labels.device)
-    columns = labels.clamp(0, cosine.shape[1] - 1)  # an ignored label still needs a place to write
+    columns = labels.clamp(0, cosine.shape[1] - 1)  # an ignored label also needs a valid index
     target = psi(cosine[rows, columns], **(margin or {}))
     if hard_negatives is not None:
         threshold, strength = hard_negatives
@@ -100,7 +103,7 @@ def linear_cross_entropy(
     margin: dict | None = None,
     **cross_entropy_options,
 ) -> Tensor:
-    """As fused_margin.functional.linear_cross_entropy, with psi's arguments as a dict for the margin."""
+    """As fused_margin.functional.linear_cross_entropy, with the keyword arguments of :func:`psi` as ``margin``."""
     logits = F.linear(embeddings, weight, bias)
     if margin is not None:
         rows = torch.arange(len(labels), device=labels.device)

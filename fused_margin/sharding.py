@@ -1,4 +1,4 @@
-"""The name that version 0.1 had for fused_margin.distributed."""
+"""The name of fused_margin.distributed in version 0.1."""
 
 from fused_margin.distributed import Shard
 

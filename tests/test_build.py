@@ -102,8 +102,8 @@ def import_without_kernels(folder: Path, *copied: str) -> str:
 
 def test_importing_the_source_folder_names_it(tmp_path):
     message = import_without_kernels(tmp_path, "setup.py", "csrc")
-    assert f"{tmp_path} is fused_margin's source folder" in message
-    assert "Leave the folder" in message and "`pip install -e .`" in message
+    assert f"source folder {tmp_path}" in message
+    assert "run Python in another folder" in message and "`pip install -e .`" in message
 
 
 def test_broken_installation_is_not_called_a_source_folder(tmp_path):

@@ -217,7 +217,10 @@ def test_bad_input_raises_on_every_rank(ranks):
     with pytest.raises(RankError) as caught:
         ranks.run(bad_size, [(4,), (5,)])
     for rank in (0, 1):
-        assert f"rank {rank}: ValueError: embeddings: rank 0 has embedding_size 4, torch.float32" in str(caught.value)
+        assert (
+            f"rank {rank}: ValueError: embeddings: expected the same on all ranks, got embedding_size 4, torch.float32"
+            in str(caught.value)
+        )
     with pytest.raises(ValueError, match="weight: expected the 10 rows that rank 0 of 1 has of 10 classes, got 9"):
         fm.functional.margin_cross_entropy(
             torch.randn(3, 4), torch.randn(9, 4), torch.zeros(3, dtype=torch.int64), shard=Shard(10)

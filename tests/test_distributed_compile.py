@@ -7,7 +7,7 @@ import torch
 from loss_inputs import problem, relative_error
 
 import fused_margin as fm
-from fused_margin._ops import library
+from fused_margin._ops import collectives, library
 from fused_margin._ops.inputs import PORTABLE, LossInputs
 from fused_margin._ops.nearest import cache
 from fused_margin._ops.nearest import library as nearest_ops
@@ -123,10 +123,10 @@ def run_opcheck_of_other_ops(group):
     torch.library.opcheck(nearest_ops.certified_nearest, (weight, *state, 1 << 20, *place))
     index, age = torch.zeros(shard.size, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
     torch.library.opcheck(nearest_ops.periodic_nearest, (weight, index, age, 3, True, 1 << 20, *place))
-    for op in (library.all_reduce_forward, library.all_reduce_backward):
+    for op in (collectives.all_reduce_forward, collectives.all_reduce_backward):
         torch.library.opcheck(op, (torch.randn(3, dtype=torch.float64, requires_grad=True), shard.name))
     embeddings, labels = samples_of(group.rank())
-    torch.library.opcheck(library.divided_target_cosines, (embeddings, weight, labels, 1, -100, *place))
+    torch.library.opcheck(collectives.divided_target_cosines, (embeddings, weight, labels, 1, -100, *place))
 
 
 @pytest.mark.parametrize("world", [2, 4])

@@ -209,7 +209,10 @@ def test_different_rows_raise_on_every_rank(ranks):
     with pytest.raises(RankError) as caught:
         ranks.run(other_rows, [(4,), (5,)])
     for rank in (0, 1):
-        assert f"rank {rank}: ValueError: weight: rank 0 has embedding_size 4, torch.float32" in str(caught.value)
+        assert (
+            f"rank {rank}: ValueError: weight: expected the same on all ranks, got embedding_size 4, torch.float32"
+            in str(caught.value)
+        )
 
 
 def train(group, kind, refresh, weight, batches, folder=None, rate=1.0):

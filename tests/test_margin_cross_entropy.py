@@ -241,18 +241,18 @@ class TestExtremes:
     @staticmethod
     def slope(cosine, margin):
         """dpsi/dcos as computed by the fused kernel, from a two-class problem with one embedding at that angle."""
-        from fused_margin._ops import library
+        from fused_margin._ops import margin_rows
         from fused_margin.margins import BEYOND_PI
 
         one = torch.ones(1, dtype=torch.float64)
         settings = fm.Margin(**margin)
         values = [1.0, float(settings.m1), float(settings.m2), float(settings.m3), float(settings.annealing)]
         none = (None,) * 5
-        _, _, derivatives = library.margin_rows(
+        _, _, derivatives = margin_rows.margin_rows(
             one * 50, cosine.reshape(1), None, torch.tensor([0]), None, None, *none, values,
             BEYOND_PI.index(settings.beyond_pi), settings.easy, settings.gradient == "straight_through", 1e-8, None, 2, -100,
         )  # fmt: skip
-        return -derivatives[library.DERIVATIVES.index("target_cosine"), 0]
+        return -derivatives[margin_rows.DERIVATIVES.index("target_cosine"), 0]
 
     def test_gradient_is_zero_in_one_dimension(self):
         x, w, y = problem(16, 16, 1)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from loss_inputs import leaf, ours, problem
 
 import fused_margin as fm
-from fused_margin._ops import library
+from fused_margin._ops import library, margin_rows
 from fused_margin._ops.backends.select import PORTABLE
 from fused_margin._ops.class_pair_sums import other_class_sums
 from fused_margin._ops.inputs import ForwardOutput, LossInputs
@@ -88,12 +88,12 @@ def test_opcheck_margin_rows():
     class_weight = torch.rand(20, dtype=torch.float64)
     m2 = torch.rand(7, dtype=torch.float64, requires_grad=True)
     torch.library.opcheck(
-        library.margin_rows,
+        margin_rows.margin_rows,
         (*statistics, labels, class_weight, class_weight.sum(), None, None, m2, None, None, [64.0, 1.0, 0.0, 0.0, 0.0],
          0, False, False, 1e-8, torch.tensor(0.1, dtype=torch.float64), 20, -100),
     )  # fmt: skip
     torch.library.opcheck(
-        library.margin_rows_backward, (statistics[0].detach(), torch.randn(8, 7, dtype=torch.float64))
+        margin_rows.margin_rows_backward, (statistics[0].detach(), torch.randn(8, 7, dtype=torch.float64))
     )
 
 

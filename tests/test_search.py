@@ -94,7 +94,7 @@ def test_ties_zero_rows_and_nan(codes):
         (lambda w: nearest_class(w, k=0), ValueError, "k: "),
         (lambda w: nearest_class(w, k=33), ValueError, "k: expected at most 9, got 33"),
         (lambda w: nearest_class(w, torch.randn(50, 4), k=33), ValueError, "k: expected at most 32, got 33"),
-        (lambda w: nearest_class(w, torch.randn(5, 3)), ValueError, "reference: expected .R, 4."),
+        (lambda w: nearest_class(w, torch.randn(5, 3)), ValueError, "reference: expected shape .R, 4."),
         (lambda w: nearest_class(w, torch.randn(0, 4)), ValueError, "reference"),
         (lambda w: nearest_class(w, [1]), TypeError, "reference"),
         (lambda w: nearest_class(w, metric="dot"), ValueError, "metric: expected one of 'cosine', 'inner_product'"),

@@ -5,11 +5,13 @@ import io
 import pickle
 import warnings
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from loss_inputs import leaf, problem
+from mypy import api
 from torch import nn
 
 import fused_margin as fm
@@ -405,3 +407,16 @@ def test_small_scale_warns_when_set():
     with pytest.warns(UserWarning, match=r"scale 9 is below 9\.10") as caught:
         loss_fn.scale = 9
     assert caught[0].filename == __file__
+
+
+def test_misspelt_option_is_a_type_error(tmp_path, monkeypatch):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'scael'"):
+        fm.ArcFaceLoss(10, 4, scael=3)
+    monkeypatch.setenv("MYPYPATH", str(Path(fm.__file__).parents[1]))
+    program = tmp_path / "program.py"
+    program.write_text("import fused_margin as fm\n\nfm.ArcFaceLoss(10, 4, scale=3)\nfm.ArcFaceLoss(10, 4, scael=3)\n")
+    options = ("--follow-imports=silent", f"--cache-dir={tmp_path / 'cache'}", "--no-error-summary")
+    report, errors, status = api.run([*options, str(program)])
+    assert status == 1 and not errors
+    assert report.splitlines()[0].startswith(f'{program}:4: error: Unexpected keyword argument "scael"')
+    assert ":3:" not in report

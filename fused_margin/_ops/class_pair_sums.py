@@ -1,4 +1,6 @@
-"""Sums over all other classes of a function of the cosine: rows against class weights, tile by tile in bounded memory."""
+"""Sums over all other classes of a function of the cosine to their weights, in tiles of bounded memory."""
+
+from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
@@ -14,7 +16,7 @@ from fused_margin._ops.normalization import through_normalization, unit_rows
 
 
 class Function(NamedTuple):
-    """Of a tile of cosines, in place: its values, and its derivatives. eps bounds a derivative that has none at a pole."""
+    """A function of a tile of cosines, and its derivative, both in place. eps bounds the derivative at a pole."""
 
     value: Callable[[Tensor], Tensor]
     derivative: Callable[[Tensor, float], Tensor]
@@ -45,18 +47,19 @@ FUNCTIONS = {"angle": Function(_angle, _angle_derivative), "potential": Function
 def other_class_sums(
     rows: Tensor | None, weight: Tensor, own: Tensor | None, function: str, *, workspace_mb: float = 256
 ) -> Tensor:
-    """``sum_{j != own_i} f(cos(rows_i, weight_j))`` for every row, without ever holding all the cosines.
+    """``sum_{j != own_i} f(cos(rows_i, weight_j))`` for every row, computed in tiles of the cosines.
 
     Values are added in float64. A row shorter than 1e-12 counts as zero: its cosines and gradients are 0.
 
     Args:
-        rows: (R, D), need not be normalised; None for the class weights themselves, at half the work.
-        weight: (C, D), need not be normalised.
-        own: (R,) int64 classes to leave out, one a row; a number that is no class leaves none out. None with ``rows=None``.
-        function: ``"angle"``, arccos(cos), or ``"potential"``, 1 / (1 + d) with d = sqrt(2 - 2 cos) the distance of the
-            unit vectors. In the derivatives sin(theta) and d are held at the square root of the dtype's epsilon.
-        workspace_mb: bound on scratch memory in MiB; at least 64 rows and classes are always taken at a time. Gradients
-            take O((R + C) * D) beside it.
+        rows: (R, D), which need not be normalised. None uses the class weights, in half the time.
+        weight: (C, D), which need not be normalised.
+        own: (R,) int64 class to exclude from the sum of each row; an index out of range excludes none. None with
+            ``rows=None``.
+        function: ``"angle"``, arccos(cos), or ``"potential"``, 1 / (1 + d) with the distance d = sqrt(2 - 2 cos) of the
+            unit vectors. In the derivatives sin(theta) and d are bounded below by the square root of the dtype's epsilon.
+        workspace_mb: bound on scratch memory in MiB. A tile has at least 64 rows and classes. Gradients need
+            O((R + C) * D) more.
 
     Returns:
         (R,) float64, or (C,) with ``rows=None``; differentiable once.
@@ -68,6 +71,7 @@ def other_class_sums(
     if rows is not None:
         _checks.embeddings_for(rows, weight)
         _checks.per_sample_index("own", own, rows)
+    if own is not None:
         own = own.to(torch.int64)
     if function not in FUNCTIONS:
         raise ValueError(f"function: expected one of {', '.join(map(repr, FUNCTIONS))}, got {function!r}")
@@ -76,7 +80,7 @@ def other_class_sums(
 
 
 class Tile(NamedTuple):
-    """A block of the cosines. In a mirrored one, of weight with itself above the diagonal, each stands for two."""
+    """A block of the cosines. A mirrored tile is above the diagonal of W W^T, and also stands for its transpose."""
 
     rows: slice
     columns: slice
@@ -84,22 +88,22 @@ class Tile(NamedTuple):
 
 
 def tiles(rows: int, weight: Tensor, symmetric: bool, dtype: torch.dtype, workspace_bytes: int) -> Iterator[Tile]:
-    """All pairs once; of the symmetric ones, the tiles on the diagonal and above it."""
+    """Tiles that cover all pairs once. In the symmetric case, only the tiles on and above the diagonal."""
     classes, size = weight.shape
-    room = min(CHUNK_BYTES.get(weight.device.type, CHUNK_BYTES["cpu"]), workspace_bytes)
-    item = dtype.itemsize + 8  # a value, and its copy in float64 or a temporary
-    per_row = size * item  # of a unit vector, and of what it is made from
-    # the larger side s of a square tile within the room: item * s^2 + 2 * per_row * s
-    side = int((math.sqrt(per_row**2 + item * room) - per_row) / item)
+    available = min(CHUNK_BYTES.get(weight.device.type, CHUNK_BYTES["cpu"]), workspace_bytes)
+    item = dtype.itemsize + 8  # a value, and its float64 copy or a temporary
+    per_row = size * item  # a unit vector, and its float64 copy or a temporary
+    # the largest side s of a square tile that needs at most `available` bytes: item * s^2 + 2 * per_row * s
+    side = int((math.sqrt(per_row**2 + item * available) - per_row) / item)
     height = whole_chunk(rows, side)
-    width = height if symmetric else whole_chunk(classes, (room - height * per_row) // (height * item + per_row))
+    width = height if symmetric else whole_chunk(classes, (available - height * per_row) // (height * item + per_row))
     for top in range(0, rows, height):
         for left in range(top if symmetric else 0, classes, width):
             yield Tile(slice(top, top + height), slice(left, left + width), symmetric and left > top)
 
 
 def own_entries(tile: Tile, cosine: Tensor, own: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Where in every row of a tile its own class is, (rows, 1), and whether it is there at all."""
+    """The column (rows, 1) of the own class of every row of a tile, and whether the tile contains it."""
     if own is None:
         own = torch.arange(tile.rows.start, tile.rows.start + len(cosine), device=cosine.device)
     else:
@@ -109,13 +113,13 @@ def own_entries(tile: Tile, cosine: Tensor, own: Tensor | None) -> tuple[Tensor,
 
 
 def without_own(values: Tensor, column: Tensor, present: Tensor) -> Tensor:
-    """Zero in place of every row's own class."""
+    """The values with 0 for the own class of every row, in place."""
     return values.scatter_(1, column, values.gather(1, column).masked_fill_(present, 0.0))
 
 
 def forward(rows: Tensor | None, weight: Tensor, own: Tensor | None, function: str, workspace_bytes: int) -> Tensor:
     symmetric, dtype = rows is None, compute_dtype(rows, weight)
-    rows = weight if symmetric else rows
+    rows = weight if rows is None else rows
     sums = weight.new_zeros(len(rows), dtype=torch.float64)
     for tile in tiles(len(rows), weight, symmetric, dtype, workspace_bytes):
         cosine = unit_rows(rows[tile.rows], dtype)[0] @ unit_rows(weight[tile.columns], dtype)[0].t()
@@ -130,11 +134,13 @@ def forward(rows: Tensor | None, weight: Tensor, own: Tensor | None, function: s
 def backward(
     upstream: Tensor, rows: Tensor | None, weight: Tensor, own: Tensor | None, function: str, workspace_bytes: int
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of rows and weight. With rows None the first has no elements."""
+    """Gradients of rows and weight. Without rows, the first has no elements."""
     symmetric, dtype = rows is None, compute_dtype(rows, weight)
     d_weight = torch.zeros_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
-    d_rows = d_weight if symmetric else torch.zeros_like(rows, dtype=dtype, memory_format=torch.contiguous_format)
-    rows = weight if symmetric else rows
+    d_rows = d_weight
+    if rows is not None:
+        d_rows = torch.zeros_like(rows, dtype=dtype, memory_format=torch.contiguous_format)
+    rows = weight if rows is None else rows
     upstream, eps = upstream.to(dtype), torch.finfo(dtype).eps
     for tile in tiles(len(rows), weight, symmetric, dtype, workspace_bytes):
         left, right = unit_rows(rows[tile.rows], dtype)[0], unit_rows(weight[tile.columns], dtype)[0]

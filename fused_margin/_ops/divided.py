@@ -1,7 +1,7 @@
-"""Samples and classes of several ranks: gathers the samples, draws classes, and combines what the ranks computed.
+"""Classes divided among ranks, or drawn: gathers samples, draws classes, and combines the results of the ranks.
 
-The messages are O(N D): the embeddings, and their gradients; all else is a few numbers a sample. The norms of class
-weights are computed while the embeddings are on their way.
+Ranks exchange O(N D) values: the embeddings, their gradients, and a few numbers per sample. The norms of class weights
+are computed while the embeddings are gathered.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from fused_margin._ops.inputs import DTYPES, ForwardOutput, Gradients, LossInput
 from fused_margin._ops.normalization import target_cosines
 from fused_margin.distributed import Shard, named_shard, padded
 
-# Label of a sample whose class is another rank's, and of rows of padding: below every label that can be sent, and small
-# enough for kernels to multiply by a number of sub-centers.
+# Label of a sample whose class is on another rank, and of padding. It is below every label that can be sent, and kernels
+# can multiply it by a number of sub-centers without overflow.
 OTHER_CLASS = -(2**53)
 
 
 @dataclass
 class GatheredSamples:
-    """The samples of all ranks, M = world_size * most of them, as inputs of this rank's classes."""
+    """The M = world_size * max_samples samples of all ranks, as inputs for the classes of this rank."""
 
     shard: Shard
-    inputs: LossInputs  # labels count from the first row that takes part; embeddings may still be on their way
-    wait_for_embeddings: Callable[[], None]
-    most: int  # maximum number of samples of a rank
-    drawn_rows: Tensor | None  # rows of weight that take part, or None where all do
+    inputs: LossInputs  # its labels (M,) count from the first row that takes part
+    wait_for_embeddings: Callable[[], None]  # the embeddings of `inputs` may be read only after this call
+    max_samples: int  # maximum number of samples of a rank
+    drawn_rows: Tensor | None  # rows of weight that take part, or None for all rows
 
 
 def gather_counts(shard: Shard, embeddings: Tensor, needs_gradient: bool) -> list[int]:
@@ -44,40 +44,47 @@ def gather_counts(shard: Shard, embeddings: Tensor, needs_gradient: bool) -> lis
     gathered = shard.all_gather(torch.tensor(own, device=embeddings.device)).tolist()
     for rank, (_, *other) in enumerate(gathered):
         if other != gathered[0][1:]:
-            found = [
-                f"embedding_size {size}, {DTYPES[dtype]}, {'' if needs else 'no '}gradient wanted"
+            first, second = (
+                f"embedding_size {size}, {DTYPES[dtype]}, {'with' if needs else 'without'} gradient"
                 for _, size, dtype, needs in (gathered[0], gathered[rank])
-            ]
-            raise ValueError(f"embeddings: rank 0 has {found[0]}, rank {rank} {found[1]}")
+            )
+            raise ValueError(
+                f"embeddings: expected the same on all ranks, got {first} on rank 0, {second} on rank {rank}"
+            )
     return [samples for samples, *_ in gathered]
 
 
 def gather_samples(inputs: LossInputs, ignore_index: int, needs_gradient: bool) -> GatheredSamples:
-    """Raises ValueError on every rank if a label of any rank is no class."""
+    """Gathers the samples of all ranks.
+
+    Raises:
+        ValueError: on every rank, if a label of any rank is out of range.
+    """
+    assert inputs.embeddings is not None
     shard = named_shard(inputs.group, inputs.num_classes)
     samples = gather_counts(shard, inputs.embeddings, needs_gradient)
-    most, device = max(samples), inputs.weight.device
+    max_samples, device = max(samples), inputs.weight.device
     per_sample = [t for t in (inputs.labels, inputs.scale, inputs.hard_threshold) if t is not None]
     numbers = torch.stack([t.double() for t in per_sample], dim=1)  # labels below 2^53 are exact
-    sent, wait = shard.start_all_gather(padded(inputs.embeddings, most))
+    sent, wait = shard.start_all_gather(padded(inputs.embeddings, max_samples))
     embeddings = torch.empty_like(sent, dtype=inputs.compute).flatten(0, 1)
 
     def wait_for_embeddings() -> None:
         wait()
         embeddings.copy_(sent.flatten(0, 1))
 
-    labels, *others = shard.all_gather(padded(numbers, most)).unbind(dim=2)
+    labels, *others = shard.all_gather(padded(numbers, max_samples)).unbind(dim=2)
     labels = labels.long()
-    counts = torch.arange(most, device=device) < torch.tensor(samples, device=device).unsqueeze(1)
+    counts = torch.arange(max_samples, device=device) < torch.tensor(samples, device=device).unsqueeze(1)
     counts &= labels != ignore_index
     wrong = counts & ((labels < 0) | (labels >= shard.num_classes))
     if device.type == "cpu" and bool(wrong.any()):
         rank = int(wrong.any(dim=1).nonzero()[0])
         where = f"on rank {rank} " if shard.world_size > 1 else ""
-        raise _checks.bad_label_error(labels[wrong][0].item(), f"{where}for {shard.num_classes} classes")
+        raise _checks.bad_label_error(int(labels[wrong][0]), f"{where}for {shard.num_classes} classes")
     own = labels - shard.begin
     own = torch.where(counts & (own >= 0) & (own < shard.size), own, OTHER_CLASS)
-    own = torch.where(wrong, labels, own).flatten()  # for the kernel to report, on CUDA
+    own = torch.where(wrong, labels, own).flatten()  # on CUDA the kernel reports wrong labels
     gathered = iter(number.flatten().clone() for number in others)
     local = replace(
         inputs,
@@ -91,42 +98,52 @@ def gather_samples(inputs: LossInputs, ignore_index: int, needs_gradient: bool) 
         classes, place = draw_classes(inputs, own, shard.size)
         local = replace(_of_rows(local, rows_of(classes, inputs.sub_centers)), labels=place)
     rows = None if classes is None else rows_of(classes, inputs.sub_centers)
-    return GatheredSamples(shard, local, wait_for_embeddings, most, rows)
+    return GatheredSamples(shard, local, wait_for_embeddings, max_samples, rows)
 
 
 def draw_classes(inputs: LossInputs, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
-    """The samples' own classes and as many others as the rate asks for (PartialFC, arXiv:2203.15565), and each label's place."""
-    priority = torch.rand(classes, dtype=torch.float32, device=labels.device)  # by torch.manual_seed
+    """Draws classes: the classes of the samples, and others up to the sample rate (PartialFC, arXiv:2203.15565).
+
+    Returns:
+        Drawn classes (R,) in ascending order, and the labels (M,) as positions in them. Labels of other ranks stay.
+    """
+    priority = torch.rand(classes, dtype=torch.float32, device=labels.device)  # reproducible by torch.manual_seed
     known = (labels >= 0) & (labels < classes)
     is_own = torch.zeros(classes, dtype=torch.bool, device=labels.device)
     is_own[labels[known]] = True
     number = max(int(inputs.sample_rate * classes), int(is_own.sum()), 1)
     drawn = priority.masked_fill_(is_own, 2.0).topk(number).indices.sort().values
-    place = torch.searchsorted(drawn, labels.clamp(0, classes - 1))
-    return drawn, torch.where(known, place, labels)
+    position = torch.searchsorted(drawn, labels.clamp(0, classes - 1))
+    return drawn, torch.where(known, position, labels)
 
 
 def rows_of(classes: Tensor, sub_centers: int) -> Tensor:
+    """The rows of weight of some classes."""
     return (classes.unsqueeze(1) * sub_centers + torch.arange(sub_centers, device=classes.device)).flatten()
 
 
 def _of_rows(inputs: LossInputs, rows: Tensor) -> LossInputs:
-    """The inputs of some rows of weight, whole classes."""
+    """The inputs with only some rows of weight, all rows of some classes."""
     classes = rows[:: inputs.sub_centers] // inputs.sub_centers
-    per_class = {"class_weight": inputs.class_weight, "bias": inputs.bias}
-    return replace(
-        inputs, weight=inputs.weight[rows], **{k: None if t is None else t[classes] for k, t in per_class.items()}
-    )
+    class_weight = None if inputs.class_weight is None else inputs.class_weight[classes]
+    bias = None if inputs.bias is None else inputs.bias[classes]
+    return replace(inputs, weight=inputs.weight[rows], class_weight=class_weight, bias=bias)
 
 
 def without_raw_embeddings(inputs: LossInputs, output: ForwardOutput) -> LossInputs:
-    """The inputs with unit rows in place of the gathered embeddings, so that the backward need not keep both."""
+    """The inputs with unit rows instead of the gathered embeddings, so that only one of them stays in memory."""
     return replace(inputs, embeddings=output.normalized_embeddings)
 
 
 def combine_outputs(inputs: LossInputs, gathered: GatheredSamples, output: ForwardOutput) -> ForwardOutput:
-    """The output for this rank's samples over the classes of all ranks, from the outputs for all samples of each."""
-    shard, most, samples, local = gathered.shard, gathered.most, len(inputs.embeddings), gathered.inputs
+    """The output for the samples of this rank over the classes of all ranks.
+
+    Args:
+        output: of all samples over the classes of this rank.
+    """
+    shard, local = gathered.shard, gathered.inputs
+    assert inputs.embeddings is not None and local.labels is not None
+    samples = len(inputs.embeddings)
     largest, relative = output.largest_logit, output.relative_logsumexp
     names = [
         "target_cosine",
@@ -141,7 +158,7 @@ def combine_outputs(inputs: LossInputs, gathered: GatheredSamples, output: Forwa
         relative = torch.where(total == 0, -math.inf, total.log())
         largest = torch.where(total == 0, 0.0, largest)
         summed = dict(zip(names, summed_values, strict=True))
-    begin = shard.rank * most
+    begin = shard.rank * gathered.max_samples
 
     def own(value: Tensor) -> Tensor:
         return value[begin : begin + samples].clone()
@@ -162,12 +179,13 @@ def combine_outputs(inputs: LossInputs, gathered: GatheredSamples, output: Forwa
 def gather_upstream(
     inputs: LossInputs, upstream: OutputGradients, saved: ForwardOutput
 ) -> tuple[LossInputs, OutputGradients, ForwardOutput]:
-    """The inputs, upstream gradients and results of all ranks' samples, as `gather_samples` made the inputs."""
+    """The inputs, upstream gradients and results of the samples of all ranks, in the order of `gather_samples`."""
+    assert inputs.embeddings is not None
     shard = named_shard(inputs.group, inputs.num_classes)
-    most = len(saved.gathered_labels) // shard.world_size
-    # Whether a gradient is None may differ between ranks.
+    max_samples = len(saved.gathered_labels) // shard.world_size
+    # A gradient may be None on some ranks only, so the ranks decide by the options which gradients to exchange.
     per_sample = upstream._replace(nearest_cosine=None)
-    wanted = {
+    needed = {
         "logsumexp": True,
         "target_cosine": True,
         "uniform_cosine": saved.uniform_cosine.numel() > 0 or saved.uniform_weight.numel() > 0,
@@ -175,10 +193,10 @@ def gather_upstream(
         "target_length": inputs.need_length,
     }
     zeros = saved.largest_logit.new_zeros(len(inputs.embeddings))
-    asked = {name: getattr(per_sample, name) for name, is_wanted in wanted.items() if is_wanted}
-    values = shard.all_gather(torch.stack([padded(zeros if g is None else g, most) for g in asked.values()]))
-    values = [t.flatten().contiguous() for t in values.unbind(dim=1)]
-    gathered = upstream._replace(**dict(zip(asked, values, strict=True)))
+    own = {name: getattr(per_sample, name) for name, is_needed in needed.items() if is_needed}
+    sent = torch.stack([padded(zeros if g is None else g, max_samples) for g in own.values()])
+    values = [t.flatten().contiguous() for t in shard.all_gather(sent).unbind(dim=1)]
+    gathered = upstream._replace(**dict(zip(own, values, strict=True)))
     local = inputs
     if saved.drawn_rows.numel():
         local = _of_rows(inputs, saved.drawn_rows)
@@ -201,11 +219,11 @@ def scatter_gradients(
     need_weight: bool,
     need_bias: bool,
 ) -> Gradients:
-    """Gradients of this rank's samples, summed over ranks, and of its classes: 0 for those that were not drawn."""
+    """Gradients of the samples of this rank, summed over ranks, and of its classes, with 0 for classes not drawn."""
     shard = named_shard(inputs.group, inputs.num_classes)
     d_embeddings, d_weight, d_bias, d_scale = gradients
-    samples = 0 if inputs.embeddings is None else len(inputs.embeddings)
-    if need_embeddings:
+    samples = inputs.shape[0]
+    if need_embeddings and inputs.embeddings is not None:
         d_embeddings = shard.reduce_scatter(d_embeddings.unflatten(0, (shard.world_size, -1)))
         d_embeddings = d_embeddings[:samples].to(inputs.embeddings.dtype, copy=True)
     if inputs.scale is not None:
@@ -213,7 +231,7 @@ def scatter_gradients(
     rows = saved.drawn_rows
     if rows.numel() and need_weight and not inputs.sparse_gradient:
         d_weight = torch.zeros_like(inputs.weight).index_copy_(0, rows, d_weight)
-    if rows.numel() and need_bias:
+    if rows.numel() and need_bias and inputs.bias is not None:
         d_bias = torch.zeros_like(inputs.bias).index_copy_(0, rows, d_bias)
     return Gradients(d_embeddings, d_weight, d_bias, d_scale)
 
@@ -227,16 +245,16 @@ def divided_target_cosines(
     group: str,
     num_classes: int,
 ) -> Tensor:
-    """Cosines (N,) float64 of the own samples with their classes, which may be any rank's; 0 for an ignored label."""
+    """Cosines (N,) float64 of the samples of this rank to their classes, on any rank; 0 for an ignored label."""
     inputs = LossInputs(
         embeddings, weight, 0, "", labels.long(), sub_centers=sub_centers, group=group, num_classes=num_classes
     )
     gathered = gather_samples(inputs, ignore_index, needs_gradient=False)
     gathered.wait_for_embeddings()
     local, shard = gathered.inputs, gathered.shard
+    assert local.embeddings is not None and local.labels is not None
     cosine = torch.zeros(len(local.labels), dtype=torch.float64, device=weight.device)
     if shard.size:
         known = (local.labels >= 0) & (local.labels < shard.size)
-        found = target_cosines(local.embeddings, weight, local.labels, sub_centers)
-        cosine = torch.where(known, found, 0.0)
+        cosine = torch.where(known, target_cosines(local.embeddings, weight, local.labels, sub_centers), 0.0)
     return shard.reduce_scatter(cosine.unflatten(0, (shard.world_size, -1)))[: len(embeddings)].clone()

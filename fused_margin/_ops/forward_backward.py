@@ -1,12 +1,14 @@
 """Forward and backward over chunks of classes, on any device, for one rank or several.
 
-A backend (portable.py or tensor_cores.py) computes the logits of a chunk and their exponentials; everything else is
-here. Nothing of size N x C or C x C is ever whole, except the chunks that workspace_mb has room to save. Where classes
-are divided among ranks, or drawn, divided.py gathers the samples before the chunks and combines the ranks' results
-after them.
+A backend (portable.py or tensor_cores.py) computes the logits of a chunk and their exponentials; this file has the rest.
+No matrix of size N x C or C x C is allocated, except the saved chunks that fit in workspace_mb. If classes are divided
+among ranks, or drawn, divided.py gathers the samples before the chunks and combines the results of the ranks after them.
 """
 
+from __future__ import annotations
+
 import math
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -14,17 +16,17 @@ from torch import Tensor
 from fused_margin import _checks
 from fused_margin._ops import divided, targets
 from fused_margin._ops.backends import portable, tensor_cores
-from fused_margin._ops.backends.select import advise_huge_pages, kernels_on
+from fused_margin._ops.backends.select import Kernels, advise_huge_pages, kernels_on
 from fused_margin._ops.inputs import PORTABLE, ChunkPlan, ForwardOutput, Gradients, LossInputs, OutputGradients
 from fused_margin._ops.nearest import find_nearest_classes
 from fused_margin._ops.nearest.gradient import add_remote_gradient
 
 LN2 = portable.LN2
-BACKENDS = {PORTABLE: portable}  # all other names are families of tensor-core kernels
+BACKENDS: dict[str, ModuleType] = {PORTABLE: portable}  # all other names are families of tensor-core kernels
 
 
 def allocate_output(inputs: LossInputs, uniform: bool, keep: bool) -> tuple[ChunkPlan, ForwardOutput]:
-    """The plan, and the output of one rank's pass, not yet written."""
+    """The plan, and uninitialised tensors for the output of one rank."""
     plan = BACKENDS.get(inputs.backend, tensor_cores).plan_chunks(inputs, keep)
     (samples, classes, size), weight, compute = inputs.shape, inputs.weight, inputs.compute
     statistic = weight.new_empty(0, dtype=torch.float64)
@@ -67,9 +69,14 @@ def forward(inputs: LossInputs, uniform: bool, ignore_index: int, keep: bool) ->
 
 
 def forward_chunks(
-    run, inputs: LossInputs, gathered: "divided.GatheredSamples | None", uniform: bool, ignore_index: int, keep: bool
+    run: Kernels,
+    inputs: LossInputs,
+    gathered: divided.GatheredSamples | None,
+    uniform: bool,
+    ignore_index: int,
+    keep: bool,
 ) -> ForwardOutput:
-    """One pass over this rank's classes. Gathered embeddings may still be on their way; work on weights comes first."""
+    """The forward over the classes of this rank. Work on weights overlaps with the gathering of embeddings."""
     weight, (samples, classes, size) = inputs.weight, inputs.shape
     plan, output = allocate_output(inputs, uniform, keep)
     if inputs.nearest and not inputs.uses_tiled_nearest:
@@ -139,7 +146,7 @@ def backward(
 
 
 def backward_chunks(
-    run,
+    run: Kernels,
     inputs: LossInputs,
     upstream: OutputGradients,
     saved: ForwardOutput,
@@ -147,7 +154,7 @@ def backward_chunks(
     need_weight: bool,
     need_bias: bool,
 ) -> Gradients:
-    """One pass over this rank's classes: their gradients, and their part of the gradients of all samples."""
+    """The backward over the classes of this rank: their gradients, and their part of the gradients of all samples."""
     compute, weight, x_hat = inputs.compute, inputs.weight, saved.normalized_embeddings
     samples, classes, size = inputs.shape
     module = BACKENDS.get(inputs.backend, tensor_cores)
@@ -155,15 +162,15 @@ def backward_chunks(
     d_weight = weight.new_empty(0)
     d_bias = x_hat.new_empty(classes if need_bias else 0)
     d_scale = saved.target_cosine.new_empty(samples if inputs.scale is not None else 0)
-    # of the embeddings, before the Jacobian; the scale's gradient is read off it too
+    # The gradient of the unit embeddings is needed for the gradient of the scale too.
     need_dense = need_embeddings or inputs.scale is not None
-    dense = inputs.embeddings is not None and upstream.logsumexp is not None
     target_gradient = (
         saved.target_cosine.new_zeros(samples)
         if upstream.target_cosine is None
         else upstream.target_cosine.contiguous()
     )
-    if dense:
+    backend = None  # the chunks have a dense gradient only through the logsumexp
+    if inputs.embeddings is not None and upstream.logsumexp is not None:
         backend = module.ChunkBackend(run, inputs, plan, saved)
         backend.prepare_backward(row_scales(upstream.logsumexp, saved), need_dense, need_weight)
     else:
@@ -173,42 +180,41 @@ def backward_chunks(
         advise_huge_pages(d_weight)
         sparse = sparse_terms(inputs, upstream, saved, target_gradient)
         buffer = None if inputs.gradient_in_place else x_hat.new_empty(plan.chunk, size)
-    for k in range(plan.chunks if dense or need_weight else 0):
+    for k in range(plan.chunks if backend is not None or need_weight else 0):
         begin, end = plan.bounds(k)
         gradient = None
         if need_weight:
             gradient = d_weight[begin:end] if buffer is None else buffer[: end - begin]
-        if dense:
+        if backend is not None:
             backend.backward_chunk(k, gradient, d_bias[begin:end] if need_bias else None)
-        elif need_weight:
+        elif gradient is not None:
             gradient.zero_()
-        if need_weight:
+        if gradient is not None:
             run.project_weight_gradient(
                 gradient=gradient, weight=weight, inverse_norm=saved.weight_inverse_norm,
-                dense_scale=backend.dense_scale if dense else None, **sparse, samples=samples, classes=classes,
-                size=size, class_begin=begin, chunk=end - begin, inner_product=inputs.inner_product,
+                dense_scale=None if backend is None else backend.dense_scale, **sparse, samples=samples,
+                classes=classes, size=size, class_begin=begin, chunk=end - begin, inner_product=inputs.inner_product,
             )  # fmt: skip
             if buffer is not None:
                 d_weight[begin:end].copy_(gradient)
     d_embeddings = x_hat.new_empty(0)
     if need_dense:
-        d_embeddings = backend.embedding_gradient() if dense else torch.zeros_like(x_hat)
-        uniform = upstream.uniform_cosine is not None
+        d_embeddings = torch.zeros_like(x_hat) if backend is None else backend.embedding_gradient()
+        uniform_gradient = None if upstream.uniform_cosine is None else upstream.uniform_cosine.contiguous()
         run.project_embedding_gradient(
             gradient=d_embeddings, normalized_embeddings=x_hat, inverse_norm=saved.embedding_inverse_norm,
             weight=weight, weight_inverse_norm=saved.weight_inverse_norm, labels=target_rows(inputs, saved),
-            row_scale=backend.embedding_scale if dense else None, scale=inputs.scales,
-            target_gradient=target_gradient,
-            uniform_gradient=upstream.uniform_cosine.contiguous() if uniform else None,
-            uniform_weight=saved.uniform_weight if uniform else None,
+            row_scale=None if backend is None else backend.embedding_scale, scale=inputs.scales,
+            target_gradient=target_gradient, uniform_gradient=uniform_gradient,
+            uniform_weight=None if uniform_gradient is None else saved.uniform_weight,
             scale_gradient=d_scale if inputs.scale is not None else None, samples=samples, classes=classes,
             size=size, inner_product=inputs.inner_product,
         )  # fmt: skip
     if not need_embeddings:
         d_embeddings = x_hat.new_empty(0)
-    elif inputs.embeddings.dtype != compute:
+    elif inputs.embeddings is not None and inputs.embeddings.dtype != compute:
         d_embeddings = d_embeddings.to(inputs.embeddings.dtype)
-    if need_bias:
+    if need_bias and inputs.bias is not None:
         d_bias = targets.add_bias_gradient(inputs, d_bias.to(inputs.bias.dtype), upstream.target_bias)
     if need_weight:
         targets.add_length_gradient(inputs, d_weight, upstream.target_length)
@@ -218,29 +224,30 @@ def backward_chunks(
 
 
 def target_rows(inputs: LossInputs, saved: ForwardOutput) -> Tensor | None:
-    """The row of weight (N,) of every sample's target."""
+    """The row (N,) of weight of every sample's target."""
     return saved.target_row if inputs.sub_centers > 1 else inputs.labels
 
 
 def row_scales(gradient: Tensor, saved: ForwardOutput) -> Tensor:
-    """The factor from a chunk's exponentials to dL / d logit: gradient * 2^exponent / exp(logsumexp)."""
+    """The factors from the exponentials of a chunk to dL / d logit: gradient * 2^exponent / exp(logsumexp)."""
     largest, relative = saved.largest_logit, saved.relative_logsumexp
     scales = gradient * torch.exp(saved.exponent * LN2 - largest - relative)
-    # a row that is ignored, or has no other class, has no gradient; its exponentials may be anything
+    # An ignored row, and a row without other classes, has no gradient, and its exponentials are undefined.
     return scales.masked_fill_((gradient == 0) | (relative == -math.inf), 0.0)
 
 
 def sparse_terms(
     inputs: LossInputs, upstream: OutputGradients, saved: ForwardOutput, target_gradient: Tensor
 ) -> dict[str, Tensor | None]:
-    """The weight gradient's terms that touch few rows, as project_weight_gradient takes them."""
+    """The sparse terms of the weight gradient, as arguments of project_weight_gradient."""
     terms: dict[str, Tensor | None] = dict.fromkeys(
         ("normalized_embeddings", "sorted_labels", "label_order", "target_gradient", "uniform_direction", "class_weight",
          "nearest", "sorted_nearest", "nearest_order", "nearest_gradient")
     )  # fmt: skip
     x_hat = saved.normalized_embeddings
-    if inputs.labels is not None:
-        terms["sorted_labels"], terms["label_order"] = torch.sort(target_rows(inputs, saved), stable=True)
+    rows = target_rows(inputs, saved)
+    if inputs.labels is not None and rows is not None:
+        terms["sorted_labels"], terms["label_order"] = torch.sort(rows, stable=True)
         terms["normalized_embeddings"], terms["target_gradient"] = x_hat, target_gradient
     if upstream.uniform_cosine is not None:
         terms["uniform_direction"] = torch.mv(x_hat.t(), upstream.uniform_cosine.to(x_hat.dtype))

@@ -1,4 +1,4 @@
-"""The torch.library ops: their registration, and those of the losses with their gradients and fakes for torch.compile.
+"""Registration of the torch.library ops, and the two ops over chunks of classes with their gradients and fakes.
 
 torch.library.custom_op would be shorter, but the first call of such an op imports the compiler, which takes seconds.
 """
@@ -8,17 +8,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import wraps
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fused_margin import _checks
-from fused_margin._ops import divided, forward_backward
-from fused_margin._ops.backends.select import kernels_on
+from fused_margin._ops import forward_backward
 from fused_margin._ops.inputs import ForwardOutput, Gradients, LossInputs, OutputGradients
-from fused_margin.distributed import named_shard
 
 NAMESPACE = "fused_margin"
 FORWARD_MODE = (
@@ -41,7 +38,7 @@ SECOND_ORDER = "fused_margin: second derivatives are not supported; use fused_ma
 
 
 def refuse_unsupported(arguments: Sequence) -> None:
-    """An error for a derivative of these inputs that the ops would otherwise leave out."""
+    """Raises RuntimeError for a derivative of these inputs that the ops would otherwise omit."""
     transformed = torch._C._are_functorch_transforms_active() and torch.is_grad_enabled()
     for value in arguments:
         if not isinstance(value, Tensor):
@@ -53,20 +50,20 @@ def refuse_unsupported(arguments: Sequence) -> None:
 
 
 def refuse_transforms(*arguments: Any) -> None:
-    """Also an error for vmap: a collective runs once, on every rank."""
+    """Raises RuntimeError for every transform, including vmap: a collective runs once, on every rank."""
     refuse_unsupported(arguments)
     if torch._C._are_functorch_transforms_active():
         raise RuntimeError(ANY_TRANSFORM)
 
 
 def refuse_batched_gradients(upstream: Sequence[Tensor | None]) -> None:
-    """An error for torch.autograd.grad(is_grads_batched=True), for a backward that has no rule for it."""
+    """Raises RuntimeError for torch.autograd.grad(is_grads_batched=True), in a backward without a batching rule."""
     if any(t is not None and torch._C._functorch.is_legacy_batchedtensor(t) for t in upstream):
         raise RuntimeError(BATCHED_GRADIENTS)
 
 
 class _Library(torch.library.Library):
-    """Checks the inputs before each kernel that autograd calls, also those that torch.library.register_autograd makes."""
+    """Checks the inputs before every autograd kernel, including those that torch.library.register_autograd makes."""
 
     def impl(self, op_name, fn, dispatch_key="", *, with_keyset=False, **options):
         if dispatch_key != "Autograd":
@@ -83,7 +80,7 @@ _LIBRARY = _Library(NAMESPACE, "FRAGMENT")
 
 
 def _untraced(function: Callable) -> Callable:
-    """Keeps torch.compile from tracing into a kernel, without importing the compiler where nothing has."""
+    """Keeps torch.compile from tracing into a kernel. Does not import the compiler if it is not imported yet."""
     disabled = torch._disable_dynamo(function)  # imports the compiler when it is called
 
     @wraps(function)
@@ -94,7 +91,7 @@ def _untraced(function: Callable) -> Callable:
 
 
 def _counting_writes(function: Callable, written: Sequence[int]) -> Callable:
-    """Tells autograd that a kernel has written to these arguments: one that was saved for a backward is an error then."""
+    """Tells autograd that a kernel has written to these arguments, so that a backward that saved one raises."""
 
     def call(*arguments):
         result = function(*arguments)
@@ -119,17 +116,17 @@ def register(
 ):
     """Defines ``fused_margin::name`` and returns it.
 
-    torch.compile's cache on disk knows an op by its name alone: an op whose arguments change needs another name, as does
-    the op whose backward calls it.
+    torch.compile's cache on disk identifies an op by its name alone. An op whose arguments change therefore needs a new
+    name, and so does the op whose backward calls it.
 
     Args:
         function: the computation, on any device.
-        fake: the same for fake tensors: shapes and dtypes only.
-        schema: of the arguments and results; by default, from the function's annotations.
-        mutates: names of the arguments that it writes to.
-        backward, setup_context: as in ``torch.library.register_autograd``; without them, the op has no derivative, and
-            an attempt to differentiate it is an error.
-        tags: beside ``torch.Tag.pt2_compliant_tag``.
+        fake: the computation for fake tensors: shapes and dtypes only.
+        schema: arguments and results of the op. By default they are inferred from the function's annotations.
+        mutates: names of the arguments that ``function`` writes to.
+        backward, setup_context: as in ``torch.library.register_autograd``. Without them the op has no derivative, and
+            differentiating it raises RuntimeError.
+        tags: tags in addition to ``torch.Tag.pt2_compliant_tag``.
     """
     schema = schema or torch.library.infer_schema(function, mutates_args=mutates)
     _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
@@ -138,7 +135,7 @@ def register(
     kernel = _untraced(function)
     _LIBRARY.impl(name, _counting_writes(kernel, written) if written else kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
-    if mutates:  # torch.library.register_autograd refuses it
+    if mutates:  # torch.library.register_autograd refuses ops that write to their arguments
         _LIBRARY.impl(name, _without_derivative(op), "Autograd", with_keyset=True)
     else:
         backward = backward or _refuse(f"fused_margin: {name} has no derivative")
@@ -153,7 +150,7 @@ def _refuse(message: str) -> Callable:
     return refuse
 
 
-# The backward of a backward op: an error, never a silently wrong second derivative.
+# The backward of a backward op raises, so that no second derivative is silently wrong.
 refuse_second_order = _refuse(SECOND_ORDER)
 
 
@@ -167,26 +164,29 @@ def _without_derivative(op) -> Callable:
     return kernel
 
 
-# The fields of LossInputs are the first arguments of the ops on them, in their order.
+if TYPE_CHECKING:
+    TensorTuple = type[ForwardOutput | OutputGradients | Gradients]
+
+# The first arguments of the ops on LossInputs are its fields, in order.
 FIELDS = fields(LossInputs)
 _IS_TENSOR = [field.type in (Tensor, Tensor | None) for field in FIELDS]
-_SCHEMA_TYPE = {
+_SCHEMA_TYPE: dict[Any, str] = {
     Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", int: "SymInt", bool: "bool", str: "str"
 }  # fmt: skip
 _INPUTS = ", ".join(f"{_SCHEMA_TYPE[field.type]} {field.name}" for field in FIELDS)
 
 
-def _outputs(kind: type) -> str:
+def _outputs(kind: "TensorTuple") -> str:
     return f"({', '.join(['Tensor'] * len(kind._fields))})"
 
 
-def _arguments(kind: type, prefix: str = "") -> str:
-    """An argument for each field: autograd and vmap do not see the tensors of a list in which there may be None."""
+def _arguments(kind: "TensorTuple", prefix: str = "") -> str:
+    """One argument per field, not a list: autograd and vmap ignore the tensors of a list that may contain None."""
     return ", ".join(f"{_SCHEMA_TYPE[kind.__annotations__[name]]} {prefix}{name}" for name in kind._fields)
 
 
 def run_forward(inputs: LossInputs, uniform: bool, ignore_index: int) -> ForwardOutput:
-    """The forward of a call, differentiable in embeddings, weight, scale and bias."""
+    """Runs the forward of a call, differentiable in embeddings, weight, scale and bias."""
     differentiable = (inputs.embeddings, inputs.weight, inputs.bias, inputs.scale)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)
     arguments = [getattr(inputs, field.name) for field in FIELDS]
@@ -204,7 +204,7 @@ def _forward_fake(*arguments):
     output = forward_backward.allocate_output(inputs, uniform, keep)[1]
     if not inputs.is_divided or inputs.embeddings is None:
         return tuple(output)
-    # The ranks' numbers of samples, and of drawn classes, are not known before.
+    # The numbers of samples of all ranks and of drawn classes depend on the data.
     size = torch.library.get_ctx().new_dynamic_size
     gathered, new = size(), inputs.weight.new_empty
     rows = size() if inputs.sample_rate < 1 else None
@@ -227,12 +227,12 @@ def _forward_fake(*arguments):
 
 
 def _backward_arguments(values: tuple) -> tuple[LossInputs, OutputGradients, ForwardOutput, tuple[bool, bool, bool]]:
-    values = iter(values)
-    kinds = [
-        (LossInputs, len(FIELDS)), (OutputGradients, len(OutputGradients._fields)),
-        (ForwardOutput, len(ForwardOutput._fields)),
-    ]  # fmt: skip
-    return *(kind(*islice(values, number)) for kind, number in kinds), tuple(values)
+    rest = iter(values)
+    inputs = LossInputs(*islice(rest, len(FIELDS)))
+    upstream = OutputGradients(*islice(rest, len(OutputGradients._fields)))
+    saved = ForwardOutput(*islice(rest, len(ForwardOutput._fields)))
+    need_embeddings, need_weight, need_bias = rest
+    return inputs, upstream, saved, (need_embeddings, need_weight, need_bias)
 
 
 def _backward_kernel(*values):
@@ -248,12 +248,13 @@ def _backward_fake(*values):
         d_weight = weight.new_empty(saved.drawn_rows.shape[0], weight.shape[1])
     elif need_weight:
         d_weight = torch.empty_like(weight)
-    return (
-        torch.empty_like(embeddings, memory_format=torch.contiguous_format) if need_embeddings else weight.new_empty(0),
-        d_weight,
-        bias.new_empty(bias.shape) if need_bias else weight.new_empty(0),
-        torch.empty_like(scale) if scale is not None else weight.new_empty(0, dtype=torch.float64),
-    )
+    d_embeddings, d_bias = weight.new_empty(0), weight.new_empty(0)
+    if need_embeddings and embeddings is not None:
+        d_embeddings = torch.empty_like(embeddings, memory_format=torch.contiguous_format)
+    if need_bias and bias is not None:
+        d_bias = bias.new_empty(bias.shape)
+    d_scale = torch.empty_like(scale) if scale is not None else weight.new_empty(0, dtype=torch.float64)
+    return d_embeddings, d_weight, d_bias, d_scale
 
 
 backward_chunks = register(
@@ -291,8 +292,8 @@ def _forward_gradient(ctx, _d_largest, d_logsumexp, d_target, d_uniform, d_neare
     if inputs.is_divided:
         refuse_batched_gradients(upstream)
     if any(g is not None for g in upstream):
-        asked = [needed[name] for name in ("embeddings", "weight", "bias")]
-        gradients = Gradients(*backward_chunks(*values, *upstream, *saved, *asked))
+        needs = [needed[name] for name in ("embeddings", "weight", "bias")]
+        gradients = Gradients(*backward_chunks(*values, *upstream, *saved, *needs))
         if needed["weight"] and inputs.sample_rate < 1 and inputs.sparse_gradient:
             rows = saved.drawn_rows.unsqueeze(0)
             gradients = gradients._replace(
@@ -312,145 +313,4 @@ forward_chunks = register(
     backward=_forward_gradient,
     setup_context=_forward_context,
     tags=(torch.Tag.nondeterministic_seeded,),  # where classes are drawn
-)
-
-
-# Order of MarginDerivative in csrc/kernels/loss.h
-DERIVATIVES = ("negative_logsumexp", "target_cosine", "uniform_cosine", "scale", "m1", "m2", "m3", "annealing")
-
-
-def _margin_rows(
-    negative_logsumexp: Tensor,
-    target_cosine: Tensor,
-    uniform_cosine: Tensor | None,
-    labels: Tensor,
-    class_weight: Tensor | None,
-    class_weight_sum: Tensor | None,
-    scale: Tensor | None,
-    m1: Tensor | None,
-    m2: Tensor | None,
-    m3: Tensor | None,
-    annealing: Tensor | None,
-    values: list[float],
-    beyond_pi: int,
-    easy: bool,
-    straight_through: bool,
-    smallest_sine: float,
-    label_smoothing: Tensor | None,
-    classes: int,
-    ignore_index: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, class weight of the label, and derivatives of every row. values stand in for scale ... annealing where None.
-
-    label_smoothing is on the CPU: a number would be a constant of a compiled graph.
-    """
-    samples = labels.shape[0]
-    loss, row_weight = torch.empty_like(negative_logsumexp), torch.empty_like(negative_logsumexp)
-    derivatives = negative_logsumexp.new_empty(len(DERIVATIVES), samples)
-    for name, margin in (("m1", m1), ("m2", m2), ("m3", m3), ("annealing", annealing)):
-        if margin is not None:
-            _checks.margin_values(name, margin)
-    scalars = [v if t is None else t for t, v in zip((scale, m1, m2, m3, annealing), values, strict=True)]
-    scale, m1, m2, m3, annealing = scalars
-    with kernels_on(labels.device) as run:
-        run.margin_rows(
-            negative_logsumexp=negative_logsumexp, target_cosine=target_cosine, uniform_cosine=uniform_cosine,
-            labels=labels, class_weight=class_weight, scale=scale, m1=m1, m2=m2, m3=m3, annealing=annealing,
-            beyond_pi=beyond_pi, easy=easy, straight_through=straight_through, smallest_sine=smallest_sine,
-            label_smoothing=0.0 if label_smoothing is None else label_smoothing.item(),
-            class_weight_sum=class_weight_sum, loss=loss, row_weight=row_weight, derivatives=derivatives,
-            samples=samples, classes=classes, ignore_index=ignore_index,
-        )  # fmt: skip
-    return loss, row_weight, derivatives
-
-
-def _margin_rows_fake(negative_logsumexp, *_):
-    return (
-        torch.empty_like(negative_logsumexp),
-        torch.empty_like(negative_logsumexp),
-        negative_logsumexp.new_empty(len(DERIVATIVES), negative_logsumexp.shape[0]),
-    )
-
-
-def _margin_rows_backward(upstream: Tensor, derivatives: Tensor) -> Tensor:
-    return upstream * derivatives
-
-
-def _margin_rows_backward_fake(upstream, derivatives):
-    return torch.empty_like(derivatives)
-
-
-margin_rows_backward = register(
-    "margin_rows_backward", _margin_rows_backward, _margin_rows_backward_fake, backward=refuse_second_order
-)
-
-# position of an input of margin_rows: row of its derivatives
-_MARGIN_ROWS_DERIVATIVE_OF = {0: 0, 1: 1, 2: 2, 6: 3, 7: 4, 8: 5, 9: 6, 10: 7}
-
-
-def _margin_rows_context(ctx, inputs, output):
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[2])
-    ctx.present = [index for index in _MARGIN_ROWS_DERIVATIVE_OF if inputs[index] is not None]
-
-
-def _margin_rows_gradient(ctx, d_loss, *_):
-    result = [None] * 19
-    if d_loss is not None:
-        gradients = margin_rows_backward(d_loss, *ctx.saved_tensors)
-        for index in ctx.present:
-            result[index] = gradients[_MARGIN_ROWS_DERIVATIVE_OF[index]]
-    return tuple(result)
-
-
-margin_rows = register(
-    "margin_rows",
-    _margin_rows,
-    _margin_rows_fake,
-    backward=_margin_rows_gradient,
-    setup_context=_margin_rows_context,
-)
-
-
-def _all_reduce_forward(value: Tensor, group: str) -> Tensor:
-    """The sum over all ranks, of which each rank's own part is differentiated on that rank."""
-    return named_shard(group, 1).all_reduce_sum(value.clone())
-
-
-def _all_reduce_backward(value: Tensor, group: str) -> Tensor:
-    """A number that is the same on every rank, which each uses for its own samples: its gradient is the sum over ranks."""
-    return value.clone()
-
-
-def _same(value, group):
-    return torch.empty_like(value)
-
-
-def _group_context(ctx, inputs, output):
-    ctx.group = inputs[1]
-
-
-def _gradient_as_it_is(ctx, gradient):
-    return gradient, None
-
-
-def _summed_gradient(ctx, gradient):
-    refuse_batched_gradients([gradient])
-    return all_reduce_forward(gradient.double(), ctx.group).to(gradient.dtype), None
-
-
-all_reduce_forward = register(
-    "all_reduce_forward", _all_reduce_forward, _same, backward=_gradient_as_it_is, setup_context=_group_context
-)
-all_reduce_backward = register(
-    "all_reduce_backward", _all_reduce_backward, _same, backward=_summed_gradient, setup_context=_group_context
-)
-
-
-def _divided_target_cosines_fake(embeddings, *_):
-    return embeddings.new_empty(embeddings.shape[0], dtype=torch.float64)
-
-
-divided_target_cosines = register(
-    "divided_target_cosines", divided.divided_target_cosines, _divided_target_cosines_fake
 )

@@ -1,17 +1,17 @@
-"""Whether a forward is run again: activation checkpointing recomputes it within the backward."""
+"""Detects whether activation checkpointing recomputes a forward within a backward."""
 
 import torch
 from torch import Tensor
 
 
 def recomputing() -> bool:
-    """Whether this forward runs within a backward, as activation checkpointing runs it again.
+    """Whether this forward runs within a backward, as in a recomputation by activation checkpointing.
 
-    A training forward within a backward hook cannot be told from a recomputation.
+    A training forward within a backward hook cannot be distinguished from a recomputation.
     """
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def current_age(age: Tensor) -> Tensor:
-    """Steps (1,) since something was computed; 1 while a forward is recomputed, so that it is not computed again."""
+    """Steps (1,) since the last computation; 1 in a recomputed forward, so that it does not repeat the computation."""
     return torch.ones_like(age) if recomputing() else age

@@ -1,4 +1,4 @@
-"""The bias and the length of each sample's target, on the rank that has its class, and their gradients."""
+"""Bias and length of the weight of each sample's target, on the rank that has the class, and their gradients."""
 
 import torch
 from torch import Tensor
@@ -7,13 +7,14 @@ from fused_margin._ops.inputs import ForwardOutput, LossInputs
 
 
 def _own_rows(inputs: LossInputs) -> tuple[Tensor, Tensor]:
-    """Whether a sample's class is among these, and its row; row 0 where it is not."""
+    """Flags (N,) of the samples whose class is in `inputs.weight`, and the row (N,) of the class; row 0 for the others."""
+    assert inputs.labels is not None
     known = (inputs.labels >= 0) & (inputs.labels < inputs.weight.shape[0])
     return known, torch.where(known, inputs.labels, 0)
 
 
 def write(inputs: LossInputs, output: ForwardOutput) -> None:
-    """Writes target_bias and target_length (N,), 0 for a class of another rank, of those that are wanted."""
+    """Writes target_bias and target_length (N,), if they are needed. They are 0 for a class of another rank."""
     if not inputs.weight.shape[0]:
         output.target_bias.zero_()
         output.target_length.zero_()
@@ -27,9 +28,9 @@ def write(inputs: LossInputs, output: ForwardOutput) -> None:
 
 
 def _class_sums(inputs: LossInputs, upstream: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums (C,) of upstream gradients (N,) over the samples of each class, and `_own_rows`'s rows.
+    """Sums (C,) of upstream gradients (N,) over the samples of each class, and the rows of `_own_rows`.
 
-    In float64, whose sums torch adds in a fixed order.
+    In float64, because torch's index_put_ then adds in a fixed order.
     """
     known, rows = _own_rows(inputs)
     sums = upstream.new_zeros(inputs.weight.shape[0], dtype=torch.float64)
@@ -37,19 +38,19 @@ def _class_sums(inputs: LossInputs, upstream: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def add_bias_gradient(inputs: LossInputs, gradient: Tensor, upstream: Tensor | None) -> Tensor:
-    """The gradient (C,) of the bias, with that of target_bias added."""
+    """The gradient (C,) of the bias, plus the gradient of target_bias."""
     if upstream is None or not inputs.weight.shape[0]:
         return gradient
     return (gradient.double() + _class_sums(inputs, upstream)[0]).to(gradient.dtype)
 
 
 def add_length_gradient(inputs: LossInputs, gradient: Tensor, upstream: Tensor | None) -> None:
-    """Adds the gradient of target_length to that of weight (C, D), in place."""
+    """Adds the gradient of target_length to the gradient of weight (C, D), in place."""
     if upstream is None or not inputs.weight.shape[0]:
         return
     sums, rows = _class_sums(inputs, upstream)
     weight = inputs.weight[rows].double()
     length = torch.linalg.vector_norm(weight, dim=1)
     factor = torch.where(length > 0, sums[rows] / length, 0.0)
-    # Samples of one class write the same value, and no second gradient of all classes is made.
+    # Samples of one class write the same value. Only the rows of the batch are copied.
     gradient[rows] = gradient[rows] + (factor.unsqueeze(1) * weight).to(gradient.dtype)

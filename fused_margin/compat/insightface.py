@@ -22,9 +22,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fused_margin import _checks
+from fused_margin._cross_entropy import margin_cross_entropy
 from fused_margin.compat.insightface_checkpoints import Progress, load_checkpoint, save_checkpoint
 from fused_margin.distributed import Shard
-from fused_margin.functional import unchecked_margin_cross_entropy
 from fused_margin.losses import settings
 from fused_margin.margins import FilteredNegatives, Margin, psi
 
@@ -271,7 +271,7 @@ class PartialFC_V2(settings.Settings):
         labels = column(local_labels)
         _checks.batch(embeddings, weight, labels, at_least=1 if self.shard is None else 0)
         with torch.autocast(weight.device.type, torch.float16, enabled=bool(self.fp16)):
-            return unchecked_margin_cross_entropy(
+            return margin_cross_entropy(
                 embeddings,
                 weight,
                 labels,

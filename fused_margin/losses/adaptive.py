@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from fused_margin import _checks
-from fused_margin._ops import library
+from fused_margin._cross_entropy import mean_over
+from fused_margin._ops.collectives import divided_target_cosines
 from fused_margin._ops.normalization import target_cosines
-from fused_margin.functional import mean_over
 from fused_margin.losses import settings
 from fused_margin.losses.base import MarginLoss
 from fused_margin.losses.running_state import RunningState, once_per_step
@@ -19,38 +19,49 @@ from fused_margin.margins import HardNegatives, Margin, psi, warn_of_degrees
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from fused_margin.losses.base import MarginOptions
+    from fused_margin.losses.options import MarginOptions
 
 
 class AdaFaceLoss(RunningState, MarginLoss):
-    """AdaFace: the norm of an embedding, as a measure of image quality, sets the margin (arXiv:2204.00964, eq. 12 to 15).
+    """AdaFace: the margin depends on the norm of the embedding, a measure of image quality (arXiv:2204.00964, eq. 12 to 15).
 
-    With z the norm, standardised by running statistics and clamped to [-1, 1]::
+    With z, the norm standardised by running statistics and clamped to [-1, 1]::
 
         psi(theta) = cos(theta - margin * z) - (margin + margin * z)
 
-    where ``theta - margin * z`` stays within [0, pi]. No gradient flows through z.
+    ``theta - margin * z`` is clamped to [0, pi]. No gradient flows through z.
 
     Args:
         num_classes: C.
         embedding_size: D.
-        margin: m of the formula, in radians and as a cosine.
+        margin: m of the formula, both an angle in radians and a cosine.
         scale: s of the logits.
         concentration: h; z is +-1 at 1 / h standard deviations from the mean.
         momentum: share of the running statistics that a batch replaces.
         **options: see :class:`fused_margin.MarginLoss`.
 
+    Shape:
+        embeddings (N, D), labels (N,) integers -> scalar, or (N,) with ``reduction="none"``.
+
     Attributes:
-        norm_mean, norm_std: running statistics of the norm, buffers; updated in training mode.
+        norm_mean, norm_std: buffers, the running statistics of the norm. Every forward in training mode updates them.
+
+    Raises:
+        ValueError, TypeError: for an invalid argument. The message names the argument, the expected and the given value.
     """
 
-    SETTINGS: ClassVar = {
+    SETTINGS: ClassVar[dict[str, settings.Check]] = {
         "margin": settings.angle(0.0),
         "concentration": settings.number(0.0, open_low=True),
         "momentum": settings.number(0.0, 1.0),
     }
     NORMS = (0.001, 100.0)
     RUNNING = ("norm_mean", "norm_std")
+    margin: float
+    concentration: float
+    momentum: float
+    norm_mean: Tensor
+    norm_std: Tensor
 
     def __init__(
         self,
@@ -69,16 +80,17 @@ class AdaFaceLoss(RunningState, MarginLoss):
 
     @torch.no_grad()
     def statistics(self, norm: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The running statistics after this batch, of which ignored samples and NaN are no part."""
+        """The running statistics after this batch, without ignored samples and norms that are not finite."""
         counts = (labels != self.ignore_index) & norm.isfinite()
         count = self.all_reduce(counts.sum())
         mean = self.all_reduce(torch.where(counts, norm, 0.0).sum()) / count
         variance = self.all_reduce(torch.where(counts, (norm - mean) ** 2, 0.0).sum()) / (count - 1)
         new = (mean.nan_to_num(), variance.nan_to_num().sqrt())
-        return tuple(
-            torch.where(count > 1, old + self.momentum * (n - old), old)  # one sample has no deviation
+        norm_mean, norm_std = (
+            torch.where(count > 1, old + self.momentum * (n - old), old)  # one sample has no standard deviation
             for old, n in zip((self.norm_mean, self.norm_std), new, strict=True)
         )
+        return norm_mean, norm_std
 
     @torch.no_grad()
     def current_margin(self, embeddings: Tensor, labels: Tensor) -> Margin:
@@ -92,7 +104,7 @@ class AdaFaceLoss(RunningState, MarginLoss):
     @once_per_step
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         loss = super().forward(embeddings, labels)
-        if self.training:  # only now: a call that raised changes nothing
+        if self.training:  # after the loss, so that a call that raises changes nothing
             mean, std = self.statistics(embedding_norm(embeddings.detach(), *self.NORMS), labels)
             self.update_state("norm_mean", mean)
             self.update_state("norm_std", std)
@@ -105,21 +117,34 @@ class AdaFaceLoss(RunningState, MarginLoss):
 class MagFaceLoss(MarginLoss):
     """MagFace: the margin grows with the norm, and a regularizer rewards large norms (arXiv:2103.06627, eq. 2 and 4).
 
-    With a the norm, clamped to ``norms = (l_a, u_a)``, the angular margin rises linearly from ``margins[0]`` at
-    l_a to ``margins[1]`` at u_a, and ``norm_weight * (1 / a + a / u_a^2)`` is added to every sample's loss.
+    With a, the norm clamped to ``norms = (l_a, u_a)``, the angular margin increases linearly from ``margins[0]`` at
+    l_a to ``margins[1]`` at u_a, and ``norm_weight * (1 / a + a / u_a^2)`` is added to the loss of every sample.
     The margin is differentiable in the norm.
 
     Args:
         num_classes: C.
         embedding_size: D.
         margins: smallest and largest angle, in radians.
-        norms: range in which the margin rises.
-        norm_weight: lambda_g.
+        norms: range of norms in which the margin increases.
+        norm_weight: lambda_g of the paper.
         scale: s of the logits.
         **options: see :class:`fused_margin.MarginLoss`.
+
+    Shape:
+        embeddings (N, D), labels (N,) integers -> scalar, or (N,) with ``reduction="none"``.
+
+    Raises:
+        ValueError, TypeError: for an invalid argument. The message names the argument, the expected and the given value.
     """
 
-    SETTINGS: ClassVar = {"margins": settings.angles, "norms": settings.norms, "norm_weight": settings.number(0.0)}
+    SETTINGS: ClassVar[dict[str, settings.Check]] = {
+        "margins": settings.angles,
+        "norms": settings.norms,
+        "norm_weight": settings.number(0.0),
+    }
+    margins: tuple[float, float]
+    norms: tuple[float, float]
+    norm_weight: float
 
     def __init__(
         self,
@@ -136,13 +161,13 @@ class MagFaceLoss(MarginLoss):
 
     def setting_changed(self, name: str) -> None:
         super().setting_changed(name)
-        if name == "margins":  # torch.compile takes numbers for variables, and a tuple of them for a constant
+        if name == "margins":  # numbers are variables under torch.compile, but a tuple is a constant
             self.smallest_margin, self.largest_margin = self.margins
 
     def current_margin(self, embeddings: Tensor, labels: Tensor) -> Margin:
         low, high = self.smallest_margin, self.largest_margin
         shortest, longest = self.norms
-        # a NaN embedding makes the loss NaN by its cosines; the margin stays a number
+        # A NaN embedding makes the loss NaN by its cosines, so the margin need not be NaN.
         norm = embedding_norm(embeddings, shortest, longest).nan_to_num(shortest)
         return Margin(m2=low + (high - low) * (norm - shortest) / (longest - shortest), **self.margin_options)
 
@@ -153,37 +178,47 @@ class MagFaceLoss(MarginLoss):
         loss = super().forward(embeddings, labels)
         norm = embedding_norm(embeddings, *self.norms)
         counts = labels != self.ignore_index
-        reward = torch.where(counts, 1 / norm + norm / self.norms[1] ** 2, 0.0)
+        penalty = torch.where(counts, 1 / norm + norm / self.norms[1] ** 2, 0.0)
         if self.reduction == "mean":
-            reward = mean_over(self.all_reduce(reward.sum()), self.all_reduce(counts.sum()))
+            penalty = mean_over(self.all_reduce(penalty.sum()), self.all_reduce(counts.sum()))
         elif self.reduction == "sum":
-            reward = self.all_reduce(reward.sum())
-        return loss + (self.norm_weight * reward).to(loss.dtype)
+            penalty = self.all_reduce(penalty.sum())
+        return loss + (self.norm_weight * penalty).to(loss.dtype)
 
 
 class ElasticFaceLoss(MarginLoss):
     """ElasticFace: each sample's margin is drawn from a normal distribution (arXiv:2109.09416, eq. 5 and 6).
 
-    In evaluation mode every margin is the mean.
+    In evaluation mode the margin is the mean.
 
     Args:
         num_classes: C.
         embedding_size: D.
-        margin: mean, in radians, or a cosine.
-        std: standard deviation.
-        kind: "arc" adds the margin to the angle, "cos" subtracts it from the cosine.
-        by_difficulty: ElasticFace+ of the paper: the drawn margins are sorted, so that a sample further from its class
-            gets a larger one.
+        margin: mean of the margin: an angle in radians, or a cosine.
+        std: standard deviation of the margin.
+        kind: ``"arc"`` adds the margin to the angle, ``"cos"`` subtracts it from the cosine.
+        by_difficulty: ElasticFace+ of the paper: the drawn margins are sorted, so that samples farther from their class
+            get larger margins.
         scale: s of the logits.
         **options: see :class:`fused_margin.MarginLoss`.
+
+    Shape:
+        embeddings (N, D), labels (N,) integers -> scalar, or (N,) with ``reduction="none"``.
+
+    Raises:
+        ValueError, TypeError: for an invalid argument. The message names the argument, the expected and the given value.
     """
 
-    SETTINGS: ClassVar = {
+    SETTINGS: ClassVar[dict[str, settings.Check]] = {
         "margin": settings.number(0.0),
         "std": settings.number(0.0),
         "kind": settings.one_of("arc", "cos"),
         "by_difficulty": settings.switch,
     }
+    margin: float
+    std: float
+    kind: str
+    by_difficulty: bool
 
     def __init__(
         self,
@@ -201,31 +236,33 @@ class ElasticFaceLoss(MarginLoss):
 
     def keep_setting(self, name: str, value: Any) -> None:
         if name in ("margin", "kind"):
-            now = {**vars(self), name: value}
-            if now["kind"] == "arc":
-                warn_of_degrees("margin", now.get("margin", 0.0))
+            current = {**vars(self), name: value}
+            if current["kind"] == "arc":
+                warn_of_degrees("margin", current.get("margin", 0.0))
         super().keep_setting(name, value)
 
     @torch.no_grad()
     def current_margin(self, embeddings: Tensor, labels: Tensor) -> Margin:
-        # a product, because torch.compile makes a constant of the value that a tensor is filled with
+        # A product, because torch.compile makes a fill value a constant.
         margin = self.margin * torch.ones(len(labels), dtype=torch.float64, device=embeddings.device)
         if self.training:
             margin = margin + self.std * torch.randn_like(margin)
             if self.by_difficulty:
                 easiest_first = target_cosine(self, embeddings, labels).argsort(descending=True)
                 margin = torch.empty_like(margin).scatter(0, easiest_first, margin.sort().values)
-        return Margin(**{"m2" if self.kind == "arc" else "m3": margin}, **self.margin_options)
+        if self.kind == "arc":
+            return Margin(m2=margin, **self.margin_options)
+        return Margin(m3=margin, **self.margin_options)
 
     def margin_repr(self) -> list[str]:
         return [f"margin={self.margin}", f"std={self.std}", f"kind={self.kind!r}"]
 
 
 class CurricularFaceLoss(RunningState, MarginLoss):
-    """CurricularFace: ArcFace with weights of near other classes that grow during training (arXiv:2004.00288).
+    """CurricularFace: ArcFace with weights of hard negatives that grow during training (arXiv:2004.00288).
 
-    A cosine to another class above ``cos(theta + margin)`` becomes ``cos * (t + cos)`` (eq. 6); t is the running
-    mean of the cosines to the own classes (eq. 9).
+    A cosine to another class above ``cos(theta + margin)`` becomes ``cos * (t + cos)`` (eq. 6), where t is the running
+    mean of the target cosines (eq. 9).
 
     Args:
         num_classes: C.
@@ -235,14 +272,26 @@ class CurricularFaceLoss(RunningState, MarginLoss):
         momentum: share of t that a batch replaces, before t is used, as in the published code.
         **options: see :class:`fused_margin.MarginLoss`.
 
+    Shape:
+        embeddings (N, D), labels (N,) integers -> scalar, or (N,) with ``reduction="none"``.
+
     Attributes:
-        t: the running mean, a buffer; updated in training mode.
+        t: buffer, the running mean. Every forward in training mode updates it.
+
+    Raises:
+        ValueError, TypeError: for an invalid argument. The message names the argument, the expected and the given value.
     """
 
     RUNNING = ("t",)
+    margin: float
+    momentum: float
+    t: Tensor
 
-    SETTINGS: ClassVar = {"margin": settings.angle(0.0), "momentum": settings.number(0.0, 1.0)}
-    NUMBERS: ClassVar = {"margin": "m2"}
+    SETTINGS: ClassVar[dict[str, settings.Check]] = {
+        "margin": settings.angle(0.0),
+        "momentum": settings.number(0.0, 1.0),
+    }
+    NUMBERS: ClassVar[dict[str, str]] = {"margin": "m2"}
 
     def __init__(
         self,
@@ -264,11 +313,12 @@ class CurricularFaceLoss(RunningState, MarginLoss):
         if scale is None or (isinstance(scale, Tensor) and scale.requires_grad):
             raise TypeError(
                 "scale: expected a number with CurricularFace, or a 0-d tensor without gradient, got "
-                f"{'None' if scale is None else 'one that is learned'}"
+                f"{'None' if scale is None else 'a learned scale'}"
             )
 
     @torch.no_grad()
     def next_t(self, cosine: Tensor, labels: Tensor) -> Tensor:
+        """t after this batch of target cosines (N,), without ignored samples."""
         counts = (labels != self.ignore_index) & cosine.isfinite()
         count = self.all_reduce(counts.sum())
         mean = self.all_reduce(torch.where(counts, cosine, 0.0).sum()) / count
@@ -284,26 +334,26 @@ class CurricularFaceLoss(RunningState, MarginLoss):
     @once_per_step
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         loss = super().forward(embeddings, labels)
-        if self.training:  # only now: a call that raised changes nothing
+        if self.training:  # after the loss, so that a call that raises changes nothing
             self.update_state("t", self.next_t(target_cosine(self, embeddings, labels), labels))
         return loss
 
 
 def running_value(loss_fn: MarginLoss, start: float) -> Tensor:
-    """A number to be updated in place: (1,), because torch.compile loses what is written to a 0-d float64 tensor."""
+    """A number that is updated in place, as a (1,) tensor: torch.compile loses writes to a 0-d float64 tensor."""
     return torch.full((1,), start, dtype=torch.float64, device=loss_fn.weight.device)
 
 
-def embedding_norm(embeddings: Tensor, least: float, most: float) -> Tensor:
-    """Norms (N,) float64 of embeddings (N, D), held to [least, most]."""
-    return torch.linalg.vector_norm(embeddings, dim=1, dtype=torch.float64).clamp(least, most)
+def embedding_norm(embeddings: Tensor, smallest: float, largest: float) -> Tensor:
+    """Norms (N,) float64 of embeddings (N, D), clamped to [smallest, largest]."""
+    return torch.linalg.vector_norm(embeddings, dim=1, dtype=torch.float64).clamp(smallest, largest)
 
 
 def target_cosine(loss_fn: MarginLoss, embeddings: Tensor, labels: Tensor) -> Tensor:
-    """Cosines (N,) float64 of the samples with their own class; that of an ignored label means nothing."""
+    """Target cosines (N,) float64. The values of ignored samples are undefined."""
     shard = loss_fn.shard
     if shard is not None:
-        return library.divided_target_cosines(
+        return divided_target_cosines(
             embeddings, loss_fn.weight, labels, loss_fn.sub_centers, loss_fn.ignore_index, shard.name, shard.num_classes
         )
     return target_cosines(embeddings, loss_fn.weight, labels.long(), loss_fn.sub_centers)

@@ -1,4 +1,6 @@
-"""Auxiliary losses, added to a margin loss with a weight: center, ring, intra, inter and uniform loss."""
+"""Auxiliary losses, to be added to a margin loss: center, ring, intra, inter and uniform loss."""
+
+from __future__ import annotations
 
 import math
 from typing import ClassVar
@@ -8,35 +10,39 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fused_margin import _checks
+from fused_margin._cross_entropy import mean_over
 from fused_margin._ops.class_pair_sums import other_class_sums
 from fused_margin._ops.inputs import compute_dtype
 from fused_margin._ops.normalization import unit_rows
-from fused_margin.functional import mean_over
 from fused_margin.losses import settings
 from fused_margin.losses.running_state import RunningState, once_per_step
 
 
 class AuxiliaryLoss(settings.Settings):
-    """The base class of the auxiliary losses: ignored samples and the reduction. Arguments may be set between steps."""
+    """Base class of the auxiliary losses: ignored samples and the reduction. Arguments may be set between steps."""
 
-    SETTINGS: ClassVar = {
+    SETTINGS: ClassVar[dict[str, settings.Check]] = {
         "reduction": settings.REDUCTION,
         "ignore_index": settings.index,
         "workspace_mb": settings.WORKSPACE_MB,
     }
+    reduction: str
+    ignore_index: int
+    workspace_mb: float
 
     def __init__(self, reduction: str, ignore_index: int):
         super().__init__()
         self.reduction, self.ignore_index = reduction, ignore_index
 
     def classes(self, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-        """int64 labels (N,), 0 in place of ignored ones, and which samples count."""
+        """int64 labels (N,) with 0 for ignored samples, and flags (N,) of the samples that count."""
         labels = labels.to(torch.int64)
         _checks.label_values(labels, num_classes, self.ignore_index)
         counts = labels != self.ignore_index
         return labels.masked_fill(~counts, 0), counts
 
     def reduce(self, values: Tensor, counts: Tensor) -> Tensor:
+        """The reduction of values (N,) over the samples that count."""
         values = values.masked_fill(~counts, 0.0)
         if self.reduction == "none":
             return values
@@ -46,20 +52,21 @@ class AuxiliaryLoss(settings.Settings):
 class CenterLoss(RunningState, AuxiliaryLoss):
     """Center loss: half the squared distance of an embedding to its class's centre (Wen et al., ECCV 2016, eq. 2).
 
-    Every forward in training mode then moves the centres (eq. 4); its loss is that of the centres before::
+    Every forward in training mode moves the centres (eq. 4) after computing its loss::
 
         loss_i = |x_i - c_{y_i}|^2 / 2
         c_j   <- c_j - alpha * sum_{i: y_i = j} (c_j - x_i) / (1 + n_j)         n_j: samples of class j in the batch
 
-    The paper sums over the batch; the default here is the mean. Embeddings are taken as they are, not normalised. No
-    gradient reaches the centres. A sample with NaN moves none.
+    The paper sums over the batch; the default here is the mean. Embeddings are not normalised. The centres get no
+    gradient. A sample with NaN does not move its centre.
 
     Args:
         num_classes: C.
         embedding_size: D.
-        alpha: share of the way that a centre goes, in [0, 1].
+        alpha: step size of the centres, in [0, 1].
         reduction, ignore_index: as in ``torch.nn.CrossEntropyLoss``.
-        device, dtype: of ``centers``, which are float32 or float64: a small move would be rounded away in a half.
+        device, dtype: device and dtype of ``centers``. They are float32 or float64, because half precision would round
+            small moves to 0.
 
     Shape:
         embeddings (N, D), labels (N,) -> scalar, or (N,) with ``reduction="none"``; float64 if an input is, else float32.
@@ -68,12 +75,14 @@ class CenterLoss(RunningState, AuxiliaryLoss):
         centers: (C, D) buffer, initially 0.
 
     Raises:
-        ValueError, TypeError: naming the argument, what was expected and what came.
+        ValueError, TypeError: for an invalid argument. The message names the argument, the expected and the given value.
     """
 
-    SETTINGS: ClassVar = {"alpha": settings.number(0.0, 1.0)}
+    SETTINGS: ClassVar[dict[str, settings.Check]] = {"alpha": settings.number(0.0, 1.0)}
     RUNNING = ("centers",)
-    REMEMBERED = 8  # each is (N, D)
+    REMEMBERED = 8  # forwards, each with a state of (N, D)
+    alpha: float
+    centers: Tensor
 
     def __init__(
         self,
@@ -93,11 +102,13 @@ class CenterLoss(RunningState, AuxiliaryLoss):
         dtype = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
         self.register_buffer("centers", torch.zeros(num_classes, embedding_size, device=device, dtype=dtype))
 
-    def state_before(self, labels: Tensor) -> list[Tensor]:
+    def state_before(self, labels: Tensor | None) -> list[Tensor]:
+        assert labels is not None
         return [self.centers[self.classes(labels, len(self.centers))[0]]]
 
     @torch.no_grad()
-    def restore_state(self, labels: Tensor, state: list[Tensor]) -> None:
+    def restore_state(self, labels: Tensor | None, state: list[Tensor]) -> None:
+        assert labels is not None
         self.centers[self.classes(labels, len(self.centers))[0]] = state[0]
 
     @once_per_step
@@ -107,22 +118,22 @@ class CenterLoss(RunningState, AuxiliaryLoss):
         dtype = compute_dtype(embeddings, self.centers)
         difference = F.embedding(classes, self.centers).to(dtype) - embeddings.to(dtype)
         loss = self.reduce(difference.square().sum(1) / 2, counts)
-        if self.training:  # only now: a call that raised moves nothing
+        if self.training:  # after the loss, so that a call that raises moves nothing
             self.move_centers(difference.detach(), classes, counts)
         return loss
 
     @torch.no_grad()
     def move_centers(self, difference: Tensor, classes: Tensor, counts: Tensor) -> None:
         counts = (counts & difference.isfinite().all(1)).unsqueeze(1)
-        # A class's sums are where its first sample would be if the batch were in the order of the classes.
+        # The sums of a class go to the position of its first sample in the sorted batch.
         ordered = classes.sort().values
         place = torch.searchsorted(ordered, classes)
-        # An index_put_ in float64 adds in one order on every device, so that results repeat bit for bit.
+        # index_put_ in float64 adds in a fixed order on every device, so that results are reproducible bit for bit.
         number = torch.zeros(len(classes), 1, dtype=torch.float64, device=classes.device)
         total = torch.zeros_like(difference, dtype=torch.float64)
         number.index_put_((place,), counts.double(), accumulate=True)
         total.index_put_((place,), difference.double().masked_fill(~counts, 0.0), accumulate=True)
-        move = -self.alpha * total / (1.0 + number)  # 0 where nothing is
+        move = -self.alpha * total / (1.0 + number)  # 0 in positions without a class's first sample
         self.update_state("centers", move.to(self.centers.dtype), ordered)
 
     def extra_repr(self) -> str:
@@ -131,28 +142,30 @@ class CenterLoss(RunningState, AuxiliaryLoss):
 
 
 class RingLoss(RunningState, AuxiliaryLoss):
-    """Ring loss: embeddings are drawn to a norm that is learned (Zheng et al., CVPR 2018, arXiv:1803.00130, eq. 2).
+    """Ring loss: pulls the norms of embeddings towards a learned radius (Zheng et al., CVPR 2018, arXiv:1803.00130, eq. 2).
 
-    ``loss_i = (|x_i| - radius)^2 / 2``. The paper's lambda is the weight that it is added with.
+    ``loss_i = (|x_i| - radius)^2 / 2``. Multiply it by the paper's lambda when adding it to another loss.
 
     Args:
-        radius: where it starts; None: at the mean norm of the first batch in training mode, as published.
+        radius: initial radius. None uses the mean norm of the first batch in training mode, as in the published code.
         reduction, ignore_index: as in ``torch.nn.CrossEntropyLoss``.
-        device, dtype: of ``radius``.
+        device, dtype: device and dtype of ``radius``.
 
     Shape:
         embeddings (N, D), labels (N,) or None -> scalar, or (N,) with ``reduction="none"``; float64 if an input is,
-        else float32. Labels only say which samples are ignored.
+        else float32. Labels only determine which samples are ignored.
 
     Attributes:
         radius: scalar parameter.
-        initialised: buffer, whether ``radius`` has its first value; until then the batch's mean norm stands in.
+        initialised: buffer, whether ``radius`` has its initial value. Until then the mean norm of the batch is used.
 
     Raises:
-        ValueError, TypeError: naming the argument, what was expected and what came.
+        ValueError, TypeError: for an invalid argument. The message names the argument, the expected and the given value.
     """
 
     RUNNING = ("initialised",)
+    radius: nn.Parameter
+    initialised: Tensor
     LABELS_OPTIONAL = True
 
     def __init__(
@@ -180,29 +193,30 @@ class RingLoss(RunningState, AuxiliaryLoss):
             _checks.per_sample_index("labels", labels, embeddings)
             counts = labels.to(torch.int64) != self.ignore_index
         mean = self.mean_norm(norm, counts)
-        # The loss is flat in the radius at the mean norm: the first batch's gradient of 0 is the true one.
+        # The derivative by the radius is 0 at the mean norm, so the first batch's gradient of 0 is exact.
         loss = self.reduce((norm - self.radius.where(self.initialised.clone(), mean.nan_to_num())).square() / 2, counts)
-        if self.training:  # only now: a call that raised changes nothing
+        if self.training:  # after the loss, so that a call that raises changes nothing
             self.initialise(mean)
         return loss
 
     @torch.no_grad()
     def mean_norm(self, norm: Tensor, counts: Tensor) -> Tensor:
-        """Of the samples that count and are finite; NaN if there is none."""
+        """Mean norm of the samples that count and are finite; NaN if there is none."""
         counts = counts & norm.isfinite()
         return norm.masked_fill(~counts, 0.0).sum() / counts.sum()
 
     @torch.no_grad()
     def initialise(self, radius: Tensor) -> None:
-        begins = ~self.initialised & radius.isfinite()
-        self.radius.copy_(radius.where(begins, self.radius))
-        self.update_state("initialised", self.initialised | begins)
+        """Sets the radius, if it has no initial value and the given one is finite."""
+        is_first = ~self.initialised & radius.isfinite()
+        self.radius.copy_(radius.where(is_first, self.radius))
+        self.update_state("initialised", self.initialised | is_first)
 
 
 class IntraLoss(AuxiliaryLoss):
     """Intra-loss: the angle of an embedding to its class's weight, over pi (ArcFace, arXiv:1801.07698, eq. 5).
 
-    ``loss_i = theta_{y_i} / pi``. The gradient is exact, and 0 where theta is 0 or pi and there is none.
+    ``loss_i = theta_{y_i} / pi``. The gradient is exact. It is 0 where theta is 0 or pi, where no derivative exists.
 
     Args:
         reduction, ignore_index: as in ``torch.nn.CrossEntropyLoss``.
@@ -212,7 +226,7 @@ class IntraLoss(AuxiliaryLoss):
         is, else float32.
 
     Raises:
-        ValueError, TypeError: naming the argument, what was expected and what came.
+        ValueError, TypeError: for an invalid argument. The message names the argument, the expected and the given value.
     """
 
     def __init__(self, *, reduction: str = "mean", ignore_index: int = -100):
@@ -222,30 +236,32 @@ class IntraLoss(AuxiliaryLoss):
         _checks.batch(embeddings, weight, labels)
         classes, counts = self.classes(labels, len(weight))
         dtype = compute_dtype(embeddings, weight)
-        own = F.embedding(classes, weight.to(dtype))  # converted before: gradients of one class add up in this dtype
+        own = F.embedding(
+            classes, weight.to(dtype)
+        )  # converted first, so that gradients of one class add up in this dtype
         sample, own = unit_rows(embeddings, dtype)[0], unit_rows(own, dtype)[0]
-        # The diagonals of the rhombus have the half angle's tangent; arccos would be steep and inaccurate near 0.
+        # The ratio of the rhombus's diagonals is the tangent of half the angle. arccos would be inaccurate near 0.
         across, along = (torch.linalg.vector_norm(diagonal, dim=1) for diagonal in (sample - own, sample + own))
         return self.reduce(2.0 / math.pi * torch.atan2(across, along), counts)
 
 
 class InterLoss(AuxiliaryLoss):
-    """Inter-loss: rewards the angles of a sample's class weight to the others, over pi (ArcFace, arXiv:1801.07698, eq. 6).
+    """Inter-loss: minus the mean angle of a sample's class weight to the others, over pi (ArcFace, arXiv:1801.07698, eq. 6).
 
-    ``loss_i = -1 / (pi (C - 1)) * sum_{j != y_i} arccos(w_{y_i} . w_j)`` with unit-length class weights; a class counts
-    as often as it is in the batch. The (N, C) cosines are never whole. In the gradient sin(theta) is held at the square
-    root of the dtype's epsilon.
+    ``loss_i = -1 / (pi (C - 1)) * sum_{j != y_i} arccos(w_{y_i} . w_j)`` with unit-length class weights. A class counts
+    once per sample of the batch. The (N, C) cosines are computed in tiles. In the gradient sin(theta) is bounded below by
+    the square root of the dtype's epsilon.
 
     Args:
         reduction, ignore_index: as in ``torch.nn.CrossEntropyLoss``.
-        workspace_mb: bound on scratch memory in MiB, whatever C is.
+        workspace_mb: bound on scratch memory in MiB, for any C.
 
     Shape:
         weight (C, D), C >= 2, labels (N,) -> scalar, or (N,) with ``reduction="none"``; float64 if ``weight`` is, else
         float32.
 
     Raises:
-        ValueError, TypeError: naming the argument, what was expected and what came.
+        ValueError, TypeError: for an invalid argument. The message names the argument, the expected and the given value.
     """
 
     def __init__(self, *, reduction: str = "mean", ignore_index: int = -100, workspace_mb: float = 256):
@@ -265,26 +281,28 @@ class InterLoss(AuxiliaryLoss):
 class UniformLoss(AuxiliaryLoss):
     """UniformFace's uniform loss: class centres repel each other like charges (Duan, Lu and Zhou, CVPR 2019).
 
-    The mean potential of the ordered pairs of classes, with the unit-length class weights for centres::
+    The mean potential of all ordered pairs of classes, with unit-length class weights as centres::
 
         loss = 1 / (C (C - 1)) * sum_i sum_{j != i} 1 / (1 + |w_i - w_j|)
 
-    The (C, C) distances are never whole. In the gradient a distance is held at the square root of the dtype's epsilon.
+    The (C, C) distances are computed in tiles. In the gradient a distance is bounded below by the square root of the dtype's
+    epsilon.
 
     Args:
-        batch_classes: i runs over the classes of the batch alone, each once; it is then divided by their number.
-        ignore_index: a label that is no class.
-        workspace_mb: bound on scratch memory in MiB, whatever C is.
+        batch_classes: i runs only over the classes of the batch, each once, and their number replaces C as a divisor.
+        ignore_index: label of samples without a class.
+        workspace_mb: bound on scratch memory in MiB, for any C.
 
     Shape:
         weight (C, D), C >= 2, labels (N,), needed only with ``batch_classes`` -> scalar; float64 if ``weight`` is, else
         float32.
 
     Raises:
-        ValueError, TypeError: naming the argument, what was expected and what came.
+        ValueError, TypeError: for an invalid argument. The message names the argument, the expected and the given value.
     """
 
-    SETTINGS: ClassVar = {"batch_classes": settings.switch}
+    SETTINGS: ClassVar[dict[str, settings.Check]] = {"batch_classes": settings.switch}
+    batch_classes: bool
 
     def __init__(self, *, batch_classes: bool = False, ignore_index: int = -100, workspace_mb: float = 256):
         super().__init__("mean", ignore_index)
@@ -296,7 +314,7 @@ class UniformLoss(AuxiliaryLoss):
         rows = classes = None
         counts = torch.ones(len(weight), dtype=torch.bool, device=weight.device)
         if self.batch_classes:
-            _checks.labels(labels, weight)
+            labels = _checks.labels(labels, weight)
             ordered = labels.to(torch.int64).sort().values
             classes, counts = self.classes(ordered, len(weight))
             counts = counts & (ordered.diff(prepend=ordered[:1] - 1) != 0)

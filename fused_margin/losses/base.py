@@ -1,8 +1,8 @@
-"""The base classes of the losses: class weights, the options of a cross-entropy over classes, margin and scale."""
+"""Base classes of the losses: class weights, options of a cross-entropy over classes, margin and scale."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -10,48 +10,27 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fused_margin import _checks
-from fused_margin._ops import library
+from fused_margin._cross_entropy import margin_cross_entropy
+from fused_margin._ops import collectives
 from fused_margin._ops.normalization import unit_rows
 from fused_margin.distributed import Shard
-from fused_margin.functional import NearestClass, unchecked_margin_cross_entropy
 from fused_margin.losses import settings
 from fused_margin.losses.exclusive import ExclusiveRegularizer, checked_refresh
 from fused_margin.margins import HardNegatives, Margin, minimum_scale, warn
+from fused_margin.nearest import NearestClass
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-PROBABILITY = 0.9  # a sample should be able to reach it for its class
+    from fused_margin.losses.options import ClassificationOptions
 
+T = TypeVar("T")
 
-class ClassificationOptions(TypedDict, total=False):
-    """Keyword arguments of every loss with class weights; :class:`MarginLoss` describes them."""
-
-    sub_centers: int
-    process_group: dist.ProcessGroup | None
-    sample_rate: float
-    sparse: bool
-    exclusive_weight: float
-    exclusive_refresh: str | int
-    class_weight: Tensor | None
-    reduction: str
-    ignore_index: int
-    label_smoothing: float
-    workspace_mb: float
-    device: torch.device | str | None
-    dtype: torch.dtype | None
-
-
-class MarginOptions(ClassificationOptions, total=False):
-    """Keyword arguments of every margin loss; :class:`MarginLoss` describes them."""
-
-    beyond_pi: str
-    easy: bool
-    gradient: str
+PROBABILITY = 0.9  # of a sample's class; a scale too small to reach it triggers a warning
 
 
 class ClassificationLoss(settings.Settings):
-    """The class weights of a loss, and the options of a cross-entropy over the classes.
+    """A loss with class weights, and with the options of a cross-entropy over the classes.
 
     See :class:`MarginLoss` for the arguments.
     """
@@ -73,6 +52,16 @@ class ClassificationLoss(settings.Settings):
     num_classes: int
     embedding_size: int
     sub_centers: int
+    sample_rate: float
+    sparse: bool
+    exclusive_weight: float
+    exclusive_refresh: str | int
+    reduction: str
+    ignore_index: int
+    label_smoothing: float
+    workspace_mb: float
+    has_label_smoothing: bool
+    has_exclusive_term: bool
 
     def __init__(
         self,
@@ -149,7 +138,7 @@ class ClassificationLoss(settings.Settings):
             _checks.searched_device("weight", self.weight)
 
     def setting_changed(self, name: str) -> None:
-        # torch.compile would make constants of these numbers, for good, where their values decide what is computed
+        # Flags, because comparing these numbers in forward would make them constants under torch.compile.
         if name == "label_smoothing":
             self.has_label_smoothing = self.label_smoothing > 0
         elif name == "exclusive_weight":
@@ -160,7 +149,7 @@ class ClassificationLoss(settings.Settings):
             self.start_exclusive()
 
     def start_exclusive(self) -> None:
-        """Makes the cache of nearest classes, if ``exclusive_refresh`` needs one and there is none yet."""
+        """Creates the cache of nearest classes, if ``exclusive_refresh`` needs one and there is none."""
         refresh = self.exclusive_refresh
         if self.exclusive is not None and self.exclusive.refresh != refresh:
             self.exclusive = None
@@ -169,7 +158,7 @@ class ClassificationLoss(settings.Settings):
             self.exclusive.train(self.training).start(self.weight)
 
     def cross_entropy_options(self) -> dict[str, Any]:
-        """Options of this step that all losses take. In evaluation, and on meta, all classes take part."""
+        """The options of this step that all losses share. In evaluation mode, and on meta, all classes take part."""
         return {
             "class_weight": self.class_weight,
             "reduction": self.reduction,
@@ -182,48 +171,56 @@ class ClassificationLoss(settings.Settings):
         }
 
     def sharded_state_dict(self, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Tensor]:
-        """The state of all ranks, for ``torch.distributed.checkpoint``: saved by any number of ranks, loaded by any other.
+        """The state of all ranks, for ``torch.distributed.checkpoint``. The number of ranks may change between save and load.
 
-        ``dcp.save(loss_fn.sharded_state_dict(), checkpoint_id=folder)`` on every rank; ``dcp.load`` with the result of the
-        same call fills parameters and buffers in place. The cache of ``exclusive_refresh`` is not saved; it is rebuilt
-        when needed.
+        Every rank calls ``dcp.save(loss_fn.sharded_state_dict(), checkpoint_id=folder)``. ``dcp.load`` with the result of
+        the same call fills parameters and buffers in place. The cache of ``exclusive_refresh`` is not saved; it is
+        rebuilt when needed.
 
         Args:
-            optimizer: adds its state of each parameter that has the parameter's shape (momentum). Before loading, the
-                optimizer must have made a step, or :func:`fused_margin.optim.start_momentum` of each parameter.
+            optimizer: its state that has a parameter's shape (momentum) is included. Before loading, the optimizer must
+                have made a step, or :func:`fused_margin.optim.start_momentum` must have been called for each parameter.
+
+        Returns:
+            Tensors by name. If classes are divided, the class parameters are ShardedTensors.
         """
         state = {name: value for name, value in self.state_dict().items() if not name.startswith("exclusive.")}
         divided = self.class_parameters()
         for name, parameter in self.named_parameters():
-            kept = {} if optimizer is None else optimizer.state.get(parameter, {})
-            found = {
-                f"{name}.{key}": v for key, v in kept.items() if isinstance(v, Tensor) and v.shape == parameter.shape
+            optimizer_state = {} if optimizer is None else optimizer.state.get(parameter, {})
+            tensors = {
+                f"{name}.{key}": v
+                for key, v in optimizer_state.items()
+                if isinstance(v, Tensor) and v.shape == parameter.shape
             }
-            found[name] = state[name]
+            tensors[name] = state[name]
             if self.shard is not None and name in divided:
-                found = {key: self.shard.sharded_tensor(value) for key, value in found.items()}
-            state |= found
+                tensors = {key: self.shard.sharded_tensor(value) for key, value in tensors.items()}
+            state |= tensors
         return state
 
     def class_parameters(self) -> dict[str, nn.Parameter]:
-        """Parameters with one or several rows per class: this rank's, where classes are divided."""
+        """Parameters with one or several rows per class. If classes are divided, those of this rank."""
         return {"weight": self.weight}
 
     def all_reduce(self, value: Tensor) -> Tensor:
         """The sum over ranks of a value of each rank's own samples."""
-        return value if self.shard is None else library.all_reduce_forward(value, self.shard.name)
+        return value if self.shard is None else collectives.all_reduce_forward(value, self.shard.name)
 
-    def all_reduce_gradient(self, value: float | Tensor | None) -> float | Tensor | None:
-        """A number that every rank has; a learned one gets the gradient of all ranks' samples on each of them."""
-        learned = self.shard is not None and isinstance(value, Tensor) and value.requires_grad
-        return library.all_reduce_backward(value, self.shard.name) if learned else value
+    def all_reduce_gradient(self, value: T) -> T | Tensor:
+        """A value that is the same on every rank. A learned value gets, on every rank, the gradient of all samples."""
+        if self.shard is not None and isinstance(value, Tensor) and value.requires_grad:
+            return collectives.all_reduce_backward(value, self.shard.name)
+        return value
 
     def nearest(self) -> NearestClass | None:
-        """Every class's nearest other class from the cache of ``exclusive_refresh``; None: to be searched."""
-        return self.exclusive.find(self.weight) if self.has_exclusive_term else None
+        """The nearest other class of every class from the cache of ``exclusive_refresh``; None without a cache."""
+        if self.exclusive is None or not self.has_exclusive_term:
+            return None
+        return self.exclusive.find(self.weight)
 
     def own_repr(self) -> list[str]:
-        """The arguments that tell one loss from another, as name=value."""
+        """The arguments of this loss in its repr, as name=value."""
         return []
 
     def extra_repr(self) -> str:
@@ -238,64 +235,73 @@ class ClassificationLoss(settings.Settings):
 class MarginLoss(ClassificationLoss):
     """The base class of the margin losses: cross-entropy over scaled cosines with a margin on the target.
 
-    See :func:`fused_margin.functional.margin_cross_entropy` for the formula. Subclasses have arguments of their own
-    before these.
+    See :func:`fused_margin.functional.margin_cross_entropy` for the formula. Subclasses add arguments of their own.
 
     Args:
         num_classes: C.
         embedding_size: D.
-        numbers: Margin's m1, m2 and m3, where they are no attributes of the subclass.
-        scale: s of the logits, a positive number; None: each embedding's own norm. A 0-d tensor becomes a buffer, a
+        numbers: m1, m2 and m3 of :class:`fused_margin.Margin` that are not attributes of the subclass.
+        scale: s of the logits, a positive number. None uses the norm of each embedding. A 0-d tensor becomes a buffer, a
             ``torch.nn.Parameter`` a learned parameter.
-        exclusive_weight: lambda of RegularFace's exclusive term, which is added to the loss; 0 switches it off.
-        exclusive_refresh: when the nearest classes of that term are searched, see
+        exclusive_weight: lambda of RegularFace's exclusive term, which is added to the loss. 0 switches it off.
+        exclusive_refresh: when to search the nearest classes of that term, see
             :class:`fused_margin.ExclusiveRegularizer`.
         class_weight: (C,) factors, as ``weight`` in ``torch.nn.CrossEntropyLoss``. A buffer.
         reduction, ignore_index, label_smoothing: as in ``torch.nn.CrossEntropyLoss``.
         beyond_pi, easy, gradient: see :class:`fused_margin.Margin`.
-        sub_centers: rows of ``weight`` per class, of which the nearest counts (see SubCenterArcFaceLoss).
-        process_group: divides the classes among the ranks of a torch.distributed group; ``weight`` then holds this
-            rank's classes, a contiguous slice (the first C % world_size ranks have one class more). Every rank calls the
-            loss with its own samples, and gets the loss of all ranks' samples (its own with ``reduction="none"``) and the
-            gradients of that. DistributedDataParallel divides the backbone's gradients by the number of ranks: multiply
-            the embeddings' by it, ``embeddings.register_hook(lambda g: g * world_size)``.
-        sample_rate: share of the classes that take part in a training step: the classes of the samples and others drawn
-            by torch's generator (PartialFC, arXiv:2203.15565).
-        sparse: with a sample_rate below 1, the gradient of ``weight`` is sparse, as in ``torch.nn.Embedding``. False: the
-            gradient is dense, and any optimizer, ``clip_grad_norm_`` and DistributedDataParallel take it; weight decay and
-            momentum move all classes. :class:`fused_margin.optim.ProjectedSGD` takes sparse gradients (with
-            ``project=False`` it steps as ``torch.optim.SGD``), and leaves rows and momentum of the other classes alone.
+        sub_centers: rows of ``weight`` per class; the cosine to a class is the cosine to its nearest row (see
+            :class:`fused_margin.SubCenterArcFaceLoss`).
+        process_group: divides the classes among the ranks of a torch.distributed group. ``weight`` then holds the
+            classes of this rank, a contiguous slice (the first C % world_size ranks have one more class). Every rank
+            calls the loss with its own samples. It gets the loss of the samples of all ranks (its own losses with
+            ``reduction="none"``) and the gradients of that loss. DistributedDataParallel divides the backbone's gradients
+            by the number of ranks; to undo this, multiply the gradient of the embeddings:
+            ``embeddings.register_hook(lambda g: g * world_size)``.
+        sample_rate: share of the classes that take part in a training step: the classes of the samples, and other
+            classes drawn by torch's generator (PartialFC, arXiv:2203.15565).
+        sparse: if True and sample_rate is below 1, the gradient of ``weight`` is sparse, as in ``torch.nn.Embedding``.
+            :class:`fused_margin.optim.ProjectedSGD` accepts sparse gradients (with ``project=False`` it makes the step of
+            ``torch.optim.SGD``), and does not change the rows and the momentum of the other classes. If False, the
+            gradient is dense, which every optimizer, ``clip_grad_norm_`` and DistributedDataParallel accept; weight decay
+            and momentum then change all classes.
         workspace_mb: bound on scratch memory in MiB, for any C.
-        device, dtype: of ``weight``.
+        device, dtype: device and dtype of ``weight``.
 
     Arguments are attributes that can be set between steps: a margin schedule is ``loss_fn.margin = 0.3``. A new value is
     checked as in the constructor, and nothing changes if the check raises. num_classes, embedding_size, sub_centers,
-    process_group, device and dtype are fixed. A number set as ``scale`` fills a scale that is a tensor. All ranks of a
-    group must set the same values. Under torch.compile the second value of a number, such as the margin or the scale,
-    compiles once more, and further values do not; nor does a label smoothing or an exclusive weight of 0, after one more
-    compilation. ``workspace_mb``, ``sample_rate``, ``ignore_index``, MagFace's ``norms`` and arguments that are not numbers
-    compile for every value, so set those before.
+    process_group, device and dtype are fixed. If ``scale`` is a tensor, setting a number fills the tensor. All ranks of a
+    group must set the same values.
+
+    Under torch.compile, the second value of a number such as the margin or the scale compiles the loss a second time,
+    and further values do not. A label smoothing or an exclusive weight that becomes 0 also compiles once more.
+    ``workspace_mb``, ``sample_rate``, ``ignore_index``, ``norms`` of MagFace and arguments that are not numbers compile for
+    every value, so set them before the first step.
 
     Shape:
         embeddings (N, D), labels (N,) integers -> scalar, or (N,) with ``reduction="none"``.
 
     Attributes:
-        weight: (C, D) parameter, initialised N(0, 0.01); need not be normalised. This rank's classes, if divided.
-        NUMBERS: settings that are numbers of :class:`fused_margin.Margin`, and the names of those.
+        weight: (C, D) parameter, initialised N(0, 0.01). It need not be normalised. If classes are divided, it holds the
+            classes of this rank.
+        NUMBERS: settings that are numbers of :class:`fused_margin.Margin`, with the names of these numbers.
 
     Raises:
-        ValueError, TypeError: naming the argument, what was expected and what was given.
+        ValueError, TypeError: for an invalid argument. The message names the argument, the expected and the given value.
     """
 
     SETTINGS: ClassVar[dict[str, settings.Check]] = {**settings.MARGIN_OPTIONS, "scale": settings.scale}
     NUMBERS: ClassVar[dict[str, str]] = {}
-    scale_varies = False  # whether it has been changed
+    scale: float | Tensor | None
+    scale_varies = False  # whether the scale was set after the constructor
+    beyond_pi: str
+    easy: bool
+    gradient: str
 
     def __init__(
         self,
         num_classes: int,
         embedding_size: int,
-        numbers: dict[str, float],
+        numbers: dict[str, Any],
         scale: float | Tensor | None,
         *,
         beyond_pi: str = "monotone",
@@ -305,7 +311,7 @@ class MarginLoss(ClassificationLoss):
     ):
         _checks.scale(scale)
         super().__init__(num_classes, embedding_size, **options)
-        Margin(**numbers)  # raises
+        Margin(**numbers)  # checks the numbers
         self.numbers = numbers
         self.beyond_pi, self.easy, self.gradient = beyond_pi, easy, gradient
         self.scale = scale
@@ -318,7 +324,7 @@ class MarginLoss(ClassificationLoss):
         if _checks.is_number(value):
             self.warn_of_small(value)
         old = getattr(self, "scale", None)
-        if isinstance(old, Tensor) and _checks.is_number(value):  # it stays a buffer, or a parameter
+        if isinstance(old, Tensor) and _checks.is_number(value):  # the scale stays a buffer or a parameter
             with torch.no_grad():
                 old.fill_(value)
             return
@@ -332,7 +338,7 @@ class MarginLoss(ClassificationLoss):
 
     def setting_changed(self, name: str) -> None:
         super().setting_changed(name)
-        self.__dict__["_margin"] = None  # to be made of the new numbers
+        self.__dict__["_margin"] = None  # built again from the new numbers when it is next read
 
     def warn_of_small(self, scale: float) -> None:
         least = minimum_scale(self.num_classes, PROBABILITY) if self.num_classes > 1 else 0.0
@@ -346,9 +352,9 @@ class MarginLoss(ClassificationLoss):
         nn.init.normal_(self.weight, std=0.01)
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        # before a margin is made of them; there may be more ranks than classes
+        # before current_margin reads them; at least 0 classes, because there may be more ranks than classes
         _checks.batch(embeddings, self.weight, labels, at_least=1 if self.shard is None else 0)
-        return unchecked_margin_cross_entropy(
+        return margin_cross_entropy(
             embeddings,
             self.weight,
             labels,
@@ -363,14 +369,14 @@ class MarginLoss(ClassificationLoss):
 
     @property
     def margin_options(self) -> dict[str, Any]:
-        """Options of any margin."""
+        """The settings of a margin that are no numbers."""
         return {"beyond_pi": self.beyond_pi, "easy": self.easy, "gradient": self.gradient}
 
     @property
     def margin_function(self) -> Margin:
-        """The margin that all samples have in common. Setting it sets the attributes that it consists of."""
+        """The margin without per-sample numbers. Setting it sets the attributes that define it."""
         margin = self.__dict__.get("_margin")
-        if margin is None or torch.compiler.is_compiling():  # compiled, the numbers stay variables
+        if margin is None or torch.compiler.is_compiling():  # built in the graph, so that its numbers stay variables
             numbers = {number: getattr(self, setting) for setting, number in self.NUMBERS.items()}
             margin = Margin(**{**self.numbers, **numbers}, **self.margin_options)
             if not torch.compiler.is_compiling():
@@ -400,33 +406,38 @@ class MarginLoss(ClassificationLoss):
     def current_scale(self, device: torch.device) -> float | Tensor | None:
         """The scale of this step."""
         if torch.compiler.is_compiling() and self.scale_varies and _checks.is_number(self.scale):
-            # a number would be a constant of the graph, and every value compiled for
+            # A number would be a constant of the graph, which would be compiled for every value.
             return torch.ones((), dtype=torch.float64, device=device) * self.scale
         return self.scale if self.shard is None else self.all_reduce_gradient(self.scale)
 
     def hard_negatives(self, embeddings: Tensor, labels: Tensor) -> HardNegatives | None:
-        """The treatment of near classes in this step."""
+        """The treatment of hard negatives in this step."""
         return None
 
     def logits(self, embeddings: Tensor) -> Tensor:
-        """Scaled cosines (N, C) of embeddings (N, D), without margin, for inference; to the nearest sub-centers.
+        """Scaled cosines without margin, for inference. With sub-centers, to the nearest sub-center of each class.
 
-        Of this rank's classes, where they are divided.
+        Args:
+            embeddings: (N, D).
+
+        Returns:
+            (N, C). If classes are divided, C is the number of classes of this rank.
         """
         _checks.embeddings_for(embeddings, self.weight, at_least=0)
         dtype = torch.promote_types(embeddings.dtype, self.weight.dtype)
-        # Embeddings in float64, because gradients by their norm are as large as their squares. Of weight, which can be much
-        # larger, no float64 copy is made; in a half an inverse norm might be too small.
+        # Embeddings in float64, because the gradient of a norm needs the squares. weight can be much larger, so it gets no
+        # float64 copy; in half precision its inverse norms could underflow.
         unit = unit_rows(embeddings, torch.float64)[0].to(dtype)
         unit_weight = unit_rows(self.weight, torch.promote_types(self.weight.dtype, torch.float32))[0].to(dtype)
         cosine, scale = F.linear(unit, unit_weight), self.scale
         if self.sub_centers > 1:
             cosine = cosine.unflatten(1, (-1, self.sub_centers)).amax(dim=2)
         if scale is None:
-            scale = torch.linalg.vector_norm(embeddings, dim=1, keepdim=True, dtype=torch.float64).to(dtype)
+            return cosine * torch.linalg.vector_norm(embeddings, dim=1, keepdim=True, dtype=torch.float64).to(dtype)
         return cosine * scale
 
     def margin_repr(self) -> list[str]:
+        """The numbers of the margin in the repr, as name=value."""
         return [f"{name}={getattr(self.margin_function, name)}" for name in ("m1", "m2", "m3")]
 
     def own_repr(self) -> list[str]:

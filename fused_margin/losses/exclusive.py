@@ -18,7 +18,7 @@ from fused_margin.nearest import NearestClass, exclusive_regularization
 
 
 def checked_refresh(name: str, value: str | int) -> str | int:
-    """Raises ValueError or TypeError for what is no way to refresh."""
+    """Checks ``refresh`` of :class:`ExclusiveRegularizer`."""
     if isinstance(value, str):
         return _checks.one_of(name, value, ("every_step", "certified"))
     return _checks.positive_index(name, value)
@@ -27,38 +27,45 @@ def checked_refresh(name: str, value: str | int) -> str | int:
 class ExclusiveRegularizer(settings.Settings):
     """RegularFace's exclusive term as a module: the mean cosine of the classes to their nearest other class.
 
-    Use it beside a loss of your own; the losses of this package take ``exclusive_weight`` and ``exclusive_refresh``.
-    See :func:`fused_margin.functional.exclusive_regularization`.
+    For use with a loss of another package. The losses of this package have ``exclusive_weight`` and
+    ``exclusive_refresh``. See :func:`fused_margin.functional.exclusive_regularization`.
 
     Args:
-        refresh: when nearest classes are searched. ``"every_step"``: at every step, in half of W @ W.T.
-            ``"certified"``: at every step too, with the same result bit for bit, but only for the classes whose answer
-            may have changed since they were last searched: a cache of each class (a code of a byte per dimension, and 80
-            candidates) proves the other answers. The number of searched classes depends on the training: it is small where
-            classes are apart and turn slowly. An integer R: every R training steps; in between, the indices of the
-            nearest classes stay, which is **not exact** (their cosines are).
-        shard: the slice of the classes that ``weight`` holds, if they are divided among ranks, each of which keeps the
-            cache of its own classes; every rank makes every call, and gets the mean over all classes.
-        workspace_mb: bound on scratch memory in MiB, beside the cache. It and ``refresh`` may be set between steps.
+        refresh: when to search the nearest classes. ``"every_step"``: at every step, in the time of half of W @ W.T.
+            ``"certified"``: at every step, with the same result bit for bit, but only for the classes whose answer may
+            have changed since they were last searched. A cache of each class (a code of one byte per dimension, and 80
+            candidates) proves the other answers. The number of searched classes depends on the training: it is small if
+            classes are far apart and turn slowly. An integer R: every R training steps. Between searches the indices of
+            the nearest classes do not change, which is **not exact**; the cosines are exact.
+        shard: the slice of the classes in ``weight``, if classes are divided among ranks. Each rank has the cache of its
+            own classes. Every rank makes every call, and gets the mean over all classes.
+        workspace_mb: bound on scratch memory in MiB, in addition to the cache.
+
+    ``refresh`` and ``workspace_mb`` may be set between steps. The first call creates the cache. Weights may change
+    arbitrarily between calls, because the turn of each class is measured. The state dict includes the cache, except that
+    of a shard: the cache of a rank depends on the codes of all ranks. After loading a shard, or after one rank loses its
+    cache, all ranks start with a full search.
 
     Shape:
         weight (C, D), C >= 2 -> scalar.
 
     Attributes:
-        swept: with ``"certified"``, a (3,) buffer: classes (of all ranks) that were searched again so far, those that
-            were not, and full searches.
-
-    The first call makes the cache. Weights may change in any way between calls: how far each has turned is measured, not
-    assumed. The cache is in the state dict, but not that of a shard: the cache of one rank depends on the codes of all
-    others, so that ranks begin anew after a load, with a full search, and so do all ranks where one has lost its cache.
+        swept: with ``"certified"``, a (3,) buffer of totals so far: classes of all ranks that were searched again,
+            classes that were not, and full searches.
 
     Raises:
-        ValueError, TypeError: for a ``refresh`` that is none of these.
+        ValueError, TypeError: for another ``refresh``.
         RuntimeError: for weights on a CUDA device whose compute capability has no committed result of the exact search
             (see :func:`fused_margin.build_info`), unless ``refresh`` is ``"every_step"``.
     """
 
-    SETTINGS: ClassVar = {"refresh": checked_refresh, "workspace_mb": settings.WORKSPACE_MB}
+    refresh: str | int
+    workspace_mb: float
+    index: Tensor | None
+    age: Tensor
+    swept: Tensor | None
+
+    SETTINGS: ClassVar[dict[str, settings.Check]] = {"refresh": checked_refresh, "workspace_mb": settings.WORKSPACE_MB}
 
     def __init__(self, *, refresh: str | int = "every_step", shard: Shard | None = None, workspace_mb: float = 256):
         super().__init__()
@@ -74,55 +81,65 @@ class ExclusiveRegularizer(settings.Settings):
                     self.register_buffer(new, None, persistent=self.shard is None)
 
     def cache_names(self) -> tuple[str, ...]:
-        """Buffers of the cache, None before the first call."""
+        """Names of the buffers of the cache, which are None before the first call."""
         if self.refresh == "certified":
             return NearestCache._fields
         return () if self.refresh == "every_step" else ("index", "age")
 
     def cache(self) -> NearestCache | None:
+        """The cache of ``"certified"``, or None before the first call."""
         tensors = [getattr(self, name) for name in NearestCache._fields]
         return None if any(t is None for t in tensors) else NearestCache(*tensors)
 
     def start(self, weight: Tensor) -> None:
-        """Makes the cache of such weights, if there is none."""
-        _checks.searched_device("weight", weight)
+        """Creates the cache for these weights, if there is none that fits."""
         if self.refresh == "certified":
-            cache = self.cache()
-            if cache is None or not fits(cache, weight):
-                cache = new_cache(weight, len(weight) if self.shard is None else self.shard.num_classes)
-                for name, value in cache._asdict().items():
-                    setattr(self, name, value)
+            self._certified_cache(weight)
         elif self.refresh != "every_step":
-            index = self.index
-            if index is None or (index.shape[0], index.device) != (weight.shape[0], weight.device):
-                self.index = torch.zeros(weight.shape[0], dtype=torch.int64, device=weight.device)
-                self.age = torch.zeros(1, dtype=torch.int64, device=weight.device)
+            self._periodic_index(weight)
+
+    def _certified_cache(self, weight: Tensor) -> NearestCache:
+        _checks.searched_device("weight", weight)
+        cache = self.cache()
+        if cache is None or not fits(cache, weight):
+            cache = new_cache(weight, len(weight) if self.shard is None else self.shard.num_classes)
+            for name, value in zip(NearestCache._fields, cache, strict=True):
+                setattr(self, name, value)
+        return cache
+
+    def _periodic_index(self, weight: Tensor) -> Tensor:
+        _checks.searched_device("weight", weight)
+        index = self.index
+        if index is None or (index.shape[0], index.device) != (weight.shape[0], weight.device):
+            self.index = index = torch.zeros(weight.shape[0], dtype=torch.int64, device=weight.device)
+            self.age = torch.zeros(1, dtype=torch.int64, device=weight.device)
+        return index
 
     def find(self, weight: Tensor) -> NearestClass | None:
-        """Every class's nearest other class and the cosine (float64) to it; None where every step searches."""
+        """The nearest other class of every class, and its cosine (float64). None if every step searches."""
         if self.refresh == "every_step":
             return None
-        divided = self.shard is not None
-        _checks.class_weights(weight, at_least=0 if divided else 2)
-        if divided and not torch.compiler.is_compiling():
+        shard = self.shard
+        _checks.class_weights(weight, at_least=2 if shard is None else 0)
+        if shard is not None and not torch.compiler.is_compiling():
             library.refuse_transforms(weight)
-        if divided and _checks.shard(self.shard, weight, 1, 0.0) < 2:
+        if shard is not None and _checks.shard(shard, weight, 1, 0.0) < 2:
             _checks.class_weights(weight, at_least=2)
-        weight, room = weight.detach(), int(self.workspace_mb * MIB)
-        group = (self.shard.name, self.shard.num_classes) if divided else ("", len(weight))
-        self.start(weight)
+        weight, workspace_bytes = weight.detach(), int(self.workspace_mb * MIB)
+        group = ("", len(weight)) if shard is None else (shard.name, shard.num_classes)
         if self.refresh == "certified":
-            return NearestClass(*certified_nearest(weight, *self.cache(), room, *group))
-        cosine = periodic_nearest(weight, self.index, self.age, self.refresh, self.training, room, *group)
-        return NearestClass(cosine, self.index.clone())
+            return NearestClass(*certified_nearest(weight, *self._certified_cache(weight), workspace_bytes, *group))
+        index = self._periodic_index(weight)
+        cosine = periodic_nearest(weight, index, self.age, self.refresh, self.training, workspace_bytes, *group)
+        return NearestClass(cosine, index.clone())
 
     def forward(self, weight: Tensor) -> Tensor:
         return exclusive_regularization(
             weight, nearest=self.find(weight), shard=self.shard, workspace_mb=self.workspace_mb
         )
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest) -> None:
-        # Of any size that was saved; a checkpoint without a cache is one of weights that have not been searched.
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        # The buffers take the sizes in the file. A checkpoint without a cache leaves the module without one.
         for name in self.cache_names() if self.shard is not None else ():
             state_dict.pop(prefix + name, None)
         for name in self.cache_names():

@@ -1,4 +1,4 @@
-"""The margin losses: SphereFace, CosFace, ArcFace and their kin."""
+"""Losses with one margin for all samples: ArcFace, CosFace, NormFace, SphereFace and combinations of them."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from fused_margin.losses import settings
-from fused_margin.losses.base import MarginLoss
+from fused_margin.losses.base import ClassificationLoss, MarginLoss
 from fused_margin.losses.running_state import RunningState, once_per_step
 from fused_margin.margins import Margin
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from fused_margin.losses.base import MarginOptions
+    from fused_margin.losses.options import MarginOptions, SubCenterOptions
 
 
 class ArcFaceLoss(MarginLoss):
@@ -29,20 +29,21 @@ class ArcFaceLoss(MarginLoss):
         margin: angle in radians.
         scale: s of the logits.
         **options: exclusive_weight, class_weight, reduction, ignore_index, label_smoothing, sub_centers, process_group,
-            sample_rate, workspace_mb and others: see :class:`fused_margin.MarginLoss`.
+            sample_rate, workspace_mb and others; see :class:`fused_margin.MarginLoss`.
 
     Shape:
         embeddings (N, D), labels (N,) integers -> scalar, or (N,) with ``reduction="none"``.
 
     Attributes:
-        weight: (C, D) parameter, initialised N(0, 0.01); need not be normalised.
+        weight: (C, D) parameter, initialised N(0, 0.01). It need not be normalised.
 
     Raises:
-        ValueError, TypeError: naming the argument, what was expected and what was given.
+        ValueError, TypeError: for an invalid argument. The message names the argument, the expected and the given value.
     """
 
-    SETTINGS: ClassVar = {"margin": settings.angle(-math.inf)}
-    NUMBERS: ClassVar = {"margin": "m2"}
+    SETTINGS: ClassVar[dict[str, settings.Check]] = {"margin": settings.angle(-math.inf)}
+    NUMBERS: ClassVar[dict[str, str]] = {"margin": "m2"}
+    margin: float
 
     def __init__(
         self,
@@ -57,7 +58,7 @@ class ArcFaceLoss(MarginLoss):
 
 
 class SubCenterArcFaceLoss(MarginLoss):
-    """Sub-center ArcFace: ArcFace to the nearest of several centers per class (ECCV 2020, eq. 3), for noisy labels.
+    """Sub-center ArcFace: ArcFace with the nearest of several centers per class (ECCV 2020, eq. 3), for noisy labels.
 
     Args:
         num_classes: C.
@@ -66,10 +67,17 @@ class SubCenterArcFaceLoss(MarginLoss):
         scale: s of the logits.
         sub_centers: rows of ``weight`` per class, class by class: ``weight`` is (C * sub_centers, D).
         **options: see :class:`fused_margin.MarginLoss`.
+
+    Shape:
+        embeddings (N, D), labels (N,) integers -> scalar, or (N,) with ``reduction="none"``.
+
+    Raises:
+        ValueError, TypeError: for an invalid argument. The message names the argument, the expected and the given value.
     """
 
-    SETTINGS: ClassVar = {"margin": settings.angle(-math.inf)}
-    NUMBERS: ClassVar = {"margin": "m2"}
+    SETTINGS: ClassVar[dict[str, settings.Check]] = {"margin": settings.angle(-math.inf)}
+    NUMBERS: ClassVar[dict[str, str]] = {"margin": "m2"}
+    margin: float
 
     def __init__(
         self,
@@ -78,9 +86,9 @@ class SubCenterArcFaceLoss(MarginLoss):
         margin: float = 0.5,
         scale: float | Tensor = 64.0,
         sub_centers: int = 3,
-        **options: Unpack[MarginOptions],
+        **options: Unpack[SubCenterOptions],
     ):
-        super().__init__(num_classes, embedding_size, {}, scale, **{**options, "sub_centers": sub_centers})
+        super().__init__(num_classes, embedding_size, {}, scale, sub_centers=sub_centers, **options)
         self.margin = margin
 
 
@@ -90,13 +98,20 @@ class CosFaceLoss(MarginLoss):
     Args:
         num_classes: C.
         embedding_size: D.
-        margin: cosine.
+        margin: cosine to subtract.
         scale: s of the logits.
         **options: see :class:`fused_margin.MarginLoss`.
+
+    Shape:
+        embeddings (N, D), labels (N,) integers -> scalar, or (N,) with ``reduction="none"``.
+
+    Raises:
+        ValueError, TypeError: for an invalid argument. The message names the argument, the expected and the given value.
     """
 
-    SETTINGS: ClassVar = {"margin": settings.number(-math.inf)}
-    NUMBERS: ClassVar = {"margin": "m3"}
+    SETTINGS: ClassVar[dict[str, settings.Check]] = {"margin": settings.number(-math.inf)}
+    NUMBERS: ClassVar[dict[str, str]] = {"margin": "m3"}
+    margin: float
 
     def __init__(
         self,
@@ -111,13 +126,19 @@ class CosFaceLoss(MarginLoss):
 
 
 class NormFaceLoss(MarginLoss):
-    """NormFace: normalised softmax, no margin (arXiv:1704.06369).
+    """NormFace: softmax over scaled cosines, without margin (arXiv:1704.06369).
 
     Args:
         num_classes: C.
         embedding_size: D.
         scale: s of the logits.
         **options: see :class:`fused_margin.MarginLoss`.
+
+    Shape:
+        embeddings (N, D), labels (N,) integers -> scalar, or (N,) with ``reduction="none"``.
+
+    Raises:
+        ValueError, TypeError: for an invalid argument. The message names the argument, the expected and the given value.
     """
 
     def __init__(
@@ -127,20 +148,29 @@ class NormFaceLoss(MarginLoss):
 
 
 class CombinedMarginLoss(MarginLoss):
-    """All three margins, ``psi = cos(m1 * theta + m2) - m3`` (arXiv:1801.07698, eq. 4).
+    """The combined margin of three numbers, ``psi = cos(m1 * theta + m2) - m3`` (arXiv:1801.07698, eq. 4).
 
     Args:
         num_classes: C.
         embedding_size: D.
         m1: factor on the angle.
         m2: angle in radians.
-        m3: cosine.
+        m3: cosine to subtract.
         scale: s of the logits.
         **options: see :class:`fused_margin.MarginLoss`.
+
+    Shape:
+        embeddings (N, D), labels (N,) integers -> scalar, or (N,) with ``reduction="none"``.
+
+    Raises:
+        ValueError, TypeError: for an invalid argument. The message names the argument, the expected and the given value.
     """
 
-    SETTINGS: ClassVar = dict.fromkeys(("m1", "m2", "m3"), settings.margin_number)
-    NUMBERS: ClassVar = {"m1": "m1", "m2": "m2", "m3": "m3"}
+    SETTINGS: ClassVar[dict[str, settings.Check]] = dict.fromkeys(("m1", "m2", "m3"), settings.margin_number)
+    NUMBERS: ClassVar[dict[str, str]] = {"m1": "m1", "m2": "m2", "m3": "m3"}
+    m1: float
+    m2: float
+    m3: float
 
     def __init__(
         self,
@@ -157,38 +187,49 @@ class CombinedMarginLoss(MarginLoss):
 
 
 class ModifiedSoftmaxLoss(MarginLoss):
-    """Modified softmax: A-Softmax without margin, logits ``|x_i| cos_ij`` (arXiv:1704.08063, eq. 5).
+    """Modified softmax: A-Softmax without margin, with the logits ``|x_i| cos_ij`` (arXiv:1704.08063, eq. 5).
 
     Args:
         num_classes: C.
         embedding_size: D.
         **options: see :class:`fused_margin.MarginLoss`.
+
+    Shape:
+        embeddings (N, D), labels (N,) integers -> scalar, or (N,) with ``reduction="none"``.
+
+    Raises:
+        ValueError, TypeError: for an invalid argument. The message names the argument, the expected and the given value.
     """
 
     def __init__(self, num_classes: int, embedding_size: int, **options: Unpack[MarginOptions]):
         super().__init__(num_classes, embedding_size, {}, None, **options)
 
 
-class AnnealedMargin(RunningState):
-    """SphereFace's annealing, for a loss with ``margin_function`` and ``weight``."""
+class AnnealedMargin(RunningState, ClassificationLoss):
+    """A loss with SphereFace's annealing of its margin."""
 
+    margin: float
+    annealing: bool
+    iteration: Tensor
     RUNNING = ("iteration",)
-    SETTINGS: ClassVar = {"margin": settings.number(1.0), "annealing": settings.switch}
+    SETTINGS: ClassVar[dict[str, settings.Check]] = {"margin": settings.number(1.0), "annealing": settings.switch}
 
     def setting_changed(self, name: str) -> None:
         super().setting_changed(name)
         if name == "annealing" and self.annealing and "iteration" not in self._buffers:
             self.register_buffer("iteration", torch.zeros((), dtype=torch.int64, device=self.weight.device))
 
-    def annealed_margin(self) -> Margin:
+    def annealed(self, margin: Margin) -> Margin:
+        """The margin with the annealing of this iteration."""
         if not self.annealing:
-            return self.margin_function
+            return margin
         strength = torch.clamp(1000.0 / (1.0 + 0.12 * self.iteration.double()), min=5.0)
-        return replace(self.margin_function, annealing=strength)
+        return replace(margin, annealing=strength)
 
     def count_iteration(self) -> None:
+        """Counts a forward in training mode, after its loss: a call that raises does not count."""
         if self.training and self.annealing:
-            self.update_state("iteration", self.iteration + 1)  # only after a loss: a call that raised was no iteration
+            self.update_state("iteration", self.iteration + 1)
 
 
 class SphereFaceLoss(AnnealedMargin, MarginLoss):
@@ -198,17 +239,23 @@ class SphereFaceLoss(AnnealedMargin, MarginLoss):
         num_classes: C.
         embedding_size: D.
         margin: factor on the angle, any real number >= 1.
-        scale: s of the logits; None, as in the paper: each embedding's own norm.
-        annealing: starts near plain softmax, as published: the target cosine is
-            ``(lambda * cos(theta) + psi) / (1 + lambda)`` with lambda = max(5, 1000 / (1 + 0.12 * iteration)); every
+        scale: s of the logits. None uses the norm of each embedding, as in the paper.
+        annealing: start near plain softmax, as in the published code: the target cosine is
+            ``(lambda * cos(theta) + psi) / (1 + lambda)`` with lambda = max(5, 1000 / (1 + 0.12 * iteration)). Every
             forward in training mode is an iteration.
         **options: see :class:`fused_margin.MarginLoss`.
 
+    Shape:
+        embeddings (N, D), labels (N,) integers -> scalar, or (N,) with ``reduction="none"``.
+
     Attributes:
-        iteration: int64 buffer (only with annealing), saved in the state dict.
+        iteration: int64 buffer, only with annealing. It is saved in the state dict.
+
+    Raises:
+        ValueError, TypeError: for an invalid argument. The message names the argument, the expected and the given value.
     """
 
-    NUMBERS: ClassVar = {"margin": "m1"}
+    NUMBERS: ClassVar[dict[str, str]] = {"margin": "m1"}
 
     def __init__(
         self,
@@ -223,7 +270,7 @@ class SphereFaceLoss(AnnealedMargin, MarginLoss):
         self.margin, self.annealing = margin, annealing
 
     def current_margin(self, embeddings: Tensor, labels: Tensor) -> Margin:
-        return self.annealed_margin()
+        return self.annealed(self.margin_function)
 
     @once_per_step
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:

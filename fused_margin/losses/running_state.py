@@ -1,4 +1,4 @@
-"""State that every forward in training mode updates: it keeps its precision, and activation checkpointing updates it once."""
+"""Running state: buffers that every forward in training mode updates, once under activation checkpointing."""
 
 from __future__ import annotations
 
@@ -7,23 +7,25 @@ import warnings
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from fused_margin._ops.library import register
 from fused_margin._ops.recomputation import recomputing
+from fused_margin.losses.settings import Settings
 
 RECOMPUTED = (
-    "activation checkpointing runs a forward again that {reason}; its gradient is computed with the running state of now. "
-    "Leave the loss out of what is checkpointed."
+    "activation checkpointing recomputes a forward {reason}; its gradient is computed with the current running state. "
+    "Call the loss outside of the checkpointed function."
 )
 
 
 def _update_running_state(state: Tensor, value: Tensor, rows: Tensor | None) -> None:
-    """Within a compiled graph: writes `value`, or adds it to these rows, unless the graph is run again in a backward."""
+    """Within a compiled graph: writes `value`, or adds it to `rows`, unless a backward recomputes the graph."""
     if torch._C._current_graph_task_id() != -1:
-        warnings.warn(f"fused_margin: {RECOMPUTED.format(reason='torch.compile has compiled')}", stacklevel=2)
+        warnings.warn(f"fused_margin: {RECOMPUTED.format(reason='compiled by torch.compile')}", stacklevel=2)
     elif rows is None:
         state.copy_(value)
     else:
@@ -37,45 +39,46 @@ update_running_state = register(
 
 @dataclass(eq=False)
 class _Run:
-    """A forward in training mode: what its inputs were, and the state that it began with."""
+    """A forward in training mode: a fingerprint of its inputs, and the state before it."""
 
-    inputs: list[Tensor]  # sums, which tell one batch from another without keeping it
+    inputs: list[Tensor]  # sums of the inputs, which identify the batch without storing it
     shape: torch.Size
     differentiated: bool
     state: list[Tensor]
-    repeated: int = 0  # times that it was run again
+    repeated: int = 0  # number of recomputations
 
-    def has(self, inputs: list[Tensor], shape: torch.Size) -> bool:
+    def has_inputs(self, inputs: list[Tensor], shape: torch.Size) -> bool:
         return self.shape == shape and all(map(torch.equal, self.inputs, inputs))
 
 
-class RunningState:
-    """For a module whose buffers `RUNNING` a forward in training mode updates.
+class RunningState(Settings):
+    """A module whose buffers `RUNNING` are updated by every forward in training mode.
 
-    ``.to(dtype)``, ``.half()``, ``load_state_dict`` and their like leave their dtype as it is: a small update would be
-    rounded away in a half.
+    ``.to(dtype)``, ``.half()``, ``load_state_dict`` and similar calls do not change the dtype of these buffers, because
+    half precision would round small updates to 0.
     """
 
-    RUNNING: tuple[str, ...] = ()
-    REMEMBERED = 32  # forwards whose backward may still come
+    RUNNING: ClassVar[tuple[str, ...]] = ()
+    REMEMBERED = 32  # maximum number of forwards that may wait for their backward
     LABELS_OPTIONAL = False
     _runs: deque[_Run] | None = None
     _warned_of_recomputation = False
 
     def state_before(self, labels: Tensor | None) -> list[Tensor]:
-        """A copy of what a forward of these labels reads and updates."""
+        """A copy of the state that a forward of these labels reads and updates."""
         return [value.clone() for value in self._running_buffers().values()]
 
     @torch.no_grad()
     def restore_state(self, labels: Tensor | None, state: list[Tensor]) -> None:
-        """Writes what `state_before` has returned."""
+        """Writes the result of `state_before` to the buffers."""
         for own, value in zip(self._running_buffers().values(), state, strict=True):
             own.copy_(value)
 
     @torch.no_grad()
     def update_state(self, name: str, value: Tensor, rows: Tensor | None = None) -> None:
-        """Writes a buffer, or adds to some of its rows."""
+        """Writes `value` to a buffer, or adds it to some of the buffer's rows."""
         state = self._buffers[name]
+        assert state is not None
         if torch.compiler.is_compiling():
             update_running_state(state, value, rows)
         elif rows is not None:
@@ -87,44 +90,43 @@ class RunningState:
                 if not torch._C._are_functorch_transforms_active():
                     raise
                 raise RuntimeError(
-                    f"{type(self).__name__}: torch.vmap cannot update {name}, of which there is one for all batches; "
-                    "call eval() before"
+                    f"{type(self).__name__}: torch.vmap cannot update {name}, which all batches share; call eval() before"
                 ) from error
 
     def _running_buffers(self) -> dict[str, Tensor]:
-        return {name: self._buffers[name] for name in self.RUNNING if self._buffers.get(name) is not None}
+        buffers = ((name, self._buffers.get(name)) for name in self.RUNNING)
+        return {name: buffer for name, buffer in buffers if buffer is not None}
 
-    def _keep_dtypes(self, before: dict[str, Tensor]) -> None:
-        for name, old in before.items():
-            new = self._buffers[name]
-            if new.dtype != old.dtype:
-                self._buffers[name] = new.to(old.dtype)
-
-    def _apply(self, fn, *arguments, **options):
-        self._runs = None  # of another device, perhaps
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        self._runs = None  # their state may be on another device
         before = self._running_buffers()
-        result = super()._apply(fn, *arguments, **options)
-        for name, old in before.items():
-            if self._buffers[name].dtype != old.dtype:  # the value from before: the new one is rounded
-                self._buffers[name] = old.to(self._buffers[name].device)
+        result = super()._apply(fn, recurse)
+        for name, new in self._running_buffers().items():
+            if new.dtype != before[name].dtype:  # converts the old value again, because the new one is rounded
+                self._buffers[name] = before[name].to(new.device)
         return result
 
-    def _load_from_state_dict(self, *arguments, **options):
+    def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
         before = self._running_buffers()
         super()._load_from_state_dict(*arguments, **options)
-        self._keep_dtypes(before)  # load_state_dict(assign=True) takes the dtypes of the file
+        for name, new in self._running_buffers().items():  # load_state_dict(assign=True) sets the dtypes of the file
+            if new.dtype != before[name].dtype:
+                self._buffers[name] = new.to(before[name].dtype)
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_runs": None}
 
 
 def once_per_step(forward: Callable) -> Callable:
-    """Of ``forward(self, embeddings, labels)`` of a RunningState: one that is run again sees and leaves the state of the first."""
+    """Decorates ``forward(self, embeddings, labels)`` of a RunningState, so that a recomputation does not update the state.
+
+    A recomputation starts from the state before the first run, and restores the current state.
+    """
 
     @functools.wraps(forward)
-    def step(self, embeddings: Tensor, labels: Tensor | None = None) -> Tensor:
-        plain = torch.compiler.is_compiling() or not self.training or torch._C._are_functorch_transforms_active()
-        if plain or not _are_tensors(embeddings, labels, self.LABELS_OPTIONAL):
+    def step(self: RunningState, embeddings: Tensor, labels: Tensor | None = None) -> Tensor:
+        unsupported = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        if unsupported or not self.training or not _are_tensors(embeddings, labels, self.LABELS_OPTIONAL):
             return forward(self, embeddings, labels)
         before, inputs = self.state_before(labels), _fingerprint(embeddings, labels)
         if not recomputing():
@@ -132,16 +134,16 @@ def once_per_step(forward: Callable) -> Callable:
             self._runs = self._runs or deque(maxlen=self.REMEMBERED)
             self._runs.append(_Run(inputs, embeddings.shape, torch.is_grad_enabled(), before))
             return loss
-        # Of equal batches, one that has been run again, or whose gradient is not wanted, is not the one, and the backward
-        # begins with the last.
-        found = [run for run in reversed(self._runs or ()) if run.has(inputs, embeddings.shape)]
-        first = min(found, key=lambda run: (run.repeated, not run.differentiated), default=None)
+        # Among runs of equal batches, prefer those that were recomputed least and need a gradient. Of these take the
+        # last run, because a backward begins with the last.
+        matching = [run for run in reversed(self._runs or ()) if run.has_inputs(inputs, embeddings.shape)]
+        first = min(matching, key=lambda run: (run.repeated, not run.differentiated), default=None)
         if first is not None:
             first.repeated += 1
             self.restore_state(labels, first.state)
         elif not self._warned_of_recomputation:
             self._warned_of_recomputation = True
-            reason = "is too long ago, or whose inputs were others"
+            reason = "that is too long ago, or that had other inputs"
             warnings.warn(f"{type(self).__name__}: {RECOMPUTED.format(reason=reason)}", stacklevel=3)
         try:
             return forward(self, embeddings, labels)
@@ -152,7 +154,7 @@ def once_per_step(forward: Callable) -> Callable:
 
 
 def _are_tensors(embeddings: Tensor, labels: Tensor | None, optional: bool) -> bool:
-    """Whether they are what a forward takes, and have values; its own checks say what is wrong with others."""
+    """Whether embeddings and labels are tensors of values. For other arguments the checks of the forward raise."""
     if not isinstance(embeddings, Tensor) or not embeddings.is_floating_point():
         return False
     if type(embeddings).__torch_dispatch__ is not Tensor.__torch_dispatch__:  # a fake tensor has no values to compare

@@ -1,4 +1,6 @@
-"""Constructor arguments that may be changed between steps, checked as the constructor checks them."""
+"""Settings: constructor arguments that may be changed between steps, with the checks of the constructor."""
+
+from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
@@ -10,18 +12,18 @@ from torch import Tensor, nn
 from fused_margin import _checks
 from fused_margin.margins import BEYOND_PI, GRADIENT, Margin, is_number, warn_of_degrees
 
-Check = Callable[[str, Any], Any]  # raises, or returns the value to keep
+Check = Callable[[str, Any], Any]  # raises, or returns the value to store
 
 
 class Settings(nn.Module):
-    """A module whose settings are checked wherever they are set: in the constructor, and later on.
+    """A module that checks its settings whenever they are set, in the constructor and later.
 
-    A setting that fails its check raises, and the module keeps its old one. Settings are ordinary attributes, so they
-    are read, copied and pickled as such, and torch.compile traces them.
+    If a check raises, the setting does not change. Settings are ordinary attributes: they are read, copied and pickled
+    as such, and torch.compile traces them.
 
     Attributes:
         SETTINGS: the check of each setting, including the settings of the base classes.
-        FIXED: attributes, or properties, that the parameters depend on: they can be set once, in construction.
+        FIXED: attributes and properties that determine the parameters. They can be set once, in the constructor.
     """
 
     SETTINGS: ClassVar[dict[str, Check]] = {}
@@ -34,24 +36,27 @@ class Settings(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.FIXED and hasattr(self, name):
-            raise AttributeError(f"{name}: cannot be changed, because the parameters depend on it; make a new loss")
+            raise AttributeError(
+                f"{name}: cannot be changed, because the parameters depend on it; construct a new module"
+            )
         if name not in self.SETTINGS:
             super().__setattr__(name, value)
             return
         value = self.SETTINGS[name](name, value)
-        given = {known: self.__dict__[known] for known in self.SETTINGS if known in self.__dict__}
-        self.check_together({**given, name: value})
+        current = {setting: self.__dict__[setting] for setting in self.SETTINGS if setting in self.__dict__}
+        self.check_together({**current, name: value})
         self.keep_setting(name, value)
         self.setting_changed(name)
 
     def check_together(self, values: dict[str, Any]) -> None:
-        """Raises where settings exclude each other. During construction some are still missing."""
+        """Raises if settings exclude each other. During construction some settings are missing."""
 
     def keep_setting(self, name: str, value: Any) -> None:
+        """Stores a setting that has passed its checks."""
         super().__setattr__(name, value)
 
     def setting_changed(self, name: str) -> None:
-        """Updates what was derived from a setting. Called in construction too."""
+        """Updates values derived from a setting. Also called during construction."""
 
 
 def number(low: float, high: float = np.inf, *, open_low: bool = False) -> Check:
@@ -64,7 +69,7 @@ def _number(name: str, value: float, low: float, high: float, open_low: bool) ->
 
 
 def angle(low: float) -> Check:
-    """An angular margin; one that is hardly radians triggers a warning."""
+    """An angular margin. A value above pi triggers a warning."""
     return partial(_angle, low=low)
 
 
@@ -75,14 +80,15 @@ def _angle(name: str, value: float, low: float) -> float:
 
 
 def angles(name: str, value: tuple[float, float]) -> tuple[float, float]:
-    """Two angular margins, ascending."""
+    """Two angular margins in ascending order."""
     value = interval(name, value, 0.0)
     warn_of_degrees(f"{name}[1]", value[1])
     return value
 
 
 def interval(name: str, value: tuple[float, float], low: float, *, open_low: bool = False) -> tuple[float, float]:
-    return tuple(map(real, _checks.interval(name, value, low, open_low=open_low)))
+    first, second = _checks.interval(name, value, low, open_low=open_low)
+    return real(first), real(second)
 
 
 def norms(name: str, value: tuple[float, float]) -> tuple[float, float]:
@@ -90,8 +96,9 @@ def norms(name: str, value: tuple[float, float]) -> tuple[float, float]:
 
 
 def margin_number(name: str, value: float | Tensor) -> float | Tensor:
-    """m1, m2 or m3, as :class:`fused_margin.Margin` takes it."""
-    Margin(**{name: value})  # raises
+    """m1, m2 or m3 of :class:`fused_margin.Margin`."""
+    number_of_margin: dict[str, Any] = {name: value}
+    Margin(**number_of_margin)  # checks the value
     if name == "m2" and is_number(value):
         warn_of_degrees(name, value)
     return real(value)
@@ -105,7 +112,7 @@ def scale(name: str, value: float | Tensor | None) -> float | Tensor | None:
 
 
 def length(name: str, value: float | nn.Parameter | None) -> float | nn.Parameter | None:
-    """alpha of L2-softmax; a parameter is learned, and None is the start of one."""
+    """alpha of L2-softmax: a number, a learned parameter, or None for a new learned parameter."""
     if value is not None and not isinstance(value, nn.Parameter):
         _checks.number(name, value, 0.0, open_low=True)
     return real(value)
@@ -116,7 +123,7 @@ def one_of(*allowed: str) -> Check:
 
 
 def switch(name: str, value: bool) -> bool:
-    """True or False; 0 and 1, and NumPy's, are taken too."""
+    """True or False, or 0 or 1, including NumPy's types."""
     if not isinstance(value, (int, np.integer, np.bool_)) or value not in (0, 1):
         raise TypeError(f"{name}: expected True or False, got {value!r}")
     return bool(value)
@@ -128,12 +135,12 @@ def index(name: str, value: int) -> int:
 
 
 def real(value: Any) -> Any:
-    """A number as a float: torch.compile takes those for variables, and integers and NumPy's numbers for constants."""
+    """Converts a number to a float: in torch.compile floats are variables, but integers and NumPy's numbers constants."""
     return float(value) if is_number(value) else value
 
 
-# the options of torch.nn.CrossEntropyLoss, and of the scratch memory
-REDUCTION = one_of(*_checks.REDUCTIONS)
-LABEL_SMOOTHING = number(0.0, 1.0)
-WORKSPACE_MB = number(0.0, open_low=True)
-MARGIN_OPTIONS = {"beyond_pi": one_of(*BEYOND_PI), "easy": switch, "gradient": one_of(*GRADIENT)}
+# Checks of options that several modules share.
+REDUCTION: Check = one_of(*_checks.REDUCTIONS)
+LABEL_SMOOTHING: Check = number(0.0, 1.0)
+WORKSPACE_MB: Check = number(0.0, open_low=True)
+MARGIN_OPTIONS: dict[str, Check] = {"beyond_pi": one_of(*BEYOND_PI), "easy": switch, "gradient": one_of(*GRADIENT)}

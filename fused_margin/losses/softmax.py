@@ -1,4 +1,4 @@
-"""Losses over inner products, with class weights whose length matters: softmax, L2-softmax, L-softmax."""
+"""Losses over inner products, with class weights that are not normalised: softmax, L2-softmax, L-softmax."""
 
 from __future__ import annotations
 
@@ -10,45 +10,50 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fused_margin import _C, _checks
-from fused_margin.functional import exclusive_regularization, unchecked_linear_cross_entropy
+from fused_margin._cross_entropy import linear_cross_entropy
 from fused_margin.losses import settings
 from fused_margin.losses.base import ClassificationLoss
 from fused_margin.losses.margin import AnnealedMargin
 from fused_margin.losses.running_state import once_per_step
 from fused_margin.margins import Margin
+from fused_margin.nearest import exclusive_regularization
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from fused_margin.losses.base import ClassificationOptions
+    from fused_margin.losses.options import ClassificationOptions
 
 
 class SoftmaxLoss(ClassificationLoss):
-    """Plain softmax: cross-entropy over ``x_i . w_j + b_j``, with nothing of size N x C.
+    """Plain softmax: cross-entropy over ``x_i . w_j + b_j``, computed in chunks of the (N, C) logits.
 
     Args:
         num_classes: C.
         embedding_size: D.
-        bias: with a learned (C,) ``bias``, initialised 0.
+        bias: whether to learn a (C,) ``bias``, initialised 0.
         exclusive_weight: lambda of RegularFace's exclusive term, which is added to the loss.
         class_weight: (C,) factors, as ``weight`` in ``torch.nn.CrossEntropyLoss``. A buffer.
         reduction, ignore_index, label_smoothing: as in ``torch.nn.CrossEntropyLoss``.
-        process_group, sample_rate, sparse: as in :class:`fused_margin.MarginLoss`; a bias is divided as ``weight`` is,
-            and its gradient is dense.
+        process_group, sample_rate, sparse: as in :class:`fused_margin.MarginLoss`. A bias is divided among ranks like
+            ``weight``, and its gradient is dense.
         workspace_mb: bound on scratch memory in MiB, for any C.
-        device, dtype: of the parameters.
+        device, dtype: device and dtype of the parameters.
 
-    Arguments can be set as attributes between steps, see :class:`fused_margin.MarginLoss`; ``bias`` is a parameter.
+    Arguments can be set as attributes between steps, see :class:`fused_margin.MarginLoss`. ``bias`` is a parameter.
 
     Shape:
         embeddings (N, D), labels (N,) integers -> scalar, or (N,) with ``reduction="none"``.
 
     Attributes:
-        weight: (C, D) parameter, initialised as that of ``torch.nn.Linear``. This rank's classes, if divided.
+        weight: (C, D) parameter, initialised as in ``torch.nn.Linear``. If classes are divided, it holds the classes of
+            this rank.
+        bias: (C,) parameter, or None.
 
     Raises:
-        ValueError, TypeError: naming the argument, what was expected and what was given.
+        ValueError, TypeError: for an invalid argument. The message names the argument, the expected and the given value.
     """
+
+    bias: nn.Parameter | None
 
     def __init__(
         self, num_classes: int, embedding_size: int, bias: bool = True, **options: Unpack[ClassificationOptions]
@@ -67,7 +72,7 @@ class SoftmaxLoss(ClassificationLoss):
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         _checks.batch(embeddings, self.weight, labels, at_least=1 if self.shard is None else 0)
-        loss = unchecked_linear_cross_entropy(
+        loss = linear_cross_entropy(
             self.features(embeddings),
             self.weight,
             labels,
@@ -92,11 +97,18 @@ class SoftmaxLoss(ClassificationLoss):
         return embeddings
 
     def target_margin(self) -> Margin | None:
-        """The margin of this step, on the target."""
+        """The margin on the target in this step, or None."""
         return None
 
     def logits(self, embeddings: Tensor) -> Tensor:
-        """Logits (N, C) of embeddings (N, D), without margin, for inference. Of this rank's classes, if divided."""
+        """Logits without margin, for inference.
+
+        Args:
+            embeddings: (N, D).
+
+        Returns:
+            (N, C). If classes are divided, C is the number of classes of this rank.
+        """
         _checks.embeddings_for(embeddings, self.weight, at_least=0)
         dtype = torch.promote_types(embeddings.dtype, self.weight.dtype)
         bias = None if self.bias is None else self.bias.to(dtype)
@@ -104,18 +116,25 @@ class SoftmaxLoss(ClassificationLoss):
 
 
 class L2SoftmaxLoss(SoftmaxLoss):
-    """L2-softmax: softmax over embeddings of one length, ``alpha x_i / |x_i|`` (arXiv:1703.09507, eq. 3).
+    """L2-softmax: softmax over embeddings of equal length, ``alpha x_i / |x_i|`` (arXiv:1703.09507, eq. 3).
 
     Args:
         num_classes: C.
         embedding_size: D.
-        alpha: the length; None learns it, starting at the paper's lower bound (eq. 5, probability 0.9). A number set later
-            fills a learned alpha, and None makes a number a parameter.
-        bias: with a learned (C,) ``bias``, initialised 0.
+        alpha: length of the embeddings. None learns it, starting at the paper's lower bound (eq. 5, probability 0.9).
+            Setting a number fills a learned alpha; setting None replaces a number by a learned alpha.
+        bias: whether to learn a (C,) ``bias``, initialised 0.
         **options: see :class:`fused_margin.SoftmaxLoss`.
+
+    Shape:
+        embeddings (N, D), labels (N,) integers -> scalar, or (N,) with ``reduction="none"``.
+
+    Raises:
+        ValueError, TypeError: for an invalid argument. The message names the argument, the expected and the given value.
     """
 
-    SETTINGS: ClassVar = {"alpha": settings.length}
+    SETTINGS: ClassVar[dict[str, settings.Check]] = {"alpha": settings.length}
+    alpha: float | nn.Parameter
 
     def __init__(
         self,
@@ -127,7 +146,7 @@ class L2SoftmaxLoss(SoftmaxLoss):
     ):
         settings.length("alpha", alpha)
         super().__init__(num_classes, embedding_size, bias, **options)
-        self.alpha = alpha
+        self.alpha = alpha  # type: ignore[assignment]  # keep_setting replaces None by a parameter
 
     def keep_setting(self, name: str, value: Any) -> None:
         learned = name == "alpha" and "alpha" in self._parameters
@@ -137,13 +156,13 @@ class L2SoftmaxLoss(SoftmaxLoss):
                 value = nn.Parameter(self.weight.new_tensor(value, requires_grad=False))
         if learned and not isinstance(value, nn.Parameter):
             with torch.no_grad():
-                self.alpha.fill_(value)  # it stays learned
+                self._parameters["alpha"].fill_(value)  # type: ignore[union-attr]  # a learned alpha is a parameter
         else:
             super().keep_setting(name, value)
 
     def features(self, embeddings: Tensor) -> Tensor:
         norm = torch.linalg.vector_norm(embeddings, dim=1, keepdim=True, dtype=torch.float64)
-        short = norm < _C.SMALLEST_NORM  # a zero embedding stays zero, and so does its gradient
+        short = norm < _C.SMALLEST_NORM  # a zero embedding stays zero, with a gradient of zero
         return (
             embeddings * torch.where(short, 0.0, self.all_reduce_gradient(self.alpha) / torch.where(short, 1.0, norm))
         ).to(torch.promote_types(embeddings.dtype, torch.float32))
@@ -160,10 +179,16 @@ class LSoftmaxLoss(AnnealedMargin, SoftmaxLoss):
         embedding_size: D.
         margin: factor on the angle, any real number >= 1.
         annealing: as in :class:`fused_margin.SphereFaceLoss`.
-        **options: see :class:`fused_margin.SoftmaxLoss`; not with label smoothing.
+        **options: see :class:`fused_margin.SoftmaxLoss`. Label smoothing is not supported.
+
+    Shape:
+        embeddings (N, D), labels (N,) integers -> scalar, or (N,) with ``reduction="none"``.
 
     Attributes:
-        iteration: int64 buffer (only with annealing), saved in the state dict.
+        iteration: int64 buffer, only with annealing. It is saved in the state dict.
+
+    Raises:
+        ValueError, TypeError: for an invalid argument. The message names the argument, the expected and the given value.
     """
 
     def __init__(
@@ -190,10 +215,10 @@ class LSoftmaxLoss(AnnealedMargin, SoftmaxLoss):
         _checks.instance("margin", value, Margin)
         if value != Margin(m1=value.m1):
             raise ValueError(f"margin_function: expected m1 alone in LSoftmaxLoss, got {value}")
-        self.margin = value.m1
+        self.margin = value.m1  # type: ignore[assignment]  # the setting's check rejects a tensor
 
     def target_margin(self) -> Margin:
-        return self.annealed_margin()
+        return self.annealed(self.margin_function)
 
     @once_per_step
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
@@ -206,5 +231,5 @@ class LSoftmaxLoss(AnnealedMargin, SoftmaxLoss):
 
 
 def lower_bound(num_classes: int, probability: float = 0.9) -> float:
-    """Length at which a sample of C classes can reach `probability` (arXiv:1703.09507, eq. 5); at least 1."""
+    """Length at which a sample can reach `probability` for one of C classes (arXiv:1703.09507, eq. 5); at least 1."""
     return max(1.0, math.log(max(1.0, probability * (num_classes - 2) / (1 - probability))))

@@ -243,13 +243,13 @@ def test_optimizers_with_sampling(name):
 def test_fp16_allows_half_products(monkeypatch):
     """Kernels read autocast; without the option an outer autocast has no effect."""
     heard = []
-    wrapped = insightface.unchecked_margin_cross_entropy
+    wrapped = insightface.margin_cross_entropy
 
     def listen(*args, **kwargs):
         heard.append((torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")))
         return wrapped(*args, **kwargs)
 
-    monkeypatch.setattr(insightface, "unchecked_margin_cross_entropy", listen)
+    monkeypatch.setattr(insightface, "margin_cross_entropy", listen)
     x, w, y = problem(5, CLASSES, SIZE)
     losses = []
     for fp16 in (True, False):

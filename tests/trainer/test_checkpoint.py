@@ -161,9 +161,9 @@ def test_incomplete_checkpoint_is_an_error(tiny_config, splits, tmp_path, missin
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"epochs: 3\n", "it is not a file that torch.save has written"),
-        (b"\x93NUMPY\x01\x00 and numbers", "it is not a file that torch.save has written"),
-        (torch.nn.Linear(2, 2), "it holds other objects than tensors and plain values"),
+        (b"epochs: 3\n", "it is not a file written by torch.save"),
+        (b"\x93NUMPY\x01\x00 and numbers", "it is not a file written by torch.save"),
+        (torch.nn.Linear(2, 2), "it contains other objects than tensors and plain values"),
     ],
 )
 def test_files_of_another_kind_are_checkpoint_errors(tmp_path, content, message):

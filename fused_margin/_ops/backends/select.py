@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -13,14 +13,14 @@ from fused_margin import _C
 from fused_margin._ops.inputs import PORTABLE, compute_dtype
 
 REBUILD = "rebuild with nvcc on PATH or CUDA_HOME set: pip install --no-cache-dir --force-reinstall --no-deps ."
-SPLIT = "split"  # ending of a family's name: operands in two halves, accurate to float32
-SIZES = range(32, 4097)  # embedding sizes the families take
-LARGEST_LOGIT = 2.0**21  # the families compute larger ones, as powers of two, with too few digits after the point
+SPLIT = "split"  # suffix of a family's name: operands are sums of two fp16 parts, with the accuracy of float32
+SIZES = range(32, 4097)  # embedding sizes of the families
+LARGEST_LOGIT = 2.0**21  # a larger logit, as a power of two, has too few fractional bits in the families
 Capability = tuple[int, int]  # compute capability of a device, such as (9, 0)
 
 
 class Kernels:
-    """The kernels of one device as attributes, each on one stream; families of tensor-core kernels are attributes too."""
+    """The kernels of one device and stream as attributes. A family of tensor-core kernels is a `Kernels` attribute."""
 
     def __init__(self, module: ModuleType, stream: int):
         for name, value in vars(module).items():
@@ -42,10 +42,8 @@ def kernels(device_type: str, stream: int = 0) -> Kernels:
 
 @contextmanager
 def kernels_on(device: torch.device) -> Iterator[Kernels]:
-    """The kernels of a device on its current stream. They are launched on the current device: this makes it the device.
-
-    Autocast is off within.
-    """
+    """The kernels of a device on its current stream. Within the context, the device is current and autocast is off."""
+    current: AbstractContextManager
     current, stream = nullcontext(), 0
     if device.type == "cuda":
         current, stream = torch.cuda.device(device), torch.cuda.current_stream(device).cuda_stream
@@ -66,12 +64,12 @@ def advise_huge_pages(tensor: torch.Tensor) -> None:
 
 @dataclass(frozen=True)
 class Family:
-    """A family is on by default only on a compute capability on which a committed result shows that it passed."""
+    """A family of tensor-core kernels. By default it serves only compute capabilities with a committed result."""
 
     name: str
-    capability: Capability  # the lowest it runs on
-    only: bool  # no other capability
-    results: Mapping[Capability, str]  # file in benchmarks/results that shows that the family passed there
+    capability: Capability  # the lowest that the family runs on
+    only: bool  # whether the family runs on no other capability
+    results: Mapping[Capability, str]  # file in benchmarks/results in which the family passes on that capability
 
     @property
     def compiled(self) -> bool:
@@ -81,48 +79,48 @@ class Family:
         return capability == self.capability if self.only else capability >= self.capability
 
 
-# The first that is compiled and on for the device serves float32, float16 and bfloat16.
-# The tests refuse a file that is missing or does not show enough (benchmarks/gpu/evidence.py).
+# The first family that is compiled and enabled for the device serves float32, float16 and bfloat16.
+# Tests fail if a file of results is missing or incomplete (benchmarks/gpu/evidence.py).
 FAMILIES = (
     Family("sm90", (9, 0), only=True, results={(9, 0): "nvidia-h200.json"}),
     Family("sm80", (8, 0), only=False, results={(9, 0): "nvidia-h200.json"}),
 )
-# The same for the CUDA kernels of the exact search.
+# Results of the CUDA kernels of the exact search.
 SEARCH_RESULTS: Mapping[Capability, str] = {(9, 0): "nvidia-h200.json"}
-_wanted: str | None = None  # by `use`
-_search_wanted = False  # by `search_on_cuda`
-# Before 2.10 torch's products of halves cannot be added to a float32 matrix in place.
-_TORCH_ADDS_TO_FLOAT32 = torch.torch_version.TorchVersion(torch.__version__) >= (2, 10)
+_forced: str | None = None  # set by `use`
+_search_forced = False  # set by `search_on_cuda`
+# Before 2.10 torch cannot add fp16 matrix products to a float32 matrix in place.
+_TORCH_ADDS_TO_FLOAT32 = torch.torch_version.TorchVersion(torch.__version__) >= "2.10"
 
 
 @contextmanager
 def use(name: str) -> Iterator[None]:
-    """Serve all calls by the family of that name, or by PORTABLE: for tests and benchmarks."""
-    global _wanted
-    known = [PORTABLE, *(family.name for family in FAMILIES)]
-    if name not in known:
-        raise ValueError(f"expected one of {known}, got {name!r}")
-    before, _wanted = _wanted, name
+    """Serves all calls with the named family, or with PORTABLE. For tests and benchmarks."""
+    global _forced
+    names = [PORTABLE, *(family.name for family in FAMILIES)]
+    if name not in names:
+        raise ValueError(f"name: expected one of {', '.join(map(repr, names))}, got {name!r}")
+    before, _forced = _forced, name
     try:
         yield
     finally:
-        _wanted = before
+        _forced = before
 
 
 @contextmanager
 def search_on_cuda() -> Iterator[None]:
-    """Lets the exact search run on CUDA devices without a committed result: for tests and benchmarks."""
-    global _search_wanted
-    before, _search_wanted = _search_wanted, True
+    """Enables the exact search on CUDA devices without a committed result. For tests and benchmarks."""
+    global _search_forced
+    before, _search_forced = _search_forced, True
     try:
         yield
     finally:
-        _search_wanted = before
+        _search_forced = before
 
 
 def constant_while_compiled(function: Callable) -> Callable:
-    """torch.compiler.assume_constant_result, without its import of the whole compiler, which takes seconds."""
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    """As torch.compiler.assume_constant_result, which would import the whole compiler and take seconds."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]  # read by torch._dynamo
     return function
 
 
@@ -133,9 +131,9 @@ def _capability(device: torch.device) -> Capability:
 
 @constant_while_compiled
 def rounds_float32(device: torch.device) -> bool:
-    """Whether the user lets torch round the operands of float32 products on a device, to TF32 or bfloat16."""
+    """Whether the user allows torch to round the operands of float32 products on a device to TF32 or bfloat16."""
     backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
-    # torch.get_float32_matmul_precision raises an error once fp32_precision was set; older versions have only the former.
+    # torch.get_float32_matmul_precision raises after fp32_precision was set. Older versions have no fp32_precision.
     precision = getattr(getattr(backend, "matmul", None), "fp32_precision", None)
     if precision is None:
         return torch.get_float32_matmul_precision() != "highest"
@@ -146,17 +144,17 @@ def searches(device: torch.device) -> bool:
     """Whether the exact search serves a device."""
     if device.type != "cuda":
         return device.type == "cpu"
-    return _search_wanted or (bool(SEARCH_RESULTS) and _capability(device) in SEARCH_RESULTS)
+    return _search_forced or (bool(SEARCH_RESULTS) and _capability(device) in SEARCH_RESULTS)
 
 
 def select_backend(embeddings: torch.Tensor | None, weight: torch.Tensor, scale: float = 0.0) -> str:
-    """PORTABLE, or a family's name, followed by SPLIT where float32 inputs must be multiplied as such.
+    """PORTABLE, or the name of a family. The suffix SPLIT selects products with the accuracy of float32.
 
-    They are not where either input is half, under autocast, and where `rounds_float32` says so.
+    It is absent if an input has half precision, under autocast, and if `rounds_float32`.
     """
-    if weight.device.type != "cuda" and _wanted is None:
+    if weight.device.type != "cuda" and _forced is None:
         return PORTABLE
-    candidates = [f for f in FAMILIES if (f.results if _wanted is None else f.name == _wanted)]
+    candidates = [f for f in FAMILIES if (f.results if _forced is None else f.name == _forced)]
     empty = weight.shape[0] == 0 or (embeddings is not None and embeddings.shape[0] == 0)
     if not candidates or empty or weight.shape[1] not in SIZES or compute_dtype(embeddings, weight) == torch.float64:
         return PORTABLE
@@ -167,7 +165,7 @@ def select_backend(embeddings: torch.Tensor | None, weight: torch.Tensor, scale:
             return PORTABLE
         capability = _capability(weight.device)
         candidates = [f for f in candidates if f.compiled and f.runs_on(capability)]
-        if _wanted is None:
+        if _forced is None:
             candidates = [f for f in candidates if capability in f.results]
         if not candidates:
             return PORTABLE
@@ -178,7 +176,7 @@ def select_backend(embeddings: torch.Tensor | None, weight: torch.Tensor, scale:
 
 
 def describe() -> list[str]:
-    """One line for each backend, those that serve by default first."""
+    """One line per backend, first those that are enabled by default."""
     lines = [
         f"{family.name} tensor cores: {_state(family.results) if family.compiled else 'not compiled'}"
         for family in FAMILIES

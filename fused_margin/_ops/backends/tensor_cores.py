@@ -1,11 +1,11 @@
-"""The tensor-core backend: logits by our own kernels, from fp16 operands; exponentials are made where the logits arise.
+"""The tensor-core backend: our kernels compute logits from fp16 operands, and reduce their exponentials in registers.
 
-A chunk's operand is its normalised classes; nothing of size N x chunk is written in the forward. The backward
-makes the exponentials again, relative to each row's own sum, so that fp16 holds them, and leaves the two
-products with them to torch.mm.
+The operand of a chunk is its normalised classes. The forward writes nothing of size N x chunk. The backward recomputes
+the exponentials relative to the sum of their row, so that they fit fp16, and multiplies them by torch.mm.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,10 +14,10 @@ from fused_margin._ops.backends.portable import LN2, fixed_exponent
 from fused_margin._ops.backends.select import LARGEST_LOGIT, SPLIT, Kernels
 from fused_margin._ops.inputs import CHUNK_BYTES, ChunkPlan, ForwardOutput, LossInputs, whole_chunk
 
-WIDTH_MULTIPLE = 64  # kWidthMultiple of csrc/cuda/tensor.h: an operand's row comes in lines of 128 bytes
-# dX has few output tiles and a long inner dimension: the classes are divided, so that every multiprocessor works
+WIDTH_MULTIPLE = 64  # kWidthMultiple of csrc/cuda/tensor.h: the row of an operand consists of lines of 128 bytes
+# dX has few output tiles and a long inner dimension. The classes are divided to use every multiprocessor.
 MOST_DIVISIONS = 8
-LONGEST_SUM = 2048  # classes, of a product of split operands: see add_divided
+LONGEST_SUM = 2048  # classes per product of split operands, see add_divided
 
 
 def parts_of(inputs: LossInputs) -> int:
@@ -29,11 +29,11 @@ def width_of(inputs: LossInputs) -> int:
 
 
 def plan_chunks(inputs: LossInputs, keep: bool) -> ChunkPlan:
-    """Saves operands: exponentials would be too wide for fp16 before their sum is known."""
+    """The plan of a call, which saves operands. Exponentials do not fit fp16 before their sum is known."""
     (samples, classes, size), workspace = inputs.shape, inputs.workspace_bytes
     parts, elements = parts_of(inputs), parts_of(inputs) * width_of(inputs)
     operand_bytes = 2 * elements
-    # the chunk's operand, another one to compare it with, exponentials, and a copy of the gradient
+    # the operand of the chunk, another operand to compare it with, exponentials, and a copy of the gradient
     per_class = operand_bytes * (2 if inputs.uses_tiled_nearest else 1) + 2 * parts * samples
     per_class += 0 if inputs.gradient_in_place else 4 * size
     device = "cuda" if inputs.weight.device.type == "cuda" else "cpu"
@@ -45,7 +45,7 @@ def plan_chunks(inputs: LossInputs, keep: bool) -> ChunkPlan:
 
 
 class ChunkBackend:
-    """Operands stay in saved_chunks, or go to a buffer that the next chunk overwrites."""
+    """Operands of chunks are in saved_chunks, or in a buffer that all other chunks share."""
 
     def __init__(
         self, run: Kernels, inputs: LossInputs, plan: ChunkPlan, output: ForwardOutput, norms_known: bool = False
@@ -57,7 +57,7 @@ class ChunkBackend:
         self.fixed = fixed_exponent(inputs)
         self.buffer = self.operands(plan.chunk if plan.saved < plan.chunks else 0)
         self.other = self.operands(plan.chunk if inputs.uses_tiled_nearest and plan.saved < plan.chunks - 1 else 0)
-        if self.samples:
+        if self.samples and inputs.embeddings is not None:
             self.left = self.operands(self.samples)
             self.pack(inputs.embeddings, self.left, None)
             self.rows = output.target_cosine.new_empty(2 * self.samples)  # 16 bytes each
@@ -70,16 +70,18 @@ class ChunkBackend:
             self.best = torch.zeros(inputs.weight.shape[0], dtype=torch.int64, device=inputs.weight.device)
 
     def operands(self, rows: int) -> Tensor:
+        """Memory for the operands of some rows."""
         return self.inputs.weight.new_empty(rows, self.parts * self.width, dtype=torch.float16)
 
     def pack(self, rows: Tensor, packed: Tensor, inverse_norm: Tensor | None) -> None:
+        """Writes the operands of rows, and their inverse norms."""
         self.run.pack_operand(
             rows=rows, packed=packed, inverse_norm=inverse_norm, count=len(rows), size=self.size,
             width=self.width, parts=self.parts,
         )  # fmt: skip
 
     def operand(self, k: int, buffer: Tensor, inverse_norm: Tensor | None = None, *, fresh: bool) -> Tensor:
-        """A chunk's operand; unless fresh, a saved one is there already."""
+        """The operand of a chunk. Unless `fresh`, a saved operand is not packed again."""
         begin, end = self.plan.bounds(k)
         if k < self.plan.saved:
             packed = self.output.saved_chunks.view(-1, self.parts * self.width)[begin:end]
@@ -90,14 +92,15 @@ class ChunkBackend:
         self.pack(self.inputs.weight[begin:end], packed, inverse_norm)
         return packed
 
-    def product(self, left: Tensor, right: Tensor) -> dict:
+    def product(self, left: Tensor, right: Tensor) -> dict[str, Any]:
+        """The arguments of a kernel that multiplies two operands."""
         return {
             "left": left, "right": right, "rows": len(left), "columns": len(right), "width": self.width,
             "parts": self.parts,
         }  # fmt: skip
 
     def forward_chunk(self, k: int) -> None:
-        """The norms of a chunk's classes, and their part of every row's sum."""
+        """Computes the norms of the classes of a chunk, and their part of the sum of every row."""
         begin, end = self.plan.bounds(k)
         operand = self.operand(k, self.buffer, self.output.weight_inverse_norm[begin:end], fresh=True)
         if self.samples:
@@ -113,7 +116,7 @@ class ChunkBackend:
                 )
 
     def finish_forward(self) -> None:
-        """Results of the forward, from those of its chunks."""
+        """Combines the results of the chunks."""
         output, weight = self.output, self.inputs.weight
         if self.samples:
             self.run.combine_partials(
@@ -121,14 +124,14 @@ class ChunkBackend:
                 slots=self.slots, samples=self.samples,
             )  # fmt: skip
             torch.mul(output.exponent[0], LN2, out=output.largest_logit)
-            if self.inputs.scale is not None:  # else select_backend has looked at it
+            if self.inputs.scale is not None:  # select_backend checks a scale that is a number
                 too_large = output.largest_logit.abs() > LARGEST_LOGIT
                 output.relative_logsumexp.masked_fill_(too_large, math.nan)
             output.relative_logsumexp.sub_(output.largest_logit)
         if self.inputs.uses_tiled_nearest:
             self.run.unpack_nearest(best=self.best, index=output.nearest_index, count=self.inputs.weight.shape[0])
             cosine = torch.empty_like(output.nearest_cosine, dtype=torch.float64)
-            self.run.target_cosine(  # what fp16 has found, computed anew from the unrounded weights
+            self.run.target_cosine(  # recomputes the cosines from the unrounded weights
                 compute_like=output.nearest_cosine, embeddings=weight, weight=weight, labels=output.nearest_index,
                 cosine=cosine, row=None, bad_label=0, samples=self.inputs.weight.shape[0], classes=self.inputs.weight.shape[0],
                 size=self.size, ignore_index=-1, sub_centers=1, inner_product=False,
@@ -136,7 +139,11 @@ class ChunkBackend:
             output.nearest_cosine.copy_(cosine.clamp_(-1.0, 1.0))
 
     def prepare_backward(self, row_scale: Tensor, need_embeddings: bool, need_weight: bool) -> None:
-        """Before the chunks of the backward. row_scale: (1, N), dL / d logit over exponential."""
+        """Prepares the backward of the chunks.
+
+        Args:
+            row_scale: (1, N), the factors from exponentials to dL / d logit.
+        """
         inputs, x_hat = self.inputs, self.output.normalized_embeddings
         operand_scale, probability_scale = self.run.operand_scale, self.run.probability_scale
         self.run.prepare_rows(
@@ -146,7 +153,8 @@ class ChunkBackend:
         self.probabilities = x_hat.new_empty(
             self.parts, self.samples, -(-self.plan.chunk // 8) * 8, dtype=torch.float16
         )
-        self.d_embeddings = self.embedding_scale = self.dense_scale = None
+        self.embedding_scale = self.dense_scale = None
+        self.need_embeddings = need_embeddings
         if need_embeddings:
             tiles = -(-self.samples // 128) * -(-self.size // 128)
             divisions = min(MOST_DIVISIONS, max(1, 264 // tiles))
@@ -161,7 +169,7 @@ class ChunkBackend:
             self.dense_scale = largest / (operand_scale * probability_scale)
 
     def backward_chunk(self, k: int, gradient: Tensor | None, _bias_gradient: None) -> None:
-        """Adds to d_embeddings; writes the dense part of the weight gradient."""
+        """Adds to d_embeddings, and writes the dense part of the weight gradient of a chunk."""
         begin, end = self.plan.bounds(k)
         operand = self.operand(k, self.buffer, fresh=False)
         self.family.probabilities(
@@ -169,7 +177,7 @@ class ChunkBackend:
             probabilities=self.probabilities, stride=self.probabilities.shape[2], low=self.probabilities[0].numel(),
         )  # fmt: skip
         probabilities = [part[:, : end - begin] for part in self.probabilities]
-        if self.d_embeddings is not None:
+        if self.need_embeddings:
             rows = [part[:, : self.size] for part in operand.view(end - begin, self.parts, -1).unbind(1)]
             add_divided(self.d_embeddings, probabilities, rows)
         if gradient is not None:
@@ -180,12 +188,12 @@ class ChunkBackend:
 
 
 def pairs_of(left: list[Tensor], right: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Factors whose products add up to that of two split operands; low * low is below float32's rounding."""
+    """Pairs of parts whose products add up to the product of two split operands; low * low is negligible in float32."""
     return [(left[0], right[0])] if len(left) == 1 else [(left[0], right[0]), (left[0], right[1]), (left[1], right[0])]
 
 
 def multiply(out: Tensor, left: list[Tensor], right: list[Tensor]) -> None:
-    """out = left @ right in float32, of fp16 operands in one or two parts."""
+    """out = left @ right in float32, from fp16 operands of one or two parts."""
     for i, (a, b) in enumerate(pairs_of(left, right)):
         half_product(out, a, b, accumulate=i > 0)
 
@@ -193,8 +201,8 @@ def multiply(out: Tensor, left: list[Tensor], right: list[Tensor]) -> None:
 def add_divided(out: Tensor, left: list[Tensor], right: list[Tensor]) -> None:
     """out (divisions, N, D) += left (N, classes) @ right (classes, D), each division over its share of the classes.
 
-    Tensor cores round sums towards zero, by up to the last bit every 8 or 16 classes. Split operands are to be as
-    accurate as float32: they are multiplied by blocks of classes, whose results are added with correct rounding.
+    Tensor cores round sums towards zero, by up to the last bit every 8 or 16 classes. For the accuracy of float32, split
+    operands are multiplied in blocks of classes, and the results of the blocks are added with correct rounding.
     """
     divisions, classes = out.shape[0], right[0].shape[0]
     block = divisions * LONGEST_SUM if len(left) == 2 else classes
@@ -212,7 +220,7 @@ def add_divided(out: Tensor, left: list[Tensor], right: list[Tensor]) -> None:
 
 def half_product(out: Tensor, left: Tensor, right: Tensor, accumulate: bool) -> None:
     """out = left @ right, or out += left @ right: fp16 matrices, or batches of them, summed in float32."""
-    if not out.is_cuda:  # torch multiplies fp16 into float32 on CUDA only
+    if not out.is_cuda:  # torch has fp16 products with float32 results on CUDA only
         product = left.float() @ right.float()
         out.add_(product) if accumulate else out.copy_(product)
     elif not accumulate:

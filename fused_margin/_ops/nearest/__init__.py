@@ -1,4 +1,4 @@
-"""The exact search for the nearest classes, and its cache from step to step."""
+"""The exact search for the nearest classes, and its cache between steps."""
 
 from fused_margin._ops.nearest.search import find_nearest_classes
 

@@ -1,8 +1,8 @@
-"""The nearest other class at every step of a training, searching again only for classes whose answer may have changed.
+"""The nearest other class at every step of a training, with a search only for classes whose answer may have changed.
 
-Codes and candidate lists (csrc/kernels/search.h) are kept from step to step. A code stands for its class for as long as
-its measured error bounds how far the class has turned since: an answer is certain while it exceeds the upper bound of
-its list by the row's own error and the largest error of all columns. docs/nearest.md has the proof.
+Codes and candidate lists (csrc/kernels/search.h) stay between steps. The measured error of a code bounds how far its
+class has turned. An answer is certain if it exceeds the upper bound of its list by the error of its row and the largest
+error of all columns. docs/nearest.md has the proof.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from fused_margin._ops.nearest.quantized import CandidateLists, QuantizedRows, i
 from fused_margin._ops.nearest.search import NearestSearch, check_ranks, common_rows, find_nearest_others
 from fused_margin.distributed import Shard
 
-CANDIDATES = 80  # of a class: with more, a class may turn further before it is searched again, at more comparisons
-THRESHOLDS = 64  # of errors that are tried at a step
-FULL_SEARCH_SHARE = 3  # rows times all columns cost as much as the whole upper triangle from half of the rows on
+CANDIDATES = 80  # per class: more candidates delay the next search of a class, at the cost of more comparisons
+THRESHOLDS = 64  # number of error thresholds to try at a step
+FULL_SEARCH_SHARE = 3  # search all classes if more than a third are refreshed: half the rows cost as much as all
 
 
 class NearestCache(NamedTuple):
-    """The state of the classes between steps; all of it is written in place.
+    """The state of the classes between steps, written in place.
 
     The names are those of buffers in checkpoints.
     """
@@ -40,16 +40,16 @@ class NearestCache(NamedTuple):
 
 
 def capacity_for(classes: int) -> int:
-    """Candidates that are kept of each class."""
+    """Number of candidates of each class."""
     return max(1, min(CANDIDATES, classes - 1))
 
 
 def new_cache(weight: Tensor, num_classes: int) -> NearestCache:
-    """Of classes that have not been searched: the first step searches for all.
+    """A cache of classes that were not searched yet. The first step searches all of them.
 
     Args:
-        weight: (C_rank, D) of this rank.
-        num_classes: C, of all ranks.
+        weight: (C_rank, D), the classes of this rank.
+        num_classes: C, over all ranks.
     """
     classes, device = len(weight), weight.device
     lists = CandidateLists.empty(classes, capacity_for(num_classes), device)
@@ -65,26 +65,30 @@ def code_dtype(weight: Tensor) -> torch.dtype:
 
 
 def fits(cache: NearestCache, weight: Tensor) -> bool:
-    """Whether a cache is of such weights, and as this machine would have made it."""
-    alike = (cache.code.shape, cache.code.device) == (weight.shape, weight.device)
-    return alike and cache.code.dtype == code_dtype(weight) and cache.value.dtype == cache.scale.dtype == torch.float32
+    """Whether a cache has the shape, the device and this processor's dtypes for these weights."""
+    same_place = (cache.code.shape, cache.code.device) == (weight.shape, weight.device)
+    return (
+        same_place
+        and cache.code.dtype == code_dtype(weight)
+        and cache.value.dtype == cache.scale.dtype == torch.float32
+    )
 
 
 def certified_nearest(
     run: Kernels, shard: Shard, weight: Tensor, cache: NearestCache, workspace_bytes: int
 ) -> tuple[Tensor, Tensor]:
-    """Cosine (C_rank,) float64 of every own class to its nearest other, and that class, as a full search finds them."""
+    """Cosine (C_rank,) float64 of every class of this rank to its nearest other class, and that class, exactly."""
     classes = shard.num_classes
     before = cache.swept.clone()
-    # Lists hold products with the codes of other ranks. A rank that has lost its cache, or comes with that of another
-    # step, has other counts, and all ranks begin anew; so does a cache that was never filled.
-    kept = check_ranks(shard, weight, cache.code.dtype == torch.int8, before) and bool(before.any())
-    cache.swept.zero_()  # an interrupted step leaves no cache to go on from
+    # Lists contain products with the codes of other ranks. If a rank has lost its cache, or has the cache of another step,
+    # its counts differ, and the caches of all ranks are invalid. A new cache is invalid too.
+    is_valid = check_ranks(shard, weight, cache.code.dtype == torch.int8, before) and bool(before.any())
+    cache.swept.zero_()  # an interrupted step leaves an invalid cache
     quantized = QuantizedRows.of_codes(common_rows(shard, weight), cache.code, cache.scale)
     lists = CandidateLists(cache.candidate, cache.value, cache.ceiling)
     search = NearestSearch(run, quantized, quantized, lists, 1, workspace_bytes, shard)
-    full, searched = not kept, classes
-    if kept:
+    full, searched = not is_valid, classes
+    if is_valid:
         quantized.measure(run)
         search.rerank_all()
         refreshed = choose_refreshed(shard, quantized, search.slack())
@@ -97,14 +101,14 @@ def certified_nearest(
         quantized.measure(run)
         lists.clear()
         search.full_search()
-    counted = before if kept else torch.zeros_like(before)
-    cache.swept.copy_(counted + torch.tensor([searched, classes - searched, full], device=weight.device))
+    totals = before if is_valid else torch.zeros_like(before)
+    cache.swept.copy_(totals + torch.tensor([searched, classes - searched, full], device=weight.device))
     cosine, index = search.answers(torch.float64)
     return cosine.squeeze(1), index.squeeze(1)
 
 
 def choose_refreshed(shard: Shard, quantized: QuantizedRows, slack: Tensor) -> Tensor:
-    """(C,) flags of the classes of all ranks that are worth searching for."""
+    """Flags (C,) of the classes of all ranks to search."""
     error, slack, scale = shard.gather_classes(
         torch.stack([quantized.error.double(), slack, quantized.scale.double()], 1)
     ).unbind(1)
@@ -112,31 +116,31 @@ def choose_refreshed(shard: Shard, quantized: QuantizedRows, slack: Tensor) -> T
     if quantized.codes.dtype == torch.int8:
         lowest = max(lowest, 1.25 * float(scale.float().max()) * math.sqrt(quantized.size / 12))
     flags = worth_searching(error.float(), slack.contiguous(), lowest)
-    # As every owner computes for its own classes: processors that round differently must choose the same rows.
+    # Every rank uses the owner's flags, because processors that round differently could choose different rows.
     return shard.gather_classes(shard.local_part(flags).to(torch.uint8)).bool()
 
 
 def worth_searching(error: Tensor, slack: Tensor, lowest: float) -> Tensor:
-    """Flags (C,) of the fewest rows to search for, so that all answers are certain.
+    """Flags (C,) of the fewest rows whose search makes all answers certain.
 
-    With a threshold t on the columns' errors, those are the classes whose error is above t, and the rows whose slack is
+    With a threshold t on the error of columns, they are the classes whose error is above t, and the rows whose slack is
     at most t.
 
     Args:
-        error: (C,) float32 distances of rows to their codes; -1 of a row with NaN.
-        slack: (C,) float64 of the rows' answers.
-        lowest: error of a new code; no threshold below it is worth trying.
+        error: (C,) float32 distances of rows to their codes; -1 for a row with NaN.
+        slack: (C,) float64 slacks of the answers.
+        lowest: error of a new code, the lowest threshold to try.
     """
     error = error.clamp(min=0.0).double()
     highest = max(float(error.max()), lowest)
     thresholds = torch.logspace(
         math.log10(lowest), math.log10(highest), THRESHOLDS, dtype=torch.float64, device=error.device
     )
-    thresholds[-1] = highest  # whatever the logarithm has rounded
-    further, doubtful = (
+    thresholds[-1] = highest  # without the rounding of the logarithm
+    errors, slacks = (
         torch.bincount(torch.bucketize(values, thresholds), minlength=THRESHOLDS + 1) for values in (error, slack)
     )
-    rows = doubtful.cumsum(0)[:THRESHOLDS] + len(error) - further.cumsum(0)[:THRESHOLDS]
+    rows = slacks.cumsum(0)[:THRESHOLDS] + len(error) - errors.cumsum(0)[:THRESHOLDS]
     threshold = thresholds[rows.argmin()]
     return (error > threshold) | ~(slack > threshold)
 
@@ -145,30 +149,33 @@ def periodic_nearest(
     run: Kernels, shard: Shard, weight: Tensor, index: Tensor, age: Tensor, every: int, counts: bool,
     workspace_bytes: int,
 ) -> Tensor:  # fmt: skip
-    """Cosine (C_rank,) float64 of every own class to `index` (C_rank,), which is searched anew every so many steps.
+    """Cosine (C_rank,) float64 of every class of this rank to `index` (C_rank,), which a search updates periodically.
 
-    `age` (1,) counts the steps, if `counts`. Where the ages of ranks differ, all search, and have one age again.
+    Args:
+        age: (1,) number of steps. If the ages of ranks differ, all ranks search and reset their age.
+        every: number of steps between searches.
+        counts: whether this step increments `age`.
     """
-    alike = check_ranks(shard, weight, False, age)
-    if not alike or age.item() % every == 0:
+    same_age = check_ranks(shard, weight, False, age)
+    if not same_age or age.item() % every == 0:
         index.copy_(find_nearest_others(run, shard, weight, workspace_bytes)[1])
-        if not alike:
+        if not same_age:
             age.zero_()
     age += counts
     return cosines_with(run, shard, weight, index)
 
 
 def cosines_with(run: Kernels, shard: Shard, weight: Tensor, index: Tensor) -> Tensor:
-    """Cosine (C_rank,) float64 of every own class to the class, of any rank, that `index` (C_rank,) names."""
+    """Cosine (C_rank,) float64 of every class of this rank to the class `index` (C_rank,) of any rank."""
     rows = common_rows(shard, weight)
     if shard.world_size > 1:
-        named = RemoteRows(shard, index).fetch(rows)
+        fetched = RemoteRows(shard, index).fetch(rows)
         index = torch.arange(len(rows), device=rows.device)
     if not len(rows):
         return rows.new_zeros(0, dtype=torch.float64)
     query = reference = QuantizedRows.of_codes(rows, rows, rows.new_empty(len(rows), dtype=torch.float32))
     if shard.world_size > 1:
-        reference = QuantizedRows.of_codes(named, named, torch.empty_like(query.scale))
+        reference = QuantizedRows.of_codes(fetched, fetched, torch.empty_like(query.scale))
     for side in (query, reference):
         side.quantize(run)
         side.measure(run)

@@ -1,4 +1,4 @@
-"""The gradient of cosines to nearest classes of other ranks."""
+"""The gradient of cosines to nearest classes on other ranks."""
 
 from __future__ import annotations
 
@@ -11,40 +11,39 @@ from fused_margin.distributed import Shard, named_shard, slice_of
 
 
 def sort_by_owner(shard: Shard, index: Tensor) -> tuple[Tensor, Tensor]:
-    """The order (R,) that sorts classes by their ranks, and the number that each rank owns (world_size,)."""
-    order = index.argsort(stable=True)  # the classes of ranks ascend
+    """The order (R,) that sorts classes by their owner, and the number of classes (world_size,) of each owner."""
+    order = index.argsort(stable=True)  # slices of ranks are in ascending order
     ends = [slice_of(shard.num_classes, rank, shard.world_size)[1] for rank in range(shard.world_size)]
-    ends = torch.tensor(ends, dtype=torch.int64, device=index.device)
-    owner = torch.bucketize(index[order], ends, right=True)
+    owner = torch.bucketize(index[order], torch.tensor(ends, dtype=torch.int64, device=index.device), right=True)
     return order, torch.bincount(owner, minlength=shard.world_size)
 
 
 class RemoteRows:
-    """The exchange of rows with the owners of some classes, of any rank."""
+    """Exchanges rows with the owners of the classes `index`, on any rank."""
 
     def __init__(self, shard: Shard, index: Tensor):
         self.shard = shard
-        self.order, asked = sort_by_owner(shard, index)
-        counts = shard.all_gather(asked).tolist()  # counts[a][b]: number of rows that a asks b for
+        self.order, requests = sort_by_owner(shard, index)
+        counts = shard.all_gather(requests).tolist()  # counts[a][b]: number of rows that a requests from b
         self.sent, self.received = counts[shard.rank], [row[shard.rank] for row in counts]
-        self.wanted = shard.all_to_all(index[self.order], self.sent, self.received) - shard.begin
+        self.requested = shard.all_to_all(index[self.order], self.sent, self.received) - shard.begin
 
     def fetch(self, rows: Tensor) -> Tensor:
-        """The rows of the classes, in their order."""
+        """Fetches the rows of the classes, in the order of `index`."""
         result = torch.empty_like(rows[:1]).new_empty(len(self.order), *rows.shape[1:])
-        result[self.order] = self.shard.all_to_all(rows[self.wanted], self.received, self.sent)
+        result[self.order] = self.shard.all_to_all(rows[self.requested], self.received, self.sent)
         return result
 
     def send_back(self, rows: Tensor, gradient: Tensor) -> None:
-        """Adds a row for each of the classes to its owner's gradient, in the order of ranks, which repeats bit for bit."""
-        arrived = self.shard.all_to_all(rows[self.order], self.sent, self.received)
-        gradient.index_put_((self.wanted,), arrived, accumulate=True)
+        """Adds a row per class to the gradient on the owner, in the order of ranks, so that results are reproducible."""
+        received_rows = self.shard.all_to_all(rows[self.order], self.sent, self.received)
+        gradient.index_put_((self.requested,), received_rows, accumulate=True)
 
 
 def add_remote_gradient(inputs: LossInputs, d_weight: Tensor, index: Tensor, upstream: Tensor) -> None:
-    """Adds the gradient of the own classes' cosines (C_rank,) to the classes in `index`, of any rank, to d_weight.
+    """Adds to d_weight the gradient of the cosines (C_rank,) to the classes `index` of any rank.
 
-    Every class takes its nearest's direction from that class's rank, and sends its own direction there.
+    Every class fetches the direction of its nearest class from the owner, and sends its own direction back.
     """
     unit = unit_rows(inputs.weight, inputs.compute)[0]
     remote = RemoteRows(named_shard(inputs.group, inputs.num_classes), index)

@@ -16,11 +16,14 @@ from fused_margin.distributed import named_shard
 def _nearest_rows(
     query: Tensor, reference: Tensor | None, number: int, inner_product: bool, workspace_bytes: int
 ) -> tuple[Tensor, Tensor]:
-    """Cosines, or inner products, (Q, number) of queries to their nearest references, or others, and the rows of these."""
+    """Cosines or inner products (Q, number) of queries to their nearest references, and the rows of these.
+
+    Without references, the other queries are searched.
+    """
     dtype = compute_dtype(query, reference)
     with kernels_on(query.device) as run:
-        found = search.find_nearest(run, query, reference, number, inner_product, workspace_bytes)
-    return found.answers(dtype)
+        result = search.find_nearest(run, query, reference, number, inner_product, workspace_bytes)
+    return result.answers(dtype)
 
 
 def _nearest_rows_fake(query, reference, number, *_):
@@ -40,8 +43,8 @@ def _certified_nearest(
     group: str,
     num_classes: int,
 ) -> tuple[Tensor, Tensor]:
-    """Cosine (C,) float64 of every class to its nearest other, and that class, by the cache of earlier steps."""
-    swept = swept.clone() if recomputing() else swept  # a recomputed forward counts once
+    """Cosine (C,) float64 of every class to its nearest other class, and that class, with the cache of earlier steps."""
+    swept = swept.clone() if recomputing() else swept  # so that a recomputed forward is not counted twice
     state = cache.NearestCache(code, scale, candidate, value, ceiling, swept)
     shard = named_shard(group, num_classes)
     with kernels_on(weight.device) as run:
@@ -62,7 +65,7 @@ def _periodic_nearest(
     group: str,
     num_classes: int,
 ) -> Tensor:
-    """Cosine (C,) float64 of every class to its nearest of some steps ago: `index`, searched every so many steps."""
+    """Cosine (C,) float64 of every class to `index`, its nearest other class in the last periodic search."""
     shard, age = named_shard(group, num_classes), current_age(age)
     with kernels_on(weight.device) as run:
         return cache.periodic_nearest(run, shard, weight, index, age, every, counts, workspace_bytes)

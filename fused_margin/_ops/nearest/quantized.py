@@ -1,6 +1,6 @@
-"""Rows quantized to int8 where the processor multiplies int8 fastest, and the list of each query's best candidates.
+"""Quantized rows, int8 on processors that multiply int8 fastest, and lists of the best candidates of each query.
 
-csrc/kernels/search.h has the bound on what quantization changes, docs/nearest.md its proof.
+csrc/kernels/search.h has the bound on the error of quantization, and docs/nearest.md its proof.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from fused_margin._ops.backends.select import Kernels, constant_while_compiled, 
 from fused_margin._ops.inputs import SMALLEST_CHUNK, compute_dtype
 from fused_margin._ops.normalization import unit_rows
 
-# Of a tile of scores. On the CPU it stays in cache for the two to four times it is read. On a GPU it is so large that
-# its kernels take longer than their launches.
+# Size of a tile of scores. On the CPU a tile stays in cache while it is read two to four times. On a GPU, the kernels of a
+# large tile take longer than their launches.
 TILE_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}
-LONGEST = 1e18  # of rows that are multiplied as they are, in float32
-# Torch 2.13 leaves products of rows of one element unwritten; beyond the last size a product would not fit an int32.
+LONGEST = 1e18  # maximum length of rows that are multiplied in float32 without normalisation
+# Torch 2.13 does not write int8 products of rows of one element. Above the last size a product would overflow int32.
 INT8_SIZES = range(2, (2**31 - 1) // 127**2 + 1)
 
 
 def int8_wins(rows: Tensor) -> bool:
-    """Whether products of int8 are the fastest for such rows: on processors with instructions for them."""
+    """Whether int8 products are the fastest for these rows: on processors with instructions for them."""
     return rows.shape[1] in INT8_SIZES and _has_int8_products(rows.device)
 
 
@@ -39,7 +39,7 @@ def _has_int8_products(device: torch.device) -> bool:
 
 @functools.cache
 def int8_products_are_right() -> bool:
-    """Whether torch's products of int8, which are no public function of it, give known answers in memory that holds others."""
+    """Whether torch's int8 products, a private function, overwrite memory with the right results."""
     for rows, size, columns in ((1, 2, 1), (3, 7, 65), (65, 64, 17)):
         left = (torch.arange(rows * size, dtype=torch.int64, device="cpu") * 37 % 255 - 127).view(rows, size)
         right = (torch.arange(columns * size, dtype=torch.int64, device="cpu") * 91 % 255 - 127).view(columns, size)
@@ -55,24 +55,24 @@ def tile_bytes(device: torch.device, workspace_bytes: int) -> int:
 
 
 def fits_int8(rows: Tensor, workspace_bytes: int) -> bool:
-    """Whether int8 codes of the rows are worth making, and have room beside a tile."""
-    room = workspace_bytes - tile_bytes(rows.device, workspace_bytes)
-    return int8_wins(rows) and rows.numel() <= room
+    """Whether int8 codes of the rows are fastest, and fit in the workspace together with a tile."""
+    available = workspace_bytes - tile_bytes(rows.device, workspace_bytes)
+    return int8_wins(rows) and rows.numel() <= available
 
 
 def rounding_of(codes: Tensor, size: int) -> float:
-    """Bound on the error of a computed product of two codes, over the product of their lengths."""
-    own = 1e-6  # of a product that becomes a float32, is scaled, and compared with a bound
+    """Bound on the error of a computed product of two codes, relative to the product of their lengths."""
+    conversion = 1e-6  # of a product to float32, its scaling, and its comparison with a bound
     if codes.dtype in (torch.int8, torch.float64):
-        return own
+        return conversion
     if rounds_float32(codes.device):
-        return own + 2.0**-7 + size * 2.0**-23  # operands rounded to bfloat16
-    return own + size * 2.0**-23  # any order of additions, a bit each
+        return conversion + 2.0**-7 + size * 2.0**-23  # operands rounded to bfloat16
+    return conversion + size * 2.0**-23  # one bit per addition, in any order
 
 
 @dataclass
 class QuantizedRows:
-    """Rows (R, D) and their codes: QuantizedRows of csrc/kernels/search.h."""
+    """Rows (R, D) and their codes, QuantizedRows of csrc/kernels/search.h."""
 
     rows: Tensor  # (R, D), any dtype and strides
     codes: Tensor  # (R, D) int8, the rows, or a float copy of them with length one
@@ -85,7 +85,7 @@ class QuantizedRows:
 
     @classmethod
     def of(cls, run: Kernels, rows: Tensor, int8: bool, inner_product: bool = False) -> QuantizedRows:
-        """Newly quantized rows."""
+        """Quantizes and measures rows."""
         result = cls.allocate(rows, int8, inner_product)
         result.quantize(run)
         result.measure(run)
@@ -93,7 +93,7 @@ class QuantizedRows:
 
     @classmethod
     def allocate(cls, rows: Tensor, int8: bool, inner_product: bool = False) -> QuantizedRows:
-        """Memory for codes: int8, or the rows themselves, unless their products would be infinite."""
+        """Allocates codes. Without int8, the rows are their own codes, unless their products would be infinite."""
         codes = torch.empty(rows.shape, dtype=torch.int8, device=rows.device) if int8 else rows
         if not int8 and not inner_product:
             longest = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).nan_to_num_(0.0, 0.0)
@@ -103,12 +103,12 @@ class QuantizedRows:
 
     @classmethod
     def of_codes(cls, rows: Tensor, codes: Tensor, scale: Tensor, inner_product: bool = False) -> QuantizedRows:
-        """Rows with codes made before, not measured yet."""
-        number, single = len(rows), {"dtype": torch.float32}
+        """Rows with existing codes, not measured yet."""
+        single = rows.new_empty(0, dtype=torch.float32)
         return cls(
-            rows, codes, scale, inner_product, rows.new_empty(number, dtype=torch.float64),
-            rows.new_empty(number, **single) if inner_product else None, rows.new_empty(number, **single),
-            rows.new_empty(number, **single),
+            rows, codes, scale, inner_product, rows.new_empty(len(rows), dtype=torch.float64),
+            single.new_empty(len(rows)) if inner_product else None, single.new_empty(len(rows)),
+            single.new_empty(len(rows)),
         )  # fmt: skip
 
     @property
@@ -116,7 +116,7 @@ class QuantizedRows:
         return self.rows.shape[1]
 
     def quantize(self, run: Kernels, selected: Tensor | None = None) -> None:
-        """Makes the codes of selected rows, or of all; `measure` must follow."""
+        """Computes the codes of selected rows, or of all rows. `measure` must follow."""
         if self.codes.dtype != torch.int8:
             at = slice(None) if selected is None else selected
             if self.codes is not self.rows:
@@ -132,7 +132,7 @@ class QuantizedRows:
         )  # fmt: skip
 
     def measure(self, run: Kernels) -> None:
-        """Computes norms, and the distance of each row to its code."""
+        """Computes the norm of each row, and its distance to its code."""
         run.measure_quantization(
             rows=self.rows, codes=self.codes, scale=self.scale, inner_product=self.inner_product,
             rounding=rounding_of(self.codes, self.size), inverse_norm=self.inverse_norm, norm=self.norm,
@@ -140,7 +140,7 @@ class QuantizedRows:
         )  # fmt: skip
 
     def measure_rows(self, run: Kernels, selected: Tensor) -> None:
-        """As `measure`, of selected rows."""
+        """As `measure`, for selected rows."""
         part = QuantizedRows.of_codes(
             self.rows[selected], self.codes[selected], self.scale[selected], self.inner_product
         )
@@ -149,24 +149,25 @@ class QuantizedRows:
             getattr(self, name)[selected] = getattr(part, name)
 
     def operand(self, at: slice | Tensor) -> Tensor:
-        """Codes as a matrix product takes them."""
+        """Codes as the operand of a matrix product."""
         codes = self.codes[at]
         return codes if codes.dtype in (torch.int8, torch.float64) else codes.float()
 
     def largest_error(self) -> Tensor:
         return self.error.max() if len(self.error) else self.error.new_zeros(())
 
-    def arguments(self) -> tuple:
+    def arguments(self) -> tuple[Tensor | None, ...]:
+        """The fields of the struct that kernels take."""
         return self.rows, self.inverse_norm, self.scale, self.norm, self.length, self.error
 
 
 @dataclass
 class CandidateLists:
-    """The candidates with the largest scores of every query: CandidateLists of csrc/kernels/search.h."""
+    """The candidates with the largest scores of every query, CandidateLists of csrc/kernels/search.h."""
 
     candidate: Tensor  # (Q, capacity) int32
     value: Tensor  # (Q, capacity) float32
-    upper_bound: Tensor  # (Q,) float32, of the scores that are not in the list
+    upper_bound: Tensor  # (Q,) float32, upper bound of the scores that are not in the list
 
     @classmethod
     def empty(cls, queries: int, capacity: int, device: torch.device) -> CandidateLists:
@@ -183,24 +184,25 @@ class CandidateLists:
         self.value.fill_(-math.inf)
         self.upper_bound.fill_(-math.inf)
 
-    def arguments(self) -> tuple:
+    def arguments(self) -> tuple[Tensor, ...]:
+        """The fields of the struct that kernels take."""
         return self.candidate, self.value, self.upper_bound
 
     def packed(self, at: slice | Tensor) -> Tensor:
-        """Lists of some rows as one float64 matrix (R, 1 + 2 capacity), to be sent."""
+        """Lists of some rows as one float64 matrix (R, 1 + 2 capacity), to send to another rank."""
         return torch.cat(
             [self.upper_bound[at].unsqueeze(1).double(), self.value[at].double(), self.candidate[at].double()], 1
         )
 
-    def merge(self, places: Tensor, parts: Tensor) -> None:
-        """Replaces the lists of some rows by the best of several packed lists (parts, R, 1 + 2 capacity) of each."""
+    def merge(self, places: Tensor | slice, parts: Tensor) -> None:
+        """Replaces the lists of some rows by the best candidates of packed lists (parts, R, 1 + 2 capacity)."""
         capacity = self.candidate.shape[1]
         upper_bound, value, candidate = parts.split([1, capacity, capacity], dim=2)
         value, candidate = (t.transpose(0, 1).flatten(1) for t in (value, candidate))
         value, order = value.sort(dim=1, descending=True, stable=True)
         candidate = candidate.gather(1, order)
         upper_bound = upper_bound.amax(dim=(0, 2))
-        if value.shape[1] > capacity:  # the largest that is left out
+        if value.shape[1] > capacity:  # includes the largest omitted candidate
             upper_bound = torch.maximum(upper_bound, value[:, capacity])
         self.candidate[places] = candidate[:, :capacity].int()
         self.value[places] = value[:, :capacity].float()
@@ -208,6 +210,6 @@ class CandidateLists:
 
 
 def capacity_of(number: int, references: int, int8: bool) -> int:
-    """Candidates in a list: enough that few answers stay uncertain, or all there are."""
-    wanted = number + (SMALLEST_CHUNK // 4 if int8 else 4)
-    return max(1, min(wanted, references))
+    """Number of candidates in a list: enough for few uncertain answers, at most the number of references."""
+    capacity = number + (SMALLEST_CHUNK // 4 if int8 else 4)
+    return max(1, min(capacity, references))

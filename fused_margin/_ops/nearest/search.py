@@ -1,7 +1,8 @@
-"""The nearest rows, exactly, on one rank or several: products of codes screen, and close candidates are compared in float64.
+"""The exact search for the nearest rows, on one rank or several.
 
-Where classes are divided among ranks, blocks of one rank's rows are broadcast to all, compared there with each rank's
-own classes, and their results return to their owner. Any number of ranks gives the same bits. Memory is O(shard).
+Products of codes select candidates, which are compared in float64. If classes are divided among ranks, blocks of rows of
+one rank are broadcast to all ranks, each rank compares them with its own classes, and the results return to the owner.
+Any number of ranks gives the same bits. Memory is O(shard).
 """
 
 from __future__ import annotations
@@ -20,40 +21,40 @@ from fused_margin._ops.nearest.tiles import find_by_tiles
 from fused_margin.distributed import Shard, named_shard
 
 MOST_NEAREST = 32
-# Of elements of rows whose inner products are made as they are. Lists keep scores in float32, which has room for sums of
-# 2^15 of these; longer rows are divided by a power of two, exactly, in float64.
+# Maximum exponent of elements of rows whose inner products are computed without scaling. Lists store scores in float32,
+# which can hold sums of 2^15 such products. Longer rows are divided by a power of two, exactly, in float64.
 MOST_EXPONENT = 55
 
 
 @dataclass
 class Block:
-    """Rows of one rank, on all ranks, with their answers so far.
+    """A block of rows of one rank, on all ranks, with their answers so far.
 
-    On their owner they are `places` of its own rows (None: all of them), and results are written to its own tensors; on
-    other ranks they are copies.
+    On the owner, the rows are `places` of its own rows (None for all rows), and results are written to its own tensors.
+    On other ranks, the rows are copies.
     """
 
     owner: int
     is_local: bool
     rows: QuantizedRows
     places: Tensor | None
-    number: Tensor | None  # (R,) int64 over the classes of all ranks, ascending; None where it is the place
-    first: int  # the first number
-    cosine: Tensor  # (R, k) float64, or the owner's (Q, k)
-    index: Tensor  # the same, int64
-    count: int
+    number: Tensor | None  # (R,) int64 classes over all ranks, ascending; None if they are the places
+    first: int  # the first of these classes
+    cosine: Tensor  # (R, k) float64, on the owner (Q, k)
+    index: Tensor  # int64, the same shape
+    count: int  # number of rows
 
 
 class NearestSearch:
-    """Queries, references (the same rows in one set), the queries' candidate lists, and their answers so far.
+    """A search: queries, references, candidate lists of the queries, and their answers so far.
 
     Args:
-        query: this rank's rows.
-        reference: rows to search among, or `query` itself: then each query's nearest other row is searched, among the
-            rows of all ranks.
-        candidates: lists of the queries, with numbers over the rows of all ranks.
+        query: the rows of this rank.
+        reference: rows to search. If it is `query` itself, each query's nearest other row of all ranks is searched.
+        candidates: lists of the queries, with indices over the rows of all ranks.
         number: k.
-        shard: of the rows, if they are divided among ranks, which must then all make the same calls in the same order.
+        shard: the slice of the rows, if they are divided among ranks. All ranks must then make the same calls in the same
+            order.
     """
 
     def __init__(
@@ -66,8 +67,8 @@ class NearestSearch:
         queries, device = len(query.rows), query.rows.device
         self.cosine = torch.full((queries, number), -math.inf, dtype=torch.float64, device=device)
         self.index = torch.full((queries, number), -1, dtype=torch.int64, device=device)
-        # The numbers over all ranks of one rank's rows are their places.
-        self.number = None
+        # The class of each row over all ranks. None on a single rank, where it is the place of the row.
+        self.number: Tensor | None = None
         if self.shard.world_size > 1:
             self.number = torch.arange(self.shard.begin, self.shard.begin + queries, device=device)
         operand = reference.operand(slice(0, 0))
@@ -77,7 +78,7 @@ class NearestSearch:
         integer = reference.codes.dtype == torch.int8
         self.buffer = torch.empty(self.side**2, dtype=torch.int32 if integer else operand.dtype, device=device)
         self.multiply = torch._int_mm if integer else torch.mm
-        # Lists of a block return from every rank: all of these together are no larger than a shard's.
+        # Every rank returns the lists of a block. Together they are no larger than the lists of a shard.
         self.block_rows = max(SMALLEST_CHUNK, self.shard.sizes[0] // self.shard.world_size)
 
     def full_search(self) -> None:
@@ -88,15 +89,18 @@ class NearestSearch:
         self.search_exact(self.uncertain())
 
     def rerank_all(self) -> None:
-        """Compares all queries with the candidates of their lists, wherever these are."""
+        """Compares all queries with the candidates in their lists, on all ranks."""
         for block in self.blocks(None, with_codes=False):
             self.rerank_candidates(block)
 
     def refresh(self, refreshed: Tensor) -> Tensor:
-        """Makes codes and lists of flagged classes, of (C,) all, anew, and compares what that leaves open.
+        """Recomputes codes and lists of flagged classes, and searches for uncertain answers.
+
+        Args:
+            refreshed: (C,) flags of the classes of all ranks.
 
         Returns:
-            Those of the own classes (R,) that were compared with all others.
+            The classes (R,) of this rank that were compared with all others.
         """
         own = self.query
         own_refreshed = self.shard.local_part(refreshed).contiguous()
@@ -116,26 +120,29 @@ class NearestSearch:
         return torch.cat([places, uncertain])
 
     def counts(self, places: Tensor | None) -> list[int]:
-        """Number of rows of every rank: all of them, or those in its `places`."""
+        """Number of rows of every rank, or of its `places`."""
         if places is None:
             return self.shard.sizes
         return self.shard.all_gather(torch.tensor([len(places)], device=places.device)).flatten().tolist()
 
-    def blocks(self, places: Tensor | None, with_codes: bool, most: int | None = None) -> Iterator[Block]:
-        """References, all of them or those in `places`, of all ranks in turn, ascending."""
+    def blocks(self, places: Tensor | None, with_codes: bool, block_rows: int | None = None) -> Iterator[Block]:
+        """Blocks of the references, or of those in `places`, of all ranks in ascending order."""
         own, shard = self.reference, self.shard
-        if shard.world_size == 1:
+        if self.number is None:
             count = len(own.rows) if places is None else len(places)
             if count:
                 yield Block(0, True, own, places, None, 0, self.cosine, self.index, count)
             return
         at = slice(None) if places is None else places
         numbers = [own.inverse_norm, own.scale, own.length, own.error, self.cosine[:, 0], self.index[:, 0], self.number]
-        sent = [own.rows[at], torch.stack([t.double() for t in numbers], dim=1)[at]]  # all of them fit a float64
+        sent = [
+            own.rows[at],
+            torch.stack([t.double() for t in numbers], dim=1)[at],
+        ]  # float64 holds all of them exactly
         if with_codes:
             sent.append(own.codes[at])
         done = 0
-        for owner, (rows, packed, *codes) in shard.iter_shards(sent, self.counts(places), most):
+        for owner, (rows, packed, *codes) in shard.iter_shards(sent, self.counts(places), block_rows):
             inverse_norm, scale, length, error, cosine, index, number = packed.t().contiguous().unbind(0)
             number, count = number.long(), len(rows)
             if owner == shard.rank:
@@ -158,14 +165,14 @@ class NearestSearch:
             )
 
     def scores(self, left: Tensor, right: Tensor) -> Tensor:
-        """Products (L, R) of codes, in a buffer that the next ones overwrite."""
+        """Products (L, R) of codes, in a buffer that the next call overwrites."""
         out = self.buffer[: len(left) * len(right)].view(len(left), len(right))
         if left.shape[1] == 0:
             return out.zero_()
         return self.multiply(left, right.t(), out=out)
 
     def update_candidates(self, block: Block) -> None:
-        """Offers all references of a block to all queries; within the own rows, over the upper triangle of the scores."""
+        """Updates the candidate lists with all references of a block. For rows of this rank, only the upper triangle is scored."""
         triangle = self.one_set and block.is_local
         lists = self.candidates.arguments()
         for column_begin, column_end in chunks(block.count, self.side):
@@ -190,28 +197,29 @@ class NearestSearch:
             )  # fmt: skip
 
     def slack(self) -> Tensor:
-        """(Q,) float64: a query's answers are certain if all errors of references that are not in its list are smaller."""
+        """Slacks (Q,) float64. A query is certain if all errors of references outside its list are below its slack."""
         query, bound, worst = self.query, self.candidates.upper_bound.double(), self.cosine[:, -1]
         norm = 1.0 if self.reference.norm is None else self.reference.norm.max()
-        room = (worst - bound - query.error.double() * norm) / query.length.double()
-        settled = (query.error < 0) | (query.inverse_norm == 0) | (bound == -math.inf)
-        return room.masked_fill_(settled, math.inf)
+        slack = (worst - bound - query.error.double() * norm) / query.length.double()
+        certain = (query.error < 0) | (query.inverse_norm == 0) | (bound == -math.inf)
+        return slack.masked_fill_(certain, math.inf)
 
     def uncertain(self) -> Tensor:
-        """Queries whose lists do not prove their answers."""
+        """Queries with answers that their lists do not prove."""
         largest = self.shard.all_reduce_max(self.reference.largest_error().clone())
         return (~(self.slack() > largest)).nonzero().squeeze(1)
 
     def search_exact(self, places: Tensor, refreshed: Tensor | None = None) -> None:
-        """Compares these queries with every reference that may be among their nearest.
+        """Compares the queries `places` with every reference that may be among their nearest.
 
-        `refreshed` (Q,) flags own rows with new codes, `places`: they are offered to all lists, and compared for the
-        answers of the other rows too.
+        Args:
+            refreshed: (Q,) flags of `places`, if these rows have new codes. They are then candidates for all lists, and
+                may become the answers of other rows.
         """
         if not self.one_set:
             own = Block(0, True, self.query, places, None, 0, self.cosine, self.index, len(places))
             return self.compare(own, None, None)
-        for block in self.blocks(places, with_codes=True, most=self.block_rows):
+        for block in self.blocks(places, with_codes=True, block_rows=self.block_rows):
             lists = None
             if refreshed is not None:
                 lists = self.candidates
@@ -221,14 +229,15 @@ class NearestSearch:
             self.return_results(block, lists)
 
     def compare(self, block: Block, lists: CandidateLists | None, refreshed: Tensor | None) -> None:
-        """Compares a block with every own reference that may be nearest to a row of it.
+        """Compares a block with every reference of this rank that may be nearest to a row of the block.
 
-        With `lists`, those of the block's rows, rows and references are offered to each other's lists, and compared for
-        the answers of references that are not refreshed too.
+        Args:
+            lists: lists of the rows of the block. Rows and references then become candidates in each other's lists, and
+                the rows may become the answers of references that are not refreshed.
         """
         own = self.reference
         height = max(1, min(block.count, self.side))
-        width = whole_chunk(len(own.rows), len(self.buffer) // height)  # few rows: fewer, wider tiles
+        width = whole_chunk(len(own.rows), len(self.buffer) // height)  # with few rows, fewer and wider tiles
         for row_begin, row_end in chunks(block.count, height):
             places = None if block.places is None else block.places[row_begin:row_end]
             operand = block.rows.operand(slice(row_begin, row_end) if places is None else places)
@@ -252,43 +261,43 @@ class NearestSearch:
                     )  # fmt: skip
 
     def return_results(self, block: Block, lists: CandidateLists | None) -> None:
-        """Sends the results of a block to its owner, which keeps the best of all ranks."""
+        """Sends the results of a block to its owner, which selects the best of all ranks."""
         if self.shard.world_size == 1:
             return
-        at = block.places if block.is_local else slice(None)
-        found = torch.cat(
+        at = block.places if block.is_local and block.places is not None else slice(None)
+        results = torch.cat(
             [block.cosine[at], block.index[at].double(), *([] if lists is None else [lists.packed(at)])], 1
         )
         ranks = range(self.shard.world_size)
         sent = [block.count if rank == block.owner else 0 for rank in ranks]
-        parts = self.shard.all_to_all(found, sent, [block.count if block.is_local else 0 for _ in ranks])
+        parts = self.shard.all_to_all(results, sent, [block.count if block.is_local else 0 for _ in ranks])
         if not block.is_local:
             return
         parts = parts.view(self.shard.world_size, block.count, -1)
         cosine, index = parts[..., 0], parts[..., 1]
         best = cosine.max(dim=0).values
         index = torch.where(cosine == best, index, torch.inf).min(dim=0).values
-        known = ~best.isnan()  # for a row with NaN, its own rank has the answer
-        self.cosine[at, 0] = torch.where(known, best, self.cosine[at, 0])
-        self.index[at, 0] = torch.where(known, index, self.index[at, 0].double()).long()
+        is_number = ~best.isnan()  # for a row with NaN, the owner has the answer
+        self.cosine[at, 0] = torch.where(is_number, best, self.cosine[at, 0])
+        self.index[at, 0] = torch.where(is_number, index, self.index[at, 0].double()).long()
         if lists is not None:
-            lists.merge(block.places, parts[..., 2:])
+            lists.merge(at, parts[..., 2:])
 
     def answers(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosines, or inner products, (Q, k) in `dtype` and the references (Q, k) int64."""
+        """Cosines or inner products (Q, k) in `dtype`, and the references (Q, k) int64."""
         cosine = self.cosine if self.query.inner_product else self.cosine.clamp(-1.0, 1.0)
         if self.query.size == 1 and not self.query.inner_product:
-            cosine = cosine.round()  # -1, 0 or 1, which the products with inverse lengths miss by a bit
+            cosine = cosine.round()  # exactly -1, 0 or 1; products with inverse lengths have rounding errors
         return cosine.to(dtype), self.index.clamp(min=0)
 
 
 def chunks(count: int, size: int) -> Iterator[tuple[int, int]]:
-    """(begin, end) of parts of `size` and a rest."""
+    """(begin, end) of parts of `size`; the last may be smaller."""
     return ((begin, min(begin + size, count)) for begin in range(0, count, size))
 
 
 def exponent_of(rows: Tensor) -> int:
-    """Of the largest element of rows (R, D), within what 2.0**-exponent can be. Rows with NaN or infinity do not count."""
+    """Exponent of the largest element of rows (R, D), at least -1000. Rows with NaN or infinity do not count."""
     largest = torch.linalg.vector_norm(rows, math.inf, dim=1, dtype=torch.float64)
     largest = largest.masked_fill_(~largest.isfinite(), 0.0)
     return max(math.frexp(largest.max().item())[1] - 1, -1000) if len(rows) else 0
@@ -297,12 +306,12 @@ def exponent_of(rows: Tensor) -> int:
 def find_nearest(
     run: Kernels, query: Tensor, reference: Tensor | None, number: int, inner_product: bool, workspace_bytes: int
 ) -> NearestSearch:
-    """The `number` nearest references of every query, or others of one set, exactly, on one rank."""
+    """Searches the `number` nearest references of every query, or other queries without references, on one rank."""
     exponents = (0, 0)
     if inner_product:
         exponents = exponent_of(query), exponent_of(query if reference is None else reference)
-    divided = max(map(abs, exponents)) > MOST_EXPONENT
-    if divided:
+    is_scaled = max(map(abs, exponents)) > MOST_EXPONENT
+    if is_scaled:
         query = query.double() * 2.0 ** -exponents[0]
         reference = None if reference is None else reference.double() * 2.0 ** -exponents[1]
     rows = query if reference is None else reference
@@ -312,14 +321,14 @@ def find_nearest(
     lists = CandidateLists.empty(len(query), capacity_of(number, len(rows), int8), query.device)
     search = NearestSearch(run, quantized, others, lists, number, workspace_bytes)
     search.full_search()
-    if divided:
-        half = sum(exponents) // 2  # the whole power of two can be beyond float64
+    if is_scaled:
+        half = sum(exponents) // 2  # the power of two itself can overflow float64
         search.cosine.mul_(2.0**half).mul_(2.0 ** (sum(exponents) - half))
     return search
 
 
 def find_nearest_others(run: Kernels, shard: Shard, weight: Tensor, workspace_bytes: int) -> tuple[Tensor, Tensor]:
-    """Cosine (C_rank,) float64 of every own class to its nearest other of all ranks, and that class."""
+    """Cosine (C_rank,) float64 of every class of this rank to its nearest other class of all ranks, and that class."""
     too_large = torch.tensor(not fits_int8(weight, workspace_bytes), dtype=torch.int64, device=weight.device)
     int8 = not shard.all_reduce_max(too_large).item()
     check_ranks(shard, weight, int8, too_large.new_zeros(0))
@@ -332,7 +341,7 @@ def find_nearest_others(run: Kernels, shard: Shard, weight: Tensor, workspace_by
 
 
 def common_rows(shard: Shard, weight: Tensor) -> Tensor:
-    """Weights in a dtype that can be sent."""
+    """Weights in a dtype that collectives support."""
     return weight if shard.world_size == 1 else weight.to(compute_dtype(weight))
 
 
@@ -346,17 +355,17 @@ def check_ranks(shard: Shard, weight: Tensor, int8: bool, numbers: Tensor) -> bo
     gathered = shard.all_gather(torch.tensor(own, device=weight.device)).tolist()
     for rank, other in enumerate(gathered):
         if other[:3] != gathered[0][:3]:
-            found = [
-                f"embedding_size {size}, {DTYPES[dtype]}, {'int8' if short else 'float'} codes"
-                for size, dtype, short, *_ in (gathered[0], other)
-            ]
-            raise ValueError(f"weight: rank 0 has {found[0]}, rank {rank} {found[1]}")
+            first, second = (
+                f"embedding_size {size}, {DTYPES[dtype]}, {'int8' if uses_int8 else 'float'} codes"
+                for size, dtype, uses_int8, *_ in (gathered[0], other)
+            )
+            raise ValueError(f"weight: expected the same on all ranks, got {first} on rank 0, {second} on rank {rank}")
     return all(other == gathered[0] for other in gathered)
 
 
 def find_nearest_classes(run: Kernels, inputs: LossInputs, forward_chunks: Callable) -> tuple[Tensor, Tensor]:
-    """Cosine (C_rank,) and number of every class's nearest other: known, by the exact search, or by tiles."""
-    if inputs.known_index is not None:
+    """Cosine (C_rank,) and index of the nearest other class of every class: known, by the exact search, or by tiles."""
+    if inputs.known_cosine is not None and inputs.known_index is not None:
         return inputs.known_cosine, inputs.known_index
     shard = named_shard(inputs.group, inputs.num_classes)
     if searches(inputs.weight.device):
