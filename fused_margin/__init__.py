@@ -6,7 +6,7 @@ from types import ModuleType as _ModuleType
 import torch as _torch  # noqa: F401 - before the extension, so that both share torch's OpenMP threads
 
 try:
-    from fused_margin import _C  # type: ignore[attr-defined]  # noqa: F401 - compiled, without a stub
+    from fused_margin import _C  # noqa: F401
 except ImportError as error:
     from pathlib import Path as _Path
 
