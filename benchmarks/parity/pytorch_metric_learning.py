@@ -197,13 +197,20 @@ def run_tests(modules: list[str], seeds: int, patience: float, whose: str) -> di
 def treat_dtypes_as_theirs() -> None:
     """Undo the intended difference: W and the loss take the dtype of the embeddings, as in the library."""
 
-    def follow(self, embeddings: torch.Tensor) -> None:
+    get_outliers = compat.SubCenterArcFaceLoss.get_outliers
+
+    def adopt_dtype(self, embeddings: torch.Tensor) -> None:
         self.W.data = self.W.data.to(embeddings.device, embeddings.dtype)
 
     def forward(self, embeddings: torch.Tensor, *arguments, **options) -> torch.Tensor:
+        adopt_dtype(self, embeddings)
         return losses.BaseMetricLossFunction.forward(self, embeddings, *arguments, **options).to(embeddings.dtype)
 
-    compat.FusedLoss.follow, compat.FusedLoss.forward = follow, forward
+    def outliers(self, embeddings: torch.Tensor, *arguments, **options) -> torch.Tensor:
+        adopt_dtype(self, embeddings)
+        return get_outliers(self, embeddings, *arguments, **options)
+
+    compat.FusedLoss.forward, compat.SubCenterArcFaceLoss.get_outliers = forward, outliers
 
 
 def where(text: str) -> str:
