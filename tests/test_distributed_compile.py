@@ -60,8 +60,11 @@ def steps(group, name, backend):
     return results
 
 
-@pytest.mark.parametrize("world", [2, 4])
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize(
+    ("name", "world"),
+    [(name, 2) for name in LOSSES]
+    + [pytest.param(name, 4, marks=[pytest.mark.slow] * (name not in ("exclusive", "sampled"))) for name in LOSSES],
+)
 def test_compiled_as_one_graph(ranks, name, world):
     eager = ranks.run(steps, [(name, None)] * world)
     compiled = ranks.run(steps, [(name, "aot_eager")] * world)

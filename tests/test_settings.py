@@ -409,9 +409,13 @@ def test_small_scale_warns_when_set():
     assert caught[0].filename == __file__
 
 
-def test_misspelt_option_is_a_type_error(tmp_path, monkeypatch):
+def test_misspelt_option_is_a_type_error():
     with pytest.raises(TypeError, match="unexpected keyword argument 'scael'"):
         fm.ArcFaceLoss(10, 4, scael=3)
+
+
+@pytest.mark.slow
+def test_misspelt_option_is_a_mypy_error(tmp_path, monkeypatch):
     monkeypatch.setenv("MYPYPATH", str(Path(fm.__file__).parents[1]))
     program = tmp_path / "program.py"
     program.write_text("import fused_margin as fm\n\nfm.ArcFaceLoss(10, 4, scale=3)\nfm.ArcFaceLoss(10, 4, scael=3)\n")
