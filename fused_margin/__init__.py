@@ -1,6 +1,7 @@
 """Margin-softmax losses and RegularFace's exclusive term: fused, exact and bounded in memory."""
 
 import importlib as _importlib
+import sys as _sys
 from types import ModuleType as _ModuleType
 
 import torch as _torch  # noqa: F401 - before the extension, so that both share torch's OpenMP threads
@@ -47,6 +48,16 @@ from fused_margin.losses import (
     UniformLoss,
 )
 from fused_margin.margins import Margin
+
+# The names that version 0.1 had for modules: its pickles of whole losses, and programs, may import them.
+for _old, _new in {
+    "adaptive": "losses.adaptive",
+    "companions": "losses.auxiliary",
+    "exclusive": "losses.exclusive",
+    "linear": "losses.softmax",
+    "sharding": "distributed",
+}.items():
+    _sys.modules[f"{__name__}.{_old}"] = _sys.modules[f"{__name__}.{_new}"]
 
 __all__ = [
     "AdaFaceLoss",

@@ -45,7 +45,7 @@ def margin_cross_entropy(
         sparse: whether the gradient of weight is sparse if ``sample_rate`` is below 1.
     """
     classes, group = (weight.shape[0] // sub_centers, "") if shard is None else _divided(embeddings, weight, shard)
-    scales, scale_value = scales_of(scale, embeddings)
+    scales, scale_value = (None, scale) if isinstance(scale, float) else scales_of(scale, embeddings)
     labels = labels.to(torch.int64).contiguous()
     threshold = strength = None
     if hard_negatives is not None:

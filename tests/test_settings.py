@@ -6,6 +6,7 @@ import pickle
 import warnings
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -424,3 +425,43 @@ def test_misspelt_option_is_a_mypy_error(tmp_path, monkeypatch):
     assert status == 1 and not errors
     assert report.splitlines()[0].startswith(f'{program}:4: error: Unexpected keyword argument "scael"')
     assert ":3:" not in report
+
+
+class OwnNumber(fm.MarginLoss):
+    """A loss with an attribute of its own that is a number of the margin."""
+
+    NUMBERS: ClassVar = {"own": "m2"}
+
+    def __init__(self):
+        super().__init__(30, 8, {}, 16.0)
+        self.own = 0.5
+
+
+class OwnScale(fm.ArcFaceLoss):
+    def current_scale(self, device):
+        return 10.0
+
+
+def replaced(loss_fn, x, y):
+    """The loss with m2 replaced for one call, as torch.func.functional_call does it."""
+    parameters = {**dict(loss_fn.named_parameters()), "m2": torch.tensor(0.9)}
+    return torch.func.functional_call(loss_fn, parameters, (x, y))
+
+
+def test_margin_follows_changes_that_are_not_settings():
+    x, _, y = problem(12, 30, 8, spread=1.0)
+    x = x.float()
+    own = OwnNumber()
+    first, own.own = own(x, y), 0.1
+    assert own(x, y) < first
+    constant = fm.MarginLoss(30, 8, {"m2": 0.5}, 16.0)
+    first = constant(x, y)
+    constant.numbers["m2"] = 0.1
+    assert constant(x, y) < first
+    learned = fm.CombinedMarginLoss(30, 8)
+    learned.m2 = nn.Parameter(torch.tensor(0.3))
+    first = learned(x, y)
+    assert replaced(learned, x, y) > first and torch.equal(learned(x, y), first)
+    scaled, plain = OwnScale(30, 8), fm.ArcFaceLoss(30, 8, scale=10.0)
+    plain.load_state_dict(scaled.state_dict())
+    assert torch.equal(scaled(x, y), plain(x, y))

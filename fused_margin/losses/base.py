@@ -283,7 +283,7 @@ class MarginLoss(ClassificationLoss):
     Attributes:
         weight: (C, D) parameter, initialised N(0, 0.01). It need not be normalised. If classes are divided, it holds the
             classes of this rank.
-        NUMBERS: settings that are numbers of :class:`fused_margin.Margin`, with the names of these numbers.
+        NUMBERS: {setting of the loss: number of :class:`fused_margin.Margin` that it is}.
 
     Raises:
         ValueError, TypeError: for an invalid argument. The message names the argument, the expected and the given value.
@@ -336,10 +336,6 @@ class MarginLoss(ClassificationLoss):
         else:
             super().keep_setting(name, value)
 
-    def setting_changed(self, name: str) -> None:
-        super().setting_changed(name)
-        self.__dict__["_margin"] = None  # built again from the new numbers when it is next read
-
     def warn_of_small(self, scale: float) -> None:
         least = minimum_scale(self.num_classes, PROBABILITY) if self.num_classes > 1 else 0.0
         if scale < least:
@@ -352,14 +348,15 @@ class MarginLoss(ClassificationLoss):
         nn.init.normal_(self.weight, std=0.01)
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        # before current_margin reads them; at least 0 classes, because there may be more ranks than classes
-        _checks.batch(embeddings, self.weight, labels, at_least=1 if self.shard is None else 0)
+        # Checked first, because current_margin reads them. A rank may have no classes.
+        _checks.embeddings_for(embeddings, self.weight, at_least=1 if self.shard is None else 0)
+        _checks.per_sample_index("labels", labels, embeddings)
         return margin_cross_entropy(
             embeddings,
             self.weight,
             labels,
             self.current_margin(embeddings, labels),
-            self.scale if self.shard is None and not self.scale_varies else self.current_scale(labels.device),
+            self.current_scale(labels.device),
             exclusive_weight=self.exclusive_weight if self.has_exclusive_term else 0.0,
             sub_centers=self.sub_centers,
             hard_negatives=self.hard_negatives(embeddings, labels),
@@ -369,18 +366,19 @@ class MarginLoss(ClassificationLoss):
 
     @property
     def margin_options(self) -> dict[str, Any]:
-        """The settings of a margin that are no numbers."""
+        """beyond_pi, easy and gradient of the margin."""
         return {"beyond_pi": self.beyond_pi, "easy": self.easy, "gradient": self.gradient}
 
     @property
     def margin_function(self) -> Margin:
         """The margin without per-sample numbers. Setting it sets the attributes that define it."""
+        values = {**self.numbers, **self.margin_options}
+        values |= {number: getattr(self, setting) for setting, number in self.NUMBERS.items()}
+        if torch.compiler.is_compiling():  # built in the graph, so that its numbers stay variables
+            return Margin(**values)
         margin = self.__dict__.get("_margin")
-        if margin is None or torch.compiler.is_compiling():  # built in the graph, so that its numbers stay variables
-            numbers = {number: getattr(self, setting) for setting, number in self.NUMBERS.items()}
-            margin = Margin(**{**self.numbers, **numbers}, **self.margin_options)
-            if not torch.compiler.is_compiling():
-                self.__dict__["_margin"] = margin
+        if margin is None or any(getattr(margin, name) is not value for name, value in values.items()):
+            margin = self.__dict__["_margin"] = Margin(**values)
         return margin
 
     @margin_function.setter
@@ -395,7 +393,6 @@ class MarginLoss(ClassificationLoss):
                     f"margin_function: expected {number}={default:g} in {type(self).__name__}, got {getattr(value, number)}"
                 )
         self.numbers = {number: getattr(value, number) for number in self.numbers}
-        self.__dict__["_margin"] = None
         for number, setting in (*names.items(), *((name, name) for name in self.margin_options)):
             setattr(self, setting, getattr(value, number))
 

@@ -14,7 +14,7 @@ from fused_margin._ops.backends.portable import LN2, fixed_exponent
 from fused_margin._ops.backends.select import LARGEST_LOGIT, SPLIT, Kernels
 from fused_margin._ops.inputs import CHUNK_BYTES, ChunkPlan, ForwardOutput, LossInputs, whole_chunk
 
-WIDTH_MULTIPLE = 64  # kWidthMultiple of csrc/cuda/tensor.h: the row of an operand consists of lines of 128 bytes
+WIDTH_MULTIPLE = 64  # kWidthMultiple of csrc/kernels/tensor.h: the row of an operand consists of lines of 128 bytes
 # dX has few output tiles and a long inner dimension. The classes are divided to use every multiprocessor.
 MOST_DIVISIONS = 8
 LONGEST_SUM = 2048  # classes per product of split operands, see add_divided
