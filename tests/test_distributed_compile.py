@@ -60,10 +60,16 @@ def steps(group, name, backend):
     return results
 
 
+QUICK = {("exclusive", 2), ("exclusive", 4), ("adaface", 2), ("softmax", 2), ("sampled", 2)}
+
+
 @pytest.mark.parametrize(
     ("name", "world"),
-    [(name, 2) for name in LOSSES]
-    + [pytest.param(name, 4, marks=[pytest.mark.slow] * (name not in ("exclusive", "sampled"))) for name in LOSSES],
+    [
+        pytest.param(name, world, marks=[pytest.mark.slow] * ((name, world) not in QUICK))
+        for name in LOSSES
+        for world in (2, 4)
+    ],
 )
 def test_compiled_as_one_graph(ranks, name, world):
     eager = ranks.run(steps, [(name, None)] * world)
@@ -108,7 +114,7 @@ def run_opcheck(group, options):
     torch.library.opcheck(library.backward_chunks, (*detached, *upstream, *saved, *needs))
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "options",
     [{"nearest": True}, {"scale": True}, {"sample_rate": 0.5}, {"inner_product": True}],

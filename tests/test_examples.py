@@ -24,7 +24,7 @@ def path(monkeypatch):
 
 def test_each_example_is_run_and_listed():
     files = {path.stem for path in EXAMPLES.glob("*.py")}
-    assert files == {*PACKAGES, "plain_loop", "divided_classes", *NOT_RUN}
+    assert files == {*PACKAGES, "plain_loop", "torchrun_loop", *NOT_RUN}
     readme = (EXAMPLES / "README.md").read_text()
     assert all(f"`{name}.py`" in readme for name in files - {"synthetic"})
 
@@ -43,7 +43,7 @@ def test_loss_falls(name):
 
 def train(group):
     sys.path.insert(0, str(EXAMPLES))
-    losses = importlib.import_module("divided_classes").train(group, 40)
+    losses = importlib.import_module("torchrun_loop").train(group, 40)
     gc.collect()  # DistributedDataParallel must not be the last to hold the group
     return losses
 

@@ -113,10 +113,14 @@ LOSSES = {
 }
 
 
+# Losses that reach the same code as others when they are compiled.
+ALIKE = ("arcface", "normface", "cosface", "combined", "l2softmax", "lsoftmax", "subcenter")
+
+
 @pytest.mark.parametrize(
     ("name", "backend"),
     [
-        *((name, "aot_eager") for name in LOSSES),
+        *(pytest.param(name, "aot_eager", marks=[pytest.mark.slow] * (name in ALIKE)) for name in LOSSES),
         *(pytest.param(name, "inductor", marks=[pytest.mark.slow] * (name != "arcface")) for name in LOSSES),
     ],
 )

@@ -95,6 +95,7 @@ def test_folders_are_readable(faces):
     assert len(set.union(*people)) == sum(map(len, people))  # no identity is in two folds
 
 
+@pytest.mark.slow
 def test_commands_run_in_sequence(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     shutil.copy(EXAMPLES / "cartoon_faces.py", tmp_path)

@@ -175,6 +175,7 @@ main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_sigterm_keeps_measurements(tmp_path: Path) -> None:
     """A complete section is kept, and the measured part of the next one."""
     output, root = tmp_path / "results.json", str(Path(__file__).parents[2])

@@ -58,7 +58,12 @@ def test_everything_passes(device, monkeypatch):
 
 @pytest.mark.parametrize(
     "fault",
-    ["trap", pytest.param("late", marks=pytest.mark.slow), "hang", pytest.param("wrong", marks=pytest.mark.slow)],
+    [
+        "trap",
+        pytest.param("late", marks=pytest.mark.slow),
+        pytest.param("hang", marks=pytest.mark.slow),
+        pytest.param("wrong", marks=pytest.mark.slow),
+    ],
 )
 def test_faulty_family_is_excluded_and_the_others_continue(device, fault):
     code, result = device.run("check", "profile", fault=fault)
@@ -80,11 +85,13 @@ def test_faulty_family_is_excluded_and_the_others_continue(device, fault):
     assert any("process 2" in step["name"] for step in result["steps"]) == (fault != "wrong")
 
 
+@pytest.mark.slow
 def test_fault_after_bring_up(device):
     code, result = device.run("check", fault="wrong in all")
     assert code == 1 and result["tests"]["sm90"]["failed"] == ["tests/cuda/test_accuracy.py::test_options[sm90]"]
 
 
+@pytest.mark.slow
 def test_build_on_the_device(device):
     assert device.run("check", prebuilt=False)[0] == 0
     (build,) = device.called("prebuild")
@@ -140,6 +147,7 @@ def test_second_call_checks_selected_groups_and_times_the_rest(device):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_time_limit(device, monkeypatch, capsys):
     """Timing stops and keeps its results, which is no error in the first call; tests that did not run are an error."""
     monkeypatch.setattr(command, "FIRST_TIMES_SECONDS", 2)
@@ -177,6 +185,7 @@ def test_wrong_result_in_timing_is_an_error(device, monkeypatch, failure, expect
     assert code == expected and result["suites"]["step"][0]["contestants"][0]["failure"] == failure
 
 
+@pytest.mark.slow
 def test_profile_without_check(device):
     device.run("check")
     earlier_path = device.write("earlier.json", (device.output / "stand-in-1.json").read_text())
@@ -185,6 +194,7 @@ def test_profile_without_check(device):
     assert "steps sm90 sm80 portable" in device.called("profile")[0]
 
 
+@pytest.mark.slow
 def test_import_errors_are_not_retried(device):
     code, result = device.run("check", fault="import")
     assert code == 1 and len(device.called("pytest")) == 4  # two families, portable kernels, search
@@ -234,6 +244,7 @@ def test_every_cuda_test_belongs_to_one_group(forks):
         assert set(selected(word)) & set(groups["sm90"]) and set(selected(word)) & set(groups["sm80"]), word
 
 
+@pytest.mark.slow
 def test_checks_of_the_machine(monkeypatch):
     """Without a device: the missing packages, and the reason why the benchmarks cannot run."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -280,6 +291,7 @@ def test_architectures_match_the_device(monkeypatch):
         assert "FM_TRAP_AFTER" in trap["NVCC_APPEND_FLAGS"] and "FM_TRAP_AFTER" not in plain["NVCC_APPEND_FLAGS"]
 
 
+@pytest.mark.slow
 def test_command_that_ignores_sigterm_is_killed_with_its_children(tmp_path, monkeypatch):
     monkeypatch.setattr(steps, "LEAST_SECONDS", 1)
     monkeypatch.setattr(steps, "GRACE_SECONDS", 1)

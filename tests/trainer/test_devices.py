@@ -99,6 +99,7 @@ def test_two_processes_match_one(forks, partial_run, tmp_path, name):
     torch.testing.assert_close(two["optimizer"]["state"], one["optimizer"]["state"], rtol=1e-2, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_signal_stops_all_processes_and_one_device_resumes(tiny_options, tmp_path):
     output = tmp_path / "run"
     options = [*tiny_options, "--epochs", "500", "--devices", "2", "--output", output, "--accumulate", "2"]

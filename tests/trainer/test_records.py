@@ -285,6 +285,7 @@ def test_broken_indices(tmp_path):
         load_splits(str(folder), (8, 8), 1, 0.3, seed=0)
 
 
+@pytest.mark.slow
 def test_training_from_records(tmp_path, tiny_options, capsys):
     payloads = faces([6] * 6)
     payloads[1] = packed(0.0, 1, b"no image")

@@ -1,4 +1,4 @@
-"""Classes divided among ranks, each with its own samples: `torchrun --nproc-per-node 2 examples/divided_classes.py`."""
+"""Classes divided among ranks, each with its own samples: `torchrun --nproc-per-node 2 examples/torchrun_loop.py`."""
 
 import torch
 import torch.distributed as dist
