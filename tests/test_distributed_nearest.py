@@ -97,7 +97,7 @@ def test_certified_after_arbitrary_weight_changes(ranks, int8):
     assert compare(ranks, 3, int8, weights)[1] > 0
 
 
-@pytest.mark.parametrize("capacity", [1, 2])
+@pytest.mark.parametrize("capacity", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_short_lists(ranks, int8, capacity):
     """Bounds come from products outside the lists, and near-duplicates, which codes cannot separate, stay undecided."""
     apart = 3e-3 if int8 else 3e-7

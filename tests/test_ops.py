@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import product
 
 import pytest
 import torch
@@ -30,9 +31,13 @@ def arguments_of(inputs):
     return tuple(getattr(inputs, field.name) for field in library.FIELDS)
 
 
-@pytest.mark.parametrize("keep", [True, False])
-@pytest.mark.parametrize("uniform", [True, False])
-@pytest.mark.parametrize("nearest", [True, False])
+@pytest.mark.parametrize(
+    ("keep", "uniform", "nearest"),
+    [
+        pytest.param(*options, marks=[pytest.mark.slow] * (len({*options[1:]}) > 1))
+        for options in product([True, False], repeat=3)
+    ],
+)
 def test_opcheck_forward(keep, uniform, nearest):
     x, w, y = single(9, 50, 8)
     scale = (torch.rand(9, dtype=torch.float64) + 5).requires_grad_()

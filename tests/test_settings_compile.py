@@ -50,7 +50,10 @@ VARIABLES = {
 BACKENDS = pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
 
 # Values with the same code path as others: as "arcface", "adaface", "scale", or "m1" and "cosface".
-ALIKE = ("sub-center", "concentration", "scale, curricularface", "insightface, m1", "insightface, m3")
+ALIKE = (
+    "sub-center", "concentration", "momentum", "scale, curricularface", "label smoothing, softmax", "insightface, m1",
+    "insightface, m3", "insightface, s",
+)  # fmt: skip
 
 
 @BACKENDS

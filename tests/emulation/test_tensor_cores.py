@@ -290,7 +290,7 @@ def test_compiles_into_one_graph(family):
         assert torch.equal(m, e)
 
 
-@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("keep", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("exact", [True, False])
 def test_opcheck(family, keep, exact):
     x, w, y = single(9, 200, 40)

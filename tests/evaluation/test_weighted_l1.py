@@ -133,6 +133,7 @@ def test_folds_with_pairs_of_one_kind():
     assert result.folds.accuracy.mean() > 0.8
 
 
+@pytest.mark.slow
 def test_learned_metric_on_videos():
     features, labels = people(identities=60, images=4)
     video = np.repeat(np.arange(120), 2)  # two frames each

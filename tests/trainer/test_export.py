@@ -43,6 +43,7 @@ def trained(config, steps=3):
     return config.output / FILE_NAME
 
 
+@pytest.mark.slow
 def test_average_of_a_network_with_batch_norm(tiny_config):
     config = dataclasses.replace(
         tiny_config,
@@ -130,6 +131,7 @@ def test_identities_of_the_class_weights(tiny_config):
     np.testing.assert_array_equal(weight, state["model"]["criterion.loss_fn.weight"].numpy())
 
 
+@pytest.mark.slow
 def test_checkpoint_of_an_older_version_has_no_names(tiny_config):
     path = trained(tiny_config)
     state = load_checkpoint(path)
