@@ -9,7 +9,7 @@ import fused_margin
 
 
 def train(group: dist.ProcessGroup, steps: int = 100) -> list[float]:
-    """Trains on the ranks of a group; returns the losses, which are those of all ranks' samples."""
+    """Trains on the ranks of a group; returns the losses over the samples of all ranks."""
     torch.manual_seed(0)
     backbone = DistributedDataParallel(make_backbone(), process_group=group)
     loss_fn = fused_margin.ArcFaceLoss(CLASSES, EMBEDDING_SIZE, margin=0.2, scale=16.0, process_group=group)

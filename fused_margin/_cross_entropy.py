@@ -44,7 +44,9 @@ def margin_cross_entropy(
         sample_rate: share of the classes that take part.
         sparse: whether the gradient of weight is sparse if ``sample_rate`` is below 1.
     """
-    classes, group = (weight.shape[0] // sub_centers, "") if shard is None else _divided(embeddings, weight, shard)
+    classes, group = (
+        (weight.shape[0] // sub_centers, "") if shard is None else _check_divided(embeddings, weight, shard)
+    )
     scales, scale_value = (None, scale) if isinstance(scale, float) else scales_of(scale, embeddings)
     labels = labels.to(torch.int64).contiguous()
     threshold = strength = None
@@ -53,13 +55,13 @@ def margin_cross_entropy(
     smooth, exclusive = label_smoothing > 0, exclusive_weight > 0
     if class_weight is not None:
         class_weight = class_weight.detach().to(torch.float64).contiguous()
-    portable = sub_centers > 1 or threshold is not None
-    fused = exclusive and sample_rate >= 1  # the exclusive term is over all classes
-    known_cosine, known_index = nearest if fused and nearest is not None else (None, None)
+    needs_portable = sub_centers > 1 or threshold is not None
+    exclusive_in_op = exclusive and sample_rate >= 1  # the exclusive term is over all classes
+    known_cosine, known_index = nearest if exclusive_in_op and nearest is not None else (None, None)
     inputs = LossInputs(
         embeddings, weight, int(workspace_mb * MIB),
-        PORTABLE if portable else select_backend(embeddings, weight, scale_value), labels, scales, scale_value,
-        _local(class_weight, shard) if smooth else None, fused, known_cosine, known_index, sub_centers, threshold,
+        PORTABLE if needs_portable else select_backend(embeddings, weight, scale_value), labels, scales, scale_value,
+        _local_class_weight(class_weight, shard) if smooth else None, exclusive_in_op, known_cosine, known_index, sub_centers, threshold,
         strength, group=group, num_classes=classes, sample_rate=sample_rate, sparse_gradient=sparse,
     )  # fmt: skip
     output = library.run_forward(inputs, smooth, ignore_index)
@@ -67,9 +69,9 @@ def margin_cross_entropy(
         inputs, embeddings, labels, margin, output.largest_logit + output.relative_logsumexp, output.target_cosine,
         output.uniform_cosine if smooth else None, class_weight, label_smoothing, ignore_index, classes,
     )  # fmt: skip
-    cosine = output.nearest_cosine if fused else None
-    result = _reduce(loss, row_weight, reduction, shard, cosine, exclusive_weight)
-    if exclusive and not fused:
+    nearest_cosine = output.nearest_cosine if exclusive_in_op else None
+    result = _reduce(loss, row_weight, reduction, shard, nearest_cosine, exclusive_weight)
+    if exclusive and not exclusive_in_op:
         term = exclusive_regularization(weight, nearest=nearest, shard=shard, workspace_mb=workspace_mb)
         result = result + exclusive_weight * term
     return result.to(inputs.compute)
@@ -92,17 +94,17 @@ def linear_cross_entropy(
     workspace_mb: float,
 ) -> Tensor:
     """:func:`fused_margin.functional.linear_cross_entropy` without its checks; see :func:`margin_cross_entropy`."""
-    classes, group = (weight.shape[0], "") if shard is None else _divided(embeddings, weight, shard)
+    classes, group = (weight.shape[0], "") if shard is None else _check_divided(embeddings, weight, shard)
     labels, smooth = labels.to(torch.int64).contiguous(), label_smoothing > 0
     if class_weight is not None:
         class_weight = class_weight.detach().to(torch.float64).contiguous()
-    own_class_weight = _local(class_weight, shard)
+    local_class_weight = _local_class_weight(class_weight, shard)
     # Converted once, before all uses: the parts of its gradient nearly cancel, and rounding each of them to half
     # precision would leave an error.
     bias = None if bias is None else bias.double()
     inputs = LossInputs(
         embeddings, weight, int(workspace_mb * MIB), PORTABLE, labels, inner_product=True, bias=bias,
-        class_weight=own_class_weight if smooth else None, need_length=margin is not None, group=group,
+        class_weight=local_class_weight if smooth else None, need_length=margin is not None, group=group,
         num_classes=classes, sample_rate=sample_rate, sparse_gradient=sparse,
     )  # fmt: skip
     output = library.run_forward(inputs, smooth, ignore_index)
@@ -125,7 +127,7 @@ def linear_cross_entropy(
     if smooth:
         uniform, weights = output.uniform_cosine, classes if class_weight is None else class_weight.sum()
         if bias is not None:
-            biases = bias.sum() if own_class_weight is None else own_class_weight.dot(bias)
+            biases = bias.sum() if local_class_weight is None else local_class_weight.dot(bias)
             if shard is not None:
                 biases = collectives.all_reduce_backward(collectives.all_reduce_forward(biases, group), group)
             uniform = uniform + biases
@@ -146,7 +148,7 @@ def _norm(rows: Tensor) -> Tensor:
     return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
 
 
-def _divided(embeddings: Tensor, weight: Tensor, shard: Shard) -> tuple[int, str]:
+def _check_divided(embeddings: Tensor, weight: Tensor, shard: Shard) -> tuple[int, str]:
     """C over all ranks, and the name of the group."""
     _checks.not_meta(weight)
     if not torch.compiler.is_compiling():
@@ -154,7 +156,7 @@ def _divided(embeddings: Tensor, weight: Tensor, shard: Shard) -> tuple[int, str
     return shard.num_classes, shard.name
 
 
-def _local(class_weight: Tensor | None, shard: Shard | None) -> Tensor | None:
+def _local_class_weight(class_weight: Tensor | None, shard: Shard | None) -> Tensor | None:
     """The class weights of this rank's classes."""
     return class_weight if shard is None or class_weight is None else shard.local_part(class_weight)
 

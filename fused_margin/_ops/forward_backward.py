@@ -29,31 +29,30 @@ def allocate_output(inputs: LossInputs, uniform: bool, keep: bool) -> tuple[Chun
     """The plan, and uninitialised tensors for the output of one rank."""
     plan = BACKENDS.get(inputs.backend, tensor_cores).plan_chunks(inputs, keep)
     (samples, classes, size), weight, compute = inputs.shape, inputs.weight, inputs.compute
-    statistic = weight.new_empty(0, dtype=torch.float64)
     nearest = classes if inputs.nearest else 0
-    nothing, no_index = statistic.new_empty, weight.new_empty(0, dtype=torch.int64).new_empty
+    new_float64, new_int64 = (weight.new_empty(0, dtype=t).new_empty for t in (torch.float64, torch.int64))
     return plan, ForwardOutput(
-        largest_logit=statistic.new_empty(samples),
-        relative_logsumexp=statistic.new_empty(samples),
-        target_cosine=statistic.new_empty(samples),
-        uniform_cosine=statistic.new_empty(samples if uniform else 0),
+        largest_logit=new_float64(samples),
+        relative_logsumexp=new_float64(samples),
+        target_cosine=new_float64(samples),
+        uniform_cosine=new_float64(samples if uniform else 0),
         nearest_cosine=weight.new_empty(nearest, dtype=compute),
-        nearest_index=no_index(nearest),
-        target_bias=statistic.new_empty(samples if inputs.bias is not None else 0),
-        target_length=statistic.new_empty(samples if inputs.need_length else 0),
-        target_row=no_index(samples if inputs.sub_centers > 1 else 0),
+        nearest_index=new_int64(nearest),
+        target_bias=new_float64(samples if inputs.bias is not None else 0),
+        target_length=new_float64(samples if inputs.need_length else 0),
+        target_row=new_int64(samples if inputs.sub_centers > 1 else 0),
         normalized_embeddings=weight.new_empty(samples, size, dtype=compute),
         embedding_inverse_norm=weight.new_empty(samples, dtype=compute),
         weight_inverse_norm=weight.new_empty(classes, dtype=compute),
-        exponent=statistic.new_empty(plan.exponents, samples),
+        exponent=new_float64(plan.exponents, samples),
         uniform_weight=weight.new_empty(size if uniform else 0, dtype=compute),
         saved_chunks=weight.new_empty(plan.saved_elements, dtype=plan.saved_dtype),
-        drawn_rows=no_index(0),
-        gathered_labels=no_index(0),
-        gathered_scale=nothing(0),
-        gathered_threshold=nothing(0),
-        gathered_largest=nothing(0),
-        gathered_logsumexp=nothing(0),
+        drawn_rows=new_int64(0),
+        gathered_labels=new_int64(0),
+        gathered_scale=new_float64(0),
+        gathered_threshold=new_float64(0),
+        gathered_largest=new_float64(0),
+        gathered_logsumexp=new_float64(0),
     )
 
 
@@ -138,10 +137,10 @@ def backward(
     with kernels_on(inputs.weight.device) as run:
         if not inputs.is_divided:
             return backward_chunks(run, inputs, upstream, saved, need_embeddings, need_weight, need_bias)
-        local, gathered = inputs, upstream
+        local, gathered_upstream = inputs, upstream
         if inputs.embeddings is not None:
-            local, gathered, saved = divided.gather_upstream(inputs, upstream, saved)
-        gradients = backward_chunks(run, local, gathered, saved, need_embeddings, need_weight, need_bias)
+            local, gathered_upstream, saved = divided.gather_upstream(inputs, upstream, saved)
+        gradients = backward_chunks(run, local, gathered_upstream, saved, need_embeddings, need_weight, need_bias)
         return divided.scatter_gradients(inputs, saved, gradients, need_embeddings, need_weight, need_bias)
 
 
