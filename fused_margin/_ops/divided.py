@@ -93,11 +93,11 @@ def gather_samples(inputs: LossInputs, ignore_index: int, needs_gradient: bool) 
         scale=None if inputs.scale is None else next(gathered),
         hard_threshold=None if inputs.hard_threshold is None else next(gathered),
     )
-    classes = None
+    rows = None
     if inputs.sample_rate < 1 and shard.size:
-        classes, place = draw_classes(inputs, own, shard.size)
-        local = replace(_of_rows(local, rows_of(classes, inputs.sub_centers)), labels=place)
-    rows = None if classes is None else rows_of(classes, inputs.sub_centers)
+        classes, position = draw_classes(inputs, own, shard.size)
+        rows = rows_of(classes, inputs.sub_centers)
+        local = replace(_of_rows(local, rows), labels=position)
     return GatheredSamples(shard, local, wait_for_embeddings, max_samples, rows)
 
 
