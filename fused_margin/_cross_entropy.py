@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from fused_margin import _checks
 from fused_margin._ops import collectives, library
 from fused_margin._ops.backends.select import select_backend
-from fused_margin._ops.inputs import MIB, PORTABLE, LossInputs
+from fused_margin._ops.inputs import MIB, PORTABLE, LossInputs, compute_dtype
 from fused_margin._ops.margin_rows import margin_rows
 from fused_margin.distributed import Shard
 from fused_margin.margins import BEYOND_PI, FilteredNegatives, HardNegatives, Margin
@@ -47,7 +47,7 @@ def margin_cross_entropy(
     classes, group = (
         (weight.shape[0] // sub_centers, "") if shard is None else _check_divided(embeddings, weight, shard)
     )
-    scales, scale_value = (None, scale) if isinstance(scale, float) else scales_of(scale, embeddings)
+    sample_scale, scale_value = (None, scale) if isinstance(scale, float) else scales_of(scale, embeddings)
     labels = labels.to(torch.int64).contiguous()
     threshold = strength = None
     if hard_negatives is not None:
@@ -60,7 +60,7 @@ def margin_cross_entropy(
     known_cosine, known_index = nearest if exclusive_in_op and nearest is not None else (None, None)
     inputs = LossInputs(
         embeddings, weight, int(workspace_mb * MIB),
-        PORTABLE if needs_portable else select_backend(embeddings, weight, scale_value), labels, scales, scale_value,
+        PORTABLE if needs_portable else select_backend(embeddings, weight, scale_value), labels, sample_scale, scale_value,
         _local_class_weight(class_weight, shard) if smooth else None, exclusive_in_op, known_cosine, known_index, sub_centers, threshold,
         strength, group=group, num_classes=classes, sample_rate=sample_rate, sparse_gradient=sparse,
     )  # fmt: skip
@@ -74,7 +74,7 @@ def margin_cross_entropy(
     if exclusive and not exclusive_in_op:
         term = exclusive_regularization(weight, nearest=nearest, shard=shard, workspace_mb=workspace_mb)
         result = result + exclusive_weight * term
-    return result.to(inputs.compute)
+    return result.to(compute_dtype(embeddings, weight))
 
 
 def linear_cross_entropy(
@@ -118,7 +118,7 @@ def linear_cross_entropy(
             inputs, embeddings, labels, margin, logsumexp - target_bias, cosine, None, class_weight, 0.0, ignore_index,
             classes, length,
         )  # fmt: skip
-        return _reduce(loss, row_weight, reduction, shard).to(inputs.compute)
+        return _reduce(loss, row_weight, reduction, shard).to(compute_dtype(embeddings, weight))
     target = output.target_cosine + target_bias
     nll = F.softplus(logsumexp - target, threshold=40.0)  # log(1 + exp(.)), exact in float64
     own = labels.clamp(0, classes - 1)  # valid indices; the values of ignored samples are not used
@@ -135,7 +135,7 @@ def linear_cross_entropy(
         loss = torch.lerp(loss, smoothed, label_smoothing * torch.ones_like(loss))
     counts = labels != ignore_index
     loss, row_weight = torch.where(counts, loss, 0.0), torch.where(counts, row_weight, 0.0)
-    return _reduce(loss, row_weight, reduction, shard).to(inputs.compute)
+    return _reduce(loss, row_weight, reduction, shard).to(compute_dtype(embeddings, weight))
 
 
 def mean_over(total: Tensor, count: Tensor) -> Tensor:
@@ -244,9 +244,9 @@ def margin_losses(
     loss, row_weight, _ = margin_rows(
         logsumexp, target_cosine, uniform_cosine, labels, class_weight,
         None if class_weight is None or uniform_cosine is None else class_weight.sum(),
-        inputs.scale if length is None else length, *per_sample, [inputs.scale_value, *values],
+        inputs.sample_scale if length is None else length, *per_sample, [inputs.scale_value, *values],
         BEYOND_PI.index(margin.beyond_pi), margin.easy, margin.gradient == "straight_through",
-        math.sqrt(torch.finfo(inputs.compute).eps),
+        math.sqrt(torch.finfo(compute_dtype(embeddings, inputs.weight)).eps),
         None if uniform_cosine is None else label_smoothing * torch.ones((), dtype=torch.float64, device="cpu"),
         classes, ignore_index,
     )  # fmt: skip

@@ -6,7 +6,7 @@ from torch import Tensor
 from fused_margin import _checks, _cross_entropy
 from fused_margin._ops import library
 from fused_margin._ops.backends.select import select_backend
-from fused_margin._ops.inputs import MIB, LossInputs
+from fused_margin._ops.inputs import MIB, LossInputs, compute_dtype
 from fused_margin.distributed import Shard
 from fused_margin.margins import FilteredNegatives, HardNegatives, Margin
 from fused_margin.nearest import NearestClass, Separability, exclusive_regularization, nearest_class, separability
@@ -184,12 +184,13 @@ def cosine_logsumexp(
     _checks.batch(embeddings, weight, labels)
     _checks.scale(scale)
     _checks.number("workspace_mb", workspace_mb, 0.0, open_low=True)
-    scales, scale_value = _cross_entropy.scales_of(scale, embeddings)
+    sample_scale, scale_value = _cross_entropy.scales_of(scale, embeddings)
     inputs = LossInputs(
         embeddings, weight, int(workspace_mb * MIB), select_backend(embeddings, weight, scale_value),
-        labels.to(torch.int64).contiguous(), scales, scale_value, num_classes=len(weight),
+        labels.to(torch.int64).contiguous(), sample_scale, scale_value, num_classes=len(weight),
     )  # fmt: skip
     nothing_ignored = torch.iinfo(torch.int64).min
     output = library.run_forward(inputs, False, nothing_ignored)
     logsumexp = output.largest_logit + output.relative_logsumexp
-    return logsumexp.to(inputs.compute), output.target_cosine.to(inputs.compute)
+    dtype = compute_dtype(embeddings, weight)
+    return logsumexp.to(dtype), output.target_cosine.to(dtype)

@@ -95,7 +95,7 @@ def test_uniform():
 
 @pytest.mark.parametrize("workspace_mb", [256, SMALLEST_WORKSPACE])
 @pytest.mark.parametrize("function", ["angle", "potential"])
-def test_pairwise_gradients(function, workspace_mb):
+def test_class_pair_gradients(function, workspace_mb):
     x, w, y = problem(5, 9, 4)
     options = {"workspace_mb": workspace_mb}
     assert gradcheck(lambda a, b: class_pair_sums.other_class_sums(a, b, y, function, **options), (leaf(x), leaf(w)))
@@ -340,8 +340,8 @@ def test_compiled_call_updates_state(make):
 def test_opcheck():
     x, w, y = problem(5, 9, 4)
     arguments = (leaf(x.float()), leaf(w.float()), y, "angle", 1 << 20)
-    torch.library.opcheck(class_pair_sums.pairwise_sums, arguments)
-    torch.library.opcheck(class_pair_sums.pairwise_sums, (None, arguments[1], None, "potential", 1 << 20))
+    torch.library.opcheck(class_pair_sums.pair_sums, arguments)
+    torch.library.opcheck(class_pair_sums.pair_sums, (None, arguments[1], None, "potential", 1 << 20))
     weight = leaf(w)
     sums = class_pair_sums.other_class_sums(None, weight, None, "angle")
     (gradient,) = torch.autograd.grad(sums.sum(), weight, create_graph=True)

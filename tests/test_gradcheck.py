@@ -33,7 +33,7 @@ def inputs():
     ("scale", "workspace_mb"),
     [
         (8.0, 256),
-        (300.0, 256),
+        pytest.param(300.0, 256, marks=pytest.mark.slow),
         (None, 256),
         (8.0, 1e-6),
         pytest.param(300.0, 1e-6, marks=pytest.mark.slow),

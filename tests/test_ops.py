@@ -34,7 +34,7 @@ def arguments_of(inputs):
 @pytest.mark.parametrize(
     ("keep", "uniform", "nearest"),
     [
-        pytest.param(*options, marks=[pytest.mark.slow] * (len({*options[1:]}) > 1))
+        pytest.param(*options, marks=[pytest.mark.slow] * (len({*options}) > 1))
         for options in product([True, False], repeat=3)
     ],
 )
@@ -119,7 +119,7 @@ LOSSES = {
 
 
 # Losses that reach the same code as others when they are compiled.
-ALIKE = ("arcface", "normface", "cosface", "combined", "l2softmax", "lsoftmax", "subcenter")
+ALIKE = ("arcface", "normface", "cosface", "combined", "l2softmax", "lsoftmax", "subcenter", "sphereface", "filtered")
 
 
 @pytest.mark.parametrize(

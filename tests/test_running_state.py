@@ -233,7 +233,7 @@ def test_activation_checkpointing_of_sampled_classes(name, sparse):
     assert torch.equal(other.weight.grad.to_dense(), plain.weight.grad.to_dense())
 
 
-def test_activation_checkpointing_of_pairwise_losses():
+def test_activation_checkpointing_of_losses_over_class_pairs():
     weight = torch.randn(50, 32, requires_grad=True)
     for loss in (fm.UniformLoss(), lambda w: fm.InterLoss()(w, labels())):
         expected = torch.autograd.grad(loss(weight), weight)

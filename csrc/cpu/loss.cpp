@@ -77,7 +77,7 @@ template <class T> inline void mask_other_sub_centers(const ExponentSum<T>& p, i
     }
 }
 
-// The transforms of a negative's cosine, with their derivative: none, or those of math/exponential.h.
+// Functions of the cosine to a class other than the target, which return the changed cosine and its derivative, slope.
 template <class T> struct Unchanged {
     T operator()(int64_t, T cosine, T& slope) const {
         slope = 1;
@@ -181,15 +181,16 @@ template <class T, class Transform> void exponent_sum(const ExponentSum<T>& p, T
         int64_t begin = p.chunk * t / threads, end = p.chunk * (t + 1) / threads;
         T* sum = per_thread + t * samples;
         double* total = totals + t * samples;
-        const T *a = high, *b = low, *c = k, *d = base;
+        auto exponential = [high = +high, low = +low, k = +k](int64_t i, T cosine) {
+            return Exponential<T>{high[i], low[i], k[i]}(cosine);
+        };
+        auto wide_exponential = [high = +high, low = +low, k = +k, base = +base](int64_t i, T cosine) {
+            return WideExponential<T>{high[i], low[i], k[i], base[i]}(cosine);
+        };
         if (wide)
-            exponentials(
-                p, begin, end, transform,
-                [=](int64_t i, T cosine) { return WideExponential<T>{a[i], b[i], c[i], d[i]}(cosine); }, sum, total);
+            exponentials(p, begin, end, transform, wide_exponential, sum, total);
         else
-            exponentials(
-                p, begin, end, transform, [=](int64_t i, T cosine) { return Exponential<T>{a[i], b[i], c[i]}(cosine); },
-                sum, total);
+            exponentials(p, begin, end, transform, exponential, sum, total);
     }
     for (int64_t i = 0; i < samples; ++i) {
         p.sum[i] = 0.0;

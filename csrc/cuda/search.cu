@@ -214,7 +214,8 @@ __global__ void rerank_candidates(RerankCandidates p) {
     }
 }
 
-// Computes the cosines of one row or column of a tile, the query, with those of count others that may be its nearest.
+// Searches the nearest of count rows for row i of query. Computes only cosines whose upper bound reaches the nearest
+// ones found so far.
 template <class Value, class Place, class Number>
 __device__ void search_exact(const QuantizedRows& query, int64_t i, const Nearest& nearest, int64_t self,
                              const QuantizedRows& others, int64_t count, int64_t size, Value value_of, Place place_of,

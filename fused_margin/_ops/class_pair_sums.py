@@ -76,7 +76,7 @@ def other_class_sums(
     if function not in FUNCTIONS:
         raise ValueError(f"function: expected one of {', '.join(map(repr, FUNCTIONS))}, got {function!r}")
     _checks.number("workspace_mb", workspace_mb, 0.0, open_low=True)
-    return pairwise_sums(rows, weight, own, function, int(workspace_mb * MIB))
+    return pair_sums(rows, weight, own, function, int(workspace_mb * MIB))
 
 
 class Tile(NamedTuple):
@@ -158,32 +158,30 @@ def backward(
     return d_rows.to(rows.dtype), d_weight.to(weight.dtype)
 
 
-def _pairwise_sums(
-    rows: Tensor | None, weight: Tensor, own: Tensor | None, function: str, workspace_bytes: int
-) -> Tensor:
+def _pair_sums(rows: Tensor | None, weight: Tensor, own: Tensor | None, function: str, workspace_bytes: int) -> Tensor:
     with torch.autocast(weight.device.type, enabled=False):
         return forward(rows, weight, own, function, workspace_bytes)
 
 
-def _pairwise_sums_fake(rows, weight, *_):
+def _pair_sums_fake(rows, weight, *_):
     return weight.new_empty((weight if rows is None else rows).shape[0], dtype=torch.float64)
 
 
-def _pairwise_sums_backward(
+def _pair_sums_backward(
     upstream: Tensor, rows: Tensor | None, weight: Tensor, own: Tensor | None, function: str, workspace_bytes: int
 ) -> tuple[Tensor, Tensor]:
     with torch.autocast(weight.device.type, enabled=False):
         return backward(upstream, rows, weight, own, function, workspace_bytes)
 
 
-def _pairwise_sums_backward_fake(_upstream, rows, weight, *_):
+def _pair_sums_backward_fake(_upstream, rows, weight, *_):
     contiguous = torch.contiguous_format
     d_rows = weight.new_empty(0) if rows is None else torch.empty_like(rows, memory_format=contiguous)
     return d_rows, torch.empty_like(weight, memory_format=contiguous)
 
 
-pairwise_sums_backward = register(
-    "pairwise_sums_backward", _pairwise_sums_backward, _pairwise_sums_backward_fake, backward=refuse_second_order
+pair_sums_backward = register(
+    "pair_sums_backward", _pair_sums_backward, _pair_sums_backward_fake, backward=refuse_second_order
 )
 
 
@@ -194,10 +192,8 @@ def _context(ctx, inputs, output):
 
 def _gradient(ctx, upstream):
     rows, weight, own = ctx.saved_tensors
-    d_rows, d_weight = pairwise_sums_backward(upstream, rows, weight, own, *ctx.settings)
+    d_rows, d_weight = pair_sums_backward(upstream, rows, weight, own, *ctx.settings)
     return None if rows is None else d_rows, d_weight, None, None, None
 
 
-pairwise_sums = register(
-    "pairwise_sums", _pairwise_sums, _pairwise_sums_fake, backward=_gradient, setup_context=_context
-)
+pair_sums = register("pair_sums", _pair_sums, _pair_sums_fake, backward=_gradient, setup_context=_context)

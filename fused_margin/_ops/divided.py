@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fused_margin import _checks
-from fused_margin._ops.inputs import DTYPES, ForwardOutput, Gradients, LossInputs, OutputGradients
+from fused_margin._ops.inputs import DTYPES, ForwardOutput, Gradients, LossInputs, OutputGradients, compute_dtype
 from fused_margin._ops.normalization import target_cosines
 from fused_margin.distributed import Shard, named_shard, padded
 
@@ -64,10 +64,10 @@ def gather_samples(inputs: LossInputs, ignore_index: int, needs_gradient: bool) 
     shard = named_shard(inputs.group, inputs.num_classes)
     samples = gather_counts(shard, inputs.embeddings, needs_gradient)
     max_samples, device = max(samples), inputs.weight.device
-    per_sample = [t for t in (inputs.labels, inputs.scale, inputs.hard_threshold) if t is not None]
+    per_sample = [t for t in (inputs.labels, inputs.sample_scale, inputs.hard_threshold) if t is not None]
     numbers = torch.stack([t.double() for t in per_sample], dim=1)  # labels below 2^53 are exact
     sent, wait = shard.start_all_gather(padded(inputs.embeddings, max_samples))
-    embeddings = torch.empty_like(sent, dtype=inputs.compute).flatten(0, 1)
+    embeddings = torch.empty_like(sent, dtype=compute_dtype(inputs.embeddings, inputs.weight)).flatten(0, 1)
 
     def wait_for_embeddings() -> None:
         wait()
@@ -90,7 +90,7 @@ def gather_samples(inputs: LossInputs, ignore_index: int, needs_gradient: bool) 
         inputs,
         embeddings=embeddings,
         labels=own,
-        scale=None if inputs.scale is None else next(gathered),
+        sample_scale=None if inputs.sample_scale is None else next(gathered),
         hard_threshold=None if inputs.hard_threshold is None else next(gathered),
     )
     rows = None
@@ -169,7 +169,7 @@ def combine_outputs(inputs: LossInputs, gathered: GatheredSamples, output: Forwa
         **{name: own(value) for name, value in summed.items()},
         drawn_rows=output.drawn_rows if gathered.drawn_rows is None else gathered.drawn_rows,
         gathered_labels=local.labels,
-        gathered_scale=output.gathered_scale if local.scale is None else local.scale,
+        gathered_scale=output.gathered_scale if local.sample_scale is None else local.sample_scale,
         gathered_threshold=output.gathered_threshold if local.hard_threshold is None else local.hard_threshold,
         gathered_largest=largest,
         gathered_logsumexp=relative,
@@ -204,7 +204,7 @@ def gather_upstream(
         local,
         embeddings=saved.normalized_embeddings,
         labels=saved.gathered_labels,
-        scale=None if inputs.scale is None else saved.gathered_scale,
+        sample_scale=None if inputs.sample_scale is None else saved.gathered_scale,
         hard_threshold=None if inputs.hard_threshold is None else saved.gathered_threshold,
     )
     all_samples = saved._replace(largest_logit=saved.gathered_largest, relative_logsumexp=saved.gathered_logsumexp)
@@ -226,7 +226,7 @@ def scatter_gradients(
     if need_embeddings and inputs.embeddings is not None:
         d_embeddings = shard.reduce_scatter(d_embeddings.unflatten(0, (shard.world_size, -1)))
         d_embeddings = d_embeddings[:samples].to(inputs.embeddings.dtype, copy=True)
-    if inputs.scale is not None:
+    if inputs.sample_scale is not None:
         d_scale = shard.reduce_scatter(d_scale.unflatten(0, (shard.world_size, -1)))[:samples].clone()
     rows = saved.drawn_rows
     if rows.numel() and need_weight and not inputs.sparse_gradient:

@@ -17,7 +17,15 @@ from fused_margin import _checks
 from fused_margin._ops import divided, targets
 from fused_margin._ops.backends import portable, tensor_cores
 from fused_margin._ops.backends.select import Kernels, advise_huge_pages, kernels_on
-from fused_margin._ops.inputs import PORTABLE, ChunkPlan, ForwardOutput, Gradients, LossInputs, OutputGradients
+from fused_margin._ops.inputs import (
+    PORTABLE,
+    ChunkPlan,
+    ForwardOutput,
+    Gradients,
+    LossInputs,
+    OutputGradients,
+    compute_dtype,
+)
 from fused_margin._ops.nearest import find_nearest_classes
 from fused_margin._ops.nearest.gradient import add_remote_gradient
 
@@ -28,7 +36,8 @@ BACKENDS: dict[str, ModuleType] = {PORTABLE: portable}  # all other names are fa
 def allocate_output(inputs: LossInputs, uniform: bool, keep: bool) -> tuple[ChunkPlan, ForwardOutput]:
     """The plan, and uninitialised tensors for the output of one rank."""
     plan = BACKENDS.get(inputs.backend, tensor_cores).plan_chunks(inputs, keep)
-    (samples, classes, size), weight, compute = inputs.shape, inputs.weight, inputs.compute
+    (samples, classes, size), weight = inputs.shape, inputs.weight
+    compute = compute_dtype(inputs.embeddings, weight)
     nearest = classes if inputs.nearest else 0
     new_float64, new_int64 = (weight.new_empty(0, dtype=t).new_empty for t in (torch.float64, torch.int64))
     return plan, ForwardOutput(
@@ -57,8 +66,8 @@ def allocate_output(inputs: LossInputs, uniform: bool, keep: bool) -> tuple[Chun
 
 
 def forward(inputs: LossInputs, uniform: bool, ignore_index: int, keep: bool) -> ForwardOutput:
-    if inputs.scale is not None:
-        _checks.scale_values(inputs.scale)
+    if inputs.sample_scale is not None:
+        _checks.scale_values(inputs.sample_scale)
     with kernels_on(inputs.weight.device) as run:
         if not inputs.is_divided or inputs.embeddings is None:
             return forward_chunks(run, inputs, None, uniform, ignore_index, keep)
@@ -154,15 +163,15 @@ def backward_chunks(
     need_bias: bool,
 ) -> Gradients:
     """The backward over the classes of this rank: their gradients, and their part of the gradients of all samples."""
-    compute, weight, x_hat = inputs.compute, inputs.weight, saved.normalized_embeddings
+    weight, x_hat = inputs.weight, saved.normalized_embeddings
     samples, classes, size = inputs.shape
     module = BACKENDS.get(inputs.backend, tensor_cores)
     plan = module.plan_chunks(inputs, saved.saved_chunks.numel() > 0)
     d_weight = weight.new_empty(0)
     d_bias = x_hat.new_empty(classes if need_bias else 0)
-    d_scale = saved.target_cosine.new_empty(samples if inputs.scale is not None else 0)
+    d_scale = saved.target_cosine.new_empty(samples if inputs.sample_scale is not None else 0)
     # The gradient of the unit embeddings is needed for the gradient of the scale too.
-    need_dense = need_embeddings or inputs.scale is not None
+    need_dense = need_embeddings or inputs.sample_scale is not None
     target_gradient = (
         saved.target_cosine.new_zeros(samples)
         if upstream.target_cosine is None
@@ -203,15 +212,15 @@ def backward_chunks(
         run.project_embedding_gradient(
             gradient=d_embeddings, normalized_embeddings=x_hat, inverse_norm=saved.embedding_inverse_norm,
             weight=weight, weight_inverse_norm=saved.weight_inverse_norm, labels=target_rows(inputs, saved),
-            row_scale=None if backend is None else backend.embedding_scale, scale=inputs.scales,
+            row_scale=None if backend is None else backend.embedding_scale, scale=inputs.scale,
             target_gradient=target_gradient, uniform_gradient=uniform_gradient,
             uniform_weight=None if uniform_gradient is None else saved.uniform_weight,
-            scale_gradient=d_scale if inputs.scale is not None else None, samples=samples, classes=classes,
+            scale_gradient=d_scale if inputs.sample_scale is not None else None, samples=samples, classes=classes,
             size=size, inner_product=inputs.inner_product,
         )  # fmt: skip
     if not need_embeddings:
         d_embeddings = x_hat.new_empty(0)
-    elif inputs.embeddings is not None and inputs.embeddings.dtype != compute:
+    elif inputs.embeddings is not None and inputs.embeddings.dtype != x_hat.dtype:
         d_embeddings = d_embeddings.to(inputs.embeddings.dtype)
     if need_bias and inputs.bias is not None:
         d_bias = targets.add_bias_gradient(inputs, d_bias.to(inputs.bias.dtype), upstream.target_bias)

@@ -33,7 +33,7 @@ class LossInputs:
     workspace_bytes: int
     backend: str  # PORTABLE, or a name of backends/select.py
     labels: Tensor | None = None  # (N,) int64, over the classes of all ranks
-    scale: Tensor | None = None  # (N,) float64, or None for scale_value
+    sample_scale: Tensor | None = None  # (N,) float64 scales of the logits, or None for scale_value
     scale_value: float = 1.0
     class_weight: Tensor | None = None  # (C,) float64, for label smoothing
     nearest: bool = False  # whether to search the nearest other class of every class
@@ -58,13 +58,9 @@ class LossInputs:
         return 0 if self.embeddings is None else self.embeddings.shape[0], *self.weight.shape
 
     @property
-    def compute(self) -> torch.dtype:
-        embeddings = self.weight if self.embeddings is None else self.embeddings
-        return torch.float64 if torch.float64 in (embeddings.dtype, self.weight.dtype) else torch.float32
-
-    @property
-    def scales(self) -> float | Tensor:
-        return self.scale_value if self.scale is None else self.scale
+    def scale(self) -> float | Tensor:
+        """The scale of all samples, or (N,) scales."""
+        return self.scale_value if self.sample_scale is None else self.sample_scale
 
     @property
     def is_divided(self) -> bool:
@@ -81,7 +77,7 @@ class LossInputs:
     @property
     def gradient_in_place(self) -> bool:
         """Whether the gradient of a chunk can be computed in the memory of the weight gradient."""
-        return self.weight.dtype == self.compute and self.weight.is_contiguous()
+        return self.weight.dtype == compute_dtype(self.embeddings, self.weight) and self.weight.is_contiguous()
 
 
 class ForwardOutput(NamedTuple):
@@ -121,7 +117,7 @@ class Gradients(NamedTuple):
     embeddings: Tensor  # (N, D)
     weight: Tensor  # (C, D), or (R, D) of drawn rows if sparse
     bias: Tensor  # (C,)
-    scale: Tensor  # (N,)
+    sample_scale: Tensor  # (N,)
 
 
 class OutputGradients(NamedTuple):

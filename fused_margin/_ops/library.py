@@ -187,7 +187,7 @@ def _arguments(kind: "TensorTuple", prefix: str = "") -> str:
 
 def run_forward(inputs: LossInputs, uniform: bool, ignore_index: int) -> ForwardOutput:
     """Runs the forward of a call, differentiable in embeddings, weight, scale and bias."""
-    differentiable = (inputs.embeddings, inputs.weight, inputs.bias, inputs.scale)
+    differentiable = (inputs.embeddings, inputs.weight, inputs.bias, inputs.sample_scale)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)
     arguments = [getattr(inputs, field.name) for field in FIELDS]
     return ForwardOutput(*forward_chunks(*arguments, uniform, ignore_index, keep))
@@ -205,20 +205,20 @@ def _forward_fake(*arguments):
     if not inputs.is_divided or inputs.embeddings is None:
         return tuple(output)
     # The numbers of samples of all ranks and of drawn classes depend on the data.
-    size = torch.library.get_ctx().new_dynamic_size
+    size, compute = torch.library.get_ctx().new_dynamic_size, output.normalized_embeddings.dtype
     gathered, new = size(), inputs.weight.new_empty
     rows = size() if inputs.sample_rate < 1 else None
     return tuple(
         output._replace(
             target_row=new(gathered if inputs.sub_centers > 1 else 0, dtype=torch.int64),
-            normalized_embeddings=new(gathered, inputs.weight.shape[1], dtype=inputs.compute),
-            embedding_inverse_norm=new(gathered, dtype=inputs.compute),
-            weight_inverse_norm=output.weight_inverse_norm if rows is None else new(rows, dtype=inputs.compute),
+            normalized_embeddings=new(gathered, inputs.weight.shape[1], dtype=compute),
+            embedding_inverse_norm=new(gathered, dtype=compute),
+            weight_inverse_norm=output.weight_inverse_norm if rows is None else new(rows, dtype=compute),
             exponent=new(size(), gathered, dtype=torch.float64),
             saved_chunks=new(size(), dtype=output.saved_chunks.dtype),
             drawn_rows=new(0 if rows is None else rows, dtype=torch.int64),
             gathered_labels=new(gathered, dtype=torch.int64),
-            gathered_scale=new(0 if inputs.scale is None else gathered, dtype=torch.float64),
+            gathered_scale=new(0 if inputs.sample_scale is None else gathered, dtype=torch.float64),
             gathered_threshold=new(0 if inputs.hard_threshold is None else gathered, dtype=torch.float64),
             gathered_largest=new(gathered, dtype=torch.float64),
             gathered_logsumexp=new(gathered, dtype=torch.float64),
@@ -242,7 +242,7 @@ def _backward_kernel(*values):
 
 def _backward_fake(*values):
     inputs, _, saved, (need_embeddings, need_weight, need_bias) = _backward_arguments(values)
-    embeddings, weight, bias, scale = inputs.embeddings, inputs.weight, inputs.bias, inputs.scale
+    embeddings, weight, bias, scale = inputs.embeddings, inputs.weight, inputs.bias, inputs.sample_scale
     d_weight = weight.new_empty(0)
     if need_weight and inputs.sample_rate < 1 and inputs.sparse_gradient:
         d_weight = weight.new_empty(saved.drawn_rows.shape[0], weight.shape[1])

@@ -35,7 +35,8 @@ def _margin_rows(
     """Loss (N,), class weight (N,) of the label, and derivatives (8, N) in the order of `DERIVATIVES`.
 
     Args:
-        values: numbers for those of scale, m1, m2, m3 and annealing that are None.
+        scale, m1, m2, m3, annealing: (N,) numbers of the samples, or None for the number in ``values``.
+        values: scale, m1, m2, m3 and annealing of all samples.
         label_smoothing: a CPU tensor, because a number would be a constant of a compiled graph.
     """
     samples = labels.shape[0]

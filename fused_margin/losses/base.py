@@ -146,6 +146,7 @@ class ClassificationLoss(settings.Settings):
         if name == "workspace_mb" and self.exclusive is not None:
             self.exclusive.workspace_mb = self.workspace_mb
         elif name == "exclusive_refresh" or (name == "exclusive_weight" and "exclusive_refresh" in self.__dict__):
+            # The constructor sets exclusive_weight first, when exclusive_refresh is not an attribute yet.
             self.start_exclusive()
 
     def start_exclusive(self) -> None:
@@ -292,7 +293,7 @@ class MarginLoss(ClassificationLoss):
     SETTINGS: ClassVar[dict[str, settings.Check]] = {**settings.MARGIN_OPTIONS, "scale": settings.scale}
     NUMBERS: ClassVar[dict[str, str]] = {}
     scale: float | Tensor | None
-    scale_varies = False  # whether the scale was set after the constructor
+    scale_was_changed = False  # after the constructor
     beyond_pi: str
     easy: bool
     gradient: str
@@ -322,13 +323,13 @@ class MarginLoss(ClassificationLoss):
             super().keep_setting(name, value)
             return
         if _checks.is_number(value):
-            self.warn_of_small(value)
+            self.warn_if_small(value)
         old = getattr(self, "scale", None)
         if isinstance(old, Tensor) and _checks.is_number(value):  # the scale stays a buffer or a parameter
             with torch.no_grad():
                 old.fill_(value)
             return
-        self.scale_varies = self.scale_varies or "scale" in self.__dict__
+        self.scale_was_changed = self.scale_was_changed or "scale" in self.__dict__
         if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and "scale" not in self._buffers:
             self.__dict__.pop("scale", None)
             self._parameters.pop("scale", None)
@@ -336,11 +337,11 @@ class MarginLoss(ClassificationLoss):
         else:
             super().keep_setting(name, value)
 
-    def warn_of_small(self, scale: float) -> None:
-        least = minimum_scale(self.num_classes, PROBABILITY) if self.num_classes > 1 else 0.0
-        if scale < least:
+    def warn_if_small(self, scale: float) -> None:
+        minimum = minimum_scale(self.num_classes, PROBABILITY) if self.num_classes > 1 else 0.0
+        if scale < minimum:
             warn(
-                f"scale {scale:g} is below {least:.2f}: with {self.num_classes} classes no sample can reach a "
+                f"scale {scale:g} is below {minimum:.2f}: with {self.num_classes} classes no sample can reach a "
                 f"probability of {PROBABILITY} for its class (see fused_margin.margins.minimum_scale)"
             )
 
@@ -402,7 +403,7 @@ class MarginLoss(ClassificationLoss):
 
     def current_scale(self, device: torch.device) -> float | Tensor | None:
         """The scale of this step."""
-        if torch.compiler.is_compiling() and self.scale_varies and _checks.is_number(self.scale):
+        if torch.compiler.is_compiling() and self.scale_was_changed and _checks.is_number(self.scale):
             # A number would be a constant of the graph, which would be compiled for every value.
             return torch.ones((), dtype=torch.float64, device=device) * self.scale
         return self.scale if self.shard is None else self.all_reduce_gradient(self.scale)

@@ -107,6 +107,7 @@ def test_missing_package_is_an_error_before_anything_runs(device, monkeypatch, c
     assert "missing: tyro" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_second_call_times_families_that_passed_in_the_first(device):
     device.run("check")
     earlier = device.output / "stand-in-1.json"

@@ -128,7 +128,7 @@ def test_info_needs_no_extra():
         pytest.param("train", "yaml", marks=pytest.mark.slow),
         pytest.param("train", "tensorboard", marks=pytest.mark.slow),
         pytest.param("evaluate", "sklearn", marks=pytest.mark.slow),
-        ("export", "onnxscript"),
+        pytest.param("export", "onnxscript", marks=pytest.mark.slow),
     ],
 )
 def test_missing_extra(command, module):

@@ -82,7 +82,7 @@ def partial_run(tiny_config, tmp_path, name):
     return config.output
 
 
-@pytest.mark.parametrize("name", DIVIDED)
+@pytest.mark.parametrize("name", ["arcface", pytest.param("l2-softmax", marks=pytest.mark.slow)])
 def test_two_processes_match_one(forks, partial_run, tmp_path, name):
     states = []
     for devices in (1, 2):

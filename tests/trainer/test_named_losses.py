@@ -128,7 +128,10 @@ STATEFUL = {
 }
 
 
-@pytest.mark.parametrize("name", STATEFUL)
+@pytest.mark.parametrize(
+    "name",
+    ["adaface", "auxiliary", *(pytest.param(name, marks=pytest.mark.slow) for name in STATEFUL if name[0] != "a")],
+)
 def test_resumed_run_matches_uninterrupted_run(tiny_config, splits, tmp_path, name, console):
     config = dataclasses.replace(tiny_config, epochs=1, loss=STATEFUL[name])
     uninterrupted = fit(dataclasses.replace(config, output=tmp_path / "uninterrupted"), splits, console)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fused_margin._ops.backends.select import Kernels, advise_huge_pages
-from fused_margin._ops.inputs import CHUNK_BYTES, ChunkPlan, ForwardOutput, LossInputs, whole_chunk
+from fused_margin._ops.inputs import CHUNK_BYTES, ChunkPlan, ForwardOutput, LossInputs, compute_dtype, whole_chunk
 
 LN2 = math.log(2.0)
 # Size of a square tile of W W^T. The tiles of the upper triangle cover little more than half of the square if they are
@@ -16,7 +16,8 @@ TILE_BYTES = {"cpu": 4 << 20, "cuda": 16 << 20}
 
 def plan_chunks(inputs: LossInputs, keep: bool) -> ChunkPlan:
     """The plan of a call, which saves exponentials. Forward and backward make the same plan."""
-    (samples, classes, size), workspace, compute = inputs.shape, inputs.workspace_bytes, inputs.compute
+    (samples, classes, size), workspace = inputs.shape, inputs.workspace_bytes
+    compute = compute_dtype(inputs.embeddings, inputs.weight)
     item = 8 if compute == torch.float64 else 4
     device = "cuda" if inputs.weight.device.type == "cuda" else "cpu"
     tiled = inputs.uses_tiled_nearest
@@ -54,7 +55,7 @@ def fixed_exponent(inputs: LossInputs) -> float | None:
         return None  # logits are not bounded by the scale
     scale = inputs.scale_value
     shift = max(math.log(max(inputs.weight.shape[0], 1)) / 2, scale - 58.0)
-    return math.ceil(shift / LN2) if inputs.scale is None and scale + shift <= 82.0 else None
+    return math.ceil(shift / LN2) if inputs.sample_scale is None and scale + shift <= 82.0 else None
 
 
 def find_norms(run: Kernels, inputs: LossInputs, output: ForwardOutput) -> None:
@@ -101,7 +102,7 @@ class ChunkBackend:
             logits_chunk=logits_chunk, inverse_norm=self.output.weight_inverse_norm[begin:end],
             bias=None if inputs.bias is None else inputs.bias[begin:end].to(operand.dtype).contiguous(),
             labels=inputs.labels, hard_threshold=inputs.hard_threshold, hard_strength=inputs.hard_strength,
-            scale=inputs.scales, fixed_exponent=self.fixed, exponent=self.exponents[k], sum=self.sums[k],
+            scale=inputs.scale, fixed_exponent=self.fixed, exponent=self.exponents[k], sum=self.sums[k],
             samples=self.samples, chunk=end - begin, class_begin=begin, sub_centers=inputs.sub_centers,
         )  # fmt: skip
         return logits_chunk
@@ -173,15 +174,17 @@ class ChunkBackend:
             row_scale: (chunks or 1, N), the factors from exponentials to dL / d logit.
         """
         x_hat = self.output.normalized_embeddings
-        self.row_scale, self.shared = row_scale, row_scale.shape[0] == 1
-        self.embedding_scale = row_scale[0] if self.shared else None  # a factor that backward_chunk does not apply
+        self.row_scale, self.one_row_scale = row_scale, row_scale.shape[0] == 1  # for all chunks
+        self.embedding_scale = (
+            row_scale[0] if self.one_row_scale else None
+        )  # a factor that backward_chunk does not apply
         self.need_embeddings = need_embeddings
         if need_embeddings:
             self.d_embeddings = torch.zeros_like(x_hat)
-        self.class_scale = row_scale * self.inputs.scales
+        self.class_scale = row_scale * self.inputs.scale
         if need_weight:
-            self.left = torch.empty_like(x_hat)
-        if need_embeddings and not self.shared:
+            self.scaled_embeddings = torch.empty_like(x_hat)
+        if need_embeddings and not self.one_row_scale:
             self.partial = torch.empty_like(x_hat)
 
     def backward_chunk(self, k: int, gradient: Tensor | None, bias_gradient: Tensor | None) -> None:
@@ -189,16 +192,16 @@ class ChunkBackend:
         begin, end = self.plan.bounds(k)
         operand = self.inputs.weight[begin:end].to(self.compute)  # a view, or a converted copy
         exponentials = self.exponentials(k) if k < self.plan.saved else self.exponentiate(k, operand)
-        if self.need_embeddings and self.shared:
+        if self.need_embeddings and self.one_row_scale:
             self.d_embeddings.addmm_(exponentials, operand)
         elif self.need_embeddings:
             torch.mm(exponentials, operand, out=self.partial)
             self.d_embeddings.addcmul_(self.partial, self.row_scale[k].to(operand.dtype).unsqueeze(1))
         if gradient is not None:
-            if k == 0 or not self.shared:
-                factors = self.class_scale[0 if self.shared else k].to(operand.dtype)
-                torch.mul(self.output.normalized_embeddings, factors.unsqueeze(1), out=self.left)
-            torch.mm(exponentials.t(), self.left, out=gradient)
+            if k == 0 or not self.one_row_scale:
+                factors = self.class_scale[0 if self.one_row_scale else k].to(operand.dtype)
+                torch.mul(self.output.normalized_embeddings, factors.unsqueeze(1), out=self.scaled_embeddings)
+            torch.mm(exponentials.t(), self.scaled_embeddings, out=gradient)
         if bias_gradient is not None:
             torch.mv(exponentials.t(), self.class_scale[k].to(operand.dtype), out=bias_gradient)
 

@@ -64,7 +64,7 @@ class ChunkBackend:
             self.slots = self.family.slots()
             self.partial = inputs.weight.new_zeros(self.slots, self.samples, 2, dtype=torch.float32)
             run.prepare_rows(
-                labels=inputs.labels, scale=inputs.scales, exponent=None, prepared=self.rows, samples=self.samples
+                labels=inputs.labels, scale=inputs.scale, exponent=None, prepared=self.rows, samples=self.samples
             )
         if inputs.uses_tiled_nearest:
             self.best = torch.zeros(inputs.weight.shape[0], dtype=torch.int64, device=inputs.weight.device)
@@ -124,7 +124,7 @@ class ChunkBackend:
                 slots=self.slots, samples=self.samples,
             )  # fmt: skip
             torch.mul(output.exponent[0], LN2, out=output.largest_logit)
-            if self.inputs.scale is not None:  # select_backend checks a scale that is a number
+            if self.inputs.sample_scale is not None:  # select_backend checks a scale that is a number
                 too_large = output.largest_logit.abs() > LARGEST_LOGIT
                 output.relative_logsumexp.masked_fill_(too_large, math.nan)
             output.relative_logsumexp.sub_(output.largest_logit)
@@ -147,7 +147,7 @@ class ChunkBackend:
         inputs, x_hat = self.inputs, self.output.normalized_embeddings
         operand_scale, probability_scale = self.run.operand_scale, self.run.probability_scale
         self.run.prepare_rows(
-            labels=inputs.labels, scale=inputs.scales, exponent=self.output.exponent, prepared=self.rows,
+            labels=inputs.labels, scale=inputs.scale, exponent=self.output.exponent, prepared=self.rows,
             samples=self.samples,
         )  # fmt: skip
         self.probabilities = x_hat.new_empty(
@@ -161,7 +161,7 @@ class ChunkBackend:
             self.d_embeddings = x_hat.new_zeros(divisions, self.samples, self.size)
             self.embedding_scale = row_scale[0] / (operand_scale * probability_scale)
         if need_weight:
-            factors = row_scale[0] * inputs.scales
+            factors = row_scale[0] * inputs.scale
             largest = factors.abs().max().clamp_(min=torch.finfo(torch.float32).tiny)
             exact = x_hat * (factors / largest * operand_scale).to(x_hat.dtype).unsqueeze(1)
             high = exact.half()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_margin._ops.inputs import LossInputs
+from fused_margin._ops.inputs import LossInputs, compute_dtype
 from fused_margin._ops.normalization import through_normalization, unit_rows
 from fused_margin.distributed import Shard, named_shard, slice_of
 
@@ -45,7 +45,7 @@ def add_remote_gradient(inputs: LossInputs, d_weight: Tensor, index: Tensor, ups
 
     Every class fetches the direction of its nearest class from the owner, and sends its own direction back.
     """
-    unit = unit_rows(inputs.weight, inputs.compute)[0]
+    unit = unit_rows(inputs.weight, compute_dtype(inputs.embeddings, inputs.weight))[0]
     remote = RemoteRows(named_shard(inputs.group, inputs.num_classes), index)
     scaled = upstream.to(unit.dtype).unsqueeze(1)
     gradient = scaled * remote.fetch(unit)

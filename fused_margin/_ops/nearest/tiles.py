@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_margin._ops.backends.select import Kernels
-from fused_margin._ops.inputs import CHUNK_BYTES, PORTABLE, LossInputs, whole_chunk
+from fused_margin._ops.inputs import CHUNK_BYTES, PORTABLE, LossInputs, compute_dtype, whole_chunk
 from fused_margin._ops.normalization import unit_rows
 from fused_margin.distributed import Shard
 
@@ -21,7 +21,7 @@ def find_by_tiles(run: Kernels, shard: Shard, inputs: LossInputs, forward_chunks
         forward_chunks: finds the nearest among the classes of this rank.
     """
     weight, workspace = inputs.weight, inputs.workspace_bytes
-    unit = unit_rows(weight, inputs.compute)[0]
+    unit = unit_rows(weight, compute_dtype(inputs.embeddings, weight))[0]
     best = torch.full_like(unit[:, 0], -4.0)  # below every cosine
     index = torch.zeros(len(weight), dtype=torch.int64, device=weight.device)
     begin = 0
