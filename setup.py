@@ -68,7 +68,8 @@ class NinjaBuild(build_ext):
         subprocess.run([sys.executable, "-m", "ninja", "-C", build], check=True)
 
     def rules(self, target: Path) -> str:
-        includes = f"-I{pybind11.get_include()} -I{sysconfig.get_paths()['include']}"
+        folders = (pybind11.get_include(), sysconfig.get_paths()["include"])
+        includes = " ".join(f"-I{shlex.quote(folder)}" for folder in folders)
         openmp = "" if sys.platform == "darwin" else "-fopenmp"
         defines = "-DFM_MODULE_NAME=_C"
         compiler = os.environ.get("CXX", "c++")
@@ -108,12 +109,15 @@ class NinjaBuild(build_ext):
             "rule cxx",
             f"  command = {compiler} {CXX_FLAGS} {openmp} $flags -MMD -MF $out.d -c $in -o $out",
             "  depfile = $out.d",
-            "rule nvcc",
-            f"  command = {nvcc} $flags -MMD -MF $out.d -c $in -o $out",
-            "  depfile = $out.d",
             "rule link",
             f"  command = {link}",
         ]
+        if nvcc:
+            lines += [
+                "rule nvcc",
+                f"  command = {shlex.quote(nvcc)} $flags -MMD -MF $out.d -c $in -o $out",
+                "  depfile = $out.d",
+            ]
         for name, (rule, source, flags) in objects.items():
             lines += [f"build {name}: {rule} {escape((SOURCES / source).resolve())}", f"  flags = {flags}"]
         lines += [f"build {escape(target)}: link {' '.join(objects)}", f"default {escape(target)}", ""]

@@ -14,8 +14,9 @@ except ImportError as error:
     _folder = _Path(__file__).resolve().parents[1]
     if (_folder / "setup.py").exists() and (_folder / "csrc").exists():
         raise ImportError(
-            f"fused_margin was imported from its source folder {_folder}, which has no compiled kernels for this Python. "
-            "To use an installed package, run Python in another folder. To use the source, run `pip install -e .` in it."
+            f"fused_margin was imported from its source folder {_folder}, and its compiled kernels could not be loaded: "
+            f"{error}. To use an installed package, run Python in another folder. To use the source, run `pip install -e .` "
+            "in it."
         ) from error
     raise ImportError(
         f"fused_margin's compiled kernels could not be loaded from {_folder / 'fused_margin'}: {error}. Install it again."

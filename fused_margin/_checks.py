@@ -51,6 +51,13 @@ def class_weights(weight: Tensor, *, name: str = "weight", at_least: int = 1) ->
         raise ValueError(f"{name}: expected an embedding_size of at least 1, got 0")
 
 
+def several_classes(name: str, weight: Tensor, value: Shard | None) -> None:
+    """Weights of at least two classes, over all ranks of a shard."""
+    class_weights(weight, name=name, at_least=2 if value is None else 0)
+    if value is not None and shard(value, weight, 1, 0.0) < 2:
+        raise ValueError(f"{name}: expected at least 2 classes on all ranks, got {value.num_classes}")
+
+
 def batch(embeddings: Tensor, weight: Tensor, labels: Tensor, *, at_least: int = 1) -> None:
     embeddings_for(embeddings, weight, at_least=at_least)
     per_sample_index("labels", labels, embeddings)
@@ -125,9 +132,9 @@ def not_meta(weight: Tensor) -> None:
         raise ValueError("weight: expected a CPU or CUDA tensor with a shard, got one on meta")
 
 
-def instance(name: str, value: Any, kind: type, article: str = "a") -> None:
+def instance(name: str, value: Any, kind: type) -> None:
     if not isinstance(value, kind):
-        raise TypeError(f"{name}: expected {article} fused_margin.{kind.__name__}, got {type(value).__name__}")
+        raise TypeError(f"{name}: expected a fused_margin.{kind.__name__}, got {type(value).__name__}")
 
 
 def margin_numbers(margin: Any) -> None:
@@ -202,6 +209,8 @@ def nearest(value: tuple[Tensor, Tensor] | None, weight: Tensor, shard: Shard | 
     cosine, index = value
     classes = len(weight) if shard is None else shard.num_classes
     per_class("nearest.cosine", cosine, weight, len(weight))
+    if not isinstance(index, Tensor):
+        raise TypeError(f"nearest.index: expected ({len(weight)},) int64, got {type(index).__name__}")
     same_device("nearest.index", index, weight)
     if index.shape != weight.shape[:1] or index.dtype != torch.int64:
         raise ValueError(f"nearest.index: expected ({len(weight)},) int64, got {tuple(index.shape)} {index.dtype}")
@@ -245,14 +254,16 @@ def kind(value: Any) -> str:
 def number(name: str, value: float, low: float, high: float = math.inf, *, open_low: bool = False) -> None:
     if not is_number(value):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    if not (low < value if open_low else low <= value) or not value <= high or value == math.inf:
-        bounds = f"{'(' if open_low else '['}{low}, {high}{')' if high == math.inf else ']'}"
+    if not (low < value if open_low else low <= value) or not value <= high or abs(value) == math.inf:
+        bounds = f"{'(' if open_low or low == -math.inf else '['}{low}, {high}{')' if high == math.inf else ']'}"
         raise ValueError(f"{name}: expected a number in {bounds}, got {value}")
 
 
-def index(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
+def integer(name: str, value: int) -> int:
+    """Converts an integer, which may be NumPy's, to an int."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
+    return operator.index(value)
 
 
 def positive_index(name: str, value: int) -> int:
@@ -279,7 +290,7 @@ def cross_entropy_options(
     reduction_: str, exclusive_weight: float, ignore_index: int, label_smoothing: float, workspace_mb: float
 ) -> None:
     reduction(reduction_, exclusive_weight)
-    index("ignore_index", ignore_index)
+    integer("ignore_index", ignore_index)
     number("label_smoothing", label_smoothing, 0.0, 1.0)
     number("workspace_mb", workspace_mb, 0.0, open_low=True)
 

@@ -48,8 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     known, rest = parser.parse_known_args(argv)
     if known.command is None:
+        if rest:
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
         parser.print_help()
-        return 2 if rest else 0
+        return 0
     try:
         command = importlib.import_module(f"fused_margin.commands.{known.command}")
     except ModuleNotFoundError as error:

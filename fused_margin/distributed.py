@@ -36,6 +36,9 @@ class Shard:
         name: name of the group, empty without a group. The ops take the name, because they cannot take a group.
         rank, world_size: rank of this process in the group, and number of ranks.
         begin, size: first class of this rank, and its number of classes.
+
+    Raises:
+        ValueError: for a number of classes below 1, or a sample rate outside (0, 1].
     """
 
     num_classes: int
@@ -48,6 +51,10 @@ class Shard:
     size: int = field(init=False, repr=False)
 
     def __post_init__(self):
+        if self.num_classes < 1:
+            raise ValueError(f"num_classes: expected at least 1, got {self.num_classes}")
+        if not 0 < self.sample_rate <= 1:
+            raise ValueError(f"sample_rate: expected a number in (0, 1], got {self.sample_rate}")
         rank, world_size, name = 0, 1, ""
         if self.group is not None:
             rank, world_size, name = dist.get_rank(self.group), dist.get_world_size(self.group), self.group.group_name
@@ -108,7 +115,7 @@ class Shard:
         return dist.broadcast(rows, dist.get_global_rank(self.group, source), group=self.group, async_op=True)
 
     def all_to_all(self, rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
-        """Sends `sent[r]` of the rows, in order, to rank r; returns the rows of the other ranks, in the order of ranks."""
+        """Sends `sent[r]` of the rows, in order, to rank r. Returns `received[r]` rows from each rank r, ordered by rank."""
         if self.group is None:
             return rows
         output = rows.new_empty(sum(received), *rows.shape[1:])

@@ -77,11 +77,10 @@ def nearest_class(
     if shard is not None:
         if not is_differentiable:
             raise ValueError(f"shard: expected None with a reference, k > 1 or inner products, got {shard}")
-        if _checks.shard(shard, query, 1, 0.0) < 2:
-            _checks.class_weights(query, at_least=2)
+        _checks.several_classes("query", query, shard)
         return differentiable_nearest(query, None, shard, workspace_mb)
     if reference is None:
-        _checks.class_weights(query, name="query", at_least=2)
+        _checks.several_classes("query", query, None)
         others = len(query) - 1
     else:
         _checks.class_weights(query, name="query", at_least=0)
@@ -159,13 +158,10 @@ def exclusive_regularization(
     Raises:
         ValueError, TypeError: for wrong shapes or dtypes, or fewer than two classes.
     """
-    if nearest is None:
-        cosine = nearest_class(weight, shard=shard, workspace_mb=workspace_mb).cosine
-    else:
-        _checks.number("workspace_mb", workspace_mb, 0.0, open_low=True)
-        _checks.class_weights(weight, at_least=2 if shard is None or shard.group is None else 0)
-        _checks.nearest(nearest, weight, shard)
-        cosine = differentiable_nearest(weight, nearest, shard, workspace_mb).cosine
+    _checks.number("workspace_mb", workspace_mb, 0.0, open_low=True)
+    _checks.several_classes("weight", weight, shard)
+    _checks.nearest(nearest, weight, shard)
+    cosine = differentiable_nearest(weight, nearest, shard, workspace_mb).cosine
     if shard is None:
         return cosine.mean()
     return collectives.all_reduce_forward(cosine.sum(), shard.name) / shard.num_classes
@@ -186,5 +182,7 @@ def separability(weight: Tensor, *, workspace_mb: float = 256) -> Separability:
     Raises:
         ValueError, TypeError: for wrong shapes or dtypes, or fewer than two classes.
     """
-    cosine = nearest_class(weight, workspace_mb=workspace_mb).cosine.double()
+    _checks.number("workspace_mb", workspace_mb, 0.0, open_low=True)
+    _checks.several_classes("weight", weight, None)
+    cosine = differentiable_nearest(weight, None, None, workspace_mb).cosine.double()
     return Separability(cosine.mean().item(), cosine.std(correction=0).item())

@@ -53,7 +53,9 @@ def ours(embeddings, weight, labels, margin=None, scale=64.0, **options):
 def planned_inputs(samples, weight, *, nearest=False, workspace_bytes=256 << 20, backend="portable"):
     """Inputs for chunk planning, with embeddings of the weight's dtype and device."""
     embeddings = weight.new_empty(samples, weight.shape[1]) if samples else None
-    return LossInputs(embeddings, weight, workspace_bytes, backend, scale_value=64.0, nearest=nearest)
+    return LossInputs(
+        embeddings, weight, workspace_bytes, backend, scale_value=64.0, nearest=nearest, num_classes=len(weight)
+    )
 
 
 def saved_classes(plan):

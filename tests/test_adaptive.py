@@ -192,3 +192,17 @@ def test_invalid_batches_raise_before_any_computation(module):
     assert "m1=" not in repr(loss_fn)
     with pytest.raises(TypeError, match="margins"):
         fm.MagFaceLoss(10, 4, margins=0.5)
+
+
+@pytest.mark.parametrize("module", [fm.AdaFaceLoss, fm.MagFaceLoss, fm.CurricularFaceLoss])
+def test_unsigned_labels(module):
+    """-100, the ignore_index, is 156 as uint8."""
+    x, _, y = problem(9, 200, 8, spread=8.0)
+    y[:3] = 156
+    state = module(200, 8, dtype=torch.float64).state_dict()
+    results = []
+    for labels in (y, y.to(torch.uint8)):
+        loss_fn = module(200, 8, dtype=torch.float64)
+        loss_fn.load_state_dict(state)
+        results.append((loss_fn(x, labels), loss_fn.state_dict()))
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)

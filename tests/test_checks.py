@@ -2,12 +2,14 @@
 
 import threading
 
+import numpy as np
 import pytest
 import torch
 from loss_inputs import leaf, problem
 
 import fused_margin as fm
 from fused_margin import _checks
+from fused_margin.distributed import Shard
 from fused_margin.functional import (
     cosine_logsumexp,
     exclusive_regularization,
@@ -78,6 +80,31 @@ def test_exclusive_term_needs_two_classes():
     ):
         with pytest.raises(ValueError, match="expected at least 2 classes, got 1"):
             call()
+    for function in (exclusive_regularization, separability):
+        with pytest.raises(ValueError, match="weight: "):
+            function(W[:1])
+
+
+def test_shard():
+    for arguments in ({"num_classes": 0}, *({"num_classes": 3, "sample_rate": rate} for rate in (0.0, -1.0, 2.0, NAN))):
+        with pytest.raises(ValueError, match=f"{list(arguments)[-1]}: expected"):
+            Shard(**arguments)
+    with pytest.raises(TypeError, match="query: expected a tensor"):
+        nearest_class([[1.0, 2.0]], shard=Shard(2))
+    with pytest.raises(ValueError, match="query: expected at least 2 classes on all ranks, got 1"):
+        nearest_class(W[:1], shard=Shard(1))
+
+
+def test_nearest_index_is_a_tensor():
+    with pytest.raises(TypeError, match="nearest.index: expected .* int64, got list"):
+        exclusive_regularization(W, nearest=(torch.ones(len(W)), [0] * len(W)))
+
+
+def test_numpy_integer_is_an_ignore_index():
+    labels = torch.where(Y == Y[0], -1, Y)
+    expected = margin_cross_entropy(X, W, labels, ignore_index=-1)
+    assert torch.equal(margin_cross_entropy(X, W, labels, ignore_index=np.int64(-1)), expected)
+    assert fm.ArcFaceLoss(5, 4, ignore_index=np.int64(-1)).ignore_index == -1
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Results are the same for every instruction set of this machine and any number of threads."""
+"""Results are equal up to rounding for every instruction set of this machine and any number of threads."""
 
 import pytest
 import torch

@@ -43,12 +43,12 @@ def test_opcheck_forward(keep, uniform, nearest):
     scale = (torch.rand(9, dtype=torch.float64) + 5).requires_grad_()
     class_weight = torch.rand(50, dtype=torch.float64) if uniform else None
     for s in (scale, None):
-        inputs = LossInputs(leaf(x), leaf(w), 1 << 20, PORTABLE, y, s, 64.0, class_weight, nearest)
+        inputs = LossInputs(leaf(x), leaf(w), 1 << 20, PORTABLE, y, s, 64.0, class_weight, nearest, num_classes=50)
         torch.library.opcheck(library.forward_chunks, (*arguments_of(inputs), uniform, -100, keep))
 
 
 def test_opcheck_nearest_only():
-    inputs = LossInputs(None, leaf(torch.randn(50, 8)), 1 << 20, PORTABLE, nearest=True)
+    inputs = LossInputs(None, leaf(torch.randn(50, 8)), 1 << 20, PORTABLE, nearest=True, num_classes=50)
     torch.library.opcheck(library.forward_chunks, (*arguments_of(inputs), False, 0, False))
 
 
@@ -65,7 +65,7 @@ def test_opcheck_nearest_only():
 )
 def test_opcheck_portable_options(options):
     x, w, y = single(9, 50, 8)
-    inputs = LossInputs(leaf(x), leaf(w), 1 << 20, PORTABLE, y % 10, scale_value=4.0, **options)
+    inputs = LossInputs(leaf(x), leaf(w), 1 << 20, PORTABLE, y % 10, scale_value=4.0, num_classes=len(w), **options)
     torch.library.opcheck(library.forward_chunks, (*arguments_of(inputs), False, -100, True))
 
 
@@ -80,7 +80,7 @@ def test_opcheck_backward():
         None,
     ]
     for options in ({"nearest": True}, {"inner_product": True, "bias": torch.randn(50, dtype=torch.float64)}):
-        arguments = arguments_of(LossInputs(x, w, 1 << 20, PORTABLE, y, **options))
+        arguments = arguments_of(LossInputs(x, w, 1 << 20, PORTABLE, y, num_classes=len(w), **options))
         saved = library.forward_chunks(*arguments, False, -100, True)
         if "bias" in options:
             upstream[3], upstream[4] = None, torch.randn(9, dtype=torch.float64)

@@ -124,6 +124,8 @@ INVALID = [
     (fm.L2SoftmaxLoss, "alpha", 0.0, ValueError),
     (fm.ArcFaceLoss, "scale", -1.0, ValueError),
     (fm.ArcFaceLoss, "scale", torch.ones(3), ValueError),
+    (fm.ArcFaceLoss, "scale", torch.tensor(64), TypeError),
+    (fm.ArcFaceLoss, "margin", float("-inf"), ValueError),
     (fm.ArcFaceLoss, "beyond_pi", "wrap", ValueError),
     (fm.ArcFaceLoss, "gradient", "wrong", ValueError),
     (fm.ArcFaceLoss, "label_smoothing", 1.5, ValueError),
@@ -224,8 +226,14 @@ def test_margin_function_uses_the_attributes():
     l_softmax = fm.LSoftmaxLoss(30, 8)
     l_softmax.margin_function = fm.Margin(m1=2.0)
     assert l_softmax.margin == 2.0
-    with pytest.raises(ValueError, match="margin_function: expected m1 alone"):
-        l_softmax.margin_function = fm.Margin(m1=2.0, m2=0.1)
+    for wrong in (fm.Margin(m1=2.0, m2=0.1), fm.Margin(m1=torch.ones(3))):
+        with pytest.raises(ValueError, match="margin_function: expected m1 alone"):
+            l_softmax.margin_function = wrong
+    with pytest.raises(ValueError, match="margin_function: expected m3=0 in ArcFaceLoss"):
+        loss_fn.margin_function = fm.Margin(m3=torch.ones(3))
+    for module in (loss_fn, l_softmax):
+        with pytest.raises(TypeError, match="margin_function: expected a fused_margin.Margin, got float"):
+            module.margin_function = 0.5
 
 
 @pytest.mark.parametrize("learned", [False, True])
@@ -244,6 +252,14 @@ def test_number_fills_tensor_scale(learned):
     alpha = fm.L2SoftmaxLoss(30, 8)
     alpha.alpha = 4.0
     assert isinstance(alpha.alpha, nn.Parameter) and alpha.alpha == 4.0
+
+
+@pytest.mark.parametrize("scale", [torch.tensor(20.0), nn.Parameter(torch.tensor(20.0))], ids=["buffer", "parameter"])
+def test_tensor_scale_becomes_a_number_after_none(scale):
+    loss_fn = fm.ArcFaceLoss(30, 8, scale=scale)
+    loss_fn.scale = None
+    loss_fn.scale = 30.0
+    assert loss_fn.scale == 30.0 and list(loss_fn.state_dict()) == ["weight"]
 
 
 def test_alpha_none_is_learned():

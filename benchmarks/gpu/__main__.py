@@ -63,20 +63,14 @@ NCU_SECTIONS = (
 )  # fmt: skip
 FIND = "import importlib.util, sys; print(*(name for name in sys.argv[1:] if not importlib.util.find_spec(name)))"
 DESCRIBE = """
-import json, platform, torch
-import fused_margin as fm
+import json
+from benchmarks.common.environment import hardware, versions
 from benchmarks.kernels import comparisons
 if why := comparisons.missing("cuda"):
     raise SystemExit(why)
-gpu = torch.cuda.get_device_properties()
-print(json.dumps({
-    "families": comparisons.available_families(),
-    "hardware": {"gpu": gpu.name, "gpu_capability": f"{gpu.major}.{gpu.minor}"},
-    "versions": {
-        "python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda,
-        "fused_margin": fm.build_info(),
-    },
-}))
+print(json.dumps(
+    {"families": comparisons.available_families(), "hardware": hardware("cuda"), "versions": versions()}
+))
 """
 
 

@@ -34,8 +34,8 @@ class Config:
     """D."""
     classes: int = 100_000
     """C, over all processes."""
-    world: int = 2
-    """Processes, with one thread each."""
+    world_size: int = 2
+    """Number of processes, with one thread each."""
     rounds: int = 7
     """Timed rounds, after one untimed round. Each round runs every variant once."""
     output: Path | None = None
@@ -47,7 +47,7 @@ def main() -> None:
     torch.manual_seed(0)
     context = mp.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
-        pipes = [context.Pipe() for _ in range(config.world)]
+        pipes = [context.Pipe() for _ in range(config.world_size)]
         processes = [
             context.Process(target=work, args=(config, rank, f"{folder}/store", there), daemon=True)
             for rank, (_, there) in enumerate(pipes)
@@ -58,7 +58,7 @@ def main() -> None:
         workers = [here for here, _ in pipes]
         rounds = [
             {
-                "whole, all threads": timed(step, config.world),
+                "whole, all threads": timed(step, config.world_size),
                 "whole, one thread": timed(step, 1),
                 "sharded": ask(workers, "step"),
                 "its messages alone": ask(workers, "messages"),
@@ -108,10 +108,10 @@ def whole_step(config: Config) -> Callable[[], None]:
 def work(config: Config, rank: int, store: str, pipe) -> None:
     """One worker: runs the tasks that it receives, and sends their seconds."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=config.world)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=config.world_size)
     torch.manual_seed(rank)
     loss_fn = fm.ArcFaceLoss(config.classes, config.size, process_group=dist.group.WORLD)
-    begin, end = slice_of(config.samples, rank, config.world)
+    begin, end = slice_of(config.samples, rank, config.world_size)
     embeddings = torch.randn(end - begin, config.size, requires_grad=True)
     labels = torch.randint(config.classes, (end - begin,))
 
@@ -127,7 +127,7 @@ def work(config: Config, rank: int, store: str, pipe) -> None:
     while (task := pipe.recv()) is not None:
         dist.barrier()
         if task == "wait":
-            pipe.send(waited_for_embeddings(step, config.size))
+            pipe.send(waited_for_embeddings(step, (-(-config.samples // config.world_size), config.size)))
             continue
         started = time.perf_counter()
         tasks[task]()
@@ -135,8 +135,8 @@ def work(config: Config, rank: int, store: str, pipe) -> None:
     dist.destroy_process_group()
 
 
-def waited_for_embeddings(step: Callable[[], None], size: int) -> float:
-    """Seconds that a step waits for gathered embeddings (N, size)."""
+def waited_for_embeddings(step: Callable[[], None], shape: tuple[int, int]) -> float:
+    """Seconds that a step waits for gathered embeddings, of this shape on each rank."""
     start, waited = Shard.start_all_gather, []
 
     def start_all_gather(shard: Shard, rows: torch.Tensor):
@@ -145,7 +145,7 @@ def waited_for_embeddings(step: Callable[[], None], size: int) -> float:
         def timed_wait() -> None:
             started = time.perf_counter()
             wait()
-            if rows.shape[-1] == size:
+            if rows.shape == shape:
                 waited.append(time.perf_counter() - started)
 
         return gathered, timed_wait

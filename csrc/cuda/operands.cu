@@ -53,8 +53,9 @@ __global__ void prepare_rows(PrepareRows p) {
     if (i >= p.samples) return;
     Logit logit = Logit::of(value_at(p.scale, i));
     float lowest = rintf(logit(-1.001f * kOperandScale * kOperandScale, 1.0f));
-    p.prepared[i] = {logit.high, logit.low, p.exponent ? static_cast<float>(p.exponent[i]) : lowest,
-                     static_cast<int>(p.labels[i])};
+    const int label =
+        p.labels[i] < 0 ? -1 : static_cast<int>(p.labels[i]); // a class of another rank does not fit an int
+    p.prepared[i] = {logit.high, logit.low, p.exponent ? static_cast<float>(p.exponent[i]) : lowest, label};
 }
 
 // One warp per row.

@@ -32,10 +32,10 @@ struct TensorProduct {
     int parts;
 };
 
-// The product itself, as accumulated. A test of a device starts with it: small integers must come out exact.
+// The product as accumulated. Tests of a device begin with this kernel: products of small integers must be exact.
 struct TensorDump {
     TensorProduct product;
-    bool wide;  // with the tile width of the exponent sum, else that of the other kernels
+    bool wide;  // sm90: with the tile width of the exponent sum with a fixed exponent, else 128; sm80 has one width
     float* out; // [rows, columns]
 };
 
@@ -43,7 +43,7 @@ struct TensorDump {
 struct TensorRow {
     float high, low; // a = scale * log2(e) in two parts: rounding a to one float would cost |a cos| / 2^25
     float exponent;
-    int label;
+    int label; // -1 if the target is none of the classes
 };
 struct PrepareRows {
     const int64_t* labels;  // [N]
@@ -105,9 +105,7 @@ struct UnpackNearest {
 
 #define FM_DECLARE(P) void run(const P&, void* stream);
 FM_TENSOR_HELPERS(FM_DECLARE)
-#undef FM_DECLARE
 
-#define FM_DECLARE(P) void run(const P&, void* stream);
 namespace sm80 {
 FM_TENSOR_PRODUCTS(FM_DECLARE)
 int slots(); // of the current device

@@ -14,7 +14,7 @@ from fused_margin.trainer.export import ExportError, export
 from fused_margin.trainer.models import BackboneError
 from fused_margin.trainer.train.checkpoint import FILE_NAME, CheckpointError
 
-from .common import command_consoles, failed, find_latest_run
+from .common import INTERRUPTED, command_consoles, failed, find_latest_run
 
 PROG = "fused-margin export"
 
@@ -47,6 +47,9 @@ def main(args: Sequence[str]) -> int:
     try:
         run = config.run or find_latest_run("export", "its path")
         export(run / FILE_NAME if run.is_dir() else run, config.output, console, config.backbone)
+    except KeyboardInterrupt:
+        console.print("interrupted")
+        return INTERRUPTED
     except (BackboneError, CheckpointError, ExportError, OSError) as error:
         return failed(errors, error)
     return 0

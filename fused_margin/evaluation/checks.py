@@ -28,12 +28,16 @@ def check_scores(name: str, scores: np.ndarray) -> None:
         raise ValueError(f"{name}: expected finite scores, got {np.count_nonzero(~np.isfinite(scores))} that are not")
 
 
-def check_folds(same: np.ndarray, fold: np.ndarray, num_pairs: int) -> None:
-    """Raise ValueError unless a threshold can be chosen on the pairs outside each fold."""
+def check_pair_arrays(same: np.ndarray, fold: np.ndarray, num_pairs: int) -> None:
     if same.dtype != np.bool_ or same.shape != (num_pairs,):
         raise ValueError(f"same: expected ({num_pairs},) bool, one per pair, got {same.shape} {same.dtype}")
     if not np.issubdtype(fold.dtype, np.integer) or fold.shape != (num_pairs,):
         raise ValueError(f"fold: expected ({num_pairs},) integers, one per pair, got {fold.shape} {fold.dtype}")
+
+
+def check_folds(same: np.ndarray, fold: np.ndarray, num_pairs: int) -> None:
+    """Raise ValueError unless a threshold can be chosen on the pairs outside each fold."""
+    check_pair_arrays(same, fold, num_pairs)
     numbers = np.unique(fold)
     if len(numbers) < 2:
         raise ValueError(f"fold: expected two folds or more, got {len(numbers)}")

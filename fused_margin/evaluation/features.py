@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import struct
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -178,7 +179,16 @@ def _load_numpy(path: Path) -> np.ndarray | dict[str, np.ndarray]:
             return loaded
         with loaded:
             return dict(loaded)
-    except (AttributeError, EOFError, TypeError, ValueError, zipfile.BadZipFile) as error:
+    except (
+        AttributeError,
+        EOFError,
+        NotImplementedError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
         raise DataError(f"{path} is not a file of arrays (.npy, .npz): {error}") from error
 
 

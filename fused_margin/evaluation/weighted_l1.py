@@ -10,6 +10,8 @@ from sklearn.model_selection import GridSearchCV, GroupKFold, StratifiedKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from .checks import check_features, check_integers, check_pair_arrays
+
 BLOCK_VALUES = 2**23  # differences in memory at a time, 64 MiB in float64
 REGULARISATION = tuple(10.0**n for n in range(-4, 2))  # scikit-learn's C: the inverse of the L2 penalty's strength
 INNER_FOLDS = 3  # of the cross-validation that chooses C
@@ -56,8 +58,11 @@ def fit_head(
         seed: of the random subset.
 
     Raises:
-        ValueError: there are fewer than three genuine or three impostor pairs.
+        ValueError: an array has a wrong shape or dtype, or there are fewer than three genuine or three impostor pairs.
     """
+    check_features("features", features)
+    check_integers("pairs", pairs, (None, 2))
+    check_pair_arrays(same, fold, len(pairs))
     if max_pairs is None:
         max_pairs = max(1000, BLOCK_VALUES // features.shape[1])
     if len(pairs) > max_pairs:

@@ -81,7 +81,7 @@ class AdaFaceLoss(RunningState, MarginLoss):
     @torch.no_grad()
     def statistics(self, norm: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The running statistics after this batch, without ignored samples and norms that are not finite."""
-        counts = (labels != self.ignore_index) & norm.isfinite()
+        counts = (labels.long() != self.ignore_index) & norm.isfinite()
         count = self.all_reduce(counts.sum())
         mean = self.all_reduce(torch.where(counts, norm, 0.0).sum()) / count
         variance = self.all_reduce(torch.where(counts, (norm - mean) ** 2, 0.0).sum()) / (count - 1)
@@ -177,7 +177,7 @@ class MagFaceLoss(MarginLoss):
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         loss = super().forward(embeddings, labels)
         norm = embedding_norm(embeddings, *self.norms)
-        counts = labels != self.ignore_index
+        counts = labels.long() != self.ignore_index
         penalty = torch.where(counts, 1 / norm + norm / self.norms[1] ** 2, 0.0)
         if self.reduction == "mean":
             penalty = mean_over(self.all_reduce(penalty.sum()), self.all_reduce(counts.sum()))
@@ -319,7 +319,7 @@ class CurricularFaceLoss(RunningState, MarginLoss):
     @torch.no_grad()
     def next_t(self, cosine: Tensor, labels: Tensor) -> Tensor:
         """t after this batch of target cosines (N,), without ignored samples."""
-        counts = (labels != self.ignore_index) & cosine.isfinite()
+        counts = (labels.long() != self.ignore_index) & cosine.isfinite()
         count = self.all_reduce(counts.sum())
         mean = self.all_reduce(torch.where(counts, cosine, 0.0).sum()) / count
         momentum = self.momentum if self.training else 0.0

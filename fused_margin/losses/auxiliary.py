@@ -23,7 +23,7 @@ class AuxiliaryLoss(settings.Settings):
 
     SETTINGS: ClassVar[dict[str, settings.Check]] = {
         "reduction": settings.REDUCTION,
-        "ignore_index": settings.index,
+        "ignore_index": settings.integer,
         "workspace_mb": settings.WORKSPACE_MB,
     }
     reduction: str

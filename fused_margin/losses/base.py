@@ -41,7 +41,7 @@ class ClassificationLoss(settings.Settings):
         "exclusive_weight": settings.number(0.0),
         "exclusive_refresh": checked_refresh,
         "reduction": settings.REDUCTION,
-        "ignore_index": settings.index,
+        "ignore_index": settings.integer,
         "label_smoothing": settings.LABEL_SMOOTHING,
         "workspace_mb": settings.WORKSPACE_MB,
     }
@@ -335,6 +335,9 @@ class MarginLoss(ClassificationLoss):
             self._parameters.pop("scale", None)
             self.register_buffer("scale", value)
         else:
+            if not isinstance(value, Tensor):  # a registered name that is None accepts no number
+                self._buffers.pop("scale", None)
+                self._parameters.pop("scale", None)
             super().keep_setting(name, value)
 
     def warn_if_small(self, scale: float) -> None:
@@ -384,14 +387,15 @@ class MarginLoss(ClassificationLoss):
 
     @margin_function.setter
     def margin_function(self, value: Margin) -> None:
-        _checks.instance("margin", value, Margin)
+        _checks.instance("margin_function", value, Margin)
         names = {number: setting for setting, number in self.NUMBERS.items()}
         for number, default in (("m1", 1.0), ("m2", 0.0), ("m3", 0.0), ("annealing", 0.0)):
             if number in names or number in self.numbers:
                 continue
-            if getattr(value, number) is not default and getattr(value, number) != default:
+            given = getattr(value, number)
+            if isinstance(given, Tensor) or given != default:
                 raise ValueError(
-                    f"margin_function: expected {number}={default:g} in {type(self).__name__}, got {getattr(value, number)}"
+                    f"margin_function: expected {number}={default:g} in {type(self).__name__}, got {given}"
                 )
         self.numbers = {number: getattr(value, number) for number in self.numbers}
         for number, setting in (*names.items(), *((name, name) for name in self.margin_options)):

@@ -120,11 +120,9 @@ class ExclusiveRegularizer(settings.Settings):
         if self.refresh == "every_step":
             return None
         shard = self.shard
-        _checks.class_weights(weight, at_least=2 if shard is None else 0)
+        _checks.several_classes("weight", weight, shard)
         if shard is not None and not torch.compiler.is_compiling():
             library.refuse_transforms(weight)
-        if shard is not None and _checks.shard(shard, weight, 1, 0.0) < 2:
-            _checks.class_weights(weight, at_least=2)
         weight, workspace_bytes = weight.detach(), int(self.workspace_mb * MIB)
         group = ("", len(weight)) if shard is None else (shard.name, shard.num_classes)
         if self.refresh == "certified":

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from fused_margin import _checks
-from fused_margin.margins import BEYOND_PI, GRADIENT, Margin, is_number, warn_of_degrees
+from fused_margin.margins import BEYOND_PI, GRADIENT, Margin, warn_of_degrees
 
 Check = Callable[[str, Any], Any]  # raises, or returns the value to store
 
@@ -99,7 +99,7 @@ def margin_number(name: str, value: float | Tensor) -> float | Tensor:
     """m1, m2 or m3 of :class:`fused_margin.Margin`."""
     number_of_margin: dict[str, Any] = {name: value}
     Margin(**number_of_margin)  # checks the value
-    if name == "m2" and is_number(value):
+    if name == "m2" and _checks.is_number(value):
         warn_of_degrees(name, value)
     return real(value)
 
@@ -108,6 +108,8 @@ def scale(name: str, value: float | Tensor | None) -> float | Tensor | None:
     _checks.scale(value)
     if isinstance(value, Tensor) and value.dim() != 0:
         raise ValueError(f"scale: expected a number or a 0-d tensor, got shape {tuple(value.shape)}")
+    if isinstance(value, Tensor) and not value.is_floating_point():
+        raise TypeError(f"scale: expected a number or a floating-point tensor, got {value.dtype}")
     return real(value)
 
 
@@ -129,14 +131,13 @@ def switch(name: str, value: bool) -> bool:
     return bool(value)
 
 
-def index(name: str, value: int) -> int:
-    _checks.index(name, value)
-    return value
+def integer(name: str, value: int) -> int:
+    return _checks.integer(name, value)
 
 
 def real(value: Any) -> Any:
     """Converts a number to a float: in torch.compile floats are variables, but integers and NumPy's numbers constants."""
-    return float(value) if is_number(value) else value
+    return float(value) if _checks.is_number(value) else value
 
 
 # Checks of options that several modules share.

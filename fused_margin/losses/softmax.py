@@ -212,10 +212,11 @@ class LSoftmaxLoss(AnnealedMargin, SoftmaxLoss):
 
     @margin_function.setter
     def margin_function(self, value: Margin) -> None:
-        _checks.instance("margin", value, Margin)
-        if value != Margin(m1=value.m1):
+        _checks.instance("margin_function", value, Margin)
+        numbers = (value.m1, value.m2, value.m3, value.annealing)
+        if any(isinstance(number, Tensor) for number in numbers) or value != Margin(m1=value.m1):
             raise ValueError(f"margin_function: expected m1 alone in LSoftmaxLoss, got {value}")
-        self.margin = value.m1  # type: ignore[assignment]  # the setting's check rejects a tensor
+        self.margin = value.m1  # type: ignore[assignment]  # not a tensor
 
     def target_margin(self) -> Margin:
         return self.annealed(self.margin_function)

@@ -140,6 +140,14 @@ def test_out_of_memory_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     assert lean.failure == "does not fit: asked for 2.0 GiB more"
 
 
+def test_missing_answer_in_float64_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    contestants = [Contestant(peers.OURS, "arcface", {"plain": lambda inputs: LossStep(peers.lean_arcface, inputs)})]
+    monkeypatch.setattr(peers, "step_contestants", lambda *_: contestants)
+    monkeypatch.setattr(Runner, "_truths", lambda *_: {})
+    (entry,) = runner().accuracy(Shape(8, 16, 100)).entries
+    assert entry.errors == {} and entry.failure == "the float64 answer does not fit"
+
+
 def test_wrong_results_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = Contestant(peers.OURS, "normface", {"plain": lambda inputs: LossStep(peers.lean_arcface, inputs)})
     monkeypatch.setattr(peers, "step_contestants", lambda *_: [wrong])

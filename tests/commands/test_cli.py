@@ -70,6 +70,7 @@ def test_names_are_printed_unchanged(face_folder, tmp_path, tiny_options, capsys
 def test_usage(capsys):
     assert cli.main([]) == 0
     assert "usage: fused-margin" in capsys.readouterr().out
+    assert "unrecognized arguments: --verison" in fails(capsys, 2, "--verison")
     assert "invalid choice: 'trian'" in fails(capsys, 2, "trian")
     assert "unrecognized arguments: --verbose" in fails(capsys, 2, "info", "--verbose")
     assert fails(capsys, 0, "--version") == f"fused-margin {fm.__version__}"
@@ -159,8 +160,8 @@ def test_help_names_the_options_of_each_loss(capsys, monkeypatch):
         assert loss in help_text
         for name in options:
             assert f"{name}=" in help_text, (loss, name)
-    assert "all but softmax, l2-softmax, l-softmax: sub_centers=1" in help_text
-    assert "l-softmax: sub_centers=1 annealing=True" in help_text
+    assert "all but softmax, l2-softmax, l-softmax, curricularface:" in help_text
+    assert "l-softmax, sphereface: annealing=True" in help_text  # l-softmax refuses sub_centers and label_smoothing
     assert "(default: none)" in help_text and "(default: )" not in help_text
     assert "magface: margins=0.45,0.8" in help_text and "0.35 for cosface" in help_text
 

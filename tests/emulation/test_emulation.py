@@ -105,7 +105,10 @@ def test_nearest_classes_in_chunks(emulated, monkeypatch, size, workspace_mb):
     for unit in (torch.eye(5)[torch.arange(301) % 5], F.normalize(torch.randn(301, 12))):
         w = unit * size
         actual = forward_backward.forward(
-            LossInputs(None, w, int(workspace_mb * 2**20), PORTABLE, nearest=True), False, -100, True
+            LossInputs(None, w, int(workspace_mb * 2**20), PORTABLE, nearest=True, num_classes=len(w)),
+            False,
+            -100,
+            True,
         )
         cosine = (unit.double() @ unit.double().t()).fill_diagonal_(-2.0).amax(1)
         torch.testing.assert_close(actual.nearest_cosine.double(), cosine, rtol=0, atol=1e-6)
@@ -162,7 +165,7 @@ def rows_of(count, size, dtype, layout):
     return in_layout(rows.to(dtype), layout)
 
 
-def is_close(measured, expected, compute):
+def assert_close_to(measured, expected, compute):
     torch.testing.assert_close(
         measured.double(), expected, rtol=0, atol={torch.float32: 2e-5, torch.float64: 1e-12}[compute]
     )
@@ -189,11 +192,11 @@ def test_norms_of_rows_in_any_layout(run, dtype, layout):
         expected[3] = 0
         inverse_norm = torch.full((5,), math.nan, dtype=compute)
         run.row_normalize(rows=rows, normalized=None, inverse_norm=inverse_norm, count=5, size=size)
-        is_close(inverse_norm, expected, compute)
+        assert_close_to(inverse_norm, expected, compute)
         for out in ("contiguous", "misaligned"):
             normalized = in_layout(torch.full((5, size), math.nan, dtype=compute), out)
             run.row_normalize(rows=rows, normalized=normalized, inverse_norm=inverse_norm, count=5, size=size)
-            is_close(normalized, rows.double() * expected[:, None], compute)
+            assert_close_to(normalized, rows.double() * expected[:, None], compute)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -213,7 +216,7 @@ def test_target_cosines_of_rows_in_any_layout(run, dtype, layout):
                 )  # fmt: skip
                 a, b = (t.double() if inner_product else F.normalize(t.double()) for t in (x, w))
                 best = (a @ b.t()).view(5, -1, sub_centers)[torch.arange(4), labels[:4]].max(dim=1)
-                is_close(cosine[:4] / size, best.values / size, torch.float64)
+                assert_close_to(cosine[:4] / size, best.values / size, torch.float64)
                 assert size == 1 or torch.equal(row[:4], labels[:4] * sub_centers + best.indices)
                 assert cosine[4] == 0 and row[4] == -1
 
@@ -259,7 +262,7 @@ def test_weight_gradients_of_rows_in_any_layout(run, dtype, layout, terms):
                 gradient=gradient, weight=w, inverse_norm=inverse, samples=samples, classes=classes, size=size,
                 class_begin=begin, chunk=end - begin, inner_product=terms == "inner product", **options,
             )  # fmt: skip
-            is_close(gradient, expected, compute)
+            assert_close_to(gradient, expected, compute)
 
 
 @pytest.mark.parametrize("inner_product", [False, True])
@@ -293,7 +296,7 @@ def test_embedding_gradients_of_rows_in_any_layout(run, dtype, layout, inner_pro
                 uniform_gradient=of_uniform, uniform_weight=uniform, scale_gradient=scale_gradient, samples=samples,
                 classes=classes, size=size, inner_product=inner_product,
             )  # fmt: skip
-            is_close(gradient, expected, compute)
+            assert_close_to(gradient, expected, compute)
             torch.testing.assert_close(scale_gradient, of_scale, rtol=1e-12, atol=1e-11)
 
 

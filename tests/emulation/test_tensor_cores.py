@@ -6,11 +6,12 @@ import pytest
 import tensor_core_model
 import torch
 from loss_inputs import LAYOUTS, in_layout, leaf, loss_and_gradients, ours, problem, relative_error, truth
+from torch.nn import functional as F
 
 import fused_margin as fm
 from emulation import build
 from fused_margin import reference
-from fused_margin._ops import library
+from fused_margin._ops import divided, library
 from fused_margin._ops.backends import select, tensor_cores
 from fused_margin._ops.backends.select import Kernels
 from fused_margin._ops.inputs import LossInputs
@@ -146,13 +147,31 @@ def test_losses_and_gradients(family, precision, shape):
     ids=str,
 )
 def test_exponent_sum(family, precision, shape):
-    """The tolerances of tests/cuda. A scale of one detects a class that is missing or counted twice."""
+    """A scale of one detects a class that is missing or counted twice."""
     x, w, y = single(*shape)
     cosines = reference.normalize(x.double()) @ reference.normalize(w.double()).t()
     for scale, limit in ((64.0, 2e-5), (1.0, 2e-6)):
         nlse, _ = fm.functional.cosine_logsumexp(x, w, y, scale)
         others = (scale * cosines).scatter(1, y[:, None], -math.inf).logsumexp(1)
         assert (nlse - others).abs().max() < limit
+
+
+def test_label_of_another_rank(family, precision):
+    """Divided classes: the rank that does not have the class of a sample sums over all of its own classes."""
+    x, w, y = single(40, 300, 48)
+    y[::2] = divided.OTHER_CLASS
+    exact_x, exact_w = leaf(x.double()), leaf(w.double())
+    logits = 8.0 * reference.normalize(exact_x) @ reference.normalize(exact_w).t()
+    own = torch.where(y < 0, 300, y)[:, None]
+    expected = F.pad(logits, (0, 1)).scatter(1, own, -math.inf)[:, :300].logsumexp(1)
+    expected.sum().backward()
+    x, w = leaf(x), leaf(w)
+    inputs = LossInputs(x, w, 1 << 20, select.select_backend(x, w, 8.0), y, scale_value=8.0, num_classes=300)
+    output = library.run_forward(inputs, False, divided.OTHER_CLASS)
+    logsumexp = output.largest_logit + output.relative_logsumexp
+    logsumexp.sum().backward()
+    for measured, exact in ((logsumexp, expected), (x.grad, exact_x.grad), (w.grad, exact_w.grad)):
+        assert relative_error(measured.detach(), exact.detach()) < precision
 
 
 def test_long_sums_of_split_operands(family, monkeypatch):
@@ -296,7 +315,7 @@ def test_opcheck(family, keep, exact):
     x, w, y = single(9, 200, 40)
     backend = f"{family} {select.SPLIT}" if exact else family
     scale = (torch.rand(9, dtype=torch.float64) + 5).requires_grad_()
-    inputs = LossInputs(leaf(x), leaf(w), 1 << 18, backend, y, scale, nearest=True)
+    inputs = LossInputs(leaf(x), leaf(w), 1 << 18, backend, y, scale, nearest=True, num_classes=len(w))
     arguments = [getattr(inputs, field.name) for field in library.FIELDS]
     torch.library.opcheck(library.forward_chunks, (*arguments, False, -100, keep))
 

@@ -79,6 +79,10 @@ def test_broken_features(tmp_path):
     saved("objects.npy", np.save, np.array([Command(os.system, ("touch called",))], object), allow_pickle=True)
     saved("labels.npz", np.savez, features=VECTORS, labels=np.arange(5))
     saved("names.npz", np.savez, embeddings=VECTORS)
+    saved("flipped.npz", np.savez_compressed, features=VECTORS)
+    compressed = bytearray((tmp_path / "flipped.npz").read_bytes())
+    compressed[80:120] = bytes(255 - byte for byte in compressed[80:120])
+    put(tmp_path / "flipped.npz", bytes(compressed))
     put(tmp_path / "cut.npz", (tmp_path / "names.npz").read_bytes()[:-30])
     put(tmp_path / "cut.bin", matrix(VECTORS)[:-1])
     put(tmp_path / "long.bin", matrix(VECTORS) + b"\0")
@@ -96,6 +100,7 @@ def test_broken_features(tmp_path):
         "labels.npz": r"expected 6 labels, one per vector, got \(5,\)",
         "names.npz": "has the arrays embeddings: expected `features`",
         "cut.npz": "not a zip file",
+        "flipped.npz": "is not a file of arrays .*decompress",
         "cut.bin": "has 119 bytes of values where 6 rows of 20 bytes are expected",
         "long.bin": "has 121 bytes of values where 6 rows",
         "short.bin": "it has 4 bytes",

@@ -151,3 +151,24 @@ def test_too_few_pairs_of_a_kind():
         weighted_l1_pairs(np.eye(40), pairs, same, np.arange(20) % 2)
     with pytest.raises(ValueError, match="features: expected finite"):
         weighted_l1_pairs(np.full((40, 2), np.nan), pairs, same)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"features": np.ones(8)}, "features: expected"),
+        ({"pairs": np.zeros((20, 3), int)}, "pairs: expected"),
+        ({"pairs": np.zeros((20, 2))}, "pairs: expected .* float64"),
+        ({"same": np.ones(20)}, "same: expected"),
+        ({"fold": np.zeros(3, int)}, "fold: expected"),
+    ],
+)
+def test_wrong_arrays(change, message):
+    arrays = {
+        "features": np.eye(40),
+        "pairs": np.arange(40).reshape(20, 2),
+        "same": np.arange(20) < 10,
+        "fold": np.zeros(20, int),
+    }
+    with pytest.raises(ValueError, match=message):
+        fit_head(**arrays | change)

@@ -72,6 +72,9 @@ def test_interrupted_comparison_continues(config, monkeypatch):
 
     with pytest.raises(CheckpointError, match="other options: --epochs 2"):
         compare(dataclasses.replace(config, epochs=2), console)
+    monkeypatch.setattr(module, "load_run", lambda *_: {"config": {"of": "another version"}})
+    with pytest.raises(CheckpointError, match=f"cannot continue {config.output / RANDOM}-3: "):
+        compare(config, console)
 
 
 def test_table():

@@ -201,3 +201,9 @@ def test_blur_keeps_the_sum_and_has_the_given_width():
     variance = (blurred.sum(dim=3) * rows).sum(dim=2)
     torch.testing.assert_close(variance[1], torch.ones(2), rtol=0.02, atol=0)
     assert (variance[2] > 3).all()  # four, up to the truncated tails
+
+
+@pytest.mark.parametrize("fraction", [0.9, 0.95])
+def test_fraction_that_leaves_no_classes(fraction):
+    with pytest.raises(DataError, match="identities in digits are for verification, which leaves fewer than two"):
+        load_splits("digits", (8, 8), 1, fraction, seed=0)

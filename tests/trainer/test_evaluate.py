@@ -139,6 +139,14 @@ def test_evaluation_on_other_images(trained, face_folder, capsys):
     assert report["result"]["accuracy"] > 0.6  # even an untrained network separates these patterns
 
 
+def test_embedded_images_are_not_a_folder_of_that_name(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "digits").mkdir()
+    (tmp_path / "digits" / "pairs.txt").write_text("not a list\n")
+    report = evaluate("--checkpoint", trained.resolve(), "--data", "digits", "--num-pairs", 60)
+    assert "handwritten digits" in report["input"]["description"]
+
+
 def test_other_images_need_no_split(face_folder, capsys, tmp_path):
     """A run trained on all identities can be evaluated on other images, and any run on two identities."""
     assert cli.main([*TRAIN.split(), "--epochs", "1", "--test-fraction", "0", "--output", "all"]) == 0

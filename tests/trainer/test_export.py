@@ -75,6 +75,10 @@ def test_average_of_a_network_with_batch_norm(tiny_config):
     assert "-1 to 1" in metadata["input"] and "not normalised" in metadata["output"]
 
 
+def interrupted(*_):
+    raise KeyboardInterrupt
+
+
 def test_command(tiny_config, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["export"]) == 1
@@ -92,6 +96,9 @@ def test_command(tiny_config, tmp_path, monkeypatch, capsys):
     ]
     assert cli.main(["export", "nowhere"]) == 1
     assert "no checkpoint at nowhere" in capsys.readouterr().err
+    monkeypatch.setattr("fused_margin.commands.export.export", interrupted)
+    assert cli.main(["export", str(tiny_config.output)]) == 130
+    assert "interrupted" in capsys.readouterr().out
 
 
 def test_file_with_other_results_is_an_error(tiny_config, monkeypatch):

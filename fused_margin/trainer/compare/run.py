@@ -87,7 +87,10 @@ def measure(config: TrainConfig, *, trained: bool) -> dict[str, float]:
     quiet, output = Console(quiet=True), config.output_folder
     done, checkpoint = output / "measured.json", output / FILE_NAME
     if checkpoint.exists():
-        started_with = TrainConfig.from_dict(load_run(checkpoint, "continue")["config"])
+        try:
+            started_with = TrainConfig.from_dict(load_run(checkpoint, "continue")["config"])
+        except ValueError as error:
+            raise CheckpointError(f"cannot continue {output}: {error}") from error
         if differences := config.differences(started_with):
             raise CheckpointError(f"{output} has a run with other options: {'; '.join(differences)}")
     if done.exists():
@@ -114,7 +117,9 @@ def measure(config: TrainConfig, *, trained: bool) -> dict[str, float]:
         "sep_mean": pairs["separability"]["mean"],
         "sep_std": pairs["separability"]["std"],
     }
-    done.write_text(json.dumps(measured) + "\n", encoding="utf-8")
+    unfinished = done.with_suffix(".unfinished")  # so that an interruption leaves a complete file or none
+    unfinished.write_text(json.dumps(measured) + "\n", encoding="utf-8")
+    unfinished.replace(done)
     return measured
 
 

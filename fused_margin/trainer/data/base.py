@@ -146,14 +146,23 @@ def seeded_generator(*entropy: int, device: str | torch.device = "cpu") -> torch
 
 
 def split_identities(
-    num_identities: int, test_fraction: float, seed: int, eligible: np.ndarray | None = None
+    source: str, num_identities: int, test_fraction: float, seed: int, eligible: np.ndarray | None = None
 ) -> tuple[list[int], list[int]]:
-    """Training and test identities, ascending. Test identities are `eligible` ones; a fraction of 0 gives none."""
+    """Training and test identities, ascending. Test identities are `eligible` ones; a fraction of 0 gives none.
+
+    Raises:
+        DataError: fewer than two identities remain for training.
+    """
     candidates = np.arange(num_identities) if eligible is None else eligible
     # At least two, for impostor pairs.
     num_test = min(max(2, round(test_fraction * num_identities)), len(candidates)) if test_fraction else 0
     test = np.random.default_rng(seed).permutation(candidates)[:num_test]
     train = np.setdiff1d(np.arange(num_identities), test)
+    if len(train) < 2:
+        raise DataError(
+            f"{len(test)} of the {num_identities} identities in {source} are for verification, which "
+            "leaves fewer than two for training: lower the test fraction"
+        )
     return train.tolist(), sorted(test.tolist())
 
 
@@ -167,20 +176,14 @@ def split_by_images(source: str, counts: np.ndarray, test_fraction: float, seed:
     if not test_fraction:
         if len(counts) < 2:
             raise DataError(f"{source} has images of one identity; at least two are needed")
-        return split_identities(len(counts), test_fraction, seed)
+        return split_identities(source, len(counts), test_fraction, seed)
     if len(counts) < 4 or len(paired) < 2:
         raise DataError(
             f"{source} has {identities(len(counts))}, {len(paired)} of them with two images or more; "
             "at least two are needed for training and two more with two images for verification "
             "(--test-fraction 0 uses all for training)"
         )
-    train, test = split_identities(len(counts), test_fraction, seed, eligible=paired)
-    if len(train) < 2:
-        raise DataError(
-            f"{len(test)} of the {len(counts)} identities in {source} are for verification, which "
-            "leaves fewer than two for training: lower the test fraction"
-        )
-    return train, test
+    return split_identities(source, len(counts), test_fraction, seed, eligible=paired)
 
 
 class Part(NamedTuple):

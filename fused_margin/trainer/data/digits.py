@@ -16,7 +16,7 @@ def digit_splits(image_size: tuple[int, int], channels: int, test_fraction: floa
     """Split the ten digits into training and test identities; each digit is an identity."""
     images, labels = read_digits(image_size, channels)
     names = list(NAMES)
-    train, test = split_identities(len(NAMES), test_fraction, seed)
+    train, test = split_identities("digits", len(NAMES), test_fraction, seed)
     return Splits(
         TensorImages.of(images, labels, names, train),
         TensorImages.of(images, labels, names, test),

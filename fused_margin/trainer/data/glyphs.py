@@ -43,7 +43,7 @@ def glyph_splits(image_size: tuple[int, int], channels: int, test_fraction: floa
     """Render every glyph identity and split them into training and test identities."""
     images, labels, names = glyph_identities(image_size)
     images = on_gray(images)[:, None].expand(-1, channels, -1, -1)
-    train, test = split_identities(len(names), test_fraction, seed)
+    train, test = split_identities("glyphs", len(names), test_fraction, seed)
     return Splits(
         TensorImages.of(images, labels, names, train),
         TensorImages.of(images, labels, names, test),

@@ -21,7 +21,7 @@ from fused_margin.evaluation import (
 from fused_margin.evaluation.plurals import counted
 
 from ..config import TrainConfig
-from ..data import load_splits
+from ..data import EMBEDDED, load_splits
 from ..data.base import ImageSet
 from ..data.verification_images import VerificationImages
 from ..models.build import channels_last, require_named, restore_backbone
@@ -164,7 +164,7 @@ def read_checkpoint(path: Path, data: str | None, backbone: str | None, *, video
     state = load_run(path, "evaluate")
     try:
         values = state["config"]
-        reader = find_pair_list(data, videos=videos) if data is not None else None
+        reader = find_pair_list(data, videos=videos) if data is not None and data not in EMBEDDED else None
         config = TrainConfig.from_dict({**values, "data": data or values["data"]}, reads_data=reader is None)
     except (KeyError, ValueError) as error:
         raise CheckpointError(f"cannot evaluate {path}: {error}") from error

@@ -38,7 +38,7 @@ LOSSES = {
     "modified-softmax": NamedLoss(fm.ModifiedSoftmaxLoss),
     "normface": NamedLoss(fm.NormFaceLoss),
     "l2-softmax": NamedLoss(fm.L2SoftmaxLoss, projected=False, refused=frozenset({"sub_centers"})),
-    "l-softmax": NamedLoss(fm.LSoftmaxLoss, projected=False),
+    "l-softmax": NamedLoss(fm.LSoftmaxLoss, projected=False, refused=frozenset({"sub_centers", "label_smoothing"})),
     "sphereface": NamedLoss(fm.SphereFaceLoss),
     "cosface": NamedLoss(fm.CosFaceLoss),
     "arcface": NamedLoss(fm.ArcFaceLoss),
@@ -49,7 +49,7 @@ LOSSES = {
     "magface": NamedLoss(fm.MagFaceLoss),
     "elasticface": NamedLoss(fm.ElasticFaceLoss),
     "elasticface-plus": NamedLoss(fm.ElasticFaceLoss, {"by_difficulty": True, "std": 0.0175}),
-    "curricularface": NamedLoss(fm.CurricularFaceLoss),
+    "curricularface": NamedLoss(fm.CurricularFaceLoss, refused=frozenset({"label_smoothing"})),
     "subcenter-arcface": NamedLoss(fm.SubCenterArcFaceLoss),
 }
 
