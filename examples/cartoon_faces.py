@@ -1,8 +1,8 @@
 """Draws cartoon faces in place of photographs that cannot be shipped: unaligned pictures, their landmarks, and pairs.
 
 OUTPUT/train/person_000/001.jpg ... to train on; OUTPUT/lfw/Person_120/Person_120_0001.jpg ... and OUTPUT/lfw/pairs.txt,
-of other people, to verify; OUTPUT/landmarks.csv for all of them. Who it is decides the geometry of a face and its
-colours; everything else changes from picture to picture. The same seed draws the same pictures.
+of other people, to verify; OUTPUT/landmarks.csv for all of them. The identity determines the geometry and colors of a
+face; everything else varies from picture to picture. The same seed draws the same pictures.
 """
 
 import argparse
@@ -30,7 +30,7 @@ IRISES = [color(text) for text in ("#4a3424", "#6f5130", "#4f7a52", "#4a80b0", "
 
 
 def make_person(rng):
-    """What stays the same in all pictures of one person; lengths are in half head heights, y points down."""
+    """The properties of a person, constant over pictures; lengths in half head heights, y points down."""
 
     def near(middle, spread):
         return middle + spread * rng.uniform(-1, 1)
@@ -81,7 +81,7 @@ class Sketch:
         return tuple(np.clip(rgb, 0, 255).astype(int))
 
     def place(self, points, depth):
-        """Where points are in the large picture: what stands out of the face moves when the head turns."""
+        """Coordinates of points in the large picture. Points in front of the face (depth > 0) shift when the head turns."""
         return (np.asarray(points, float) + (self.turn * depth, 0)) @ self.rotation * self.zoom + self.center
 
     def fill(self, points, rgb, depth=0.0):
@@ -89,7 +89,7 @@ class Sketch:
 
 
 def draw_head(sketch, p, rng):
-    """Background, clothes, head and what hair there is behind it."""
+    """Background, clothes, head, and the hair behind it."""
     for _ in range(6):
         (x, y), (rx, ry) = rng.uniform(-2.5, 2.5, 2), rng.uniform(0.2, 1.2, 2)
         sketch.fill(oval(x, y, rx, ry, rng.uniform(0, 3)), sketch.backdrop + rng.normal(0, 18, 3))
@@ -120,7 +120,7 @@ def crown(p):
 
 
 def draw_face(sketch, p, rng):
-    """Eyes, nose and mouth in some mood, and the fringe; returns the five landmarks (5, 2) in the large picture."""
+    """Eyes, nose and mouth with a random expression, and the fringe; returns the five landmarks (5, 2) in the large picture."""
     (smile, raised, lid), opened = rng.uniform((-0.5, -0.5, 0.7), (1, 1, 1.05)), max(0, rng.normal(0, 0.06))
     gaze, tall = rng.normal(0, 0.2, 2) * p.eye_size, p.eye_size * p.eye_shape * lid
     iris, along = min(tall, p.eye_size * 0.6), np.linspace(-1, 1, 16)
@@ -155,7 +155,7 @@ def draw_face(sketch, p, rng):
 
 
 def draw_disguise(sketch, p, rng):
-    """Now and then glasses, one time in four dark ones, or something in front of chin or forehead."""
+    """Glasses in a fifth of the pictures, a quarter of them dark, or an object before chin or forehead in a tenth."""
     chance = rng.random()
     if chance < 0.2:
         for x in (-p.eye_gap, p.eye_gap):
@@ -189,7 +189,7 @@ def take_picture(person, rng):
 
 
 def write_pairs(path, names, pictures, rng):
-    """As LFW has them: folds that share no people, in each as many pairs of one person as of two."""
+    """Pairs in the format of LFW: folds share no people, and each has as many genuine as impostor pairs."""
     number = min(PAIRS_PER_FOLD, PEOPLE_PER_FOLD * pictures * (pictures - 1) // 2)
     lines = [f"{FOLDS}\t{number}"]
     for first in range(0, len(names), PEOPLE_PER_FOLD):
@@ -212,7 +212,7 @@ def main():
         parser.error("expected at least one identity, two pictures of each, and a seed that is not negative")
 
     everyone = args.identities + FOLDS * PEOPLE_PER_FOLD
-    visitors = [f"Person_{number:03d}" for number in range(args.identities, everyone)]
+    test_names = [f"Person_{number:03d}" for number in range(args.identities, everyone)]
     rows = [["path", *(f"{axis}{i}" for i in range(1, 6) for axis in "xy")]]
     for number in range(everyone):
         person = make_person(np.random.default_rng((args.seed, number)))
@@ -220,14 +220,14 @@ def main():
             image, landmarks = take_picture(person, np.random.default_rng((args.seed, number, picture)))
             path = f"train/person_{number:03d}/{picture:03d}.jpg"
             if number >= args.identities:
-                path = "lfw/{0}/{0}_{1:04d}.jpg".format(visitors[number - args.identities], picture)
+                path = "lfw/{0}/{0}_{1:04d}.jpg".format(test_names[number - args.identities], picture)
             (args.output / path).parent.mkdir(parents=True, exist_ok=True)
             image.save(args.output / path, quality=90)
             rows.append([path, *(f"{value:.2f}" for value in landmarks.ravel())])
     with open(args.output / "landmarks.csv", "w", newline="") as file:
         csv.writer(file).writerows(rows)
-    write_pairs(args.output / "lfw/pairs.txt", visitors, args.pictures, np.random.default_rng((args.seed, everyone)))
-    print(f"{args.output}: {args.pictures} pictures each of {args.identities} people, and of {len(visitors)} others")
+    write_pairs(args.output / "lfw/pairs.txt", test_names, args.pictures, np.random.default_rng((args.seed, everyone)))
+    print(f"{args.output}: {args.pictures} pictures each of {args.identities} people, and of {len(test_names)} others")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Synthetic identities for the examples: each class is a Gaussian around its own centre."""
+"""Synthetic identities for the examples: each class is a Gaussian around its own center."""
 
 import torch
 from torch import Tensor, nn

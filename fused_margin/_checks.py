@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fused_margin._ops.backends.select import REBUILD, has_cuda_kernels, searches
+from fused_margin._ops.backends.select import REBUILD, has_cuda_kernels, supports_exact_search
 from fused_margin._ops.inputs import DTYPES
 from fused_margin.distributed import Shard
 
@@ -220,13 +220,13 @@ def nearest(value: tuple[Tensor, Tensor] | None, weight: Tensor, shard: Shard | 
             raise ValueError(f"nearest.index: expected classes in [0, {classes}), got {low if low < 0 else high}")
 
 
-def searched_device(name: str, value: Tensor) -> None:
+def exact_search_device(name: str, value: Tensor) -> None:
     """A tensor of a call that only the exact search serves."""
     if value.is_meta:
         raise RuntimeError(
             f"{name}: expected a CPU or CUDA tensor, whose values the exact search reads, got one on meta"
         )
-    if not searches(value.device):
+    if not supports_exact_search(value.device):
         raise RuntimeError(
             f"{name}: expected a CPU tensor, because the exact search is off for this compute capability "
             f"(see fused_margin.build_info), got {value.device}"
@@ -308,7 +308,7 @@ def reduction(value: str, exclusive_weight: float) -> None:
 def set_debug(enabled: bool) -> None:
     """Switches debug mode: a CUDA call then waits for its kernels and reports its own bad labels.
 
-    Without debug mode the next call reports them. Debug mode costs a host synchronisation per call. CPU calls always
+    Without debug mode the next call reports them. Debug mode costs a host synchronization per call. CPU calls always
     report their own bad labels.
 
     Args:

@@ -133,8 +133,8 @@ def linear_cross_entropy(
             uniform = uniform + biases
         smoothed = ((target + nll) * weights - uniform) / classes
         loss = torch.lerp(loss, smoothed, label_smoothing * torch.ones_like(loss))
-    counts = labels != ignore_index
-    loss, row_weight = torch.where(counts, loss, 0.0), torch.where(counts, row_weight, 0.0)
+    valid = labels != ignore_index
+    loss, row_weight = torch.where(valid, loss, 0.0), torch.where(valid, row_weight, 0.0)
     return _reduce(loss, row_weight, reduction, shard).to(compute_dtype(embeddings, weight))
 
 

@@ -22,6 +22,12 @@ def slice_of(num_classes: int, rank: int, world_size: int) -> tuple[int, int]:
     return begin, begin + share + (rank < remainder)
 
 
+def slice_sizes(num_classes: int, world_size: int) -> list[int]:
+    """Number of classes of every rank."""
+    slices = (slice_of(num_classes, rank, world_size) for rank in range(world_size))
+    return [end - begin for begin, end in slices]
+
+
 @dataclass(frozen=True, eq=False)
 class Shard:
     """A rank's slice of C classes, and the collectives of its group.
@@ -68,8 +74,7 @@ class Shard:
     @property
     def sizes(self) -> list[int]:
         """Number of classes of every rank."""
-        slices = (slice_of(self.num_classes, rank, self.world_size) for rank in range(self.world_size))
-        return [end - begin for begin, end in slices]
+        return slice_sizes(self.num_classes, self.world_size)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Shard:
         return self  # a process group cannot be copied

@@ -55,7 +55,7 @@ def margin_cross_entropy(
 
     Args:
         embeddings: (N, D), float32, float64, float16 or bfloat16, any strides.
-        weight: (C, D) class weights on the same device; the dtype may differ. They need not be normalised.
+        weight: (C, D) class weights on the same device; the dtype may differ. They need not be normalized.
         labels: (N,) integers in [0, C), or ``ignore_index``.
         margin: the margin. Its numbers may be (N,) tensors.
         scale: positive number, or (N,) tensor of non-negative numbers (differentiable), or None for the norm of each
@@ -64,7 +64,7 @@ def margin_cross_entropy(
         class_weight, reduction, ignore_index, label_smoothing: as in ``torch.nn.functional.cross_entropy``.
         sub_centers: S rows of weight per class, (C * S, D), class by class. The cosine to a class is the cosine to its
             nearest row (sub-center ArcFace, ECCV 2020, eq. 3). Not supported with the exclusive term or label smoothing.
-        hard_negatives: weights near classes (CurricularFace), or treats them as orthogonal (InsightFace's filtering).
+        hard_negatives: weights hard negatives (CurricularFace), or replaces their cosines by 0 (InsightFace's filtering).
             Not supported with label smoothing.
         nearest: the nearest other class of every class, for the exclusive term, if it is known (see
             :class:`fused_margin.ExclusiveRegularizer`). None searches for it.
@@ -127,7 +127,7 @@ def linear_cross_entropy(
     replaces the target's logit by ``|x_i| |w_y| psi(theta_i) + b_y`` (L-softmax, arXiv:1612.02295, eq. 4).
 
     Args:
-        embeddings: (N, D), float32, float64, float16 or bfloat16, any strides. They are not normalised.
+        embeddings: (N, D), float32, float64, float16 or bfloat16, any strides. They are not normalized.
         weight: (C, D) class weights on the same device; the dtype may differ.
         labels: (N,) integers in [0, C), or ``ignore_index``.
         bias: (C,) or None.

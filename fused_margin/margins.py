@@ -28,7 +28,7 @@ def warn_of_degrees(name: str, value: float) -> None:
     """Warns of a margin above pi, which is probably in degrees."""
     if abs(value) > math.pi:
         warn(
-            f"{name} {value:g} is an angle above pi: margins are in radians "
+            f"{name} {value:g} is larger than pi in magnitude: margins are in radians "
             f"({value:g} degrees are {math.radians(value):.4g} radians)"
         )
 
@@ -80,7 +80,7 @@ class HardNegatives:
 class FilteredNegatives:
     """Filters hard negatives: a cosine above ``threshold`` to another class becomes 0, without a gradient.
 
-    InsightFace's ``interclass_filtering_threshold``, for noisy labels: a class that near may be the same person.
+    InsightFace's ``interclass_filtering_threshold``, for noisy labels: so similar a class may be the same person.
 
     Args:
         threshold: cosine, a number in (0, 1]. 1 filters nothing.

@@ -10,7 +10,7 @@ from fused_margin._ops import collectives, library
 from fused_margin._ops.backends.select import select_backend
 from fused_margin._ops.inputs import MIB, PORTABLE, LossInputs, compute_dtype
 from fused_margin._ops.nearest.library import nearest_rows
-from fused_margin._ops.nearest.search import MOST_NEAREST
+from fused_margin._ops.nearest.search import MAX_NEAREST
 from fused_margin.distributed import Shard
 
 METRICS = ("cosine", "inner_product")
@@ -47,10 +47,10 @@ def nearest_class(
     classes suggests that they are one identity with two labels.
 
     Args:
-        query: (C, D) class weights or other rows; C >= 2 without a reference. They need not be normalised.
+        query: (C, D) class weights or other rows; C >= 2 without a reference. They need not be normalized.
         reference: (R, D) rows to search. None searches the other rows of ``query``.
         k: number of nearest rows, at most 32 and at most the number of rows that are searched.
-        metric: ``"cosine"``, or ``"inner_product"`` for the largest ``query_i . reference_j`` of unnormalised rows.
+        metric: ``"cosine"``, or ``"inner_product"`` for the largest ``query_i . reference_j`` of unnormalized rows.
         shard: the slice of the classes in ``query``, if classes are divided among ranks. The search is then over the
             classes of all ranks, and so is ``index``. At most two remote blocks of classes are resident on a rank. On
             the CPU the result equals that of one device, bit for bit. Supports only k = 1, ``"cosine"`` and no reference.
@@ -91,11 +91,11 @@ def nearest_class(
             raise ValueError(
                 f"reference: expected shape (R, {query.shape[1]}) as query has, got {tuple(reference.shape)}"
             )
-    if k > min(MOST_NEAREST, others):
-        raise ValueError(f"k: expected at most {min(MOST_NEAREST, others)}, got {k}")
+    if k > min(MAX_NEAREST, others):
+        raise ValueError(f"k: expected at most {min(MAX_NEAREST, others)}, got {k}")
     if is_differentiable:
         return differentiable_nearest(query, None, None, workspace_mb)
-    _checks.searched_device("query", query)
+    _checks.exact_search_device("query", query)
     refuse_derivative(query, reference)
     if reference is not None and query.dtype != reference.dtype:
         query, reference = (t.to(compute_dtype(query, reference)) for t in (query, reference))
@@ -146,7 +146,7 @@ def exclusive_regularization(
     half of W @ W.T, in int8 where that is fastest, and O(C * D) memory.
 
     Args:
-        weight: (C, D), C >= 2. Rows need not be normalised.
+        weight: (C, D), C >= 2. Rows need not be normalized.
         nearest: the nearest other class of every class, if it is known; the given cosines are used, and differentiated.
             If classes are divided among ranks: of this rank's classes, with indices over all classes.
         shard: as in :func:`nearest_class`. Every rank gets the mean over all classes.
@@ -172,7 +172,7 @@ def separability(weight: Tensor, *, workspace_mb: float = 256) -> Separability:
     """Mean and standard deviation of Sep_j, the cosine of class j to its nearest other class (RegularFace, eq. 5).
 
     Args:
-        weight: (C, D), C >= 2. Rows need not be normalised.
+        weight: (C, D), C >= 2. Rows need not be normalized.
         workspace_mb: bound on scratch memory in MiB.
 
     Returns:

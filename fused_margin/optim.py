@@ -32,7 +32,7 @@ def project_(weight: Tensor) -> Tensor:
 
 
 def start_momentum(optimizer: torch.optim.SGD, parameter: Tensor) -> None:
-    """Gives a parameter a momentum buffer of zeros, as its first step does, so that a checkpoint can be loaded into it.
+    """Creates the momentum buffer of a parameter, filled with zeros, so that a checkpoint can be loaded before a step.
 
     Args:
         optimizer: an SGD optimizer of the parameter.

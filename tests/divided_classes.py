@@ -10,8 +10,8 @@ SAMPLE_COUNTS = {2: [9, 8], 3: [8, 4, 5]}  # of each rank, by the number of rank
 
 def draw_division(data):
     """The number of samples of each rank, and a number of classes, also fewer than ranks."""
-    world = data.draw(st.integers(1, MAX_RANKS))
-    counts = data.draw(st.lists(st.integers(0, 6), min_size=world, max_size=world))
+    world_size = data.draw(st.integers(1, MAX_RANKS))
+    counts = data.draw(st.lists(st.integers(0, 6), min_size=world_size, max_size=world_size))
     return counts, data.draw(st.integers(1, 40))
 
 

@@ -37,7 +37,7 @@ def run_command(*arguments: str) -> None:
 def serve(descriptor: int) -> None:
     """Fork a process for each request until the other end is closed."""
     connection = Connection(descriptor)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the tests'
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # only the test process handles Ctrl-C
     while True:
         try:
             request, *arguments = pickle.loads(connection.recv_bytes())

@@ -19,12 +19,12 @@ def work(rank: int, store: Path, address: str) -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=MAX_RANKS, timeout=timedelta(seconds=60)
     )
-    groups = {world: dist.new_group(range(world)) for world in range(1, MAX_RANKS + 1)}
+    groups = {world_size: dist.new_group(range(world_size)) for world_size in range(1, MAX_RANKS + 1)}
     with Client(address) as connection:
         while (job := pickle.loads(connection.recv_bytes())) is not None:
-            function, world, arguments = job
+            function, world_size, arguments = job
             try:
-                answer = True, function(groups[world], *arguments)
+                answer = True, function(groups[world_size], *arguments)
             except Exception as error:  # noqa: BLE001 - any error is reported to the test
                 answer = False, f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
             connection.send_bytes(pickle.dumps(answer))

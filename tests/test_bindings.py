@@ -20,8 +20,8 @@ def rerank(**options):
     arguments = {
         "query": (MATRIX, double, rows, None, rows, rows), "reference": (MATRIX, double, rows, None, rows, rows),
         "candidates": (torch.zeros(3, 1, dtype=torch.int32), torch.zeros(3, 1), rows),
-        "nearest": (torch.zeros(3, 1, dtype=torch.float64), torch.zeros(3, 1, dtype=torch.int64)), "reference_first": 0,
-        "references": 3, "query_first": 0, "one_set": True, "queries": 0, "size": 4,
+        "nearest": (torch.zeros(3, 1, dtype=torch.float64), torch.zeros(3, 1, dtype=torch.int64)), "reference_first_id": 0,
+        "references": 3, "query_first_id": 0, "same_set": True, "queries": 0, "size": 4,
     } | options  # fmt: skip
     _C.cpu.rerank_candidates(0, **arguments)
 
@@ -47,7 +47,7 @@ def test_right_keywords():
         (normalize, {"normalized": MATRIX.double()}, "normalized: expected a tensor of torch.float32 or None, got"),
         (normalize, {"inverse_norm": MATRIX.half()}, "expected a tensor of torch.float32 or torch.float64, got a"),
         (normalize, {"inverse_norm": 1}, "inverse_norm: expected a tensor of torch.float32 or torch.float64, got int"),
-        (rerank, {"one_set": 1}, "rerank_candidates: one_set: expected a bool, got int"),
+        (rerank, {"same_set": 1}, "rerank_candidates: same_set: expected a bool, got int"),
         (rerank, {"query": None}, "rerank_candidates: query: expected a tuple of 6, got NoneType"),
         (rerank, {"nearest": (MATRIX, MATRIX)}, "nearest: expected a tensor of torch.float64 or None, got a tensor of"),
     ],

@@ -32,8 +32,8 @@ def one_rank(group, num_classes, x, weight, y, margin, scale, upstream, options)
     return loss.detach(), x.grad, weight.grad, scale.grad if per_sample else None
 
 
-def compare(ranks, world, counts, num_classes, size, *, scale=20.0, margin=None, upstream=None, seed=0, **options):
-    """Compare `world` ranks with one device; `counts` has the number of samples of each rank."""
+def compare(ranks, world_size, counts, num_classes, size, *, scale=20.0, margin=None, upstream=None, seed=0, **options):
+    """Compare `world_size` ranks with one device; `counts` has the number of samples of each rank."""
     samples, centers = sum(counts), options.get("sub_centers", 1)
     x, w, y = problem(samples, num_classes * centers, size, seed=seed)
     y = y % num_classes
@@ -48,7 +48,7 @@ def compare(ranks, world, counts, num_classes, size, *, scale=20.0, margin=None,
     loss = fm.functional.margin_cross_entropy(a, b, y, margin, full_scale, **options)
     loss.backward(upstream if upstream is not None else torch.ones_like(loss))
 
-    bounds = [slice_of(num_classes, rank, world) for rank in range(world)]
+    bounds = [slice_of(num_classes, rank, world_size) for rank in range(world_size)]
     arguments = []
     for rank, (begin, end) in enumerate(bounds):
         own = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
@@ -71,12 +71,12 @@ def compare(ranks, world, counts, num_classes, size, *, scale=20.0, margin=None,
         assert relative_error(torch.cat([r[3] for r in results]), full_scale.grad) < 1e-9
 
 
-@pytest.mark.parametrize("world", range(1, MAX_RANKS + 1))
+@pytest.mark.parametrize("world_size", range(1, MAX_RANKS + 1))
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_reductions(ranks, world, reduction):
-    counts = [5, 3, 0, 9][:world]  # a rank without samples
+def test_reductions(ranks, world_size, reduction):
+    counts = [5, 3, 0, 9][:world_size]  # a rank without samples
     upstream = torch.randn(sum(counts), dtype=torch.float64) if reduction == "none" else None
-    compare(ranks, world, counts, 103, 7, reduction=reduction, upstream=upstream)
+    compare(ranks, world_size, counts, 103, 7, reduction=reduction, upstream=upstream)
 
 
 CASES = {
@@ -100,10 +100,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world_size", [2, 3])
 @pytest.mark.parametrize("case", CASES)
-def test_options(ranks, world, case):
-    compare(ranks, world, SAMPLE_COUNTS[world], 103, 7, **CASES[case])
+def test_options(ranks, world_size, case):
+    compare(ranks, world_size, SAMPLE_COUNTS[world_size], 103, 7, **CASES[case])
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
@@ -120,12 +120,12 @@ def nearest(group, num_classes, weight):
     return result.cosine, result.index
 
 
-@pytest.mark.parametrize("world", range(1, MAX_RANKS + 1))
+@pytest.mark.parametrize("world_size", range(1, MAX_RANKS + 1))
 @pytest.mark.parametrize("num_classes", [2, 5, 301])
-def test_nearest_class_with_ties(ranks, world, num_classes):
+def test_nearest_class_with_ties(ranks, world_size, num_classes):
     for w in (torch.eye(5)[torch.arange(num_classes) % 5], torch.randn(num_classes, 12)):
         expected = fm.functional.nearest_class(w)
-        slices = [slice_of(num_classes, rank, world) for rank in range(world)]
+        slices = [slice_of(num_classes, rank, world_size) for rank in range(world_size)]
         actual = ranks.run(nearest, [(num_classes, w[begin:end]) for begin, end in slices])
         torch.testing.assert_close(torch.cat([cosine for cosine, _ in actual]), expected.cosine)
         assert torch.equal(torch.cat([index for _, index in actual]), expected.index)
@@ -155,7 +155,7 @@ def train(group, name, num_classes, weight, batches):
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_modules_match_one_device(ranks, name):
-    num_classes, world = 31, 3
+    num_classes, world_size = 31, 3
     centers = 3 if name == "SubCenterArcFaceLoss" else 1
     w = torch.randn(num_classes * centers, 6, dtype=torch.float64)
     batches = [problem(14, num_classes, 6, seed=seed)[::2] for seed in range(4)]
@@ -163,7 +163,7 @@ def test_modules_match_one_device(ranks, name):
     parts = [slice(0, 6), slice(6, 9), slice(9, 14)]
     arguments = []
     for rank, part in enumerate(parts):
-        begin, end = slice_of(num_classes, rank, world)
+        begin, end = slice_of(num_classes, rank, world_size)
         own = [(x[part], y[part]) for x, y in batches]
         arguments.append((name, num_classes, w[begin * centers : end * centers], own))
     results = ranks.run(train, arguments)
@@ -293,8 +293,8 @@ def test_checkpoints_load_on_other_numbers_of_ranks(ranks, tmp_path, num_classes
     batches = [problem(9, num_classes, 5, seed=seed)[::2] for seed in range(3)]
     parts = [[(x[k::3], y[k::3]) for x, y in batches] for k in range(3)]
     saved = ranks.run(trained, [(tmp_path, num_classes, centers, part, False) for part in parts])
-    for world in range(1, MAX_RANKS + 1):
-        loaded = ranks.run(trained, [(tmp_path, num_classes, centers, [], True)] * world)
+    for world_size in range(1, MAX_RANKS + 1):
+        loaded = ranks.run(trained, [(tmp_path, num_classes, centers, [], True)] * world_size)
         for k in (0, 1):
             assert torch.equal(torch.cat([part[k] for part in loaded]), torch.cat([part[k] for part in saved]))
         assert all(torch.equal(part[2], saved[0][2]) for part in loaded)
@@ -308,7 +308,7 @@ def test_checkpoints_load_on_other_numbers_of_ranks(ranks, tmp_path, num_classes
 
 def test_consolidate_errors(tmp_path, capsys):
     assert consolidate([str(tmp_path / "none"), str(tmp_path / "one.pt")]) == 1
-    assert "no checkpoint of torch.distributed.checkpoint" in capsys.readouterr().err
+    assert "is not a checkpoint of torch.distributed.checkpoint" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         consolidate([])
 

@@ -64,25 +64,25 @@ QUICK = {("exclusive", 4), ("adaface", 2), ("softmax", 2), ("sampled", 2)}
 
 
 @pytest.mark.parametrize(
-    ("name", "world"),
+    ("name", "world_size"),
     [
-        pytest.param(name, world, marks=[pytest.mark.slow] * ((name, world) not in QUICK))
+        pytest.param(name, world_size, marks=[pytest.mark.slow] * ((name, world_size) not in QUICK))
         for name in LOSSES
-        for world in (2, 4)
+        for world_size in (2, 4)
     ],
 )
-def test_compiled_as_one_graph(ranks, name, world):
-    eager = ranks.run(steps, [(name, None)] * world)
-    compiled = ranks.run(steps, [(name, "aot_eager")] * world)
+def test_compiled_as_one_graph(ranks, name, world_size):
+    eager = ranks.run(steps, [(name, None)] * world_size)
+    compiled = ranks.run(steps, [(name, "aot_eager")] * world_size)
     for expected, measured in zip(eager, compiled, strict=True):
         for e, m in zip(expected, measured, strict=True):
             assert relative_error(m, e) < 1e-6
 
 
-@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_compiled_by_inductor(ranks, world):
-    eager = ranks.run(steps, [("exclusive", None)] * world)
-    compiled = ranks.run(steps, [("exclusive", "inductor")] * world)
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_compiled_by_inductor(ranks, world_size):
+    eager = ranks.run(steps, [("exclusive", None)] * world_size)
+    compiled = ranks.run(steps, [("exclusive", "inductor")] * world_size)
     for expected, measured in zip(eager, compiled, strict=True):
         for e, m in zip(expected, measured, strict=True):
             assert relative_error(m, e) < 1e-6
@@ -114,14 +114,14 @@ def run_opcheck(group, options):
     torch.library.opcheck(library.backward_chunks, (*detached, *upstream, *saved, *needs))
 
 
-@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "options",
     [{"nearest": True}, {"scale": True}, {"sample_rate": 0.5}, {"inner_product": True}],
     ids=lambda options: next(iter(options)),
 )
-def test_opcheck(ranks, world, options):
-    ranks.run(run_opcheck, [(options,)] * world)
+def test_opcheck(ranks, world_size, options):
+    ranks.run(run_opcheck, [(options,)] * world_size)
 
 
 def run_opcheck_of_other_ops(group):
@@ -138,6 +138,6 @@ def run_opcheck_of_other_ops(group):
     torch.library.opcheck(collectives.divided_target_cosines, (embeddings, weight, labels, 1, -100, *place))
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_opcheck_of_other_ops(ranks, world):
-    ranks.run(run_opcheck_of_other_ops, [()] * world)
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_opcheck_of_other_ops(ranks, world_size):
+    ranks.run(run_opcheck_of_other_ops, [()] * world_size)

@@ -27,12 +27,12 @@ def int8(request):
 
 
 @contextmanager
-def screen_in(int8):
-    """Screen in int8 or in floating point on any machine; remote blocks have few rows."""
+def with_codes(int8):
+    """Select candidates by int8 or by floating-point products on any machine; remote blocks have few rows."""
     with (
-        patch.object(quantized, "int8_wins", lambda device: int8),
-        patch.object(cache, "int8_wins", lambda device: int8),
-        patch.object(search, "SMALLEST_CHUNK", 1),
+        patch.object(quantized, "int8_is_fastest", lambda rows: int8),
+        patch.object(cache, "int8_is_fastest", lambda rows: int8),
+        patch.object(search, "MIN_CHUNK", 1),
     ):
         yield
 
@@ -44,12 +44,12 @@ def short_lists(capacity):
     return patch.object(cache, "capacity_for", lambda _: capacity)
 
 
-def find_on_rank(group, int8, refresh, weights, dtype=torch.float32, room=256, capacity=None):
+def find_on_rank(group, int8, refresh, weights, dtype=torch.float32, workspace_mb=256, capacity=None):
     """The results and the counts of this rank's regularizer for all the weights."""
     classes = len(weights[0])
-    regularizer = fm.ExclusiveRegularizer(refresh=refresh, shard=Shard(classes, group), workspace_mb=room)
+    regularizer = fm.ExclusiveRegularizer(refresh=refresh, shard=Shard(classes, group), workspace_mb=workspace_mb)
     begin, end = slice_of(classes, group.rank(), group.size())
-    with screen_in(int8), short_lists(capacity):
+    with with_codes(int8), short_lists(capacity):
         results = [tuple(regularizer.find(weight[begin:end].to(dtype))) for weight in weights]
     return results, regularizer.swept.tolist() if refresh == "certified" else None
 
@@ -59,26 +59,26 @@ def concatenate(results, step):
     return NearestClass(*(torch.cat([result[step][k] for result, _ in results]) for k in (0, 1)))
 
 
-def compare(ranks, world, int8, weights, dtype=torch.float32, room=256, capacity=None):
-    results = ranks.run(find_on_rank, [(int8, "certified", weights, dtype, room, capacity)] * world)
+def compare(ranks, world_size, int8, weights, dtype=torch.float32, workspace_mb=256, capacity=None):
+    results = ranks.run(find_on_rank, [(int8, "certified", weights, dtype, workspace_mb, capacity)] * world_size)
     for step, weight in enumerate(weights):
         assert same(concatenate(results, step), full_search(weight.to(dtype))), step
     assert all(swept == results[0][1] for _, swept in results)
     return results[0][1]
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("steps", [25, pytest.param(80, marks=pytest.mark.slow)])
-def test_certified_equals_full_search_on_one_device(ranks, world, int8, steps):
+def test_certified_equals_full_search_on_one_device(ranks, world_size, int8, steps):
     weights = [weight.clone() for _, weight in training(500, 48, steps)]  # 500 = 167 + 167 + 166
-    searched, skipped, full = compare(ranks, world, int8, weights)
+    searched, skipped, full = compare(ranks, world_size, int8, weights)
     assert searched + skipped == 500 * steps and skipped > 3 * searched and full < 4
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
 def test_certified_of_other_dtypes(ranks, int8, dtype):
     weights = [weight.clone() for _, weight in training(304, 20, 10)]
-    compare(ranks, 3, int8, weights, dtype, room=1e-3)  # and tiles of 64 rows
+    compare(ranks, 3, int8, weights, dtype, workspace_mb=1e-3)  # and tiles of 64 rows
 
 
 def test_certified_after_arbitrary_weight_changes(ranks, int8):
@@ -120,12 +120,12 @@ def test_short_lists(ranks, int8, capacity):
 @pytest.mark.parametrize("classes", [2, 3, 5])
 def test_few_classes(ranks, int8, classes):
     """Ranks with one class, or none."""
-    for world in range(1, MAX_RANKS + 1):
+    for world_size in range(1, MAX_RANKS + 1):
         weights = [torch.randn(classes, 6) for _ in range(3)]
         weights += [weights[-1] + 1e-4, torch.eye(6)[[k % 2 for k in range(classes)]], torch.zeros(classes, 6)]
         weights[-1][-1] = float("nan")
         weights += [torch.full((classes, 6), float("nan"))]
-        compare(ranks, world, int8, weights)
+        compare(ranks, world_size, int8, weights)
 
 
 def search_every_step(group, int8, weights):
@@ -133,18 +133,18 @@ def search_every_step(group, int8, weights):
     for weight in weights:
         shard = Shard(len(weight), group)
         own = weight[shard.begin : shard.begin + shard.size]
-        with screen_in(int8):
+        with with_codes(int8):
             exact.append(search.find_nearest_others(run, shard, own, 1 << 22))
         inputs = LossInputs(None, own, 1 << 22, PORTABLE, nearest=True, group=shard.name, num_classes=len(weight))
         rounded.append(tiles.find_by_tiles(run, shard, inputs, forward_chunks))
     return (exact, None), (rounded, None)
 
 
-@pytest.mark.parametrize("world", [1, 3, 4])
-def test_every_step(ranks, int8, world):
+@pytest.mark.parametrize("world_size", [1, 3, 4])
+def test_every_step(ranks, int8, world_size):
     """The search is exact on the CPU; the tiled search of CUDA devices compares rounded products."""
     weights = [torch.randn(203, 24), torch.eye(5)[torch.arange(3) % 5], torch.eye(5)[torch.arange(31) % 5]]
-    results = ranks.run(search_every_step, [(int8, weights)] * world)
+    results = ranks.run(search_every_step, [(int8, weights)] * world_size)
     for step, weight in enumerate(weights):
         expected = full_search(weight)
         assert same(concatenate([exact for exact, _ in results], step), expected)
@@ -173,7 +173,7 @@ def ranks_with_different_state(group, weights):
     certified = fm.ExclusiveRegularizer(refresh="certified", shard=Shard(classes, group))
     periodic = fm.ExclusiveRegularizer(refresh=100, shard=Shard(classes, group))
     begin, end = slice_of(classes, group.rank(), group.size())
-    neighbours, steps, late = [], [], []
+    neighbors, steps, late = [], [], []
     for step, weight in enumerate(weights):
         if step == 4:
             old = copy.deepcopy(certified)
@@ -182,11 +182,11 @@ def ranks_with_different_state(group, weights):
             periodic.load_state_dict({"index": torch.zeros(3), "age": torch.ones(1)})
         if step == 8 and group.rank() == 1:
             certified = old
-        neighbours.append(tuple(certified.find(weight[begin:end])))
+        neighbors.append(tuple(certified.find(weight[begin:end])))
         late.append(tuple(periodic.find(weight[begin:end])))
         steps.append(int(certified.swept[:2].sum()) / classes)
     assert not certified.state_dict() and not periodic.state_dict()
-    return (neighbours, None), (late, None), steps
+    return (neighbors, None), (late, None), steps
 
 
 def test_rank_that_has_lost_its_state(ranks):
@@ -283,8 +283,8 @@ def test_state_loads_on_other_numbers_of_ranks(ranks, tmp_path, refresh):
     one.exclusive(one.weight)
     states = one.state_dict()
     assert len(states) > 1
-    for world in (1, 2, 3):
-        for terms in ranks.run(load_and_evaluate, [(tmp_path, 122, states, refresh)] * world):
+    for world_size in (1, 2, 3):
+        for terms in ranks.run(load_and_evaluate, [(tmp_path, 122, states, refresh)] * world_size):
             for term, weights in zip(terms, [full, states["weight"]] * 2, strict=True):
                 if refresh == "certified":
                     assert term == pytest.approx(exclusive_regularization(weights).item(), rel=1e-12)

@@ -24,8 +24,8 @@ def one_rank(group, num_classes, x, weight, y, bias, margin, upstream, options):
     return loss.detach(), x.grad, weight.grad, None if bias is None else bias.grad
 
 
-def compare(ranks, world, counts, num_classes, size, *, bias=True, margin=None, upstream=None, seed=0, **options):
-    """Compare `world` ranks with one device; `counts` has the number of samples of each rank."""
+def compare(ranks, world_size, counts, num_classes, size, *, bias=True, margin=None, upstream=None, seed=0, **options):
+    """Compare `world_size` ranks with one device; `counts` has the number of samples of each rank."""
     x, w, y = problem(sum(counts), num_classes, size, seed=seed, spread=2.0)
     if len(y) > 4:
         y[3] = -100
@@ -34,7 +34,7 @@ def compare(ranks, world, counts, num_classes, size, *, bias=True, margin=None, 
     expected = one_rank(None, None, x, w, y, bias, margin, upstream, options)
     samples, arguments = torch.arange(len(y)).split(counts), []
     for rank, own in enumerate(samples):
-        begin, end = slice_of(num_classes, rank, world)
+        begin, end = slice_of(num_classes, rank, world_size)
         own_bias = None if bias is None else bias[begin:end]
         own_upstream = None if upstream is None else upstream[own]
         arguments.append((num_classes, x[own], w[begin:end], y[own], own_bias, margin, own_upstream, options))
@@ -44,13 +44,13 @@ def compare(ranks, world, counts, num_classes, size, *, bias=True, margin=None, 
         torch.testing.assert_close(torch.cat([r[k] for r in results]), expected[k], rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("world", range(1, MAX_RANKS + 1))
+@pytest.mark.parametrize("world_size", range(1, MAX_RANKS + 1))
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("margin", [None, fm.Margin(m1=4.0)], ids=["softmax", "L-softmax"])
-def test_reductions(ranks, world, reduction, margin):
-    counts = [5, 3, 0, 9][:world]  # a rank without samples
+def test_reductions(ranks, world_size, reduction, margin):
+    counts = [5, 3, 0, 9][:world_size]  # a rank without samples
     upstream = torch.randn(sum(counts), dtype=torch.float64) if reduction == "none" else None
-    compare(ranks, world, counts, 103, 7, margin=margin, reduction=reduction, upstream=upstream)
+    compare(ranks, world_size, counts, 103, 7, margin=margin, reduction=reduction, upstream=upstream)
 
 
 PER_CLASS, ANNEALED = torch.rand(103, dtype=torch.float64), fm.Margin(m1=2.5, annealing=5.0)
@@ -70,10 +70,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world_size", [2, 3])
 @pytest.mark.parametrize("case", CASES)
-def test_options(ranks, world, case):
-    compare(ranks, world, SAMPLE_COUNTS[world], 103, 7, **CASES[case])
+def test_options(ranks, world_size, case):
+    compare(ranks, world_size, SAMPLE_COUNTS[world_size], 103, 7, **CASES[case])
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
@@ -167,12 +167,12 @@ def train(group, name, num_classes, weight, batches):
 @pytest.mark.parametrize("num_classes", [31, 2])  # with two classes one rank has none
 @pytest.mark.parametrize("name", MODULES)
 def test_modules_match_one_device(ranks, name, num_classes):
-    world, w = 3, torch.randn(num_classes, 6, dtype=torch.float64)
+    world_size, w = 3, torch.randn(num_classes, 6, dtype=torch.float64)
     batches = [problem(14, num_classes, 6, seed=seed, spread=1.0)[::2] for seed in range(4)]
     expected = train(None, name, num_classes, w, batches)
     arguments = []
     for rank, part in enumerate([slice(0, 6), slice(6, 9), slice(9, 14)]):
-        begin, end = slice_of(num_classes, rank, world)
+        begin, end = slice_of(num_classes, rank, world_size)
         arguments.append((name, num_classes, w[begin:end], [(x[part], y[part]) for x, y in batches]))
     results = ranks.run(train, arguments)
     for losses, _, others in results:
@@ -266,8 +266,8 @@ def test_checkpoints_load_on_other_numbers_of_ranks(ranks, tmp_path, num_classes
     expected = {name: [torch.cat([part[name][k] for part in saved]) for k in (0, 1)] for name in ("weight", "bias")}
     expected["alpha"] = saved[0]["alpha"]
     assert all(momentum.abs().max() > 0 for _, momentum in expected.values())
-    for world in range(1, MAX_RANKS + 1):
-        slices = [slice_of(num_classes, rank, world) for rank in range(world)]
+    for world_size in range(1, MAX_RANKS + 1):
+        slices = [slice_of(num_classes, rank, world_size) for rank in range(world_size)]
         none = [(tmp_path, num_classes, torch.zeros(end - begin, 5), [], True) for begin, end in slices]
         loaded = ranks.run(checkpoint, none)
         for k in (0, 1):

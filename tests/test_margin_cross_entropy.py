@@ -296,10 +296,10 @@ class TestExtremes:
 
 def test_workspace_decides_which_chunks_are_saved(monkeypatch):
     w = torch.empty(10_000, 64)
-    full = plan_chunks(planned_inputs(256, w, workspace_bytes=256 << 20), keep=True)
+    full = plan_chunks(planned_inputs(256, w, workspace_bytes=256 << 20), save_for_backward=True)
     monkeypatch.setitem(CHUNK_BYTES, "cpu", 1 << 20)
-    some = plan_chunks(planned_inputs(256, w, workspace_bytes=4 << 20), keep=True)
-    none = plan_chunks(planned_inputs(256, w, workspace_bytes=1), keep=True)
+    some = plan_chunks(planned_inputs(256, w, workspace_bytes=4 << 20), save_for_backward=True)
+    none = plan_chunks(planned_inputs(256, w, workspace_bytes=1), save_for_backward=True)
     assert saved_classes(full) == 10_000 and 0 < saved_classes(some) < 10_000 and saved_classes(none) == 0
     scratch = 256 * 4 * (some.chunk + saved_classes(some))
     assert scratch <= 4 << 20
@@ -309,7 +309,7 @@ def test_workspace_decides_which_chunks_are_saved(monkeypatch):
 def test_partly_saved_equals_all_saved(monkeypatch):
     monkeypatch.setitem(CHUNK_BYTES, "cpu", 50_000)
     x, w, y = (t.float() if t.is_floating_point() else t for t in problem(64, 3000, 16))
-    plan = plan_chunks(planned_inputs(64, w, workspace_bytes=200_000), keep=True)
+    plan = plan_chunks(planned_inputs(64, w, workspace_bytes=200_000), save_for_backward=True)
     assert 0 < plan.saved < plan.chunks
     for m, e in zip(ours(x, w, y, workspace_mb=200_000 / 2**20), ours(x, w, y), strict=True):
         assert relative_error(m, e) < 1e-6

@@ -78,7 +78,7 @@ def test_separability_of_random_directions():
 def test_tiles_stay_within_the_workspace(samples, classes, workspace_mb):
     weight = torch.empty(classes, 512, device="meta")
     workspace = workspace_mb << 20
-    plan = plan_chunks(planned_inputs(samples, weight, nearest=True, workspace_bytes=workspace), keep=True)
+    plan = plan_chunks(planned_inputs(samples, weight, nearest=True, workspace_bytes=workspace), save_for_backward=True)
     scratch = plan.chunk * plan.chunk + samples * (
         saved_classes(plan) + (plan.chunk if plan.saved < plan.chunks else 0)
     )

@@ -62,7 +62,7 @@ def auxiliary_losses():
     ]
 
 
-def refreshed_neighbours():
+def refreshed_neighbors():
     regularizer = fm.ExclusiveRegularizer(refresh="certified")
     return [regularizer(inputs()[1]), *regularizer.find(1.01 * inputs()[1])]
 
@@ -89,7 +89,7 @@ PATHS = {
     "softmax": lambda: module(fm.SoftmaxLoss),
     "nearest": lambda: list(fm.functional.nearest_class(inputs()[1])),
     "nearest of others": lambda: list(fm.functional.nearest_class(inputs()[0], inputs()[1], k=3)),
-    "certified": refreshed_neighbours,
+    "certified": refreshed_neighbors,
     "separability": lambda: [torch.tensor(fm.functional.separability(inputs()[1]), dtype=torch.float64, device="cpu")],
     "center": center_loss,
     "auxiliary_losses": auxiliary_losses,

@@ -134,12 +134,12 @@ def test_lengths_of_class_weights(size, workspace_mb):
 
 
 def nearest_of_large_weights(group, weight, classes):
-    """The nearest classes by every available search, screened in floating point."""
+    """The nearest classes by every available search, with floating-point codes."""
     begin, end = slice_of(classes, group.rank(), group.size())
     part, results = weight[begin:end], []
     with (
-        patch.object(quantized, "int8_wins", lambda rows: False),
-        patch.object(cache, "int8_wins", lambda rows: False),
+        patch.object(quantized, "int8_is_fastest", lambda rows: False),
+        patch.object(cache, "int8_is_fastest", lambda rows: False),
     ):
         for shard in [Shard(classes, group)] if group.size() > 1 else [Shard(classes, group), None]:
             results.append(fm.functional.nearest_class(part, shard=shard))
@@ -147,14 +147,14 @@ def nearest_of_large_weights(group, weight, classes):
     return [tuple(each) for each in results]
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("size", [1e-12, 1e19, 1e24, 1e36])
-def test_nearest_of_large_class_weights(ranks, size, world):
+def test_nearest_of_large_class_weights(ranks, size, world_size):
     torch.manual_seed(0)
     unit = F.normalize(torch.randn(C, D, dtype=torch.float64))
     weight = (unit * torch.logspace(0, 1, C, dtype=torch.float64).unsqueeze(1) * size * 1.01).float()
     cosine, index = (unit @ unit.t()).fill_diagonal_(-2.0).max(1)
-    results = ranks.run(nearest_of_large_weights, [(weight, C)] * world)
+    results = ranks.run(nearest_of_large_weights, [(weight, C)] * world_size)
     for parts in zip(*results, strict=True):
         assert torch.equal(torch.cat([at for _, at in parts]), index)
         torch.testing.assert_close(torch.cat([c for c, _ in parts]).double(), cosine, rtol=0, atol=1e-6)
@@ -195,7 +195,7 @@ def test_inner_products_of_large_rows(dtype, of_query, of_reference, number, alo
     if alone:
         products.fill_diagonal_(-torch.inf)
     value, index = products.topk(number, 1)
-    with patch.object(quantized, "int8_wins", quantized.int8_wins if int8 else lambda rows: False):
+    with patch.object(quantized, "int8_is_fastest", quantized.int8_is_fastest if int8 else lambda rows: False):
         actual = fm.functional.nearest_class(query, None if alone else reference, k=number, metric="inner_product")
     at, cosine = actual.index.view(C, number), actual.cosine.view(C, number).double()
     valid = torch.arange(C) != 9

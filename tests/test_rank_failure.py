@@ -26,10 +26,10 @@ class ExitInBackward(torch.autograd.Function):
         os._exit(1)
 
 
-def steps(rank, world, folder, first, last, dies_at=None):
+def steps(rank, world_size, folder, first, last, dies_at=None):
     """Training steps on the samples of `rank`, with a checkpoint after each; returns the losses over all samples."""
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store-{first}-{world}", rank=rank, world_size=world,
+        "gloo", init_method=f"file://{folder}/store-{first}-{world_size}", rank=rank, world_size=world_size,
         timeout=timedelta(seconds=TIMEOUT),
     )  # fmt: skip
     torch.manual_seed(rank)
@@ -42,7 +42,7 @@ def steps(rank, world, folder, first, last, dies_at=None):
     for step in range(first, last):
         x, _, y = problem(12, NUM_CLASSES, 5, seed=step)
         optimizer.zero_grad()
-        loss = loss_fn(x[rank::world].float(), y[rank::world])
+        loss = loss_fn(x[rank::world_size].float(), y[rank::world_size])
         losses.append(loss.item())
         (ExitInBackward.apply(loss) if step == dies_at and rank == 1 else loss).backward()
         optimizer.step()

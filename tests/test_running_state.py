@@ -175,7 +175,7 @@ def test_errors_of_labels_are_clear(name, labels):
 
 
 def test_forgotten_forward_warns_once(monkeypatch):
-    monkeypatch.setattr(fm.AdaFaceLoss, "REMEMBERED", 1)
+    monkeypatch.setattr(fm.AdaFaceLoss, "MAX_PENDING", 1)
     loss_fn = fm.AdaFaceLoss(50, 32)
     batches = [(torch.randn(16, 32, requires_grad=True), labels()) for _ in range(3)]
     losses = [checkpoint(loss_fn, *batch, use_reentrant=False) for batch in batches]
@@ -186,7 +186,7 @@ def test_forgotten_forward_warns_once(monkeypatch):
     assert torch.equal(loss_fn.norm_mean, state)
     messages = [str(each.message) for each in seen if "activation checkpointing" in str(each.message)]
     assert len(messages) == 1 and messages[0].startswith(
-        "AdaFaceLoss: activation checkpointing recomputes a forward that"
+        "AdaFaceLoss: activation checkpointing recomputes a forward whose"
     )
 
 

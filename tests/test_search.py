@@ -17,9 +17,9 @@ from fused_margin.functional import NearestClass, nearest_class
 
 @pytest.fixture(params=[True, False], ids=["int8", "float"])
 def codes(request, monkeypatch):
-    """Screen in int8 and in floating point on any machine."""
+    """Select candidates by int8 or by floating-point products on any machine."""
     for module in (quantized, cache):
-        monkeypatch.setattr(module, "int8_wins", lambda device: request.param)
+        monkeypatch.setattr(module, "int8_is_fastest", lambda rows: request.param)
     return request.param
 
 
@@ -55,7 +55,7 @@ def test_ragged_tiles_and_strides(codes, monkeypatch):
     torch.manual_seed(1)
     query, reference = torch.randn(21, 300).t(), torch.randn(21, 211).t()
     index = similarities(query, reference, "cosine").topk(3).indices
-    monkeypatch.setitem(quantized.TILE_BYTES, "cpu", 1)  # tiles of 64 rows and columns
+    monkeypatch.setitem(quantized.SCORE_TILE_BYTES, "cpu", 1)  # tiles of 64 rows and columns
     actual = nearest_class(query, reference, k=3)
     assert torch.equal(actual.index, index)
     assert torch.equal(nearest_class(query).index, similarities(query, query, "cosine").fill_diagonal_(-1).argmax(1))
@@ -154,7 +154,7 @@ def test_certified_equals_full_search(codes, steps):
         assert same(actual, expected)
         assert torch.equal(actual.cosine.float(), nearest_class(weight).cosine)
         changed += int((stale.find(weight).index != expected.index).sum())
-    assert changed > 2.5 * steps  # neighbours change
+    assert changed > 2.5 * steps  # neighbors change
     searched, skipped, full = regularizer.swept.tolist()
     assert skipped > 4 * searched and full < 10
 
@@ -319,14 +319,14 @@ def test_processors_with_int8_instructions_are_detected():
     processor = Path("/proc/cpuinfo")
     if not (processor.exists() and "avx512_vnni" in processor.read_text(encoding="utf-8")):
         pytest.skip("the processor has no AVX512-VNNI, or does not report it")
-    assert quantized.int8_wins(torch.ones(3, 64))
+    assert quantized.int8_is_fastest(torch.ones(3, 64))
 
 
 def test_wrong_int8_products_are_not_used(monkeypatch):
     quantized.int8_products_are_right.cache_clear()
     monkeypatch.setattr(torch, "_int_mm", lambda left, right, out: out)
     try:
-        assert not quantized.int8_products_are_right() and not quantized.int8_wins(torch.ones(3, 64))
+        assert not quantized.int8_products_are_right() and not quantized.int8_is_fastest(torch.ones(3, 64))
         weight = torch.randn(70, 16)
         assert torch.equal(fm.functional.nearest_class(weight).index, fm.reference.nearest_class(weight.double())[1])
     finally:

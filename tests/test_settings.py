@@ -378,20 +378,22 @@ DEGREES = {
 @pytest.mark.parametrize("name", DEGREES)
 def test_degrees_warn(name):
     """In the constructor and when set, the warning has the caller's line; radians do not warn."""
-    with pytest.warns(UserWarning, match=r"28.6 is an angle above pi.*28\.6 degrees are 0\.4992 radians") as caught:
+    with pytest.warns(
+        UserWarning, match=r"28.6 is larger than pi in magnitude.*28\.6 degrees are 0\.4992 radians"
+    ) as caught:
         DEGREES[name](28.6)
     assert len(caught) == 1 and caught[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         loss_fn = DEGREES[name](3.0)
     attribute = next(a for a in ("margin", "m2", "margins") if hasattr(loss_fn, a))
-    with pytest.warns(UserWarning, match="28.6 is an angle above pi") as caught:
+    with pytest.warns(UserWarning, match="28.6 is larger than pi in magnitude") as caught:
         setattr(loss_fn, attribute, (0.1, 28.6) if attribute == "margins" else 28.6)
     assert len(caught) == 1 and caught[0].filename == __file__
 
 
 def test_degrees_in_a_margin_warn():
-    with pytest.warns(UserWarning, match="m2 28.6 is an angle above pi") as caught:
+    with pytest.warns(UserWarning, match="m2 28.6 is larger than pi in magnitude") as caught:
         margin = fm.Margin(m2=28.6)
     assert len(caught) == 1 and caught[0].filename == __file__
     x, y = inputs()
@@ -406,7 +408,7 @@ def test_degrees_in_a_margin_function_warn():
     loss_fn = fm.ArcFaceLoss(30, 8)
     with pytest.warns(UserWarning):
         margin = fm.Margin(m2=28.6)
-    with pytest.warns(UserWarning, match="margin 28.6 is an angle above pi") as caught:
+    with pytest.warns(UserWarning, match="margin 28.6 is larger than pi in magnitude") as caught:
         loss_fn.margin_function = margin
     assert len(caught) == 1 and caught[0].filename == __file__
 

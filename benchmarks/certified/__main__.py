@@ -66,7 +66,7 @@ class Step:
     loss: float
     certified: float  # seconds
     full: float | None  # seconds; None if not compared
-    swept: int  # rows that were searched
+    searched: int  # number of rows
     different_index: int
     different_cosine: int
     sep: float  # mean cosine to the nearest class
@@ -85,7 +85,7 @@ def main() -> None:
         "differences of index": sum(step.different_index for step in steps),
         "differences of cosine": sum(step.different_cosine for step in steps),
         "share of rows not searched, after the first epoch": 1
-        - statistics.mean(step.swept for step in later) / config.classes,
+        - statistics.mean(step.searched for step in later) / config.classes,
         "full search over certified, median ratio after the first epoch": ratio(later),
         "the same, in the last tenth of the steps": ratio(steps[-max(1, len(steps) // 10) :]),
     }
@@ -96,7 +96,7 @@ def main() -> None:
             name: [value if value is None else round(value, 6) for value in (getattr(step, name) for step in steps)]
             for name in Step.__dataclass_fields__
         }
-        write_study(config, {"summary": summary, "steps": columns}, indent=None)
+        write_study("benchmarks.certified", config, {"summary": summary, "steps": columns}, indent=None)
         draw(steps, config, config.output.with_suffix(".png"))
 
 
@@ -166,7 +166,7 @@ def train(config: Config):
         )
         if number % 50 == 0:
             print(
-                f"step {number}: loss {step.loss:.3f}, Sep {step.sep:.3f}, searched {step.swept}, certified "
+                f"step {number}: loss {step.loss:.3f}, Sep {step.sep:.3f}, searched {step.searched}, certified "
                 f"{1e3 * seconds:.0f} ms, full {1e3 * (full_seconds or math.nan):.0f} ms, different "
                 f"{different_index} {different_cosine}",
                 flush=True,
@@ -189,8 +189,8 @@ def draw(steps: list[Step], config: Config, path: Path) -> None:
 
     figure, (rows, seconds) = pyplot.subplots(2, sharex=True, figsize=(7, 6), layout="constrained")
     numbers = range(len(steps))
-    rows.plot(numbers, [100 * step.swept / config.classes for step in steps], linewidth=0.8, color="C0")
-    most = max([100 * step.swept / config.classes for step in steps[1:]] or [100])
+    rows.plot(numbers, [100 * step.searched / config.classes for step in steps], linewidth=0.8, color="C0")
+    most = max([100 * step.searched / config.classes for step in steps[1:]] or [100])
     rows.set(
         ylabel="rows searched, %", ylim=(0, 1.05 * most + 1e-3), title=f"C = {config.classes:,}, D = {config.size}"
     )

@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import platform
 import re
+import shlex
+import sys
 from dataclasses import asdict
+from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -62,9 +65,24 @@ def _installed(name: str) -> bool:
     return True
 
 
-def write_study(config: Any, content: dict[str, Any], indent: int | None = 1) -> None:
-    """Write `content` to `config.output` with the other options, the hardware and the versions; without one, nothing."""
+def header(command: str, device: str = "cpu") -> dict[str, Any]:
+    """The first entries of every file of results."""
+    return {
+        "format": 1,
+        "command": command,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "hardware": hardware(device),
+        "versions": versions(),
+    }
+
+
+def write_study(module: str, config: Any, content: dict[str, Any], indent: int | None = 1) -> None:
+    """Write `content` to `config.output`, if there is one, with the other options as its problem.
+
+    Args:
+        module: the study, as in ``python -m module``.
+    """
     if config.output is not None:
         options = {name: value for name, value in asdict(config).items() if name != "output"}
-        report = {"problem": options, "hardware": hardware("cpu"), "versions": versions()}
-        write_json(config.output, report | content, indent)
+        command = shlex.join(["python", "-m", module, *sys.argv[1:]])
+        write_json(config.output, {**header(command), "problem": options, **content}, indent)

@@ -1,4 +1,4 @@
-"""Where results lie, and how they are written. Standard library only: the gpu study runs before torch is found."""
+"""The folder of the results, and how files are written. Standard library only: the gpu study runs before torch is found."""
 
 from __future__ import annotations
 

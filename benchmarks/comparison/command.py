@@ -63,7 +63,7 @@ class Options:
     """CPU threads. Default: torch's choice."""
 
     allocator: Literal["reuse", "system"] = "reuse"
-    """What malloc does with large freed blocks on a CPU, for all contestants. system, the default of malloc, returns them
+    """Treatment of large freed blocks by malloc on a CPU, for all contestants. system, the default of malloc, returns them
     to the system, and every new block causes page faults; reuse keeps them, as PyTorch's tuning guide advises."""
 
     rounds: int = 15

@@ -8,7 +8,7 @@ fresh process, forked from a server that has imported all modules and computed n
 2. builds the full problem and writes every gradient buffer once;
 3. restarts the system's high-water mark (/proc/self/clear_refs), runs two steps, and reads the mark.
 
-A forward pass may use the memory of the gradients, which do not exist yet then. malloc is told to return large blocks to
+The forward may use the memory of the gradients, which do not exist yet. malloc is told to return large blocks to
 the system at once, so that resident memory does not include freed blocks. On a GPU, torch's allocator has the mark.
 """
 
@@ -100,7 +100,7 @@ def measure(job: Job) -> Peak:
             return Peak(failure="does not fit: killed by the system")
         raise RuntimeError(f"measuring the memory of {job.contestant} failed, exit code {process.exitcode}") from None
     finally:
-        process.kill()  # in case that this process was interrupted
+        process.kill()  # in case this process was interrupted
 
 
 def _peak_bytes(job: Job) -> int:

@@ -17,7 +17,7 @@ from ..common.problems import MARGIN, SCALE, Inputs
 try:
     from pytorch_metric_learning.losses import ArcFaceLoss
     from pytorch_metric_learning.regularizers import RegularFaceRegularizer
-except ImportError:  # it is left out
+except ImportError:  # its contestants are left out
     ArcFaceLoss = RegularFaceRegularizer = None
 
 OURS = "ours"

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from ..common.contestants import Contestant
-from ..common.environment import hardware, versions
+from ..common.environment import header
 from ..common.files import write_json
 from ..common.problems import Shape
 from ..common.timing import quartiles, ratio
@@ -138,12 +137,8 @@ class Report:
         for section in self.sections:
             suites.setdefault(section.suite, []).append(section.summary())
         return {
-            "format": 1,
-            "command": self.command,
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            **header(self.command, self.device),
             "complete": self.complete,
-            "hardware": hardware(self.device),
-            "versions": versions(),
             "threads": self.threads,
             "suites": suites,
             "edge_checks": [asdict(check) | {"passed": check.passed} for check in self.checks],

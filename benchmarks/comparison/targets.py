@@ -26,7 +26,7 @@ def judge(report: Report) -> list[Verdict]:
     for section in report.of("step", TALL_STEP):
         verdicts += _tall_step(section)
     for section in report.of("memory", MEMORY):
-        verdicts += _memory(section)
+        verdicts += bounded_memory(section, peers.OURS)
     for section in report.of("exclusive", EXCLUSIVE):
         verdicts += _exclusive(section)
     for section in report.of("accuracy"):
@@ -78,19 +78,15 @@ def _tall_step(section: Section) -> Iterator[Verdict]:
         )
 
 
-def _memory(section: Section) -> Iterator[Verdict]:
-    yield from bounded_memory(section, peers.OURS)
-
-
 def bounded_memory(section: Section, name: str) -> Iterator[Verdict]:
     """Peak memory within the workspace + O(N·D + C), which is counted as eight floats for each of N·D and C."""
     shape = section.shape
     bound = peers.WORKSPACE_MB * 2**20 + 8 * 4 * (shape.rows * shape.dim + shape.classes)
     entry = section.find(name)
     if entry and entry.peak_bytes is not None:
-        what = "peak extra memory" + ("" if name == peers.OURS else f" of {name}")
+        subject = "peak extra memory" + ("" if name == peers.OURS else f" of {name}")
         yield Verdict(
-            f"{shape.label}: {what}",
+            f"{shape.label}: {subject}",
             f"≤ workspace + 8 floats·(N·D + C) = {_mebibytes(bound)}",
             _mebibytes(entry.peak_bytes),
             entry.peak_bytes <= bound,
@@ -130,8 +126,8 @@ def _accuracy(section: Section) -> Iterator[Verdict]:
 def _faster(section: Section, name: str, limit: float) -> Iterator[Verdict]:
     ratio = section.ratio(name, peers.OURS)
     if ratio is not None:
-        what = "exclusive term" if section.suite == "exclusive" else section.shape.label
-        yield Verdict(f"{what}: faster than {name}", f"≥ {limit:.1f}×", f"{ratio:.2f}×", ratio >= limit)
+        subject = "exclusive term" if section.suite == "exclusive" else section.shape.label
+        yield Verdict(f"{subject}: faster than {name}", f"≥ {limit:.1f}×", f"{ratio:.2f}×", ratio >= limit)
 
 
 def _mebibytes(count: int) -> str:

@@ -48,8 +48,8 @@ def table_of_step(backend: str, device: str = "cuda", shape: Shape = names.STEP)
 
 
 def main(arguments: Sequence[str]) -> None:
-    what, *families = arguments
-    if what == "kernels":
+    mode, *families = arguments
+    if mode == "kernels":
         run_kernels(families)
     else:
         for backend in families:

@@ -97,11 +97,11 @@ class GraphStep(LossStep):
 
 
 def our_loss(backend: str, margin: fm.Margin, workspace_mb: int = peers.WORKSPACE_MB) -> Loss:
-    """The loss of ours on one backend. A name that ends in SPLIT splits every operand into two halves."""
+    """Our loss on one backend. A name that ends in SPLIT splits every operand into two halves."""
     name, split = backend.removesuffix(f" {select.SPLIT}"), backend.endswith(select.SPLIT)
 
     def loss(embeddings: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        with select.use(name), precision("highest" if split else "high"):
+        with select.force_backend(name), precision("highest" if split else "high"):
             return fm.functional.margin_cross_entropy(
                 embeddings, weight, labels, margin, SCALE, workspace_mb=workspace_mb
             )

@@ -1,4 +1,5 @@
-"""Names of the suites and contestants of this study, and the problems that are published. Results are read by them."""
+"""Names of the suites and contestants of this study, and the problems that are published. Programs find results by
+these names."""
 
 from __future__ import annotations
 
@@ -31,5 +32,5 @@ DEFAULT, NOTHING_KEPT, NORMFACE, GRAPH = "", "nothing kept", "NormFace", "CUDA g
 
 
 def ours(backend: str, detail: str = DEFAULT) -> str:
-    """Name of the contestant of ours that runs on `backend`."""
+    """Name of our contestant that runs on `backend`."""
     return f"ours, {backend}{detail and ', '}{detail}"

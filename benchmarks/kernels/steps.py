@@ -22,7 +22,8 @@ EXACT_ROWS = 4_096  # the same in float64
 
 
 class Operands:
-    """Packed fp16 rows of samples and classes. Copies of the classes exceed the L2 cache four times."""
+    """Packed fp16 rows of samples and classes. The copies of the class operand are together at least four times as
+    large as the L2 cache."""
 
     def __init__(self, inputs: Inputs):
         weight = inputs.weight.detach()
@@ -203,7 +204,7 @@ class NearestCall:
         self.backend, self.weight = backend, inputs.weight.detach()
 
     def __call__(self, turn: int) -> fm.functional.NearestClass:
-        with select.use(self.backend):
+        with select.force_backend(self.backend):
             return fm.functional.nearest_class(self.weight)
 
     def errors(self) -> dict[str, float]:

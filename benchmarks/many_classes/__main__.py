@@ -30,9 +30,9 @@ class Config:
     """D."""
     batch: int = 512
     """Classes that one step rotates by the large angle."""
-    far: float = 0.05
+    large_angle: float = 0.05
     """The large angle, radians."""
-    little: float = 0.001
+    small_angle: float = 0.001
     """The small angle, of all other classes, radians."""
     steps: int = 3
     """Steps after the first."""
@@ -66,13 +66,13 @@ def main() -> None:
         steps.append(step)
     state = sum(buffer.nbytes for buffer in regularizer.buffers())
     print(f"saved between steps: {state:,} bytes; weights: {weight.nbytes:,}; C x C float32: {4 * len(weight) ** 2:,}")
-    write_study(config, {"state bytes": state, "steps": steps})
+    write_study("benchmarks.many_classes", config, {"state bytes": state, "steps": steps})
 
 
 def rotate(weight: torch.Tensor, config: Config) -> None:
     """Rotate all rows in place, a random batch of them by the large angle."""
-    angle = torch.full((len(weight), 1), config.little)
-    angle[torch.randperm(len(weight))[: config.batch]] = config.far
+    angle = torch.full((len(weight), 1), config.small_angle)
+    angle[torch.randperm(len(weight))[: config.batch]] = config.large_angle
     for rows, angles in zip(weight.split(10_000), angle.split(10_000), strict=True):
         norm = rows.norm(dim=1, keepdim=True)
         rows.add_(F.normalize(torch.randn_like(rows)) * norm * angles.tan())

@@ -23,6 +23,8 @@ from torch.nn import functional as F
 from fused_margin.compat import insightface as ours
 from fused_margin.distributed import slice_of
 
+from ..common.environment import header
+from ..common.files import write_json
 from . import upstream
 
 FOLDER, FILES = Path("recognition/arcface_torch"), ("losses.py", "partial_fc_v2.py")
@@ -66,7 +68,7 @@ class InsightFace:
         """Compare all cases; return those that differ by more than the bounds."""
         files = [self.checkout / FOLDER / name for name in FILES]
         source = upstream.provenance(self.checkout, files, self.commits)
-        cases = [case for world in self.ranks for case in on_ranks(self, world)]
+        cases = [case for world_size in self.ranks for case in on_ranks(self, world_size)]
         for case in cases:
             print(f"{case['margin']}, {case['ranks']} rank(s), sample_rate {case['sample_rate']}, {case['losses']}:")
             for dtype in DTYPES:
@@ -78,7 +80,7 @@ class InsightFace:
             }
             content = {"checkout": source, "problem": settings, "margins": MARGINS, "bounds": BOUNDS, "cases": cases}
             command = "python -m benchmarks.parity insightface CHECKOUT --output FILE"
-            upstream.write(self.output, command, {**content, "different": different})
+            write_json(self.output, header(command) | {**content, "different": different})
         return different
 
 
@@ -103,12 +105,12 @@ def differences(case: dict[str, Any]) -> list[str]:
     return found if case["same_classes_drawn"] else [*found, f"{name}: other classes drawn"]
 
 
-def on_ranks(config: InsightFace, world: int) -> Iterator[dict[str, Any]]:
+def on_ranks(config: InsightFace, world_size: int) -> Iterator[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(work, (config, world, folder), nprocs=world)
-        of_ranks = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(world)]
+        mp.spawn(work, (config, world_size, folder), nprocs=world_size)
+        of_ranks = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(world_size)]
     for parts in zip(*of_ranks, strict=True):
-        yield {**parts[0]["case"], "ranks": world, **combined(parts)}
+        yield {**parts[0]["case"], "ranks": world_size, **combined(parts)}
 
 
 def combined(parts: tuple[dict[str, Any], ...]) -> dict[str, Any]:
@@ -121,12 +123,12 @@ def combined(parts: tuple[dict[str, Any], ...]) -> dict[str, Any]:
     return measured
 
 
-def work(rank: int, config: InsightFace, world: int, folder: str) -> None:
+def work(rank: int, config: InsightFace, world_size: int, folder: str) -> None:
     """One rank: runs all cases in the same order as the others."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     torch.Tensor.cuda = lambda self, *_, **__: self  # InsightFace calls .cuda() with every backend
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
     theirs = [imported(config.checkout, name) for name in FILES]
     cases = [Case(*values) for values in product(MARGINS, config.sample_rates, (False, True))]
     torch.save([compare(case, config, *theirs) for case in cases], Path(folder) / f"{rank}.pt")
@@ -144,28 +146,29 @@ def imported(checkout: Path, name: str) -> ModuleType:
 
 def compare(case: Case, config: InsightFace, losses: ModuleType, partial_fc: ModuleType) -> dict[str, Any]:
     """Squared differences and squared values of this rank, per batch."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    weight, batches, facts = problem(case, config, world, losses)
-    own = slice_of(config.classes, rank, world)
-    local = [(x.chunk(world)[rank], y.chunk(world)[rank]) for x, y in batches]
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    weight, batches, facts = problem(case, config, world_size, losses)
+    own = slice_of(config.classes, rank, world_size)
+    local = [(x.chunk(world_size)[rank], y.chunk(world_size)[rank]) for x, y in batches]
     name, numbers = MARGINS[case.margin]
     results: dict[tuple[str, str], list[list[Tensor]]] = {}
     drawn: dict[tuple[str, str], list[Tensor]] = {}
     for whose, margins, head in (("theirs", losses, partial_fc), ("ours", ours, ours)):
         for dtype, exact in DTYPES.items():
-            torch.set_default_dtype(
-                exact
-            )  # of tensors that InsightFace creates, and of the random numbers that sample classes
-            margin = getattr(margins, name)(*numbers)
-            fc = head.PartialFC_V2(margin, config.size, config.classes, case.sample_rate).to(exact)
-            if (fc.class_start, fc.class_start + fc.num_local) != own:
-                raise RuntimeError(f"{whose}: other classes on rank {rank}")
-            with torch.no_grad():
-                fc.weight.copy_(weight[slice(*own)])
-            torch.manual_seed(rank)
-            results[whose, dtype] = [step(fc, x.to(exact), y) for x, y in local]
-            drawn[whose, dtype] = [values[2].any(dim=1) for values in results[whose, dtype]]
-            torch.set_default_dtype(torch.float32)
+            # the dtype of tensors that InsightFace creates, and of the random numbers that sample classes
+            torch.set_default_dtype(exact)
+            try:
+                margin = getattr(margins, name)(*numbers)
+                fc = head.PartialFC_V2(margin, config.size, config.classes, case.sample_rate).to(exact)
+                if (fc.class_start, fc.class_start + fc.num_local) != own:
+                    raise RuntimeError(f"{whose}: other classes on rank {rank}")
+                with torch.no_grad():
+                    fc.weight.copy_(weight[slice(*own)])
+                torch.manual_seed(rank)
+                results[whose, dtype] = [step(fc, x.to(exact), y) for x, y in local]
+                drawn[whose, dtype] = [values[2].any(dim=1) for values in results[whose, dtype]]
+            finally:
+                torch.set_default_dtype(torch.float32)
     pairs = {dtype: (("ours", dtype), ("theirs", dtype)) for dtype in DTYPES}
     if case.sample_rate == 1:  # otherwise another dtype samples other classes
         exact = ("theirs", "float64")
@@ -173,21 +176,21 @@ def compare(case: Case, config: InsightFace, losses: ModuleType, partial_fc: Mod
             f"{whose} in float32 against theirs in float64": ((whose, "float32"), exact) for whose in ("ours", "theirs")
         }
     same = all(
-        torch.equal(mine, his)
+        torch.equal(mine, theirs)
         for dtype in DTYPES
-        for mine, his in zip(drawn["ours", dtype], drawn["theirs", dtype], strict=True)
+        for mine, theirs in zip(drawn["ours", dtype], drawn["theirs", dtype], strict=True)
     )
-    squares = {pair: squared(results[mine], results[his]) for pair, (mine, his) in pairs.items()}
+    squares = {pair: squared(results[mine], results[theirs]) for pair, (mine, theirs) in pairs.items()}
     description = {"margin": case.margin, "sample_rate": case.sample_rate, **facts}
     return {"case": description, "same_classes_drawn": same, "squares": squares}
 
 
 def problem(
-    case: Case, config: InsightFace, world: int, losses: ModuleType
+    case: Case, config: InsightFace, world_size: int, losses: ModuleType
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]], dict[str, Any]]:
     """Weights (C, D), batches of all ranks, and the range of the losses of the samples in float64."""
     generator = torch.Generator().manual_seed(0)
-    count = config.samples * world
+    count = config.samples * world_size
     weight = torch.randn(config.classes, config.size, generator=generator) * 0.01
     batches, samples, cosines = [], [], []
     for _ in range(config.batches):
@@ -220,10 +223,10 @@ def step(fc: torch.nn.Module, embeddings: Tensor, labels: Tensor) -> list[Tensor
     return [loss.detach(), embeddings.grad, fc.weight.grad]
 
 
-def squared(mine: list[list[Tensor]], his: list[list[Tensor]]) -> Tensor:
+def squared(mine: list[list[Tensor]], theirs: list[list[Tensor]]) -> Tensor:
     """(batches, values, 2): squared norms of the difference and of the value of InsightFace."""
     rows = [
         [[(a.double() - b.double()).square().sum(), b.double().square().sum()] for a, b in zip(*pair, strict=True)]
-        for pair in zip(mine, his, strict=True)
+        for pair in zip(mine, theirs, strict=True)
     ]
     return torch.tensor(rows, dtype=torch.float64)

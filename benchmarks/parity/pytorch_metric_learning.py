@@ -26,7 +26,8 @@ from torch.nn.modules import module as hooks
 
 from fused_margin.compat import pytorch_metric_learning as compat
 
-from ..common.files import ROOT
+from ..common.environment import header
+from ..common.files import ROOT, write_json
 from . import upstream
 
 DEFAULT = "default"  # TEST_DTYPES unset: float16,float32,float64; a test ends at the first failure
@@ -84,7 +85,7 @@ class PytorchMetricLearning:
                 "settings": settings,
             }
             command = "python -m benchmarks.parity pytorch-metric-learning CHECKOUT --output FILE"
-            upstream.write(self.output, command, content)
+            write_json(self.output, header(command) | content)
         return different
 
     def compare(self, files: list[Path], dtypes: str) -> dict[str, dict[str, Any]]:
@@ -150,7 +151,7 @@ def passed_of(row: dict[str, Any]) -> str:
 def as_good(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
     """Whether ours passes with every seed with which theirs passes."""
     both = zip(ours["outcomes"], theirs["outcomes"], strict=False)  # a slow test may have run with fewer seeds
-    return all(mine == his or his == "failed" for mine, his in both)
+    return all(mine == theirs or theirs == "failed" for mine, theirs in both)
 
 
 def run_tests(modules: list[str], seeds: int, patience: float, whose: str) -> dict[str, Any]:
@@ -174,7 +175,11 @@ def run_tests(modules: list[str], seeds: int, patience: float, whose: str) -> di
         try:
             tests += flat(unittest.defaultTestLoader.loadTestsFromModule(importlib.import_module(name)))
         except Exception:  # noqa: BLE001 - after any error the file cannot run
-            rows[name] = {"outcomes": ["failed"], "failure": where(traceback.format_exc()), "ours_took_part": []}
+            rows[name] = {
+                "outcomes": ["failed"],
+                "failure": failure_location(traceback.format_exc()),
+                "ours_took_part": [],
+            }
     for test in tests:
         used.clear()
         row = rows[test.id()] = {"outcomes": []}
@@ -187,7 +192,7 @@ def run_tests(modules: list[str], seeds: int, patience: float, whose: str) -> di
             wrong = [text for _, text in (*result.failures, *result.errors)]
             row["outcomes"].append("failed" if wrong else "skipped" if result.skipped else "passed")
             if wrong:
-                row.setdefault("failure", where(wrong[0]))
+                row.setdefault("failure", failure_location(wrong[0]))
             if time.monotonic() - started > patience:
                 break
         row["ours_took_part"] = sorted(used)
@@ -213,7 +218,7 @@ def treat_dtypes_as_theirs() -> None:
     compat.FusedLoss.forward, compat.SubCenterArcFaceLoss.get_outliers = forward, outliers
 
 
-def where(text: str) -> str:
+def failure_location(text: str) -> str:
     """The message of a traceback and its last line in their tests, without paths of this machine."""
     lines = text.strip().splitlines()
     message = re.sub(r"(/[\w.-]+)+/", "", lines[-1])

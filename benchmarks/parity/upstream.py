@@ -1,16 +1,12 @@
-"""The checkout of another library: files used, their commits, and the JSON file of a comparison."""
+"""The checkout of another library: files used, and their commits."""
 
 from __future__ import annotations
 
 import hashlib
 import subprocess
 from collections.abc import Iterable, Mapping
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
-
-from ..common.environment import hardware, versions
-from ..common.files import write_json
 
 
 def provenance(checkout: Path, files: Iterable[Path], commits: Mapping[str, str]) -> dict[str, Any]:
@@ -27,7 +23,7 @@ def provenance(checkout: Path, files: Iterable[Path], commits: Mapping[str, str]
     report["files"] = {name: {"blob": blob((checkout / name).read_bytes())} for name in names}
     for name, commit in commits.items():
         if name not in report["files"]:
-            raise ValueError(f"commits: {name} is none of the files used: {', '.join(names)}")
+            raise ValueError(f"commits: {name} is not one of the files used: {', '.join(names)}")
         report["files"][name]["commit"] = commit
     return report
 
@@ -43,15 +39,3 @@ def git(folder: Path, *arguments: str) -> str | None:
 
 def blob(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-
-
-def write(output: Path, command: str, content: Mapping[str, Any]) -> None:
-    report = {
-        "format": 1,
-        "command": command,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "hardware": hardware("cpu"),
-        "versions": versions(),
-        **content,
-    }
-    write_json(output, report)

@@ -57,11 +57,13 @@ def replace_block(text: str, name: str, content: str) -> str:
     return text[: text.index(begin) + len(begin)] + content.rstrip("\n") + "\n" + text[text.index(end) :]
 
 
-def _row(section: Section, result: DeviceResult, name: str, what: str, ratio: tuple[str, str], label: str = "") -> str:
+def _row(
+    section: Section, result: DeviceResult, name: str, subject: str, ratio: tuple[str, str], label: str = ""
+) -> str:
     """One row of the table. ratio: two contestants, time of the first over time of the second."""
     entry = section.find(name)
     predicted = predictions.predicted(result.gpu, section.suite, section.shape, name)
-    cells = [what, ABSENT, predicted.text if predicted else ABSENT, ABSENT, ABSENT, ABSENT]
+    cells = [subject, ABSENT, predicted.text if predicted else ABSENT, ABSENT, ABSENT, ABSENT]
     failure = entry.failure.replace("|", "\\|") if entry and entry.failure else None
     if entry and not entry.seconds:
         cells[1] = failure or ABSENT
@@ -85,18 +87,18 @@ def _rows(result: DeviceResult) -> Iterator[str]:
     backend = result.backend
     sums, nearest = result.section(names.EXPONENT_SUM, names.STEP), result.section(names.NEAREST, names.CLASSES)
     alone = "bare product by cuBLAS"
-    for section, name, what in (
+    for section, name, subject in (
         (sums, ours(backend), "exponent-sum kernel"),
         (nearest, ours(backend), "nearest-class kernel"),
         (sums, ours(backend, names.CALL), "forward call"),
     ):
-        yield _row(section, result, name, f"{what}, {_classes(section.shape)}", (names.CUBLAS, name), alone)
+        yield _row(section, result, name, f"{subject}, {_classes(section.shape)}", (names.CUBLAS, name), alone)
     for shape in STEPS:
         section = result.section(names.HALF_STEP, shape)
         for name, operands in ((ours(backend), "half-precision"), (ours(f"{backend} {select.SPLIT}"), "split")):
             if shape == names.STEP or section.find(name):
-                what = f"step, {operands} operands, {_classes(shape)}"
-                yield _row(section, result, name, what, (names.FOUR, name), "four products")
+                subject = f"step, {operands} operands, {_classes(shape)}"
+                yield _row(section, result, name, subject, (names.FOUR, name), "four products")
         for peers, detail in PEERS:
             if peer := _best(section, peers):
                 loss = f" ({detail})" if detail else ""

@@ -76,7 +76,7 @@ def main() -> None:
         print(f"{name}: {1e3 * statistics.median(values):.1f} ms")
     ratios = [taken["sharded"] / (taken["whole, all threads"] + taken["its messages alone"]) for taken in rounds]
     print(f"sharded over (whole on all threads + messages): {statistics.median(ratios):.3f}")
-    write_study(config, {"seconds": seconds, "ratios": ratios})
+    write_study("benchmarks.sharding", config, {"seconds": seconds, "ratios": ratios})
 
 
 def timed(step: Callable[[], None], threads: int) -> float:

@@ -86,7 +86,7 @@ template <> inline constexpr int element_dtype<int64_t> = 6;
 template <> inline constexpr int element_dtype<unsigned long long> = 6;
 template <> inline constexpr int element_dtype<bool> = 7;
 
-// read(name, value, field) sets the field to what the value stands for, or throws a TypeError with the name.
+// read(name, value, field) converts a Python value to the field, or throws a TypeError with the name.
 
 template <class T> void read(const Name& name, py::handle value, T*& field) {
     field = nullptr;

@@ -101,13 +101,13 @@ template <class P> struct Keywords {
     }
 
     [[noreturn]] void fail(const py::kwargs& given) const {
-        std::string said;
+        std::string message;
         for (auto [name, _] : given)
-            if (!has(name.ptr())) said += (said.empty() ? "unknown keyword " : ", unknown keyword ") + text(name);
+            if (!has(name.ptr())) message += (message.empty() ? "unknown keyword " : ", unknown keyword ") + text(name);
         for (size_t k = 0; k < count; ++k)
             if (!PyDict_Contains(given.ptr(), names[k]))
-                said += (said.empty() ? "missing keyword " : ", missing keyword ") + text(names[k]);
-        throw py::type_error(std::string(function) + ": " + said);
+                message += (message.empty() ? "missing keyword " : ", missing keyword ") + text(names[k]);
+        throw py::type_error(std::string(function) + ": " + message);
     }
 
     std::string signature() const {

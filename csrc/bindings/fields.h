@@ -67,8 +67,8 @@ template <class Visit> constexpr void for_each_field(MeasureQuantization& p, Vis
 }
 
 template <class Visit> constexpr void for_each_field(ScoreTile& p, Visit&& visit) {
-    FM_FIELD(scores), FM_FIELD(row_place), FM_FIELD(row_begin), FM_FIELD(row_number), FM_FIELD(column_begin),
-        FM_FIELD(column_first), FM_FIELD(one_set);
+    FM_FIELD(scores), FM_FIELD(row_index), FM_FIELD(row_begin), FM_FIELD(row_id), FM_FIELD(column_begin),
+        FM_FIELD(column_first_id), FM_FIELD(same_set);
 }
 
 template <class Visit> constexpr void for_each_field(UpdateCandidates& p, Visit&& visit) {
@@ -81,8 +81,8 @@ template <class Visit> constexpr void for_each_field(RemoveRefreshed& p, Visit&&
 }
 
 template <class Visit> constexpr void for_each_field(RerankCandidates& p, Visit&& visit) {
-    FM_FIELD(query), FM_FIELD(reference), FM_FIELD(candidates), FM_FIELD(nearest), FM_FIELD(reference_first),
-        FM_FIELD(references), FM_FIELD(query_first), FM_FIELD(one_set), FM_FIELD(queries), FM_FIELD(size);
+    FM_FIELD(query), FM_FIELD(reference), FM_FIELD(candidates), FM_FIELD(nearest), FM_FIELD(reference_first_id),
+        FM_FIELD(references), FM_FIELD(query_first_id), FM_FIELD(same_set), FM_FIELD(queries), FM_FIELD(size);
 }
 
 template <class Visit> constexpr void for_each_field(SearchExact& p, Visit&& visit) {

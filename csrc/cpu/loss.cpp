@@ -1,4 +1,4 @@
-// The CPU kernels of the losses. Compiled once per instruction set (FM_ISA names the namespace), vectorised by the
+// The CPU kernels of the losses. Compiled once per instruction set (FM_ISA names the namespace), vectorized by the
 // compiler.
 //
 // This file must not emit shared out-of-line functions (no standard containers, no external templates): the linker

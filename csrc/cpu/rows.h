@@ -12,7 +12,7 @@
 namespace fm::cpu::FM_ISA {
 namespace {
 
-// Uninitialised memory of one thread.
+// Uninitialized memory, freed at the end of the scope.
 template <class T> class Scratch {
 public:
     explicit Scratch(int64_t count)
@@ -36,7 +36,7 @@ template <class From, class T> inline void copy_row(const From* from, int64_t st
     for (int64_t d = 0; d < size; ++d) to[d] = static_cast<T>(from[d * stride]);
 }
 
-// A row of the matrix as contiguous T: the row itself if it is that already, else a copy in the buffer.
+// A row of the matrix as contiguous T: the row itself if it is stored that way, else a copy in the buffer.
 template <class T> inline const T* load_row(const MatrixView& m, int64_t row, int64_t size, T* buffer) {
     int64_t begin = row * m.row_stride, stride = m.column_stride;
     if (m.dtype == dtype_of<T> && stride == 1) return static_cast<const T*>(m.data) + begin;
@@ -83,7 +83,7 @@ template <class T> inline void add_scaled(T* to, T scale, T unit, const T* from,
     for (int64_t d = 0; d < size; ++d) to[d] += scale * (unit * from[d]);
 }
 
-// The number of threads for work on so many numbers: starting a team costs microseconds, and far more on a busy
+// The number of threads for a loop over `numbers` elements: starting a team costs microseconds, and far more on a busy
 // machine.
 inline int threads_for(int64_t numbers) {
     int64_t useful = 1 + numbers / 32768;

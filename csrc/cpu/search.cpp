@@ -80,12 +80,12 @@ template <class T, class Code> void measure_quantization(const MeasureQuantizati
 }
 
 // Inserts a product above the upper bound into a list, behind its equals.
-inline void insert_candidate(const CandidateLists& lists, int64_t place, int64_t number, float value) {
-    int32_t* candidate = lists.candidate + place * lists.capacity;
-    float* values = lists.value + place * lists.capacity;
+inline void insert_candidate(const CandidateLists& lists, int64_t index, int64_t id, float value) {
+    int32_t* candidate = lists.candidate + index * lists.capacity;
+    float* values = lists.value + index * lists.capacity;
     const int64_t last = lists.capacity - 1;
     if (candidate[last] >= 0) { // full
-        lists.upper_bound[place] = raised_bound(lists.upper_bound[place], value, values[last]);
+        lists.upper_bound[index] = raised_bound(lists.upper_bound[index], value, values[last]);
         if (!(value > values[last])) return;
     }
     int64_t before = 0;
@@ -94,7 +94,7 @@ inline void insert_candidate(const CandidateLists& lists, int64_t place, int64_t
     memmove(values + before + 1, values + before, static_cast<size_t>(last - before) * sizeof(float));
     memmove(candidate + before + 1, candidate + before, static_cast<size_t>(last - before) * sizeof(int32_t));
     values[before] = value;
-    candidate[before] = static_cast<int32_t>(number);
+    candidate[before] = static_cast<int32_t>(id);
 }
 
 // Calls visit(j), ascending, for the j < count <= kBlock that pass the test.
@@ -120,9 +120,9 @@ template <class S> void update_row_candidates(const UpdateCandidates& p, const S
 #pragma omp parallel for schedule(dynamic, 8) num_threads(threads_for(rows* columns))
     for (int64_t r = 0; r < rows; ++r) {
         const S* row = scores + r * columns;
-        int64_t place = row_place(t, r), first = column_number(t, 0);
-        int64_t self = t.one_set ? row_number(t, r) - first : -1;
-        const float own = p.row_scale[place], &upper_bound = p.row_candidates.upper_bound[place];
+        int64_t index = row_index(t, r), first = column_id(t, 0);
+        int64_t self = t.same_set ? row_id(t, r) - first : -1;
+        const float own = p.row_scale[index], &upper_bound = p.row_candidates.upper_bound[index];
         auto value = [=](int64_t j) { return scaled_score(row[j], own, scale[j]); };
         for (int64_t begin = 0; begin < columns; begin += kBlock) { // the upper bound rises from block to block
             const float least = upper_bound;
@@ -131,7 +131,7 @@ template <class S> void update_row_candidates(const UpdateCandidates& p, const S
                 [=](int64_t j) { return value(begin + j) > least; },
                 [&](int64_t j) {
                     if (value(begin + j) > upper_bound && begin + j != self)
-                        insert_candidate(p.row_candidates, place, first + begin + j, value(begin + j));
+                        insert_candidate(p.row_candidates, index, first + begin + j, value(begin + j));
                 });
         }
     }
@@ -150,19 +150,19 @@ template <class F> void for_each_column_block(const Scores& scores, F f) {
 template <class S> void update_column_candidates(const UpdateCandidates& p, const S* scores) {
     const ScoreTile& t = p.tile;
     for_each_column_block(t.scores, [&](int64_t begin, int64_t count) {
-        const int64_t place = t.column_begin + begin;
-        const float *scale = p.column_scale + place, *upper_bound = p.column_candidates.upper_bound + place;
+        const int64_t index = t.column_begin + begin;
+        const float *scale = p.column_scale + index, *upper_bound = p.column_candidates.upper_bound + index;
         for (int64_t r = 0; r < t.scores.rows; ++r) {
             const S* row = scores + r * t.scores.columns + begin;
-            const float own = p.row_scale[row_place(t, r)];
+            const float own = p.row_scale[row_index(t, r)];
             auto value = [=](int64_t j) { return scaled_score(row[j], own, scale[j]); };
             for_each_passing(
                 count, [=](int64_t j) { return value(j) > upper_bound[j]; },
                 [&](int64_t j) {
-                    int64_t number = row_number(t, r);
-                    bool self = t.one_set && number == t.column_first + place + j;
-                    if (!self && !(p.refreshed && p.refreshed[place + j]))
-                        insert_candidate(p.column_candidates, place + j, number, value(j));
+                    int64_t id = row_id(t, r);
+                    bool self = t.same_set && id == t.column_first_id + index + j;
+                    if (!self && !(p.refreshed && p.refreshed[index + j]))
+                        insert_candidate(p.column_candidates, index + j, id, value(j));
                 });
         }
     });
@@ -201,13 +201,13 @@ template <class T> struct Comparison {
     double inverse = 0.0;
     Comparison(const QuantizedRows& q, const QuantizedRows& r, int64_t s)
         : query(q), reference(r), size(s), query_buffer(s), reference_buffer(s) {}
-    void set_query(int64_t place) {
-        query_row = load_row<T>(query.rows, place, size, query_buffer);
-        inverse = query.inverse_norm[place];
+    void set_query(int64_t index) {
+        query_row = load_row<T>(query.rows, index, size, query_buffer);
+        inverse = query.inverse_norm[index];
     }
-    double cosine_with(int64_t place) const {
-        return exact_product(query_row, load_row<T>(reference.rows, place, size, reference_buffer), size) *
-               (inverse * reference.inverse_norm[place]);
+    double cosine_with(int64_t index) const {
+        return exact_product(query_row, load_row<T>(reference.rows, index, size, reference_buffer), size) *
+               (inverse * reference.inverse_norm[index]);
     }
 };
 
@@ -226,10 +226,10 @@ template <class T> void rerank_candidates(const RerankCandidates& p) {
             const int32_t* candidate = p.candidates.candidate + i * p.candidates.capacity;
             const float* value = p.candidates.value + i * p.candidates.capacity;
             for (int64_t c = 0; c < p.candidates.capacity && candidate[c] >= 0; ++c) {
-                int64_t place = candidate_place(p, candidate[c]);
-                if (place < 0) continue;
-                if (static_cast<double>(value[c]) + error_bound(p.query, i, p.reference, place) < smallest) continue;
-                insert_nearest(p.nearest, i, compare.cosine_with(place), candidate[c]);
+                int64_t index = candidate_row(p, candidate[c]);
+                if (index < 0) continue;
+                if (static_cast<double>(value[c]) + error_bound(p.query, i, p.reference, index) < smallest) continue;
+                insert_nearest(p.nearest, i, compare.cosine_with(index), candidate[c]);
             }
         }
     }
@@ -237,7 +237,7 @@ template <class T> void rerank_candidates(const RerankCandidates& p) {
 
 template <class T, bool with_norm, class S> void search_exact_rows(const SearchExact& p, const S* scores) {
     const ScoreTile& t = p.tile;
-    const int64_t rows = t.scores.rows, columns = t.scores.columns, first = column_number(t, 0);
+    const int64_t rows = t.scores.rows, columns = t.scores.columns, first = column_id(t, 0);
     const float *scale = p.reference.scale + t.column_begin, *error = p.reference.error + t.column_begin;
     const float* norm = with_norm ? p.reference.norm + t.column_begin : nullptr;
 #pragma omp parallel num_threads(threads_for(rows* columns))
@@ -246,11 +246,11 @@ template <class T, bool with_norm, class S> void search_exact_rows(const SearchE
 #pragma omp for schedule(dynamic, 4)
         for (int64_t r = 0; r < rows; ++r) {
             const S* row = scores + r * columns;
-            const int64_t place = row_place(t, r), self = t.one_set ? row_number(t, r) - first : -1;
-            if (has_constant_cosine(p.query, place)) continue; // rerank_candidates has found its nearest
-            compare.set_query(place);
-            const double& smallest = smallest_cosine(p.row_nearest, place);
-            const float own = p.query.scale[place], own_error = p.query.error[place], length = p.query.length[place];
+            const int64_t index = row_index(t, r), self = t.same_set ? row_id(t, r) - first : -1;
+            if (has_constant_cosine(p.query, index)) continue; // rerank_candidates has found its nearest
+            compare.set_query(index);
+            const double& smallest = smallest_cosine(p.row_nearest, index);
+            const float own = p.query.scale[index], own_error = p.query.error[index], length = p.query.length[index];
             auto largest = [=](int64_t j) { // possible cosine
                 float bound = (with_norm ? own_error * norm[j] : own_error) + length * error[j];
                 return scaled_score(row[j], own, scale[j]) + bound;
@@ -262,7 +262,7 @@ template <class T, bool with_norm, class S> void search_exact_rows(const SearchE
                     [=](int64_t j) { return largest(begin + j) >= threshold; },
                     [&](int64_t j) {
                         if (largest(begin + j) >= below(smallest) && begin + j != self)
-                            insert_nearest(p.row_nearest, place, compare.cosine_with(t.column_begin + begin + j),
+                            insert_nearest(p.row_nearest, index, compare.cosine_with(t.column_begin + begin + j),
                                            first + begin + j);
                     });
             }
@@ -279,15 +279,15 @@ template <class T, class S> void search_exact_columns(const SearchExact& p, cons
         Comparison<T> compare(p.reference, p.query, p.size); // a column is the query here
         float threshold[kBlock];
         for (int64_t j = 0; j < count; ++j) {
-            int64_t place = first + j;
-            bool searched = !has_constant_cosine(p.reference, place) && !(p.refreshed && p.refreshed[place]);
-            threshold[j] = searched ? below(smallest_cosine(p.column_nearest, place)) : kInfinity;
+            int64_t index = first + j;
+            bool searched = !has_constant_cosine(p.reference, index) && !(p.refreshed && p.refreshed[index]);
+            threshold[j] = searched ? below(smallest_cosine(p.column_nearest, index)) : kInfinity;
         }
         for (int64_t r = 0; r < t.scores.rows; ++r) {
             const S* row = scores + r * t.scores.columns + begin;
-            const int64_t place = row_place(t, r), number = row_number(t, r);
-            const float own = p.query.scale[place], own_error = p.query.error[place];
-            const float norm = p.query.norm ? p.query.norm[place] : 1.0f;
+            const int64_t index = row_index(t, r), id = row_id(t, r);
+            const float own = p.query.scale[index], own_error = p.query.error[index];
+            const float norm = p.query.norm ? p.query.norm[index] : 1.0f;
             for_each_passing(
                 count,
                 [=, threshold = &threshold[0]](int64_t j) {
@@ -295,9 +295,9 @@ template <class T, class S> void search_exact_columns(const SearchExact& p, cons
                     return scaled_score(row[j], own, scale[j]) + bound >= threshold[j];
                 },
                 [&](int64_t j) {
-                    if (t.one_set && number == t.column_first + first + j) return;
+                    if (t.same_set && id == t.column_first_id + first + j) return;
                     compare.set_query(first + j);
-                    insert_nearest(p.column_nearest, first + j, compare.cosine_with(place), number);
+                    insert_nearest(p.column_nearest, first + j, compare.cosine_with(index), id);
                     threshold[j] = below(smallest_cosine(p.column_nearest, first + j));
                 });
         }

@@ -22,9 +22,9 @@
 
 namespace fm::cuda {
 
-inline void check(cudaError_t error, const char* what) {
+inline void check(cudaError_t error, const char* operation) {
     if (error != cudaSuccess)
-        throw std::runtime_error(std::string("fused_margin: ") + what + ": " + cudaGetErrorString(error));
+        throw std::runtime_error(std::string("fused_margin: ") + operation + ": " + cudaGetErrorString(error));
 }
 
 // The configuration of a launch. Blocks of one cluster run at the same time and access each other's shared memory. A

@@ -19,8 +19,9 @@ template <int Stride, class Params> __device__ Logit logit_of(const Params& p, i
     return at < p.product.rows ? Logit{p.prepared[at].high, p.prepared[at].low} : Logit{0.0f, 0.0f};
 }
 
-// The index of element i of this thread's row r, which has 2 N elements, and its distance from `column`.
+// The index of element i of this thread's row r among its accumulators.
 __device__ constexpr int element_of(int r, int i) { return (i >> 1) * 4 + (r & 1) * 2 + (i & 1); }
+// The column of element i, relative to `column`.
 __device__ constexpr int column_offset(int i) { return (i >> 1) * 8 + (i & 1); }
 
 // Masks the labels' own columns, and those beyond the last class, in a tile. Few tiles have any.
@@ -49,7 +50,7 @@ __device__ void mask_columns(const Params& p, Accumulators<M, N>& products, int 
 template <int M, int N, int Stride> struct DumpEpilogue {
     using Params = TensorDump;
 
-    __device__ void begin(const Params&, int, int) {}
+    __device__ void begin(const Params&, int) {}
     __device__ void tile(const Params& p, Accumulators<M, N>& products, int row, int, int column, int) {
         FM_UNROLL
         for (int r = 0; r < 2 * M; ++r) {
@@ -79,7 +80,7 @@ template <int M, int N, int Stride, bool Online> struct ExponentSumEpilogue {
     float sum[kRows];
     float top[Online ? kRows : 1]; // the exponent that sum is relative to
 
-    __device__ void begin(const Params& p, int row, int) {
+    __device__ void begin(const Params& p, int row) {
         FM_UNROLL
         for (int r = 0; r < kRows; ++r) {
             int at = row + row_offset<Stride>(r);
@@ -138,7 +139,7 @@ template <int M, int N, int Stride, bool Split> struct ProbabilitiesEpilogue {
     using Params = TensorProbabilities;
     static constexpr int kRows = 2 * M;
 
-    __device__ void begin(const Params&, int, int) {}
+    __device__ void begin(const Params&, int) {}
 
     __device__ void tile(const Params& p, Accumulators<M, N>& products, int row, int begin, int column, int lane) {
         mask_columns<M, N, Stride>(p, products, row, begin, column);
@@ -179,6 +180,7 @@ template <int M, int N, int Stride, bool Split> struct ProbabilitiesEpilogue {
 
 private:
     static constexpr float kProbabilityBits = 15.0f; // log2 of kProbabilityScale
+    static_assert(kProbabilityScale == 1 << 15);
 
     // Transposes 4 x 4 words across the four lanes of a row: lane q receives word q of every lane, which are adjacent.
     __device__ static void transpose(uint32_t (&w)[4], int quad) {
@@ -209,7 +211,7 @@ template <int M, int N, int Stride> struct NearestEpilogue {
     float best[kRows];
     int index[kRows];
 
-    __device__ void begin(const Params&, int, int) {
+    __device__ void begin(const Params&, int) {
         FM_UNROLL
         for (int r = 0; r < kRows; ++r) best[r] = kMasked<float>, index[r] = 0;
     }
@@ -273,8 +275,8 @@ private:
         return ((lane >> 3) & 3) * 8 + (lane % 4) * 2 + ((lane >> 2) & 1);
     }
 
-    // The upper halves, which order by cosine, of the keys of those columns. All loads are issued before the first
-    // result is used; the comparison of the rows hides their latency.
+    // The upper halves, which order by cosine, of the keys of the columns that reduced_column gives. All loads are
+    // issued before the first result is used; the comparison of the rows hides their latency.
     __device__ static void load_stored(const Params& p, int begin, int lane, uint32_t (&stored)[N / 4]) {
         FM_UNROLL
         for (int n = 0; n < N / 4; ++n) {

@@ -289,7 +289,11 @@ template <class T> __global__ void nearest_of_columns(NearestTile<T> p) {
     update_nearest(p, p.column_begin + j, best);
 }
 
-template <class T> void nearest_tile(const NearestTile<T>& p, void* stream) {
+template <class T> void start(const ExponentSum<T>& p, void* stream) {
+    launch(exponent_sum<T>, p.samples, kRowThreads, stream, p);
+}
+
+template <class T> void start(const NearestTile<T>& p, void* stream) {
     launch(nearest_of_rows<T>, p.rows, kRowThreads, stream, p);
     if (p.row_begin != p.column_begin)
         launch(nearest_of_columns<T>, (p.columns + kWarp - 1) / kWarp, kRowThreads, stream, p);
@@ -343,14 +347,10 @@ FM_RUN(TargetCosine)
 FM_RUN(ProjectWeightGradient)
 FM_RUN(ProjectEmbeddingGradient)
 
-void run(const ExponentSum<float>& p, void* stream) { launch(exponent_sum<float>, p.samples, kRowThreads, stream, p); }
-void run(const ExponentSum<double>& p, void* stream) {
-    launch(exponent_sum<double>, p.samples, kRowThreads, stream, p);
-}
+FM_RUN(ExponentSum)
+FM_RUN(NearestTile)
 void run(const MarginRows& p, void* stream) {
     launch(margin_rows, (p.samples + kRowThreads - 1) / kRowThreads, kRowThreads, stream, p);
 }
-void run(const NearestTile<float>& p, void* stream) { nearest_tile(p, stream); }
-void run(const NearestTile<double>& p, void* stream) { nearest_tile(p, stream); }
 
 } // namespace fm::cuda

@@ -77,7 +77,7 @@ __global__ void combine_partials(CombinePartials p) {
     sum = warp_sum(sum);
     if (lane() > 0) return;
     double logsumexp2 = sum == 0.0 ? -INFINITY : log2(sum) + top; // NaN stays
-    p.negative_logsumexp[i] = logsumexp2 * 0.6931471805599453;
+    p.negative_logsumexp[i] = logsumexp2 * kLn2;
     p.exponent[i] = isfinite(logsumexp2) ? rint(logsumexp2) : 0.0;
 }
 

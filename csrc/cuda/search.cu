@@ -75,15 +75,15 @@ template <class F> __device__ void for_each_lane(unsigned lanes, F f) {
 
 // Inserts a product above the upper bound into a list, behind its equals. The whole warp moves the smaller ones, 32 at
 // a time from the end. Returns the new upper bound.
-__device__ inline float insert_candidate(const CandidateLists& lists, int64_t place, int64_t number, float value) {
-    int32_t* candidate = lists.candidate + place * lists.capacity;
-    float* values = lists.value + place * lists.capacity;
-    float upper_bound = lists.upper_bound[place], last = values[lists.capacity - 1];
+__device__ inline float insert_candidate(const CandidateLists& lists, int64_t index, int64_t id, float value) {
+    int32_t* candidate = lists.candidate + index * lists.capacity;
+    float* values = lists.value + index * lists.capacity;
+    float upper_bound = lists.upper_bound[index], last = values[lists.capacity - 1];
     bool full = candidate[lists.capacity - 1] >= 0;
     __syncwarp(); // every lane has read before one writes below
     if (full) {
         upper_bound = raised_bound(upper_bound, value, last);
-        if (lane() == 0) lists.upper_bound[place] = upper_bound;
+        if (lane() == 0) lists.upper_bound[index] = upper_bound;
         if (!(value > last)) {
             __syncwarp();
             return upper_bound;
@@ -93,13 +93,13 @@ __device__ inline float insert_candidate(const CandidateLists& lists, int64_t pl
     for (bool more = true; more;) {
         int64_t at = end - 1 - lane();
         float moved = at >= 0 ? values[at] : kHighest;
-        int32_t owner = at >= 0 ? candidate[at] : -1;
+        int32_t moved_candidate = at >= 0 ? candidate[at] : -1;
         bool smaller = at >= 0 && moved < value;
         int count = __popc(__ballot_sync(kWholeWarp, smaller));
         __syncwarp(); // every lane has read before one writes
         if (smaller && at + 1 < lists.capacity) {
             values[at + 1] = moved;
-            candidate[at + 1] = owner;
+            candidate[at + 1] = moved_candidate;
         }
         end -= count;
         more = count == kWarp;
@@ -107,22 +107,22 @@ __device__ inline float insert_candidate(const CandidateLists& lists, int64_t pl
     __syncwarp();
     if (lane() == 0) {
         values[end] = value;
-        candidate[end] = static_cast<int32_t>(number);
+        candidate[end] = static_cast<int32_t>(id);
     }
     __syncwarp();
     return upper_bound;
 }
 
-// Inserts count products into one list, except that of number `self`, which is -1 in two sets.
-template <class Value, class Number> __device__ void
-update_list(const CandidateLists& lists, int64_t place, int64_t self, int64_t count, Value value_of, Number number_of) {
-    float upper_bound = lists.upper_bound[place];
+// Inserts count products into one list, except that of id `self`, which is -1 if there are two sets.
+template <class Value, class Id> __device__ void update_list(const CandidateLists& lists, int64_t index, int64_t self,
+                                                             int64_t count, Value value_of, Id id_of) {
+    float upper_bound = lists.upper_bound[index];
     for (int64_t begin = 0; begin < count; begin += kWarp) {
         int64_t at = begin + lane();
-        float value = at < count && number_of(at) != self ? value_of(at) : kLowest;
+        float value = at < count && id_of(at) != self ? value_of(at) : kLowest;
         for_each_lane(__ballot_sync(kWholeWarp, value > upper_bound), [&](int from) {
             float inserted = __shfl_sync(kWholeWarp, value, from);
-            if (inserted > upper_bound) upper_bound = insert_candidate(lists, place, number_of(begin + from), inserted);
+            if (inserted > upper_bound) upper_bound = insert_candidate(lists, index, id_of(begin + from), inserted);
         });
     }
 }
@@ -131,12 +131,12 @@ template <class S> __global__ void update_row_candidates(UpdateCandidates p) {
     const ScoreTile& t = p.tile;
     int64_t r = warp_row();
     if (r >= t.scores.rows) return;
-    int64_t place = row_place(t, r);
-    float own = p.row_scale[place];
+    int64_t index = row_index(t, r);
+    float own = p.row_scale[index];
     update_list(
-        p.row_candidates, place, t.one_set ? row_number(t, r) : -1, t.scores.columns,
+        p.row_candidates, index, t.same_set ? row_id(t, r) : -1, t.scores.columns,
         [&](int64_t j) { return scaled_score(score<S>(t, r, j), own, p.column_scale[t.column_begin + j]); },
-        [&](int64_t j) { return column_number(t, j); });
+        [&](int64_t j) { return column_id(t, j); });
 }
 
 // The columns of a block are adjacent, so its warps share the cache lines that they read of every row.
@@ -144,13 +144,13 @@ template <class S> __global__ void update_column_candidates(UpdateCandidates p) 
     const ScoreTile& t = p.tile;
     int64_t j = warp_row();
     if (j >= t.scores.columns) return;
-    int64_t place = t.column_begin + j;
-    if (p.refreshed && p.refreshed[place]) return;
-    float own = p.column_scale[place];
+    int64_t index = t.column_begin + j;
+    if (p.refreshed && p.refreshed[index]) return;
+    float own = p.column_scale[index];
     update_list(
-        p.column_candidates, place, t.one_set ? column_number(t, j) : -1, t.scores.rows,
-        [&](int64_t r) { return scaled_score(score<S>(t, r, j), p.row_scale[row_place(t, r)], own); },
-        [&](int64_t r) { return row_number(t, r); });
+        p.column_candidates, index, t.same_set ? column_id(t, j) : -1, t.scores.rows,
+        [&](int64_t r) { return scaled_score(score<S>(t, r, j), p.row_scale[row_index(t, r)], own); },
+        [&](int64_t r) { return row_id(t, r); });
 }
 
 __global__ void remove_refreshed(RemoveRefreshed p) {
@@ -166,16 +166,16 @@ __global__ void remove_refreshed(RemoveRefreshed p) {
     int64_t remaining = 0;
     for (int64_t begin = 0; begin < capacity; begin += kWarp) {
         int64_t c = begin + lane();
-        int32_t number = c < capacity ? candidate[c] : -1;
-        float known = c < capacity ? value[c] : kLowest;
-        unsigned stay = __ballot_sync(kWholeWarp, number >= 0 && !refreshed && !p.refreshed_candidates[number]);
+        int32_t id = c < capacity ? candidate[c] : -1;
+        float known_value = c < capacity ? value[c] : kLowest;
+        unsigned stay = __ballot_sync(kWholeWarp, id >= 0 && !refreshed && !p.refreshed_candidates[id]);
         __syncwarp(); // every lane has read before one writes
         if (c < capacity) candidate[c] = -1, value[c] = kLowest;
-        __syncwarp(); // all places are emptied before some are filled again
+        __syncwarp(); // all entries are emptied before some are filled again
         if (stay >> lane() & 1) {
             int64_t to = remaining + __popc(stay & ((1u << lane()) - 1));
-            candidate[to] = number;
-            value[to] = known;
+            candidate[to] = id;
+            value[to] = known_value;
         }
         remaining += __popc(stay);
         __syncwarp();
@@ -206,35 +206,35 @@ __global__ void rerank_candidates(RerankCandidates p) {
     const int32_t* candidate = p.candidates.candidate + i * p.candidates.capacity;
     const float* value = p.candidates.value + i * p.candidates.capacity;
     for (int64_t c = 0; c < p.candidates.capacity && candidate[c] >= 0; ++c) {
-        int64_t place = candidate_place(p, candidate[c]);
-        if (place < 0) continue;
-        if (static_cast<double>(value[c]) + error_bound(p.query, i, p.reference, place) < smallest) continue;
-        double cosine = cosine_of(p.query, i, p.reference, place, p.size);
+        int64_t index = candidate_row(p, candidate[c]);
+        if (index < 0) continue;
+        if (static_cast<double>(value[c]) + error_bound(p.query, i, p.reference, index) < smallest) continue;
+        double cosine = cosine_of(p.query, i, p.reference, index, p.size);
         smallest = warp_insert_nearest(p.nearest, i, cosine, candidate[c]);
     }
 }
 
 // Searches the nearest of count rows for row i of query. Computes only cosines whose upper bound reaches the nearest
 // ones found so far.
-template <class Value, class Place, class Number>
+template <class Value, class Row, class Id>
 __device__ void search_exact(const QuantizedRows& query, int64_t i, const Nearest& nearest, int64_t self,
-                             const QuantizedRows& others, int64_t count, int64_t size, Value value_of, Place place_of,
-                             Number number_of) {
+                             const QuantizedRows& others, int64_t count, int64_t size, Value value_of, Row row_of,
+                             Id id_of) {
     if (has_constant_cosine(query, i)) return; // rerank_candidates has found its nearest
     double smallest = smallest_cosine(nearest, i);
     const float error = query.error[i], length = query.length[i];
     for (int64_t begin = 0; begin < count; begin += kWarp) {
         int64_t at = begin + lane();
         float largest = kLowest; // possible cosine
-        bool other = at < count && number_of(at) != self;
+        bool other = at < count && id_of(at) != self;
         if (other) {
-            int64_t place = place_of(at);
-            largest = value_of(at) + (error * (others.norm ? others.norm[place] : 1.0f) + length * others.error[place]);
+            int64_t index = row_of(at);
+            largest = value_of(at) + (error * (others.norm ? others.norm[index] : 1.0f) + length * others.error[index]);
         }
         for_each_lane(__ballot_sync(kWholeWarp, other && largest >= round_down(smallest)), [&](int from) {
             if (!(__shfl_sync(kWholeWarp, largest, from) >= round_down(smallest))) return;
-            double cosine = cosine_of(query, i, others, place_of(begin + from), size);
-            smallest = warp_insert_nearest(nearest, i, cosine, number_of(begin + from));
+            double cosine = cosine_of(query, i, others, row_of(begin + from), size);
+            smallest = warp_insert_nearest(nearest, i, cosine, id_of(begin + from));
         });
     }
 }
@@ -243,12 +243,12 @@ template <class S> __global__ void search_exact_rows(SearchExact p) {
     const ScoreTile& t = p.tile;
     int64_t r = warp_row();
     if (r >= t.scores.rows) return;
-    const int64_t i = row_place(t, r);
+    const int64_t i = row_index(t, r);
     const float own = p.query.scale[i];
     search_exact(
-        p.query, i, p.row_nearest, t.one_set ? row_number(t, r) : -1, p.reference, t.scores.columns, p.size,
+        p.query, i, p.row_nearest, t.same_set ? row_id(t, r) : -1, p.reference, t.scores.columns, p.size,
         [&](int64_t j) { return scaled_score(score<S>(t, r, j), own, p.reference.scale[t.column_begin + j]); },
-        [&](int64_t j) { return t.column_begin + j; }, [&](int64_t j) { return column_number(t, j); });
+        [&](int64_t j) { return t.column_begin + j; }, [&](int64_t j) { return column_id(t, j); });
 }
 
 template <class S> __global__ void search_exact_columns(SearchExact p) {
@@ -259,9 +259,9 @@ template <class S> __global__ void search_exact_columns(SearchExact p) {
     if (p.refreshed && p.refreshed[i]) return;
     const float own = p.reference.scale[i];
     search_exact(
-        p.reference, i, p.column_nearest, t.one_set ? column_number(t, j) : -1, p.query, t.scores.rows, p.size,
-        [&](int64_t r) { return scaled_score(score<S>(t, r, j), p.query.scale[row_place(t, r)], own); },
-        [&](int64_t r) { return row_place(t, r); }, [&](int64_t r) { return row_number(t, r); });
+        p.reference, i, p.column_nearest, t.same_set ? column_id(t, j) : -1, p.query, t.scores.rows, p.size,
+        [&](int64_t r) { return scaled_score(score<S>(t, r, j), p.query.scale[row_index(t, r)], own); },
+        [&](int64_t r) { return row_index(t, r); }, [&](int64_t r) { return row_id(t, r); });
 }
 
 } // namespace

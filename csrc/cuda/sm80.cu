@@ -53,7 +53,7 @@ template <class Epilogue, int kBlocks> __global__ void __launch_bounds__(kThread
     Segment segment;
     while (schedule.next(segment)) {
         int first_row = segment.group * kRows, row = first_row + down + lane / 4;
-        epilogue.begin(p, row, lane);
+        epilogue.begin(p, row);
         // the next line to load, kStages - 1 lines ahead of the line being multiplied
         int next_tile = segment.begin, next_line = 0;
         auto load = [&](int stage) {
@@ -61,7 +61,7 @@ template <class Epilogue, int kBlocks> __global__ void __launch_bounds__(kThread
                 int pass = next_line / depth, x = next_line % depth * kDepth;
                 uint32_t to = memory + static_cast<uint32_t>(stage % kStages * 2 * kOperandBytes);
                 load_operand(to, product.left, static_cast<int>(product.rows), width, first_row,
-                             x + (left_is_low(product, pass) ? half : 0));
+                             x + (left_is_low(pass) ? half : 0));
                 load_operand(to + kOperandBytes, product.right, static_cast<int>(product.columns), width,
                              next_tile * kColumns, x + (right_is_low(product, pass) ? half : 0));
                 if (++next_line == count) next_line = 0, ++next_tile;

@@ -1,8 +1,9 @@
 // The family for Hopper: a persistent kernel with one producer that loads operands by TMA and two wgmma consumers.
 //
 // Each consumer warpgroup owns whole tiles, and the two alternate, so that the epilogue of one overlaps with the main
-// loop of the other. A cluster of two blocks holds two blocks of 128 rows and shares one multicast stream of classes.
-// Up to a width of 512, the rows of a block stay in shared memory for all of its tiles; wider rows are streamed too.
+// loop of the other. A cluster of two thread blocks multiplies 256 rows, and loads each tile of classes once, by
+// multicast. The rows of an unsplit operand stay in shared memory for all tiles of a block up to a width of 512; other
+// rows are streamed too.
 #include "epilogues.h"
 #include "sm90.h"
 #include "tiles.h"
@@ -64,9 +65,9 @@ struct Shared {
 // The number of lines that one tile multiplies.
 __device__ int lines(const TensorProduct& p, const Layout& layout) { return layout.depth * passes(p); }
 
-template <int kColumns, bool kStationary, class Schedule>
+template <int kColumns, bool kStationary>
 __device__ void produce(const TensorMap& left, const TensorMap& right, const TensorProduct& p, const Layout& layout,
-                        const Shared& shared, Schedule schedule, uint32_t rank) {
+                        const Shared& shared, Tiles<kColumns> schedule, uint32_t rank) {
     Cursor cursor{0, 1}; // the first wait on an empty stage returns at once
     uint32_t rows_parity = 1;
     int depth = layout.depth, count = lines(p, layout);
@@ -95,17 +96,17 @@ __device__ void produce(const TensorMap& left, const TensorMap& right, const Ten
                 else
                     tma_load(part_to, &right, full, x, tile * kColumns);
                 if (!kStationary)
-                    tma_load(to + kColumns * kLineBytes, &left, full,
-                             (line + (left_is_low(p, pass) ? depth : 0)) * kDepth, row);
+                    tma_load(to + kColumns * kLineBytes, &left, full, (line + (left_is_low(pass) ? depth : 0)) * kDepth,
+                             row);
                 cursor.advance(1, layout.stages);
             }
         }
     }
 }
 
-template <class Epilogue, int kColumns, bool kStationary, class Schedule>
+template <class Epilogue, int kColumns, bool kStationary>
 __device__ void consume(const typename Epilogue::Params& p, const Layout& layout, const Shared& shared,
-                        Schedule schedule, uint32_t rank, int consumer, int slot) {
+                        Tiles<kColumns> schedule, uint32_t rank, int consumer, int slot) {
     int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32 % 4;
     int count = lines(p.product, layout), total = schedule.remaining, turn = 0;
     Cursor cursor{0, 0};
@@ -120,7 +121,7 @@ __device__ void consume(const typename Epilogue::Params& p, const Layout& layout
     Segment segment;
     while (schedule.next(segment)) {
         int row = (segment.group * layout.cluster + static_cast<int>(rank)) * kRows + warp * 16 + lane / 4;
-        epilogue.begin(p, row, lane);
+        epilogue.begin(p, row);
         if (kStationary) {
             barrier_wait(shared.rows_full, rows_parity);
             rows_parity ^= 1;
@@ -214,8 +215,8 @@ void start(const typename Epilogue::Params& p, const Layout& layout, void* strea
     auto kernel = multiply_tiles<Epilogue, kColumns, kStationary>;
     allow_shared_memory(kernel, kSharedBytes);
     int most = resident_clusters(kernel, layout.cluster, kThreads, layout.shared_bytes());
-    launch_cluster(kernel, static_cast<int>(std::min<int64_t>(most, groups * tiles)), layout.cluster, kThreads,
-                   layout.shared_bytes(), stream, left, right, p, layout);
+    launch_cluster(kernel, std::min<int64_t>(most, groups * tiles), layout.cluster, kThreads, layout.shared_bytes(),
+                   stream, left, right, p, layout);
 }
 
 // The ring takes the shared memory that the rows leave.

@@ -119,7 +119,7 @@ __device__ __forceinline__ void tma_load(uint32_t destination, const TensorMap* 
                  "l"(map), "r"(bar), "r"(x), "r"(y)
                  : "memory");
 }
-// Loads it into every block whose bit is set in mask. The barrier of each block counts the bytes.
+// Loads the box into every block of the cluster whose bit is set in mask. The barrier of each block counts the bytes.
 __device__ __forceinline__ void tma_load_multicast(uint32_t destination, const TensorMap* map, uint32_t bar, int x,
                                                    int y, uint16_t mask) {
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster"

@@ -46,7 +46,7 @@ template <int kColumns> struct Tiles {
 // the sum. The large products therefore come last: the small ones are added up before the sum is large.
 __device__ inline int passes(const TensorProduct& p) { return p.parts == 2 ? 3 : 1; }
 __device__ inline bool right_is_low(const TensorProduct& p, int pass) { return p.parts == 2 && pass == 0; }
-__device__ inline bool left_is_low(const TensorProduct&, int pass) { return pass == 1; }
+__device__ inline bool left_is_low(int pass) { return pass == 1; }
 
 template <class Params> __device__ bool is_triangle(const Params&) { return false; }
 __device__ inline bool is_triangle(const TensorNearest& p) { return p.row_begin == p.column_begin; }

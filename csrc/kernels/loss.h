@@ -9,7 +9,7 @@
 
 namespace fm {
 
-// The inverse L2 norm of every row and, if requested, the normalised rows. A row shorter than kSmallestNorm counts as a
+// The inverse L2 norm of every row and, if requested, the normalized rows. A row shorter than kSmallestNorm counts as a
 // zero row: its inverse norm is 0, so its cosines and gradients are 0.
 template <class T> struct RowNormalize {
     MatrixView rows;     // [R, D]
@@ -34,8 +34,9 @@ template <class T> struct TargetCosine {
 
 // Replaces the products x_hat . w_j of a chunk of classes by 2^(a cos - k) / |w_j|, a = scale * log2(e), and sums
 // 2^(a cos - k) over each row. The target's own entry becomes 0. The integer k keeps the result in range: it is
-// fixed_exponent if given, else the integer nearest to the row's largest logit in this chunk. The division by |w_j|
-// lets both matrix products of the backward use the raw weights.
+// fixed_exponent if given, else the integer nearest to the row's largest logit in this chunk, or that logit itself if
+// it is above WideExponential::kLeast. The division by |w_j| lets both matrix products of the backward use the raw
+// weights.
 //
 // With a bias, cos is product / |w_j| + bias_j. With sub-centers only the best of the S rows of a class counts, the
 // first of equals, and all S entries of the target become 0. With a hard threshold, a cosine c above that of its row

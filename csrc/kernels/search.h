@@ -27,19 +27,19 @@ struct QuantizedRows {
     const float* error;         // [R], rounded up; -1 for a row with NaN
 };
 
-// The largest products of every query, in descending order. An empty place has candidate -1 and value -inf.
+// The largest products of every query, in descending order. An empty entry has candidate -1 and value -inf.
 struct CandidateLists {
-    int32_t* candidate; // [Q, capacity], reference numbers
+    int32_t* candidate; // [Q, capacity], reference ids
     float* value;       // [Q, capacity]
     float* upper_bound; // [Q], of all products outside the list; -inf if there is none
     int64_t capacity;
 };
 
 // The k nearest references of every query so far: larger cosines first, the lower index first among equals. An empty
-// place has cosine -inf and index -1.
+// entry has cosine -inf and index -1.
 struct Nearest {
     double* cosine; // [Q, k]
-    int64_t* index; // [Q, k], reference numbers
+    int64_t* index; // [Q, k], reference ids
     int64_t count;  // k
 };
 
@@ -74,25 +74,25 @@ struct Scores {
     int64_t rows, columns;
 };
 
-// A tile of scores and its position. A place is an index into the arrays of the rows' or the columns' side; a number
-// identifies a row among all sides.
+// A tile of scores and its position. An index is into the arrays of the rows' or the columns' side; an id identifies a
+// row among all ranks.
 struct ScoreTile {
     Scores scores;
-    const int64_t* row_place; // [rows], or null for row_begin and the following places
+    const int64_t* row_index; // [rows], or null for row_begin and the following indices
     int64_t row_begin;
-    const int64_t* row_number; // [rows], or null if it equals the place
-    int64_t column_begin;      // place of the first column
-    int64_t column_first;      // number of the column in place 0
-    bool one_set;              // rows and columns are of one set: equal numbers are the same row
+    const int64_t* row_id;   // [rows], or null if it equals the index
+    int64_t column_begin;    // index of the first column
+    int64_t column_first_id; // id of the column with index 0
+    bool same_set;           // rows and columns are of the same set: equal ids are the same row
 };
 
 // Inserts the products of a tile into the candidates of its rows, of its columns, or both.
 struct UpdateCandidates {
     ScoreTile tile;
-    const float* row_scale;                           // [places of rows]
-    const float* column_scale;                        // [places of columns]
+    const float* row_scale;                           // [rows of the row side]
+    const float* column_scale;                        // [rows of the column side]
     CandidateLists row_candidates, column_candidates; // candidate null: not updated
-    const bool* refreshed;                            // [places of columns] columns that are not updated; or null
+    const bool* refreshed;                            // [rows of the column side] columns that are not updated; or null
 };
 
 // Empties the lists of refreshed rows and removes refreshed candidates from the others. The upper bound of a refreshed
@@ -101,7 +101,7 @@ struct UpdateCandidates {
 struct RemoveRefreshed {
     CandidateLists candidates;        // every product of a refreshed row is still to be inserted
     const bool* refreshed_rows;       // [Q]
-    const bool* refreshed_candidates; // [reference numbers]
+    const bool* refreshed_candidates; // [reference ids]
     int64_t count;                    // Q
 };
 
@@ -110,10 +110,10 @@ struct RemoveRefreshed {
 struct RerankCandidates {
     QuantizedRows query, reference;
     CandidateLists candidates;
-    Nearest nearest;                     // in and out
-    int64_t reference_first, references; // the references are the numbers from reference_first on
-    int64_t query_first;                 // number of the first query, if one_set
-    bool one_set;
+    Nearest nearest;                        // in and out
+    int64_t reference_first_id, references; // the ids of the references start at reference_first_id
+    int64_t query_first_id;                 // id of the first query, if same_set
+    bool same_set;
     int64_t queries, size;
 };
 
@@ -123,7 +123,7 @@ struct SearchExact {
     ScoreTile tile;
     QuantizedRows query, reference;
     Nearest row_nearest, column_nearest; // in and out; index null: not searched
-    const bool* refreshed;               // [places of columns] columns that are not searched; or null
+    const bool* refreshed;               // [rows of the column side] columns that are not searched; or null
     int64_t size;
 };
 

@@ -8,14 +8,15 @@
 
 namespace fm::cuda {
 
-// Operands hold normalised rows times this power of two, so that neither a small entry nor the low half of a split
+// Operands hold normalized rows times this power of two, so that neither a small entry nor the low half of a split
 // entry is denormal in fp16.
 inline constexpr float kOperandScale = 1024.0f;
-// Exponentials are at most sqrt(2) before they are stored as fp16. Times this factor they keep 39 bits below that.
+// Exponentials are at most sqrt(2) before they are stored as fp16. Multiplied by this factor,
+// exponentials down to 2^-39 stay above 0 in fp16.
 inline constexpr float kProbabilityScale = 32768.0f;
 inline constexpr int kWidthMultiple = 64; // one 128-byte line of fp16
 
-// Normalises rows into an operand. With two parts a row is [high, low]: the nearest fp16 of each entry, then the
+// Normalizes rows into an operand. With two parts a row is [high, low]: the nearest fp16 of each entry, then the
 // nearest fp16 of the remainder, so that a product of two operands keeps 22 bits of each.
 struct PackOperand {
     MatrixView rows;     // [R, D]

@@ -1,4 +1,4 @@
-// 2^(a c - k) for a cosine c: one branch-free polynomial for both devices, accurate to 1e-7.
+// 2^(a c - k) for a cosine c. In float, one branch-free polynomial for both devices, accurate to 1e-7; in double, exp2.
 #pragma once
 
 #include "platform.h"
@@ -9,7 +9,8 @@ namespace fm {
 // exponential is 0 for any scale.
 template <class T> inline constexpr T kMasked = static_cast<T>(-3.0e38);
 
-// The constants of one sample. a is split into two floats, because rounding it to one would cost |a c| / 2^25.
+// The constants of one sample. In float, a is split into two floats, because rounding it to one would cost |a c| /
+// 2^25.
 template <class T> struct Exponential;
 
 template <> struct Exponential<float> {
@@ -74,9 +75,9 @@ template <class T> struct WideExponential {
 
     FM_HD T operator()(T cosine) const {
         T below = cosine - base;
-        T power = multiply_add(below, high, -k) + below * low;        // NaN if below is -infinity and low is 0
-        bool nothing = below < 0 && !(power >= static_cast<T>(-125)); // no denormals
-        return nothing ? static_cast<T>(0) : static_cast<T>(exp2(power));
+        T power = multiply_add(below, high, -k) + below * low;           // NaN if below is -infinity and low is 0
+        bool underflows = below < 0 && !(power >= static_cast<T>(-125)); // no denormals
+        return underflows ? static_cast<T>(0) : static_cast<T>(exp2(power));
     }
 };
 

@@ -15,9 +15,8 @@ struct Margin {
 FM_HD double sine_ratio(double theta, double phi, double m1, double m2, double floor) {
     double sine = sin(theta);
     if (sine >= floor) return sin(phi) / sine;
-    const double pi = 3.14159265358979323846;
     bool low = theta < 1.0;
-    double edge = low ? m2 : m1 * pi + m2; // phi at the nearer end
+    double edge = low ? m2 : m1 * kPi + m2; // phi at the nearer end
     double sine_edge = sin(edge);
     if (fabs(sine_edge) < 1e-9) sine_edge = 0.0; // a multiple of pi, up to rounding
     return sine_edge / floor + (low ? m1 : -m1) * cos(edge);
@@ -26,16 +25,15 @@ FM_HD double sine_ratio(double theta, double phi, double m1, double m2, double f
 // annealing is SphereFace's lambda: the result is (lambda cos + psi) / (1 + lambda).
 FM_HD Margin apply_margin(double cosine, double m1, double m2, double m3, double annealing, BeyondPi beyond_pi,
                           bool easy, bool straight_through, double smallest_sine) {
-    const double pi = 3.14159265358979323846;
     double c = cosine > 1.0 ? 1.0 : (cosine < -1.0 ? -1.0 : cosine); // keeps NaN
     Margin m{c, 1.0, 0.0, 0.0, 0.0, 0.0};
     if (!easy || c > 0.0) {
         double theta = acos(c), phi = m1 * theta + m2;
-        if (beyond_pi == BeyondPi::linear && phi > pi) {
+        if (beyond_pi == BeyondPi::linear && phi > kPi) {
             m.value = c - m2 * sin(m2);
             m.d_m2 = -sin(m2) - m2 * cos(m2);
         } else {
-            double k = beyond_pi == BeyondPi::monotone ? floor(phi / pi) : 0.0;
+            double k = beyond_pi == BeyondPi::monotone ? floor(phi / kPi) : 0.0;
             double sign = fmod(k, 2.0) == 0.0 ? 1.0 : -1.0;
             m.value = sign * cos(phi) - 2.0 * k - m3;
             double ratio = sine_ratio(theta, phi, m1, m2, smallest_sine);

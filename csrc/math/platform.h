@@ -28,6 +28,8 @@ FM_HD float float_of(uint32_t bits) {
 }
 
 constexpr double kLog2E = 1.4426950408889634;
+constexpr double kLn2 = 0.6931471805599453;
+constexpr double kPi = 3.14159265358979323846;
 
 // a * b + c, rounded once on processors that can, independently of the compiler's choices in the surrounding loop.
 FM_HD float multiply_add(float a, float b, float c) {

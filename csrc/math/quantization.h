@@ -15,7 +15,7 @@ template <class T> struct Int8Quantizer {
     T factor;    // from an element to its code; 0 if the row has no codes
     float scale; // from a code to the element of the unit row, or of the raw row for inner products
 
-    // largest: the largest magnitude of the row's elements. It need not show a NaN, squares does.
+    // largest: the largest magnitude of the row's elements. It may miss a NaN; squares is NaN then.
     FM_HD static Int8Quantizer of(double largest, double squares, bool inner_product) {
         double inverse = inner_product ? 1.0 : inverse_norm_of(squares);
         double step = largest * inverse / 127.0;

@@ -52,8 +52,8 @@ def other_class_sums(
     Values are added in float64. A row shorter than 1e-12 counts as zero: its cosines and gradients are 0.
 
     Args:
-        rows: (R, D), which need not be normalised. None uses the class weights, in half the time.
-        weight: (C, D), which need not be normalised.
+        rows: (R, D), which need not be normalized. None uses the class weights, in half the time.
+        weight: (C, D), which need not be normalized.
         own: (R,) int64 class to exclude from the sum of each row; an index out of range excludes none. None with
             ``rows=None``.
         function: ``"angle"``, arccos(cos), or ``"potential"``, 1 / (1 + d) with the distance d = sqrt(2 - 2 cos) of the

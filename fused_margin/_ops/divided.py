@@ -75,27 +75,27 @@ def gather_samples(inputs: LossInputs, ignore_index: int, needs_gradient: bool) 
 
     labels, *others = shard.all_gather(padded(numbers, max_samples)).unbind(dim=2)
     labels = labels.long()
-    counts = torch.arange(max_samples, device=device) < torch.tensor(samples, device=device).unsqueeze(1)
-    counts &= labels != ignore_index
-    wrong = counts & ((labels < 0) | (labels >= shard.num_classes))
+    valid = torch.arange(max_samples, device=device) < torch.tensor(samples, device=device).unsqueeze(1)
+    valid &= labels != ignore_index
+    wrong = valid & ((labels < 0) | (labels >= shard.num_classes))
     if device.type == "cpu" and bool(wrong.any()):
         rank = int(wrong.any(dim=1).nonzero()[0])
         where = f"on rank {rank} " if shard.world_size > 1 else ""
         raise _checks.bad_label_error(int(labels[wrong][0]), f"{where}for {shard.num_classes} classes")
-    own = labels - shard.begin
-    own = torch.where(counts & (own >= 0) & (own < shard.size), own, OTHER_CLASS)
-    own = torch.where(wrong, labels, own).flatten()  # on CUDA the kernel reports wrong labels
+    local_labels = labels - shard.begin
+    local_labels = torch.where(valid & (local_labels >= 0) & (local_labels < shard.size), local_labels, OTHER_CLASS)
+    local_labels = torch.where(wrong, labels, local_labels).flatten()  # on CUDA the kernel reports wrong labels
     gathered = iter(number.flatten().clone() for number in others)
     local = replace(
         inputs,
         embeddings=embeddings,
-        labels=own,
+        labels=local_labels,
         sample_scale=None if inputs.sample_scale is None else next(gathered),
         hard_threshold=None if inputs.hard_threshold is None else next(gathered),
     )
     rows = None
     if inputs.sample_rate < 1 and shard.size:
-        classes, position = draw_classes(inputs, own, shard.size)
+        classes, position = draw_classes(inputs, local_labels, shard.size)
         rows = rows_of(classes, inputs.sub_centers)
         local = replace(_of_rows(local, rows), labels=position)
     return GatheredSamples(shard, local, wait_for_embeddings, max_samples, rows)

@@ -33,9 +33,9 @@ LN2 = portable.LN2
 BACKENDS: dict[str, ModuleType] = {PORTABLE: portable}  # all other names are families of tensor-core kernels
 
 
-def allocate_output(inputs: LossInputs, uniform: bool, keep: bool) -> tuple[ChunkPlan, ForwardOutput]:
+def allocate_output(inputs: LossInputs, uniform: bool, save_for_backward: bool) -> tuple[ChunkPlan, ForwardOutput]:
     """The plan, and uninitialised tensors for the output of one rank."""
-    plan = BACKENDS.get(inputs.backend, tensor_cores).plan_chunks(inputs, keep)
+    plan = BACKENDS.get(inputs.backend, tensor_cores).plan_chunks(inputs, save_for_backward)
     (samples, classes, size), weight = inputs.shape, inputs.weight
     compute = compute_dtype(inputs.embeddings, weight)
     nearest = classes if inputs.nearest else 0
@@ -65,14 +65,14 @@ def allocate_output(inputs: LossInputs, uniform: bool, keep: bool) -> tuple[Chun
     )
 
 
-def forward(inputs: LossInputs, uniform: bool, ignore_index: int, keep: bool) -> ForwardOutput:
+def forward(inputs: LossInputs, uniform: bool, ignore_index: int, save_for_backward: bool) -> ForwardOutput:
     if inputs.sample_scale is not None:
         _checks.scale_values(inputs.sample_scale)
     with kernels_on(inputs.weight.device) as run:
         if not inputs.is_divided or inputs.embeddings is None:
-            return forward_chunks(run, inputs, None, uniform, ignore_index, keep)
-        gathered = divided.gather_samples(inputs, ignore_index, keep)
-        output = forward_chunks(run, gathered.inputs, gathered, uniform, divided.OTHER_CLASS, keep)
+            return forward_chunks(run, inputs, None, uniform, ignore_index, save_for_backward)
+        gathered = divided.gather_samples(inputs, ignore_index, save_for_backward)
+        output = forward_chunks(run, gathered.inputs, gathered, uniform, divided.OTHER_CLASS, save_for_backward)
         return divided.combine_outputs(inputs, gathered, output)
 
 
@@ -82,11 +82,11 @@ def forward_chunks(
     gathered: divided.GatheredSamples | None,
     uniform: bool,
     ignore_index: int,
-    keep: bool,
+    save_for_backward: bool,
 ) -> ForwardOutput:
     """The forward over the classes of this rank. Work on weights overlaps with the gathering of embeddings."""
     weight, (samples, classes, size) = inputs.weight, inputs.shape
-    plan, output = allocate_output(inputs, uniform, keep)
+    plan, output = allocate_output(inputs, uniform, save_for_backward)
     if inputs.nearest and not inputs.uses_tiled_nearest:
         cosine, index = find_nearest_classes(run, inputs, forward_chunks)
         output.nearest_cosine.copy_(cosine)

@@ -12,7 +12,7 @@ DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)  # of emb
 # On a CPU, a chunk stays in cache between the matrix product that writes it and the kernel that reads it. On a GPU, large
 # chunks need few launches.
 CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 128 << 20}
-SMALLEST_CHUNK = 64
+MIN_CHUNK = 64
 MIB = 2**20
 
 
@@ -43,7 +43,7 @@ class LossInputs:
     sub_centers: int = 1  # rows of weight per class
     hard_threshold: Tensor | None = None  # (N,) float64, see margins.HardNegatives and FilteredNegatives
     hard_strength: Tensor | None = None  # (1,) float64; None: classes above the threshold are filtered
-    inner_product: bool = False  # whether logits are inner products of unnormalised rows
+    inner_product: bool = False  # whether logits are inner products of unnormalized rows
     bias: Tensor | None = None  # (C,) float64, with inner products
     need_length: bool = False  # whether to return the length of the weight of every target
     # classes divided among ranks, or drawn
@@ -83,7 +83,8 @@ class LossInputs:
 class ForwardOutput(NamedTuple):
     """Results of the forward, and the tensors that the backward needs. A tensor that is not needed has no elements.
 
-    M is the number of samples of all ranks, each padded to the same number, if classes are divided; otherwise M is N.
+    If classes are divided, every rank is padded to the largest number of samples of a rank, and M is this number times the
+    number of ranks. Otherwise M is N.
     """
 
     largest_logit: Tensor  # (N,) float64, approximately, over the classes other than the target; without gradient
@@ -147,6 +148,6 @@ class ChunkPlan(NamedTuple):
 
 
 def whole_chunk(classes: int, limit: int, sub_centers: int = 1) -> int:
-    """The largest multiple of SMALLEST_CHUNK up to `limit`, but at least SMALLEST_CHUNK and at most `classes`."""
-    smallest = SMALLEST_CHUNK * sub_centers  # the sub-centers of a class stay together
+    """The largest multiple of MIN_CHUNK up to `limit`, but at least MIN_CHUNK and at most `classes`."""
+    smallest = MIN_CHUNK * sub_centers  # the sub-centers of a class stay together
     return min(max(limit // smallest * smallest, smallest), max(classes, 1))

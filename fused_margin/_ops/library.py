@@ -188,20 +188,20 @@ def _arguments(kind: "TensorTuple", prefix: str = "") -> str:
 def run_forward(inputs: LossInputs, uniform: bool, ignore_index: int) -> ForwardOutput:
     """Runs the forward of a call, differentiable in embeddings, weight, scale and bias."""
     differentiable = (inputs.embeddings, inputs.weight, inputs.bias, inputs.sample_scale)
-    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)
+    save_for_backward = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)
     arguments = [getattr(inputs, field.name) for field in FIELDS]
-    return ForwardOutput(*forward_chunks(*arguments, uniform, ignore_index, keep))
+    return ForwardOutput(*forward_chunks(*arguments, uniform, ignore_index, save_for_backward))
 
 
 def _forward_kernel(*arguments):
-    *inputs, uniform, ignore_index, keep = arguments
-    return tuple(forward_backward.forward(LossInputs(*inputs), uniform, ignore_index, keep))
+    *inputs, uniform, ignore_index, save_for_backward = arguments
+    return tuple(forward_backward.forward(LossInputs(*inputs), uniform, ignore_index, save_for_backward))
 
 
 def _forward_fake(*arguments):
-    *values, uniform, _ignore_index, keep = arguments
+    *values, uniform, _ignore_index, save_for_backward = arguments
     inputs = LossInputs(*values)
-    output = forward_backward.allocate_output(inputs, uniform, keep)[1]
+    output = forward_backward.allocate_output(inputs, uniform, save_for_backward)[1]
     if not inputs.is_divided or inputs.embeddings is None:
         return tuple(output)
     # The numbers of samples of all ranks and of drawn classes depend on the data.
@@ -309,7 +309,7 @@ forward_chunks = register(
     "forward_chunks",
     _forward_kernel,
     _forward_fake,
-    schema=f"({_INPUTS}, bool uniform, SymInt ignore_index, bool keep) -> {_outputs(ForwardOutput)}",
+    schema=f"({_INPUTS}, bool uniform, SymInt ignore_index, bool save_for_backward) -> {_outputs(ForwardOutput)}",
     backward=_forward_gradient,
     setup_context=_forward_context,
     tags=(torch.Tag.nondeterministic_seeded,),  # where classes are drawn

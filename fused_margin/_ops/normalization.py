@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fused_margin import _C
-from fused_margin._ops.inputs import SMALLEST_CHUNK
+from fused_margin._ops.inputs import MIN_CHUNK
 
 
 def unit_rows(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -23,9 +23,9 @@ def unit_rows(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def through_normalization(gradient: Tensor, rows: Tensor) -> None:
     """Turns the gradient of unit rows r into the gradient of the rows, in place: ``(g - (g . r) r) / |rows|``."""
-    for begin in range(0, len(rows), 8 * SMALLEST_CHUNK):
-        part = gradient[begin : begin + 8 * SMALLEST_CHUNK]
-        unit, inverse = unit_rows(rows[begin : begin + 8 * SMALLEST_CHUNK], gradient.dtype)
+    for begin in range(0, len(rows), 8 * MIN_CHUNK):
+        part = gradient[begin : begin + 8 * MIN_CHUNK]
+        unit, inverse = unit_rows(rows[begin : begin + 8 * MIN_CHUNK], gradient.dtype)
         part.sub_((part * unit).sum(1, keepdim=True) * unit).mul_(inverse)
 
 

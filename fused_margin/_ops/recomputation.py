@@ -13,5 +13,5 @@ def recomputing() -> bool:
 
 
 def current_age(age: Tensor) -> Tensor:
-    """Steps (1,) since the last computation; 1 in a recomputed forward, so that it does not repeat the computation."""
+    """The number (1,) of training steps so far; 1 in a recomputed forward, so that it does not search again."""
     return torch.ones_like(age) if recomputing() else age

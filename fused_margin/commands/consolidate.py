@@ -25,7 +25,7 @@ def main(args: Sequence[str]) -> int:
     parser.add_argument("file", type=Path, help="file to write")
     given = parser.parse_args(args)
     if not (given.checkpoint / ".metadata").is_file():
-        print(f"error: {given.checkpoint} is no checkpoint of torch.distributed.checkpoint", file=sys.stderr)
+        print(f"error: {given.checkpoint} is not a checkpoint of torch.distributed.checkpoint", file=sys.stderr)
         return 1
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save

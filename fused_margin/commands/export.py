@@ -24,7 +24,7 @@ class ExportConfig:
     """Write a trained network as PyTorch weights (backbone.pt) and as ONNX (backbone.onnx), and check both.
 
     Both take pixels from -1 to 1, (value - 127.5) / 127.5, as (batch, channels, height, width), and return embeddings
-    (batch, size), not normalised. The batch size is dynamic. If the run has a moving average of the weights, the
+    (batch, size), not normalized. The batch size is dynamic. If the run has a moving average of the weights, the
     average is exported.
 
     Also writes the class weights, class_weight.npy (classes, size), and the identity of each of their rows,
@@ -36,7 +36,8 @@ class ExportConfig:
     output: Path | None = None
     """Folder for the files. If not given, the folder of the checkpoint."""
     backbone: str | None = None
-    """The --backbone of the training, if it had one. Naming it allows the import and call."""
+    """The --backbone of the training, if it had one. Giving the same name confirms that its code
+    may be imported and called."""
 
 
 def main(args: Sequence[str]) -> int:

@@ -25,7 +25,7 @@ def main(args: Sequence[str]) -> int:
         with termination_as_interrupt():
             run_figure(config, console)
     except (Interrupted, KeyboardInterrupt):
-        console.print("interrupted: nothing is written")
+        console.print("interrupted: nothing was written")
         return INTERRUPTED
     except (FloatingPointError, OSError) as error:
         return failed(errors, error)

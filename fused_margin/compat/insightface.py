@@ -8,7 +8,7 @@ Intended differences:
 - ``CombinedMarginLoss`` applies m1, m2 and m3 together; InsightFace's ignores m1 and m2 if m3 > 0.
 - ``PartialFC_V2`` accepts only the margins of this module.
 - A label that is not a class is an error, and -100 excludes a sample.
-- Another number of ranks can read a checkpoint.
+- A checkpoint can be loaded on a different number of ranks.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ OTHER_RANK = -1  # label of a sample whose class another rank has
 
 
 class MarginNumbers(TypedDict, total=False):
-    """m1, m2 and m3 of :class:`fused_margin.Margin`, without its defaults."""
+    """The numbers of a :class:`fused_margin.Margin` that a margin of InsightFace sets."""
 
     m1: float
     m2: float
@@ -50,23 +50,23 @@ class LogitMargin(settings.Settings):
     }
     s: float
     interclass_filtering_threshold: float = 0
-    s_varies = False  # whether s has been changed
+    s_was_changed = False  # after the constructor
 
-    def keep_setting(self, name: str, value: float) -> None:
-        self.s_varies = self.s_varies or (name == "s" and "s" in self.__dict__)
-        super().keep_setting(name, value)
+    def store_setting(self, name: str, value: float) -> None:
+        self.s_was_changed = self.s_was_changed or (name == "s" and "s" in self.__dict__)
+        super().store_setting(name, value)
 
     def numbers(self) -> MarginNumbers:
         """m1, m2 and m3."""
         raise NotImplementedError
 
     def fused(self) -> Margin:
-        """The margin for the fused loss: as InsightFace's, it is not changed beyond pi and has no gradient."""
+        """The margin for the fused loss. As in InsightFace, psi is cos(phi) - m3 also beyond pi, and dpsi / dcos is 1."""
         return Margin(**self.numbers(), beyond_pi="none", gradient="straight_through")
 
     def scale(self, device: torch.device) -> float | Tensor:
         """s for the fused loss."""
-        if torch.compiler.is_compiling() and self.s_varies:
+        if torch.compiler.is_compiling() and self.s_was_changed:
             # A number would be a constant of the graph, which would be compiled again for every value.
             return torch.ones((), dtype=torch.float64, device=device) * self.s
         return self.s
@@ -220,8 +220,8 @@ class PartialFC_V2(settings.Settings):
 
     SETTINGS: ClassVar = {
         "sample_rate": settings.number(0.0, 1.0, open_low=True),
-        "fp16": settings.switch,
-        "sparse": settings.switch,
+        "fp16": settings.boolean,
+        "sparse": settings.boolean,
         "workspace_mb": settings.WORKSPACE_MB,
         "margin_softmax": checked_margin,
     }

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fused_margin._tensor_files import UnreadableFileError, load_tensors
-from fused_margin.distributed import slice_of
+from fused_margin.distributed import slice_sizes
 
 
 class ShardedClasses(Protocol):
@@ -116,7 +116,7 @@ def load_checkpoint(
     tensors and plain values are read (``weights_only``).
 
     Args:
-        folder: of the files of all ranks. It may also have files of an earlier run on more ranks.
+        folder: folder with the files of all ranks. It may also have files of an earlier run on more ranks.
         backbone: the module, or DistributedDataParallel of it.
         optimizer: with the same parameters, in the same order, as the saved one. None: its state is not read.
         lr_scheduler: None: its state is not read.
@@ -162,10 +162,10 @@ def read_all(folder: Path, partial_fc: ShardedClasses) -> list[dict[str, Any]]:
     if len(set(steps)) > 1:
         raise ValueError(f"folder: expected checkpoints of one step, got steps {steps} in {folder}")
     sizes = [len(file["state_dict_softmax_fc"]["weight"]) for file in files]
-    if sizes != division(num_classes, len(files)):
+    if sizes != slice_sizes(num_classes, len(files)):
         raise ValueError(
             f"folder: expected {num_classes} classes divided among {len(files)} ranks as "
-            f"{division(num_classes, len(files))}, got {sizes} in {folder}: the files are of different runs"
+            f"{slice_sizes(num_classes, len(files))}, got {sizes} in {folder}: the files are of different runs"
         )
     if further := further_ranks(folder, sizes, steps[0], partial_fc.embedding_size):
         total = sum(sizes + further)
@@ -200,12 +200,6 @@ def read_file(path: Path, embedding_size: int) -> dict[str, Any]:
     return file
 
 
-def division(num_classes: int, ranks: int) -> list[int]:
-    """Number of classes of each rank."""
-    slices = (slice_of(num_classes, rank, ranks) for rank in range(ranks))
-    return [end - begin for begin, end in slices]
-
-
 def further_ranks(folder: Path, sizes: list[int], step: int, embedding_size: int) -> list[int]:
     """Numbers of classes of further ranks of the same run as the first ranks, which have `sizes`; usually none.
 
@@ -223,7 +217,7 @@ def further_ranks(folder: Path, sizes: list[int], step: int, embedding_size: int
         further.append(len(file["state_dict_softmax_fc"]["weight"]))
     for number in range(len(further), 0, -1):
         combined = sizes + further[:number]
-        if combined == division(sum(combined), len(combined)):
+        if combined == slice_sizes(sum(combined), len(combined)):
             return further[:number]
     return []
 

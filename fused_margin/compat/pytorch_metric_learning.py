@@ -216,23 +216,23 @@ class SubCenterArcFaceLoss(ArcFaceLoss, pml.SubCenterArcFaceLoss):
         own = labels.clamp(0, self.num_classes - 1)
         parts = zip(embeddings.split(ROWS), own.split(ROWS), strict=True)
         cosines = torch.cat([self.own_cosines(*part) for part in parts])  # (N, sub_centers)
-        counts = own == labels
+        valid = own == labels
         nearest = own * self.sub_centers + cosines.argmax(dim=1)
-        votes = torch.bincount(nearest[counts], minlength=self.num_classes * self.sub_centers)
+        votes = torch.bincount(nearest[valid], minlength=self.num_classes * self.sub_centers)
         votes = votes.view(self.num_classes, self.sub_centers)
         dominant = votes.argmax(dim=1)
         outside = cosines.gather(1, dominant[own].unsqueeze(1)).squeeze(1) < math.cos(math.radians(threshold))
         by_class = own.argsort(stable=True)
-        outliers = by_class[(outside & counts)[by_class]]
+        outliers = by_class[(outside & valid)[by_class]]
         columns = torch.arange(self.num_classes, device=own.device) * self.sub_centers + dominant
         centers = torch.where(votes.sum(dim=1) > 0, self.W[:, columns], 0.0)
         return outliers, centers.to(embeddings.dtype)
 
 
 class NormalizedSoftmaxLoss(FusedLoss, pml.NormalizedSoftmaxLoss):
-    """Normalised softmax (arXiv:1811.12649): cosines divided by ``temperature``, without a margin.
+    """Normalized softmax (arXiv:1811.12649): cosines divided by ``temperature``, without a margin.
 
-    With ``distance=DotProductSimilarity(normalize_embeddings=False)`` the embeddings are not normalised.
+    With ``distance=DotProductSimilarity(normalize_embeddings=False)`` the embeddings are not normalized.
     Args, shapes, errors: as ``pytorch_metric_learning.losses.NormalizedSoftmaxLoss``.
     """
 
@@ -252,8 +252,8 @@ class NormalizedSoftmaxLoss(FusedLoss, pml.NormalizedSoftmaxLoss):
 class RegularFaceRegularizer(regularizers.RegularFaceRegularizer):
     """RegularFace's exclusive term (CVPR 2019, eq. 8) over weights (C, D), C >= 2, in O(C * D) memory.
 
-    Args, reducers: as ``pytorch_metric_learning.regularizers.RegularFaceRegularizer``. The lowest of several nearest
-    classes is used.
+    Args, reducers: as ``pytorch_metric_learning.regularizers.RegularFaceRegularizer``. If several classes are
+    equally near, the one with the lowest index is used.
 
     Raises:
         ValueError: there are fewer than two classes.
@@ -269,7 +269,7 @@ class RegularFaceRegularizer(regularizers.RegularFaceRegularizer):
 
 
 def is_plain(distance: BaseDistance) -> bool:
-    """Whether a distance is an inner product of rows, which are L2-normalised or not normalised."""
+    """Whether a distance is an inner product of rows, which are L2-normalized or not normalized."""
     return type(distance) in (CosineSimilarity, DotProductSimilarity) and distance.p == 2 and distance.power == 1
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .errors import DataError
-from .files import HIDDEN, files_of_kind, is_hidden
+from .files import HIDDEN, is_hidden, skip_reason
 
 # MegaFace's matrices are OpenCV's: rows, columns, bytes per row, type; then the values.
 MATRIX = struct.Struct("<4i")
@@ -26,7 +26,7 @@ FLOAT32 = 5  # OpenCV's CV_32FC1
 class FeatureSet:
     """Features and labels of an evaluation, by their names in an .npz file. Each protocol needs some of them."""
 
-    features: np.ndarray  # (num_rows, D) of images, video frames or probes, not normalised
+    features: np.ndarray  # (num_rows, D) of images, video frames or probes, not normalized
     mirrored: np.ndarray | None = None  # (num_rows, D) of the mirror images
     labels: np.ndarray | None = None  # (num_rows,) identity
     pairs: np.ndarray | None = None  # (num_pairs, 2) rows, or video indices
@@ -45,7 +45,7 @@ class FeatureSet:
         """
         if missing := [name for name in names if getattr(self, name) is None]:
             arrays = "array" if len(missing) == 1 else "arrays"
-            raise DataError(f"this protocol needs the {arrays} {', '.join(missing)}: give them in the --features file")
+            raise DataError(f"this protocol needs the {arrays} {', '.join(missing)} of a FeatureSet (an .npz file)")
         return [getattr(self, name) for name in names]
 
 
@@ -143,7 +143,7 @@ def _feature_files(folder: Path, skipped: Counter[str]) -> list[Path]:
         elif file.suffix.lower() in READERS:
             files.append(file)
         else:
-            skipped[files_of_kind(file.name)] += 1
+            skipped[skip_reason(file.name)] += 1
     return files
 
 

@@ -42,7 +42,7 @@ def image_names(folder: str | Path, skipped: Counter[str]) -> list[str]:
             elif is_image(entry.name):
                 names.append(entry.name)
             else:
-                skipped[files_of_kind(entry.name)] += 1
+                skipped[skip_reason(entry.name)] += 1
     return sorted(names)
 
 
@@ -51,8 +51,8 @@ def is_image(name: str) -> bool:
     return PurePath(name).suffix.lower() in SUFFIXES
 
 
-def files_of_kind(name: str) -> str:
-    """The kind that a file skipped for its suffix is counted under."""
+def skip_reason(name: str) -> str:
+    """The kind of a file that is skipped for its suffix."""
     suffix = PurePath(name).suffix.lower()
     return f"files ending in {suffix}" if suffix else "files without a suffix"
 

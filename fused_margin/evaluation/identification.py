@@ -26,7 +26,7 @@ class MegafaceResult(NamedTuple):
     rank1: np.ndarray  # (num_sizes,) share of hits among the ordered probe pairs
     tar: TarAtFar
     genuine: np.ndarray  # (num_genuine,) cosines of all pairs of probes of one identity
-    impostor: np.ndarray  # (SCORE_BINS,) cosine at the centre of each bin
+    impostor: np.ndarray  # (SCORE_BINS,) cosine at the center of each bin
     impostor_count: np.ndarray  # (SCORE_BINS,) number of probe-distractor pairs in each bin
 
 
@@ -112,6 +112,6 @@ def megaface(
 
 
 def _unit(features: np.ndarray, device: torch.device | str) -> Tensor:
-    """Normalised rows, in float64 if the input is, otherwise in float32."""
+    """Normalized rows, in float64 if the input is, otherwise in float32."""
     kind = np.float64 if features.dtype == np.float64 else np.float32
     return F.normalize(torch.from_numpy(np.array(features, kind)).to(device))

@@ -22,8 +22,8 @@ class FoldAccuracy(NamedTuple):
 class RocCurve(NamedTuple):
     """False and true accept rates, both ascending."""
 
-    far: np.ndarray
-    tar: np.ndarray
+    far: np.ndarray  # (num_points,)
+    tar: np.ndarray  # (num_points,)
 
 
 class TarAtFar(NamedTuple):
@@ -94,7 +94,15 @@ def best_threshold(scores: np.ndarray, same: np.ndarray) -> float:
 def summarize(
     genuine: np.ndarray, impostor: np.ndarray, tar: TarAtFar, impostor_count: np.ndarray | None = None
 ) -> ScoreSummary:
-    """ROC, AUC and equal error rate of the scores; arguments as for `roc`."""
+    """ROC, AUC and equal error rate of the scores.
+
+    Args:
+        genuine, impostor, impostor_count: as for `roc`.
+        tar: the result of `tar_at_far`, which is included as it is.
+
+    Raises:
+        ValueError: as `roc`.
+    """
     curve = roc(genuine, impostor, impostor_count)
     return ScoreSummary(
         genuine, impostor, impostor_count, curve, float(auc(curve.far, curve.tar)), equal_error_rate(curve), tar
@@ -102,7 +110,11 @@ def summarize(
 
 
 def summarize_pairs(scores: np.ndarray, same: np.ndarray, far: float) -> ScoreSummary:
-    """All metrics of the scores (num_pairs,) of genuine pairs (`same`) and impostor pairs; TAR at `far`."""
+    """All metrics of the scores (num_pairs,) of genuine pairs (`same`) and impostor pairs; TAR at `far`.
+
+    Raises:
+        ValueError: as `roc` and `tar_at_far`.
+    """
     genuine, impostor = scores[same], scores[~same]
     return summarize(genuine, impostor, tar_at_far(genuine, impostor, far))
 
@@ -156,8 +168,8 @@ def tar_at_far(genuine: np.ndarray, impostor: np.ndarray, far: float, num_impost
     elif passing >= len(impostor):
         raise ValueError(f"impostor: expected at least the {passing + 1} highest scores, got {len(impostor)}")
     else:
-        place = len(impostor) - 1 - passing
-        threshold = float(np.partition(impostor, place)[place])
+        index = len(impostor) - 1 - passing
+        threshold = float(np.partition(impostor, index)[index])
     return TarAtFar(far, float(np.mean(genuine > threshold)), threshold, 1 / total)
 
 

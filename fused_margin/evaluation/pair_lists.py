@@ -17,7 +17,7 @@ from .files import SUFFIXES, image_names, read_fields
 from .folds import stratified_folds, unshuffled_folds
 from .safe_pickle import load_plain
 
-NAMED = 10  # missing items that an error lists
+MAX_LISTED = 10  # missing items that an error lists
 LFW_LIST, YTF_LIST = "pairs.txt", "splits.txt"
 # Image folders of the published archives, next to the lists.
 LFW_FOLDERS = ("lfw", "lfw_funneled", "lfw-deepfunneled")
@@ -85,7 +85,7 @@ def read_lfw(root: Path, pairs: Path | None = None) -> VerificationSet:
     number, header = next(lines, (1, []))
     if len(header) not in (1, 2) or not all(field.isdecimal() and int(field) for field in header):
         raise DataError(f"{pairs}, line {number}: expected the numbers of folds and pairs, got {' '.join(header)!r}")
-    folds, of_a_kind = (1, *map(int, header))[-2:]
+    folds, pairs_per_kind = (1, *map(int, header))[-2:]
 
     listed, same = [], []
     for number, fields in lines:
@@ -98,10 +98,10 @@ def read_lfw(root: Path, pairs: Path | None = None) -> VerificationSet:
             )
         listed.append((f"{name}/{name}_{int(first):04d}", f"{other}/{other}_{int(second):04d}"))
         same.append(is_same)
-    if (sum(same), len(same)) != (folds * of_a_kind, 2 * folds * of_a_kind):
+    if (sum(same), len(same)) != (folds * pairs_per_kind, 2 * folds * pairs_per_kind):
         raise DataError(
             f"{pairs} has {sum(same)} pairs of one identity and {len(same) - sum(same)} of two; "
-            f"its first line says {folds * of_a_kind} of each"
+            f"its first line says {folds * pairs_per_kind} of each"
         )
 
     if not any((root / name).parent.is_dir() for names in listed for name in names):
@@ -115,9 +115,9 @@ def read_lfw(root: Path, pairs: Path | None = None) -> VerificationSet:
         return [file for file in files if Path(file).is_file()][:1]
 
     if len(header) == 2:
-        fold = [row // (2 * of_a_kind) for row in range(len(same))]
-    elif of_a_kind > 1:
-        fold = stratified_folds(np.array(same), min(FOLDS, of_a_kind)).tolist()
+        fold = [row // (2 * pairs_per_kind) for row in range(len(same))]
+    elif pairs_per_kind > 1:
+        fold = stratified_folds(np.array(same), min(FOLDS, pairs_per_kind)).tolist()
     else:
         raise DataError(f"{pairs}: its first line says one pair of each kind, which cannot be divided into folds")
     verification_set = _with_files(pairs, root, listed, same, fold, image)
@@ -223,10 +223,10 @@ def _with_files(
     pairs = [[numbers.setdefault(name, len(numbers)) for name in names] for names in listed]
     files_of_items = [files_of(name) for name in numbers]
     if missing := [name for name, files in zip(numbers, files_of_items, strict=True) if not files]:
-        more = f" and {len(missing) - NAMED} more" if len(missing) > NAMED else ""
+        more = f" and {len(missing) - MAX_LISTED} more" if len(missing) > MAX_LISTED else ""
         raise DataError(
-            f"{len(missing)} of the {len(numbers)} that {source} names have no image in {root}: "
-            f"{', '.join(missing[:NAMED])}{more}"
+            f"{len(missing)} of the {len(numbers)} images or videos listed in {source} have no file in {root}: "
+            f"{', '.join(missing[:MAX_LISTED])}{more}"
         )
     images = [file for files in files_of_items for file in files]
     item = np.repeat(np.arange(len(numbers)), [len(files) for files in files_of_items])

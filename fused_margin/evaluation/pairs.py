@@ -1,4 +1,4 @@
-"""Verification pairs drawn from labelled images."""
+"""Verification pairs drawn from labeled images."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .errors import DataError
-from .plurals import identities
+from .plurals import counted_identities
 
 
 class Pairs(NamedTuple):
@@ -37,15 +37,15 @@ def make_pairs(labels: np.ndarray, num_pairs: int, folds: int, seed: int) -> Pai
     """
     rng = np.random.default_rng(seed)
     present, counts = np.unique(labels, return_counts=True)
-    rich = rng.permutation(present[counts >= 2])
-    if len(present) < 2 or not len(rich):
+    repeated = rng.permutation(present[counts >= 2])
+    if len(present) < 2 or not len(repeated):
         raise DataError(
             "verification needs two identities or more, one of them with two images; "
-            f"there are images of {identities(len(present))}, {len(rich):,} of them with two or more"
+            f"there are images of {counted_identities(len(present))}, {len(repeated):,} of them with two or more"
         )
-    disjoint = len(rich) >= 2 * folds
+    disjoint = len(repeated) >= 2 * folds
     if disjoint:
-        groups = np.array_split(rich, folds)
+        groups = np.array_split(repeated, folds)
         pools = [_draw_pairs(labels, group, num_pairs // (2 * folds), rng) for group in groups]
     else:
         positive, negative = _draw_pairs(labels, present, num_pairs // 2, rng)
@@ -63,10 +63,10 @@ def _draw_pairs(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Equal numbers of genuine and impostor pairs, at most `per_kind` of each."""
     images = [np.flatnonzero(labels == identity) for identity in identities]
-    rich = [members for members in images if len(members) >= 2]
+    repeated = [members for members in images if len(members) >= 2]
 
     def one_identity() -> np.ndarray:
-        return rng.choice(rich[rng.integers(len(rich))], 2, replace=False)
+        return rng.choice(repeated[rng.integers(len(repeated))], 2, replace=False)
 
     def two_identities() -> np.ndarray:
         first, second = rng.choice(len(images), 2, replace=False)
@@ -74,8 +74,8 @@ def _draw_pairs(
 
     positive = _distinct(one_identity, per_kind)
     negative = _distinct(two_identities, per_kind)
-    kept = min(len(positive), len(negative))
-    return positive[:kept], negative[:kept]
+    count = min(len(positive), len(negative))
+    return positive[:count], negative[:count]
 
 
 def _distinct(draw: Callable[[], np.ndarray], wanted: int) -> np.ndarray:

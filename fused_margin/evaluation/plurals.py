@@ -8,5 +8,5 @@ def counted(number: int, singular: str, plural: str | None = None) -> str:
     return f"{number:,} {singular if number == 1 else plural or singular + 's'}"
 
 
-def identities(number: int) -> str:
+def counted_identities(number: int) -> str:
     return counted(number, "identity", "identities")

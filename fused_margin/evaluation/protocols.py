@@ -81,7 +81,7 @@ def weighted_l1_pairs(
 ) -> PairResult:
     """Accuracy over folds by DeepFace's weighted L1 distance, learned on the other folds.
 
-    For each fold, `weighted_l1.fit_head` fits a head on the normalised features of the other folds' pairs. The head
+    For each fold, `weighted_l1.fit_head` fits a head on the normalized features of the other folds' pairs. The head
     scores the fold, and the best threshold on its scores of the other folds is used. The labels of a fold influence
     neither its scores nor its threshold.
 
@@ -119,17 +119,17 @@ def lfw(
     fold: np.ndarray | None = None,
     variant: LfwVariant = "insightface",
 ) -> PairResult:
-    """Labeled Faces in the Wild, unrestricted with labelled outside data (Huang et al. 2007): 6,000 pairs, ten folds.
+    """Labeled Faces in the Wild, unrestricted with labeled outside data (Huang et al. 2007): 6,000 pairs, ten folds.
 
     "insightface" is the evaluation in ArcFace's code (Deng et al. 2019): sum of the features of image and mirror image,
-    normalised; squared distance; thresholds 0 to 4 in steps of 0.01, the lowest of equally good ones; and TAR at
+    normalized; squared distance; thresholds 0 to 4 in steps of 0.01, the lowest of equally good ones; and TAR at
     FAR = 1e-3 with a threshold interpolated between steps of 0.001.
     "regularface" is that of RegularFace (Zhao et al. 2019) and SphereFace (Liu et al. 2017): concatenated features
     minus their mean over the pairs of the other folds; cosine; thresholds -1 to 1 in steps of 1e-4, the mean of equally
     good ones.
 
     Args:
-        features: (num_images, D) from the network, not normalised.
+        features: (num_images, D) from the network, not normalized.
         mirrored: (num_images, D) of the mirror images.
         pairs, same, fold: as for `cosine_pairs`.
 
@@ -218,13 +218,13 @@ def ytf(
     check_integers("video", video, (len(features),))
     check_integers("pairs", pairs, (None, 2))
     numbers, start, frames = np.unique(np.sort(video), return_index=True, return_counts=True)
-    place = np.searchsorted(numbers, pairs).clip(max=len(numbers) - 1)
-    if (missing := pairs[numbers[place] != pairs]).size:
+    index = np.searchsorted(numbers, pairs).clip(max=len(numbers) - 1)
+    if (missing := pairs[numbers[index] != pairs]).size:
         raise ValueError(f"video: expected a frame of every video in pairs, got none of video {missing[0]}")
     order = np.argsort(video, kind="stable")
     clips = (features[order[s : s + n]] for s, n in zip(start, frames, strict=True))
     means = np.stack([clip.mean(axis=0, dtype=np.float64) for clip in clips])
-    return COMPARE[metric](means, place, same, fold)
+    return COMPARE[metric](means, index, same, fold)
 
 
 def _check_pairs(features: np.ndarray, pairs: np.ndarray, same: np.ndarray, fold: np.ndarray | None) -> np.ndarray:

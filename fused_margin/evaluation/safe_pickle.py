@@ -69,15 +69,15 @@ class _Encoded(_Recorded):
 
 
 # The only names that a pickle may refer to. NumPy 2.0 renamed numpy.core to numpy._core.
-STAND_INS = {
+PLACEHOLDERS = {
     ("numpy", "ndarray"): _Recorded,
     ("numpy", "dtype"): _Dtype,
     ("_codecs", "encode"): _Encoded,
     ("builtins", "bytes"): _Encoded,
     ("__builtin__", "bytes"): _Encoded,
     **{
-        (f"numpy.{package}.{module}", name): stand_in
-        for package, (module, name, stand_in) in product(
+        (f"numpy.{package}.{module}", name): placeholder
+        for package, (module, name, placeholder) in product(
             ("core", "_core"),
             (
                 ("multiarray", "_reconstruct", _Array),
@@ -91,15 +91,15 @@ STAND_INS = {
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> type[_Recorded]:
-        if (module, name) not in STAND_INS:
+        if (module, name) not in PLACEHOLDERS:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which such a file does not need")
-        return STAND_INS[module, name]
+        return PLACEHOLDERS[module, name]
 
 
 def load_plain(path: Path) -> Any:
     """Contents of a pickle. Tuples and arrays become flat lists, arrays of uint8 become bytes.
 
-    A pickle can make the reader call any function. This reader accepts the names in `STAND_INS` only, replaces each by
+    A pickle can make the reader call any function. This reader accepts the names in `PLACEHOLDERS` only, replaces each by
     a placeholder that records its arguments, and builds the values from the placeholders afterwards.
 
     Raises:

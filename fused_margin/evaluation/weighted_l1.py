@@ -45,7 +45,7 @@ def fit_head(
     As in the paper, one logistic unit takes the differences and is trained with cross-entropy, so alpha may have
     either sign. An L2 penalty bounds alpha, because a few thousand pairs do not determine it. Cross-validation within
     the given pairs chooses the strength of the penalty. It does not divide folds if each has both kinds of pairs, so
-    that identities are not shared between training and validation pairs. The differences are standardised for the
+    that identities are not shared between training and validation pairs. The differences are standardized for the
     fit, so that the penalty treats all dimensions alike; the returned alpha applies to the original differences.
 
     Args:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class AdaFaceLoss(RunningState, MarginLoss):
     """AdaFace: the margin depends on the norm of the embedding, a measure of image quality (arXiv:2204.00964, eq. 12 to 15).
 
-    With z, the norm standardised by running statistics and clamped to [-1, 1]::
+    With z, the norm standardized by running statistics and clamped to [-1, 1]::
 
         psi(theta) = cos(theta - margin * z) - (margin + margin * z)
 
@@ -56,7 +56,7 @@ class AdaFaceLoss(RunningState, MarginLoss):
         "momentum": settings.number(0.0, 1.0),
     }
     NORMS = (0.001, 100.0)
-    RUNNING = ("norm_mean", "norm_std")
+    RUNNING_BUFFERS = ("norm_mean", "norm_std")
     margin: float
     concentration: float
     momentum: float
@@ -81,10 +81,10 @@ class AdaFaceLoss(RunningState, MarginLoss):
     @torch.no_grad()
     def statistics(self, norm: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The running statistics after this batch, without ignored samples and norms that are not finite."""
-        counts = (labels.long() != self.ignore_index) & norm.isfinite()
-        count = self.all_reduce(counts.sum())
-        mean = self.all_reduce(torch.where(counts, norm, 0.0).sum()) / count
-        variance = self.all_reduce(torch.where(counts, (norm - mean) ** 2, 0.0).sum()) / (count - 1)
+        valid = (labels.long() != self.ignore_index) & norm.isfinite()
+        count = self.all_reduce(valid.sum())
+        mean = self.all_reduce(torch.where(valid, norm, 0.0).sum()) / count
+        variance = self.all_reduce(torch.where(valid, (norm - mean) ** 2, 0.0).sum()) / (count - 1)
         new = (mean.nan_to_num(), variance.nan_to_num().sqrt())
         norm_mean, norm_std = (
             torch.where(count > 1, old + self.momentum * (n - old), old)  # one sample has no standard deviation
@@ -177,10 +177,10 @@ class MagFaceLoss(MarginLoss):
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         loss = super().forward(embeddings, labels)
         norm = embedding_norm(embeddings, *self.norms)
-        counts = labels.long() != self.ignore_index
-        penalty = torch.where(counts, 1 / norm + norm / self.norms[1] ** 2, 0.0)
+        valid = labels.long() != self.ignore_index
+        penalty = torch.where(valid, 1 / norm + norm / self.norms[1] ** 2, 0.0)
         if self.reduction == "mean":
-            penalty = mean_over(self.all_reduce(penalty.sum()), self.all_reduce(counts.sum()))
+            penalty = mean_over(self.all_reduce(penalty.sum()), self.all_reduce(valid.sum()))
         elif self.reduction == "sum":
             penalty = self.all_reduce(penalty.sum())
         return loss + (self.norm_weight * penalty).to(loss.dtype)
@@ -213,7 +213,7 @@ class ElasticFaceLoss(MarginLoss):
         "margin": settings.number(0.0),
         "std": settings.number(0.0),
         "kind": settings.one_of("arc", "cos"),
-        "by_difficulty": settings.switch,
+        "by_difficulty": settings.boolean,
     }
     margin: float
     std: float
@@ -234,12 +234,12 @@ class ElasticFaceLoss(MarginLoss):
         super().__init__(num_classes, embedding_size, {}, scale, **options)
         self.kind, self.margin, self.std, self.by_difficulty = kind, margin, std, by_difficulty
 
-    def keep_setting(self, name: str, value: Any) -> None:
+    def store_setting(self, name: str, value: Any) -> None:
         if name in ("margin", "kind"):
             current = {**vars(self), name: value}
             if current["kind"] == "arc":
                 warn_of_degrees("margin", current.get("margin", 0.0))
-        super().keep_setting(name, value)
+        super().store_setting(name, value)
 
     @torch.no_grad()
     def current_margin(self, embeddings: Tensor, labels: Tensor) -> Margin:
@@ -282,7 +282,7 @@ class CurricularFaceLoss(RunningState, MarginLoss):
         ValueError, TypeError: for an invalid argument. The message names the argument, the expected and the given value.
     """
 
-    RUNNING = ("t",)
+    RUNNING_BUFFERS = ("t",)
     margin: float
     momentum: float
     t: Tensor
@@ -319,9 +319,9 @@ class CurricularFaceLoss(RunningState, MarginLoss):
     @torch.no_grad()
     def next_t(self, cosine: Tensor, labels: Tensor) -> Tensor:
         """t after this batch of target cosines (N,), without ignored samples."""
-        counts = (labels.long() != self.ignore_index) & cosine.isfinite()
-        count = self.all_reduce(counts.sum())
-        mean = self.all_reduce(torch.where(counts, cosine, 0.0).sum()) / count
+        valid = (labels.long() != self.ignore_index) & cosine.isfinite()
+        count = self.all_reduce(valid.sum())
+        mean = self.all_reduce(torch.where(valid, cosine, 0.0).sum()) / count
         momentum = self.momentum if self.training else 0.0
         return torch.where(count > 0, torch.lerp(self.t, mean, momentum * torch.ones_like(self.t)), self.t)
 

@@ -35,35 +35,35 @@ class AuxiliaryLoss(settings.Settings):
         self.reduction, self.ignore_index = reduction, ignore_index
 
     def classes(self, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-        """int64 labels (N,) with 0 for ignored samples, and flags (N,) of the samples that count."""
+        """int64 labels (N,) with 0 for ignored samples, and flags (N,) of the samples that are not ignored."""
         labels = labels.to(torch.int64)
         _checks.label_values(labels, num_classes, self.ignore_index)
-        counts = labels != self.ignore_index
-        return labels.masked_fill(~counts, 0), counts
+        valid = labels != self.ignore_index
+        return labels.masked_fill(~valid, 0), valid
 
-    def reduce(self, values: Tensor, counts: Tensor) -> Tensor:
-        """The reduction of values (N,) over the samples that count."""
-        values = values.masked_fill(~counts, 0.0)
+    def reduce(self, values: Tensor, valid: Tensor) -> Tensor:
+        """The reduction of values (N,) over the samples that are not ignored."""
+        values = values.masked_fill(~valid, 0.0)
         if self.reduction == "none":
             return values
-        return mean_over(values.sum(), counts.sum()) if self.reduction == "mean" else values.sum()
+        return mean_over(values.sum(), valid.sum()) if self.reduction == "mean" else values.sum()
 
 
 class CenterLoss(RunningState, AuxiliaryLoss):
-    """Center loss: half the squared distance of an embedding to its class's centre (Wen et al., ECCV 2016, eq. 2).
+    """Center loss: half the squared distance of an embedding to its class's center (Wen et al., ECCV 2016, eq. 2).
 
-    Every forward in training mode moves the centres (eq. 4) after computing its loss::
+    Every forward in training mode moves the centers (eq. 4) after computing its loss::
 
         loss_i = |x_i - c_{y_i}|^2 / 2
         c_j   <- c_j - alpha * sum_{i: y_i = j} (c_j - x_i) / (1 + n_j)         n_j: samples of class j in the batch
 
-    The paper sums over the batch; the default here is the mean. Embeddings are not normalised. The centres get no
-    gradient. A sample with NaN does not move its centre.
+    The paper sums over the batch; the default here is the mean. Embeddings are not normalized. The centers get no
+    gradient. A sample with NaN does not move its center.
 
     Args:
         num_classes: C.
         embedding_size: D.
-        alpha: step size of the centres, in [0, 1].
+        alpha: step size of the centers, in [0, 1].
         reduction, ignore_index: as in ``torch.nn.CrossEntropyLoss``.
         device, dtype: device and dtype of ``centers``. They are float32 or float64, because half precision would round
             small moves to 0.
@@ -79,7 +79,7 @@ class CenterLoss(RunningState, AuxiliaryLoss):
     """
 
     SETTINGS: ClassVar[dict[str, settings.Check]] = {"alpha": settings.number(0.0, 1.0)}
-    RUNNING = ("centers",)
+    RUNNING_BUFFERS = ("centers",)
     REMEMBERED = 8  # forwards, each with a state of (N, D)
     alpha: float
     centers: Tensor
@@ -114,26 +114,26 @@ class CenterLoss(RunningState, AuxiliaryLoss):
     @once_per_step
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         _checks.batch(embeddings, self.centers, labels)
-        classes, counts = self.classes(labels, len(self.centers))
+        classes, valid = self.classes(labels, len(self.centers))
         dtype = compute_dtype(embeddings, self.centers)
         difference = F.embedding(classes, self.centers).to(dtype) - embeddings.to(dtype)
-        loss = self.reduce(difference.square().sum(1) / 2, counts)
+        loss = self.reduce(difference.square().sum(1) / 2, valid)
         if self.training:  # after the loss, so that a call that raises moves nothing
-            self.move_centers(difference.detach(), classes, counts)
+            self.move_centers(difference.detach(), classes, valid)
         return loss
 
     @torch.no_grad()
-    def move_centers(self, difference: Tensor, classes: Tensor, counts: Tensor) -> None:
-        counts = (counts & difference.isfinite().all(1)).unsqueeze(1)
+    def move_centers(self, difference: Tensor, classes: Tensor, valid: Tensor) -> None:
+        valid = (valid & difference.isfinite().all(1)).unsqueeze(1)
         # The sums of a class go to the position of its first sample in the sorted batch.
         ordered = classes.sort().values
-        place = torch.searchsorted(ordered, classes)
+        position = torch.searchsorted(ordered, classes)
         # index_put_ in float64 adds in a fixed order on every device, so that results are reproducible bit for bit.
-        number = torch.zeros(len(classes), 1, dtype=torch.float64, device=classes.device)
+        count = torch.zeros(len(classes), 1, dtype=torch.float64, device=classes.device)
         total = torch.zeros_like(difference, dtype=torch.float64)
-        number.index_put_((place,), counts.double(), accumulate=True)
-        total.index_put_((place,), difference.double().masked_fill(~counts, 0.0), accumulate=True)
-        move = -self.alpha * total / (1.0 + number)  # 0 in positions without a class's first sample
+        count.index_put_((position,), valid.double(), accumulate=True)
+        total.index_put_((position,), difference.double().masked_fill(~valid, 0.0), accumulate=True)
+        move = -self.alpha * total / (1.0 + count)  # 0 in positions without a class's first sample
         self.update_state("centers", move.to(self.centers.dtype), ordered)
 
     def extra_repr(self) -> str:
@@ -163,7 +163,7 @@ class RingLoss(RunningState, AuxiliaryLoss):
         ValueError, TypeError: for an invalid argument. The message names the argument, the expected and the given value.
     """
 
-    RUNNING = ("initialised",)
+    RUNNING_BUFFERS = ("initialised",)
     radius: nn.Parameter
     initialised: Tensor
     LABELS_OPTIONAL = True
@@ -188,22 +188,22 @@ class RingLoss(RunningState, AuxiliaryLoss):
         _checks.matrix("embeddings", embeddings, "(N, embedding_size)")
         _checks.same_device("embeddings", embeddings, self.radius)
         norm = torch.linalg.vector_norm(embeddings, dim=1, dtype=compute_dtype(embeddings, self.radius))
-        counts = torch.ones_like(norm, dtype=torch.bool)
+        valid = torch.ones_like(norm, dtype=torch.bool)
         if labels is not None:
             _checks.per_sample_index("labels", labels, embeddings)
-            counts = labels.to(torch.int64) != self.ignore_index
-        mean = self.mean_norm(norm, counts)
+            valid = labels.to(torch.int64) != self.ignore_index
+        mean = self.mean_norm(norm, valid)
         # The derivative by the radius is 0 at the mean norm, so the first batch's gradient of 0 is exact.
-        loss = self.reduce((norm - self.radius.where(self.initialised.clone(), mean.nan_to_num())).square() / 2, counts)
+        loss = self.reduce((norm - self.radius.where(self.initialised.clone(), mean.nan_to_num())).square() / 2, valid)
         if self.training:  # after the loss, so that a call that raises changes nothing
             self.initialise(mean)
         return loss
 
     @torch.no_grad()
-    def mean_norm(self, norm: Tensor, counts: Tensor) -> Tensor:
-        """Mean norm of the samples that count and are finite; NaN if there is none."""
-        counts = counts & norm.isfinite()
-        return norm.masked_fill(~counts, 0.0).sum() / counts.sum()
+    def mean_norm(self, norm: Tensor, valid: Tensor) -> Tensor:
+        """Mean of the finite norms of samples that are not ignored; NaN if there is none."""
+        valid = valid & norm.isfinite()
+        return norm.masked_fill(~valid, 0.0).sum() / valid.sum()
 
     @torch.no_grad()
     def initialise(self, radius: Tensor) -> None:
@@ -234,21 +234,20 @@ class IntraLoss(AuxiliaryLoss):
 
     def forward(self, embeddings: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         _checks.batch(embeddings, weight, labels)
-        classes, counts = self.classes(labels, len(weight))
+        classes, valid = self.classes(labels, len(weight))
         dtype = compute_dtype(embeddings, weight)
-        own = F.embedding(
-            classes, weight.to(dtype)
-        )  # converted first, so that gradients of one class add up in this dtype
-        sample, own = unit_rows(embeddings, dtype)[0], unit_rows(own, dtype)[0]
+        # Converted first, so that gradients of one class are added in this dtype.
+        target = unit_rows(F.embedding(classes, weight.to(dtype)), dtype)[0]
+        sample = unit_rows(embeddings, dtype)[0]
         # The ratio of the rhombus's diagonals is the tangent of half the angle. arccos would be inaccurate near 0.
-        across, along = (torch.linalg.vector_norm(diagonal, dim=1) for diagonal in (sample - own, sample + own))
-        return self.reduce(2.0 / math.pi * torch.atan2(across, along), counts)
+        across, along = (torch.linalg.vector_norm(diagonal, dim=1) for diagonal in (sample - target, sample + target))
+        return self.reduce(2.0 / math.pi * torch.atan2(across, along), valid)
 
 
 class InterLoss(AuxiliaryLoss):
     """Inter-loss: minus the mean angle of a sample's class weight to the others, over pi (ArcFace, arXiv:1801.07698, eq. 6).
 
-    ``loss_i = -1 / (pi (C - 1)) * sum_{j != y_i} arccos(w_{y_i} . w_j)`` with unit-length class weights. A class counts
+    ``loss_i = -1 / (pi (C - 1)) * sum_{j != y_i} arccos(w_{y_i} . w_j)`` with unit-length class weights. A class valid
     once per sample of the batch. The (N, C) cosines are computed in tiles. In the gradient sin(theta) is bounded below by
     the square root of the dtype's epsilon.
 
@@ -271,17 +270,17 @@ class InterLoss(AuxiliaryLoss):
     def forward(self, weight: Tensor, labels: Tensor) -> Tensor:
         _checks.class_weights(weight, at_least=2)
         _checks.labels(labels, weight)
-        classes, counts = self.classes(labels, len(weight))
+        classes, valid = self.classes(labels, len(weight))
         weight = weight.to(compute_dtype(weight))
         rows = F.embedding(classes, weight)
         angles = other_class_sums(rows, weight, classes, "angle", workspace_mb=self.workspace_mb)
-        return self.reduce(-angles / (math.pi * (len(weight) - 1)), counts).to(weight.dtype)
+        return self.reduce(-angles / (math.pi * (len(weight) - 1)), valid).to(weight.dtype)
 
 
 class UniformLoss(AuxiliaryLoss):
-    """UniformFace's uniform loss: class centres repel each other like charges (Duan, Lu and Zhou, CVPR 2019).
+    """UniformFace's uniform loss: the mean potential of the pairs of class weights (Duan, Lu and Zhou, CVPR 2019).
 
-    The mean potential of all ordered pairs of classes, with unit-length class weights as centres::
+    The mean is over all ordered pairs of classes, with unit-length class weights as class centers::
 
         loss = 1 / (C (C - 1)) * sum_i sum_{j != i} 1 / (1 + |w_i - w_j|)
 
@@ -301,7 +300,7 @@ class UniformLoss(AuxiliaryLoss):
         ValueError, TypeError: for an invalid argument. The message names the argument, the expected and the given value.
     """
 
-    SETTINGS: ClassVar[dict[str, settings.Check]] = {"batch_classes": settings.switch}
+    SETTINGS: ClassVar[dict[str, settings.Check]] = {"batch_classes": settings.boolean}
     batch_classes: bool
 
     def __init__(self, *, batch_classes: bool = False, ignore_index: int = -100, workspace_mb: float = 256):
@@ -312,12 +311,12 @@ class UniformLoss(AuxiliaryLoss):
         _checks.class_weights(weight, at_least=2)
         weight = weight.to(compute_dtype(weight))
         rows = classes = None
-        counts = torch.ones(len(weight), dtype=torch.bool, device=weight.device)
+        valid = torch.ones(len(weight), dtype=torch.bool, device=weight.device)
         if self.batch_classes:
             labels = _checks.labels(labels, weight)
             ordered = labels.to(torch.int64).sort().values
-            classes, counts = self.classes(ordered, len(weight))
-            counts = counts & (ordered.diff(prepend=ordered[:1] - 1) != 0)
+            classes, valid = self.classes(ordered, len(weight))
+            valid = valid & (ordered.diff(prepend=ordered[:1] - 1) != 0)
             rows = F.embedding(classes, weight)
         potentials = other_class_sums(rows, weight, classes, "potential", workspace_mb=self.workspace_mb)
-        return self.reduce(potentials / (len(weight) - 1), counts).to(weight.dtype)
+        return self.reduce(potentials / (len(weight) - 1), valid).to(weight.dtype)

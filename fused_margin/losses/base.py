@@ -37,7 +37,7 @@ class ClassificationLoss(settings.Settings):
 
     SETTINGS: ClassVar[dict[str, settings.Check]] = {
         "sample_rate": settings.number(0.0, 1.0, open_low=True),
-        "sparse": settings.switch,
+        "sparse": settings.boolean,
         "exclusive_weight": settings.number(0.0),
         "exclusive_refresh": checked_refresh,
         "reduction": settings.REDUCTION,
@@ -135,7 +135,7 @@ class ClassificationLoss(settings.Settings):
             _checks.absent("a sample_rate below 1", label_smoothing=values.get("label_smoothing", 0.0))
         refresh = values.get("exclusive_refresh", "every_step")
         if exclusive_weight > 0 and refresh != "every_step" and getattr(self.exclusive, "refresh", None) != refresh:
-            _checks.searched_device("weight", self.weight)
+            _checks.exact_search_device("weight", self.weight)
 
     def setting_changed(self, name: str) -> None:
         # Flags, because comparing these numbers in forward would make them constants under torch.compile.
@@ -147,16 +147,16 @@ class ClassificationLoss(settings.Settings):
             self.exclusive.workspace_mb = self.workspace_mb
         elif name == "exclusive_refresh" or (name == "exclusive_weight" and "exclusive_refresh" in self.__dict__):
             # The constructor sets exclusive_weight first, when exclusive_refresh is not an attribute yet.
-            self.start_exclusive()
+            self.create_nearest_cache()
 
-    def start_exclusive(self) -> None:
+    def create_nearest_cache(self) -> None:
         """Creates the cache of nearest classes, if ``exclusive_refresh`` needs one and there is none."""
         refresh = self.exclusive_refresh
         if self.exclusive is not None and self.exclusive.refresh != refresh:
             self.exclusive = None
         if self.exclusive is None and self.exclusive_weight > 0 and refresh != "every_step":
             self.exclusive = ExclusiveRegularizer(refresh=refresh, shard=self.shard, workspace_mb=self.workspace_mb)
-            self.exclusive.train(self.training).start(self.weight)
+            self.exclusive.train(self.training).create_cache(self.weight)
 
     def cross_entropy_options(self) -> dict[str, Any]:
         """The options of this step that all losses share. In evaluation mode, and on meta, all classes take part."""
@@ -241,7 +241,8 @@ class MarginLoss(ClassificationLoss):
     Args:
         num_classes: C.
         embedding_size: D.
-        numbers: m1, m2 and m3 of :class:`fused_margin.Margin` that are not attributes of the subclass.
+        numbers: a dict of the numbers m1, m2 and m3 of :class:`fused_margin.Margin` that are not attributes of the
+            subclass.
         scale: s of the logits, a positive number. None uses the norm of each embedding. A 0-d tensor becomes a buffer, a
             ``torch.nn.Parameter`` a learned parameter.
         exclusive_weight: lambda of RegularFace's exclusive term, which is added to the loss. 0 switches it off.
@@ -282,9 +283,9 @@ class MarginLoss(ClassificationLoss):
         embeddings (N, D), labels (N,) integers -> scalar, or (N,) with ``reduction="none"``.
 
     Attributes:
-        weight: (C, D) parameter, initialised N(0, 0.01). It need not be normalised. If classes are divided, it holds the
+        weight: (C, D) parameter, initialised N(0, 0.01). It need not be normalized. If classes are divided, it holds the
             classes of this rank.
-        NUMBERS: {setting of the loss: number of :class:`fused_margin.Margin` that it is}.
+        NUMBERS: maps each setting of the loss to the number of :class:`fused_margin.Margin` that it sets.
 
     Raises:
         ValueError, TypeError: for an invalid argument. The message names the argument, the expected and the given value.
@@ -318,9 +319,9 @@ class MarginLoss(ClassificationLoss):
         self.scale = scale
         self.reset_parameters()
 
-    def keep_setting(self, name: str, value: Any) -> None:
+    def store_setting(self, name: str, value: Any) -> None:
         if name != "scale":
-            super().keep_setting(name, value)
+            super().store_setting(name, value)
             return
         if _checks.is_number(value):
             self.warn_if_small(value)
@@ -338,7 +339,7 @@ class MarginLoss(ClassificationLoss):
             if not isinstance(value, Tensor):  # a registered name that is None accepts no number
                 self._buffers.pop("scale", None)
                 self._parameters.pop("scale", None)
-            super().keep_setting(name, value)
+            super().store_setting(name, value)
 
     def warn_if_small(self, scale: float) -> None:
         minimum = minimum_scale(self.num_classes, PROBABILITY) if self.num_classes > 1 else 0.0

@@ -33,16 +33,16 @@ class ExclusiveRegularizer(settings.Settings):
     Args:
         refresh: when to search the nearest classes. ``"every_step"``: at every step, in the time of half of W @ W.T.
             ``"certified"``: at every step, with the same result bit for bit, but only for the classes whose answer may
-            have changed since they were last searched. A cache of each class (a code of one byte per dimension, and 80
-            candidates) proves the other answers. The number of searched classes depends on the training: it is small if
-            classes are far apart and turn slowly. An integer R: every R training steps. Between searches the indices of
+            have changed since they were last searched. A cache of each class proves the other answers: 80 candidates, and a
+            code, which is int8 on CPUs with int8 instructions and otherwise of the weights' compute type. The number of
+            searched classes depends on the training: it is small if classes are far apart and rotate slowly. An integer R: every R training steps. Between searches the indices of
             the nearest classes do not change, which is **not exact**; the cosines are exact.
         shard: the slice of the classes in ``weight``, if classes are divided among ranks. Each rank has the cache of its
             own classes. Every rank makes every call, and gets the mean over all classes.
         workspace_mb: bound on scratch memory in MiB, in addition to the cache.
 
     ``refresh`` and ``workspace_mb`` may be set between steps. The first call creates the cache. Weights may change
-    arbitrarily between calls, because the turn of each class is measured. The state dict includes the cache, except that
+    arbitrarily between calls, because the rotation of each class since its last search is measured. The state dict includes the cache, except that
     of a shard: the cache of a rank depends on the codes of all ranks. After loading a shard, or after one rank loses its
     cache, all ranks start with a full search.
 
@@ -55,7 +55,7 @@ class ExclusiveRegularizer(settings.Settings):
 
     Raises:
         ValueError, TypeError: for another ``refresh``.
-        RuntimeError: for weights on a CUDA device whose compute capability has no committed result of the exact search
+        RuntimeError: for weights on a CUDA device on whose compute capability the exact search has not been validated
             (see :func:`fused_margin.build_info`), unless ``refresh`` is ``"every_step"``.
     """
 
@@ -91,7 +91,7 @@ class ExclusiveRegularizer(settings.Settings):
         tensors = [getattr(self, name) for name in NearestCache._fields]
         return None if any(t is None for t in tensors) else NearestCache(*tensors)
 
-    def start(self, weight: Tensor) -> None:
+    def create_cache(self, weight: Tensor) -> None:
         """Creates the cache for these weights, if there is none that fits."""
         if self.refresh == "certified":
             self._certified_cache(weight)
@@ -99,7 +99,7 @@ class ExclusiveRegularizer(settings.Settings):
             self._periodic_index(weight)
 
     def _certified_cache(self, weight: Tensor) -> NearestCache:
-        _checks.searched_device("weight", weight)
+        _checks.exact_search_device("weight", weight)
         cache = self.cache()
         if cache is None or not fits(cache, weight):
             cache = new_cache(weight, len(weight) if self.shard is None else self.shard.num_classes)
@@ -108,7 +108,7 @@ class ExclusiveRegularizer(settings.Settings):
         return cache
 
     def _periodic_index(self, weight: Tensor) -> Tensor:
-        _checks.searched_device("weight", weight)
+        _checks.exact_search_device("weight", weight)
         index = self.index
         if index is None or (index.shape[0], index.device) != (weight.shape[0], weight.device):
             self.index = index = torch.zeros(weight.shape[0], dtype=torch.int64, device=weight.device)

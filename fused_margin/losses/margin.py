@@ -35,7 +35,7 @@ class ArcFaceLoss(MarginLoss):
         embeddings (N, D), labels (N,) integers -> scalar, or (N,) with ``reduction="none"``.
 
     Attributes:
-        weight: (C, D) parameter, initialised N(0, 0.01). It need not be normalised.
+        weight: (C, D) parameter, initialised N(0, 0.01). It need not be normalized.
 
     Raises:
         ValueError, TypeError: for an invalid argument. The message names the argument, the expected and the given value.
@@ -211,8 +211,8 @@ class AnnealedMargin(RunningState, ClassificationLoss):
     margin: float
     annealing: bool
     iteration: Tensor
-    RUNNING = ("iteration",)
-    SETTINGS: ClassVar[dict[str, settings.Check]] = {"margin": settings.number(1.0), "annealing": settings.switch}
+    RUNNING_BUFFERS = ("iteration",)
+    SETTINGS: ClassVar[dict[str, settings.Check]] = {"margin": settings.number(1.0), "annealing": settings.boolean}
 
     def setting_changed(self, name: str) -> None:
         super().setting_changed(name)

@@ -38,30 +38,30 @@ update_running_state = register(
 
 
 @dataclass(eq=False)
-class _Run:
+class _PendingForward:
     """A forward in training mode: a fingerprint of its inputs, and the state before it."""
 
     inputs: list[Tensor]  # sums of the inputs, which identify the batch without storing it
     shape: torch.Size
-    differentiated: bool
+    needs_gradient: bool
     state: list[Tensor]
-    repeated: int = 0  # number of recomputations
+    recomputations: int = 0  # number of recomputations
 
     def has_inputs(self, inputs: list[Tensor], shape: torch.Size) -> bool:
         return self.shape == shape and all(map(torch.equal, self.inputs, inputs))
 
 
 class RunningState(Settings):
-    """A module whose buffers `RUNNING` are updated by every forward in training mode.
+    """A module whose buffers `RUNNING_BUFFERS` are updated by every forward in training mode.
 
     ``.to(dtype)``, ``.half()``, ``load_state_dict`` and similar calls do not change the dtype of these buffers, because
     half precision would round small updates to 0.
     """
 
-    RUNNING: ClassVar[tuple[str, ...]] = ()
-    REMEMBERED = 32  # maximum number of forwards that may wait for their backward
+    RUNNING_BUFFERS: ClassVar[tuple[str, ...]] = ()
+    MAX_PENDING = 32  # maximum number of forwards that may wait for their backward
     LABELS_OPTIONAL = False
-    _runs: deque[_Run] | None = None
+    _pending: deque[_PendingForward] | None = None
     _warned_of_recomputation = False
 
     def state_before(self, labels: Tensor | None) -> list[Tensor]:
@@ -94,11 +94,11 @@ class RunningState(Settings):
                 ) from error
 
     def _running_buffers(self) -> dict[str, Tensor]:
-        buffers = ((name, self._buffers.get(name)) for name in self.RUNNING)
+        buffers = ((name, self._buffers.get(name)) for name in self.RUNNING_BUFFERS)
         return {name: buffer for name, buffer in buffers if buffer is not None}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        self._runs = None  # their state may be on another device
+        self._pending = None  # their state may be on another device
         before = self._running_buffers()
         result = super()._apply(fn, recurse)
         for name, new in self._running_buffers().items():
@@ -114,7 +114,7 @@ class RunningState(Settings):
                 self._buffers[name] = new.to(before[name].dtype)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_runs": None}
+        return self.__dict__ | {"_pending": None}
 
 
 def once_per_step(forward: Callable) -> Callable:
@@ -131,19 +131,21 @@ def once_per_step(forward: Callable) -> Callable:
         before, inputs = self.state_before(labels), _fingerprint(embeddings, labels)
         if not recomputing():
             loss = forward(self, embeddings, labels)
-            self._runs = self._runs or deque(maxlen=self.REMEMBERED)
-            self._runs.append(_Run(inputs, embeddings.shape, torch.is_grad_enabled(), before))
+            self._pending = self._pending or deque(maxlen=self.MAX_PENDING)
+            self._pending.append(_PendingForward(inputs, embeddings.shape, torch.is_grad_enabled(), before))
             return loss
         # Among runs of equal batches, prefer those that were recomputed least and need a gradient. Of these take the
         # last run, because a backward begins with the last.
-        matching = [run for run in reversed(self._runs or ()) if run.has_inputs(inputs, embeddings.shape)]
-        first = min(matching, key=lambda run: (run.repeated, not run.differentiated), default=None)
+        matching = [run for run in reversed(self._pending or ()) if run.has_inputs(inputs, embeddings.shape)]
+        first = min(matching, key=lambda run: (run.recomputations, not run.needs_gradient), default=None)
         if first is not None:
-            first.repeated += 1
+            first.recomputations += 1
             self.restore_state(labels, first.state)
         elif not self._warned_of_recomputation:
             self._warned_of_recomputation = True
-            reason = "that is too long ago, or that had other inputs"
+            reason = (
+                f"whose state is no longer stored (more than {self.MAX_PENDING} forwards ago), or that had other inputs"
+            )
             warnings.warn(f"{type(self).__name__}: {RECOMPUTED.format(reason=reason)}", stacklevel=3)
         try:
             return forward(self, embeddings, labels)

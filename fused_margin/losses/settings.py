@@ -45,13 +45,13 @@ class Settings(nn.Module):
         value = self.SETTINGS[name](name, value)
         current = {setting: self.__dict__[setting] for setting in self.SETTINGS if setting in self.__dict__}
         self.check_together({**current, name: value})
-        self.keep_setting(name, value)
+        self.store_setting(name, value)
         self.setting_changed(name)
 
     def check_together(self, values: dict[str, Any]) -> None:
         """Raises if settings exclude each other. During construction some settings are missing."""
 
-    def keep_setting(self, name: str, value: Any) -> None:
+    def store_setting(self, name: str, value: Any) -> None:
         """Stores a setting that has passed its checks."""
         super().__setattr__(name, value)
 
@@ -65,7 +65,7 @@ def number(low: float, high: float = np.inf, *, open_low: bool = False) -> Check
 
 def _number(name: str, value: float, low: float, high: float, open_low: bool) -> float:
     _checks.number(name, value, low, high, open_low=open_low)
-    return real(value)
+    return as_float(value)
 
 
 def angle(low: float) -> Check:
@@ -76,7 +76,7 @@ def angle(low: float) -> Check:
 def _angle(name: str, value: float, low: float) -> float:
     _checks.number(name, value, low)
     warn_of_degrees(name, value)
-    return real(value)
+    return as_float(value)
 
 
 def angles(name: str, value: tuple[float, float]) -> tuple[float, float]:
@@ -88,7 +88,7 @@ def angles(name: str, value: tuple[float, float]) -> tuple[float, float]:
 
 def interval(name: str, value: tuple[float, float], low: float, *, open_low: bool = False) -> tuple[float, float]:
     first, second = _checks.interval(name, value, low, open_low=open_low)
-    return real(first), real(second)
+    return as_float(first), as_float(second)
 
 
 def norms(name: str, value: tuple[float, float]) -> tuple[float, float]:
@@ -101,7 +101,7 @@ def margin_number(name: str, value: float | Tensor) -> float | Tensor:
     Margin(**number_of_margin)  # checks the value
     if name == "m2" and _checks.is_number(value):
         warn_of_degrees(name, value)
-    return real(value)
+    return as_float(value)
 
 
 def scale(name: str, value: float | Tensor | None) -> float | Tensor | None:
@@ -110,21 +110,21 @@ def scale(name: str, value: float | Tensor | None) -> float | Tensor | None:
         raise ValueError(f"scale: expected a number or a 0-d tensor, got shape {tuple(value.shape)}")
     if isinstance(value, Tensor) and not value.is_floating_point():
         raise TypeError(f"scale: expected a number or a floating-point tensor, got {value.dtype}")
-    return real(value)
+    return as_float(value)
 
 
-def length(name: str, value: float | nn.Parameter | None) -> float | nn.Parameter | None:
+def alpha(name: str, value: float | nn.Parameter | None) -> float | nn.Parameter | None:
     """alpha of L2-softmax: a number, a learned parameter, or None for a new learned parameter."""
     if value is not None and not isinstance(value, nn.Parameter):
         _checks.number(name, value, 0.0, open_low=True)
-    return real(value)
+    return as_float(value)
 
 
 def one_of(*allowed: str) -> Check:
     return partial(_checks.one_of, allowed=allowed)
 
 
-def switch(name: str, value: bool) -> bool:
+def boolean(name: str, value: bool) -> bool:
     """True or False, or 0 or 1, including NumPy's types."""
     if not isinstance(value, (int, np.integer, np.bool_)) or value not in (0, 1):
         raise TypeError(f"{name}: expected True or False, got {value!r}")
@@ -135,7 +135,7 @@ def integer(name: str, value: int) -> int:
     return _checks.integer(name, value)
 
 
-def real(value: Any) -> Any:
+def as_float(value: Any) -> Any:
     """Converts a number to a float: in torch.compile floats are variables, but integers and NumPy's numbers constants."""
     return float(value) if _checks.is_number(value) else value
 
@@ -144,4 +144,4 @@ def real(value: Any) -> Any:
 REDUCTION: Check = one_of(*_checks.REDUCTIONS)
 LABEL_SMOOTHING: Check = number(0.0, 1.0)
 WORKSPACE_MB: Check = number(0.0, open_low=True)
-MARGIN_OPTIONS: dict[str, Check] = {"beyond_pi": one_of(*BEYOND_PI), "easy": switch, "gradient": one_of(*GRADIENT)}
+MARGIN_OPTIONS: dict[str, Check] = {"beyond_pi": one_of(*BEYOND_PI), "easy": boolean, "gradient": one_of(*GRADIENT)}

@@ -1,4 +1,4 @@
-"""Losses over inner products, with class weights that are not normalised: softmax, L2-softmax, L-softmax."""
+"""Losses over inner products, with class weights that are not normalized: softmax, L2-softmax, L-softmax."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from fused_margin import _C, _checks
 from fused_margin._cross_entropy import linear_cross_entropy
 from fused_margin.losses import settings
-from fused_margin.losses.base import ClassificationLoss
+from fused_margin.losses.base import PROBABILITY, ClassificationLoss
 from fused_margin.losses.margin import AnnealedMargin
 from fused_margin.losses.running_state import once_per_step
 from fused_margin.margins import Margin
@@ -31,7 +31,7 @@ class SoftmaxLoss(ClassificationLoss):
         num_classes: C.
         embedding_size: D.
         bias: whether to learn a (C,) ``bias``, initialised 0.
-        exclusive_weight: lambda of RegularFace's exclusive term, which is added to the loss.
+        exclusive_weight, exclusive_refresh: as in :class:`fused_margin.MarginLoss`.
         class_weight: (C,) factors, as ``weight`` in ``torch.nn.CrossEntropyLoss``. A buffer.
         reduction, ignore_index, label_smoothing: as in ``torch.nn.CrossEntropyLoss``.
         process_group, sample_rate, sparse: as in :class:`fused_margin.MarginLoss`. A bias is divided among ranks like
@@ -133,7 +133,7 @@ class L2SoftmaxLoss(SoftmaxLoss):
         ValueError, TypeError: for an invalid argument. The message names the argument, the expected and the given value.
     """
 
-    SETTINGS: ClassVar[dict[str, settings.Check]] = {"alpha": settings.length}
+    SETTINGS: ClassVar[dict[str, settings.Check]] = {"alpha": settings.alpha}
     alpha: float | nn.Parameter
 
     def __init__(
@@ -144,11 +144,11 @@ class L2SoftmaxLoss(SoftmaxLoss):
         bias: bool = True,
         **options: Unpack[ClassificationOptions],
     ):
-        settings.length("alpha", alpha)
+        settings.alpha("alpha", alpha)
         super().__init__(num_classes, embedding_size, bias, **options)
-        self.alpha = alpha  # type: ignore[assignment]  # keep_setting replaces None by a parameter
+        self.alpha = alpha  # type: ignore[assignment]  # store_setting replaces None by a parameter
 
-    def keep_setting(self, name: str, value: Any) -> None:
+    def store_setting(self, name: str, value: Any) -> None:
         learned = name == "alpha" and "alpha" in self._parameters
         if name == "alpha" and value is None:
             value = lower_bound(self.num_classes)
@@ -158,7 +158,7 @@ class L2SoftmaxLoss(SoftmaxLoss):
             with torch.no_grad():
                 self._parameters["alpha"].fill_(value)  # type: ignore[union-attr]  # a learned alpha is a parameter
         else:
-            super().keep_setting(name, value)
+            super().store_setting(name, value)
 
     def features(self, embeddings: Tensor) -> Tensor:
         norm = torch.linalg.vector_norm(embeddings, dim=1, keepdim=True, dtype=torch.float64)
@@ -231,6 +231,6 @@ class LSoftmaxLoss(AnnealedMargin, SoftmaxLoss):
         return [f"margin={self.margin}"]
 
 
-def lower_bound(num_classes: int, probability: float = 0.9) -> float:
+def lower_bound(num_classes: int, probability: float = PROBABILITY) -> float:
     """Length at which a sample can reach `probability` for one of C classes (arXiv:1703.09507, eq. 5); at least 1."""
     return max(1.0, math.log(max(1.0, probability * (num_classes - 2) / (1 - probability))))

@@ -18,7 +18,7 @@ from .models import ModelConfig, Network
 from .options import NamedOptions
 from .train.named_losses import LossConfig
 
-LARGEST_SEED = 2**64 - 1  # of torch
+MAX_SEED = 2**64 - 1  # of torch
 # Options that may differ in a resumed run.
 RUNTIME_FIELDS = ("output", "config", "resume", "accelerator", "devices", "workers", "checkpoint_every", "log_every")
 # Options that early checkpoints do not have; they get their defaults.
@@ -29,12 +29,12 @@ LAUNCH_FIELDS = ("output", "config", "resume")
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """SGD. Class weights whose norm has no effect are normalised after every step."""
+    """SGD. Class weights whose norm has no effect are normalized after every step."""
 
     lr: float = 0.05
     """Largest learning rate of the backbone."""
     class_lr: float = 0.5
-    """Largest learning rate of normalised class weights."""
+    """Largest learning rate of normalized class weights."""
     momentum: float = 0.9
     """Momentum of the backbone and of the class weights."""
     weight_decay: float = 5e-4
@@ -186,8 +186,8 @@ class TrainConfig:
         for name in ("workers", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        if self.seed > LARGEST_SEED:
-            raise ValueError(f"seed must be at most {LARGEST_SEED}, got {self.seed}")
+        if self.seed > MAX_SEED:
+            raise ValueError(f"seed must be at most {MAX_SEED}, got {self.seed}")
         if not 0 <= self.test_fraction < 1:
             raise ValueError(f"test_fraction must be in [0, 1), got {self.test_fraction}")
 

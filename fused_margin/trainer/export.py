@@ -21,7 +21,7 @@ from .train.criterion import stored_class_weight
 
 ONNX_NAME, CLASSES_NAME, IDENTITIES_NAME = "backbone.onnx", "class_weight.npy", "identities.json"
 INPUT = "images (batch, channels, height, width): pixels as (value - 127.5) / 127.5, that is -1 to 1, RGB or gray"
-OUTPUT = "embeddings (batch, size): not normalised; compare them by their cosine"
+OUTPUT = "embeddings (batch, size): not normalized; compare them by their cosine"
 # Relative to the largest feature. Another order of summation changes float32 features of 20 layers by 1e-6.
 TOLERANCE = 1e-4
 BATCHES = (1, 3)  # batch sizes to compare; the exporter's example has 2, so the batch size must be dynamic

@@ -39,7 +39,7 @@ def faulty(family):
         raise RuntimeError("CUDA error: unspecified launch failure")
     if FAULT == "hang": time.sleep(600)
     if FAULT == "wrong": assert 1.0 == 2.0
-    if FAULT == "late": os.environ["LOST"] = "1"  # shows at the next synchronisation
+    if FAULT == "late": os.environ["LOST"] = "1"  # shows at the next synchronization
 
 @pytest.mark.sanitizer
 @pytest.mark.parametrize("family", ["sm80", "sm90"])

@@ -146,26 +146,26 @@ def test_families_serve_only_devices_with_a_result(device, monkeypatch):
     assert select.select_backend(None, device.weight) == "sm80"
     device.capability = HOPPER
     assert select.select_backend(None, device.weight) == "sm90"
-    with select.use("sm80"):
+    with select.force_backend("sm80"):
         assert select.select_backend(None, device.weight) == "sm80"
 
 
 def test_search_serves_only_devices_with_a_result(device, monkeypatch):
     switch(monkeypatch, search={HOPPER: "a.json"})
     gpu = device.weight.device
-    assert select.searches(gpu) and select.searches(torch.device("cpu"))
-    assert not select.searches(torch.device("meta"))
+    assert select.supports_exact_search(gpu) and select.supports_exact_search(torch.device("cpu"))
+    assert not select.supports_exact_search(torch.device("meta"))
     device.capability = AMPERE
-    assert not select.searches(gpu)
-    with select.search_on_cuda():
-        assert select.searches(gpu)
+    assert not select.supports_exact_search(gpu)
+    with select.force_exact_search():
+        assert select.supports_exact_search(gpu)
 
 
 def test_selection_compiles_into_one_graph(device, monkeypatch):
     switch(monkeypatch, sm90={HOPPER: "a.json"}, search={HOPPER: "a.json"})
 
     def function(weight):
-        return weight + 1, select.select_backend(None, weight), select.searches(weight.device)
+        return weight + 1, select.select_backend(None, weight), select.supports_exact_search(weight.device)
 
     for capability, expected in ((HOPPER, ("sm90", True)), (AMPERE, (select.PORTABLE, False))):
         device.capability = capability
@@ -176,14 +176,14 @@ def test_selection_compiles_into_one_graph(device, monkeypatch):
 def test_build_info_describes_enabled_families(monkeypatch):
     monkeypatch.setattr(select, "_C", SimpleNamespace(cuda=SimpleNamespace(sm90=None, sm80=None)))
     switch(monkeypatch)
-    off = "off: no committed device result yet"
+    off = "off: not validated on a device yet"
     assert select.describe()[0] == f"sm90 tensor cores: {off}"
     assert select.describe()[-1] == f"exact search for nearest classes: {off}"
     switch(monkeypatch, sm80={HOPPER: "h100.json", AMPERE: "a100.json"}, search={HOPPER: "h100.json"})
     assert select.describe() == [
         "sm80 tensor cores: on for compute capability 8.0 (a100.json), 9.0 (h100.json)",
         f"sm90 tensor cores: {off}",
-        "portable kernels around torch.mm: serve all else",
+        "portable kernels around torch.mm: serve all other calls",
         "exact search for nearest classes: on for compute capability 9.0 (h100.json)",
     ]
 
@@ -191,4 +191,4 @@ def test_build_info_describes_enabled_families(monkeypatch):
 def test_disabled_search_is_an_error(device, monkeypatch):
     switch(monkeypatch)
     with pytest.raises(RuntimeError, match="the exact search is off for this compute capability.*got cuda:0"):
-        _checks.searched_device("query", device.weight)
+        _checks.exact_search_device("query", device.weight)

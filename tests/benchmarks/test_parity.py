@@ -178,7 +178,7 @@ def test_files_of_a_checkout(tmp_path):
     file.write_text("x = 1\n")
     commits = {"folder/file.py": "abc"}
     assert upstream.provenance(tmp_path, [file], commits)["files"]["folder/file.py"]["commit"] == "abc"
-    with pytest.raises(ValueError, match="other.py is none of the files used: folder/file.py"):
+    with pytest.raises(ValueError, match="other.py is not one of the files used: folder/file.py"):
         upstream.provenance(tmp_path, [file], {"other.py": "abc"})
     try:
         git("init", "-q")

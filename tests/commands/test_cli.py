@@ -192,7 +192,7 @@ def test_help_texts_are_sentences(command, capsys, monkeypatch):
         ("--optimizer.lr 0", "optimizer.lr must be positive"),
         (f"--seed {2**64}", "seed must be at most"),
         ("--loss.name softmax --loss.options sub_centers=1", "softmax has no option 'sub_centers'"),
-        ("--loss.options exclusive_refresh=True", "must be a word or a number, got True"),
+        ("--loss.options exclusive_refresh=True", "must be text or a number, got True"),
         ("--loss.options exclusive_refresh=0", "expected a positive integer, got 0"),
         ("--augmentation.noise -1", "noise must not be negative"),
         ("--model.channels 2", "channels must be 1 or 3"),
@@ -255,9 +255,9 @@ def test_exclusive_refresh_option(tiny_options, refresh):
 
 
 def test_margin_in_degrees_warns_once(tiny_options):
-    with pytest.warns(UserWarning, match="28 is an angle above pi") as caught:
+    with pytest.warns(UserWarning, match="28 is larger than pi in magnitude") as caught:
         assert cli.main(["train", *tiny_options, "--loss.margin", "28", "--output", "here"]) == 0
-    assert sum("above pi" in str(warning.message) for warning in caught) == 1
+    assert sum("larger than pi" in str(warning.message) for warning in caught) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert cli.main(["evaluate", "--checkpoint", "here"]) == 0

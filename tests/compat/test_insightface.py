@@ -60,10 +60,10 @@ def one_rank(group, margin_loss, num_classes, weight, x, y, options):
 
 def on_ranks(ranks, margin_loss, counts, x, w, y, **options):
     """The losses, and the gradients of all embeddings and all class weights."""
-    world, num_classes = len(counts), len(w)
+    world_size, num_classes = len(counts), len(w)
     arguments = []
-    for rank, own_x, own_y in zip(range(world), x.split(counts), y.split(counts), strict=True):
-        begin, end = slice_of(num_classes, rank, world)
+    for rank, own_x, own_y in zip(range(world_size), x.split(counts), y.split(counts), strict=True):
+        begin, end = slice_of(num_classes, rank, world_size)
         arguments.append((margin_loss, num_classes, w[begin:end], own_x, own_y, options))
     losses, x_grads, w_grads = zip(*ranks.run(one_rank, arguments), strict=True)
     return losses, torch.cat(x_grads), torch.cat(w_grads)
@@ -82,19 +82,19 @@ FILTERED = {
 }
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("name", MARGINS | FILTERED)
 @pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-9), (torch.float32, 1e-5)])
-def test_loss_and_gradients(ranks, world, name, dtype, bound):
+def test_loss_and_gradients(ranks, world_size, name, dtype, bound):
     """Batches differ between ranks; one may have none."""
     margin_loss, numbers = (MARGINS | FILTERED)[name]
-    counts = [[11], [7, 4], [6, 0, 5]][world - 1]
+    counts = [[11], [7, 4], [6, 0, 5]][world_size - 1]
     x, w, y = problem(sum(counts), CLASSES, SIZE)
     x, w = x.to(dtype), w.to(dtype)
     losses, dx, dw = on_ranks(ranks, margin_loss, counts, x, w, y)
     loss, x_grad, w_grad = truth(x, w, y, *numbers)
     assert all(relative_error(actual, loss) < bound and actual.dtype == dtype for actual in losses)
-    assert relative_error(dx, world * x_grad) < bound  # DistributedDataParallel divides by the world size
+    assert relative_error(dx, world_size * x_grad) < bound  # DistributedDataParallel divides by the world_size size
     assert relative_error(dw, w_grad) < bound
 
 

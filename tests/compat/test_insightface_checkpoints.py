@@ -41,7 +41,7 @@ class Training:
         self.step = 0
 
     def run(self, steps):
-        """Returns the losses. Rank r has every world-th sample of a batch that depends only on the step."""
+        """Returns the losses. Rank r has every world_size-th sample of a batch that depends only on the step."""
         losses = []
         for _ in range(steps):
             generator = torch.Generator().manual_seed(self.step)

@@ -24,7 +24,7 @@ def serve(name):
             pytest.skip(f"{name} is not compiled")
         if not FAMILIES[name].runs_on(torch.cuda.get_device_capability()):
             pytest.skip(f"{name} does not run on this device")
-    with select.use(name):
+    with select.force_backend(name):
         yield name
 
 

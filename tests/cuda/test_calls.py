@@ -117,10 +117,10 @@ from fused_margin._ops.backends import select
 x, w = torch.randn(70, 320, device="cuda"), torch.randn(900, 320, device="cuda")
 y = torch.randint(900, (70,), device="cuda")
 with torch.no_grad():
-    with select.use(select.PORTABLE):  # what torch itself needs to have warm
+    with select.force_backend(select.PORTABLE):  # initializes torch's own libraries
         expected = fm.functional.cosine_logsumexp(x, w, y)[0]
     graph = torch.cuda.CUDAGraph()
-    with select.use(sys.argv[1]), torch.cuda.graph(graph):
+    with select.force_backend(sys.argv[1]), torch.cuda.graph(graph):
         captured = fm.functional.cosine_logsumexp(x, w, y)[0]
 graph.replay()
 torch.testing.assert_close(captured, expected, rtol=1e-5, atol=1e-5)

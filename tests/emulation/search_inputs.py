@@ -99,10 +99,10 @@ def empty_nearest(queries, k):
     return torch.full((queries, k), -math.inf, dtype=f64), torch.full((queries, k), -1, dtype=torch.int64)
 
 
-def tile(scores, row_begin=0, column_begin=0, one_set=False, **options):
+def tile(scores, row_begin=0, column_begin=0, same_set=False, **options):
     return {
-        "scores": scores, "row_place": None, "row_begin": row_begin, "row_number": None,
-        "column_begin": column_begin, "column_first": 0, "one_set": one_set,
+        "scores": scores, "row_index": None, "row_begin": row_begin, "row_id": None,
+        "column_begin": column_begin, "column_first_id": 0, "same_set": same_set,
     } | options  # fmt: skip
 
 
@@ -117,11 +117,11 @@ class SearchInputs:
 
     def __init__(self, case, run, equal_rows=()):
         """equal_rows: pairs (reference, query) of equal rows."""
-        self.case, self.one_set = case, case.references is None
+        self.case, self.same_set = case, case.references is None
         queries = rows = rows_of(case.queries, case.size, case.dtype, case.odd)
         self.query, self.query_code = quantized(run, rows, case.code, case.inner_product)
         self.reference, self.reference_code = self.query, self.query_code
-        if not self.one_set:
+        if not self.same_set:
             rows = rows_of(case.references, case.size, case.dtype, case.odd, seed=1)
             for reference, query in equal_rows:
                 rows[reference] = queries[query]
@@ -132,13 +132,13 @@ class SearchInputs:
         candidates = empty_lists(self.case.queries, capacity or self.case.capacity)
         for column_begin in range(0, len(self.reference_code), chunk):
             columns = self.reference_code[column_begin : column_begin + chunk]
-            last = column_begin + 1 if self.one_set else self.case.queries
+            last = column_begin + 1 if self.same_set else self.case.queries
             for row_begin in range(0, last, chunk):
                 products = code_products(self.query_code[row_begin : row_begin + chunk], columns)
                 run.update_candidates(
-                    **tile(products, row_begin, column_begin, self.one_set), row_scale=self.query[2],
+                    **tile(products, row_begin, column_begin, self.same_set), row_scale=self.query[2],
                     column_scale=self.reference[2], row_candidates=candidates,
-                    column_candidates=candidates if self.one_set and row_begin != column_begin else None,
+                    column_candidates=candidates if self.same_set and row_begin != column_begin else None,
                     refreshed=None,
                 )  # fmt: skip
         return candidates
@@ -148,8 +148,8 @@ class SearchInputs:
         run.rerank_candidates(
             **{
                 "query": self.query, "reference": self.reference, "candidates": candidates, "nearest": nearest,
-                "reference_first": 0, "references": len(self.reference_code),
-                "query_first": 0, "one_set": self.one_set, "queries": self.case.queries, "size": self.case.size,
+                "reference_first_id": 0, "references": len(self.reference_code),
+                "query_first_id": 0, "same_set": self.same_set, "queries": self.case.queries, "size": self.case.size,
             }
             | options
         )  # fmt: skip
@@ -165,6 +165,6 @@ class SearchInputs:
         rows, others = self.query[0].double(), self.reference[0].double()
         cosine = (rows @ others.t()) * self.query[1].unsqueeze(1) * self.reference[1]
         cosine = torch.where(cosine.isnan(), -math.inf, cosine)
-        if self.one_set:
+        if self.same_set:
             cosine.fill_diagonal_(-math.inf)
         return cosine

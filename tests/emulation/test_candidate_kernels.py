@@ -88,12 +88,12 @@ def test_candidate_lists(backends, case):
     same(measured, expected)
     candidate, value, upper_bound = measured
     assert (value.diff(dim=1).nan_to_num(0.0, -math.inf, -math.inf) <= 0).all()
-    others = len(inputs.reference_code) - inputs.one_set
+    others = len(inputs.reference_code) - inputs.same_set
     filled = (candidate >= 0).sum(1)
     if not case.odd:
         assert (filled == min(case.capacity, others)).all()
         assert torch.equal(upper_bound > -math.inf, filled < others)
-    assert not inputs.one_set or not (candidate == torch.arange(case.queries).unsqueeze(1)).any()
+    assert not inputs.same_set or not (candidate == torch.arange(case.queries).unsqueeze(1)).any()
 
 
 def test_candidate_lists_with_row_numbers_and_places(backends):
@@ -103,12 +103,12 @@ def test_candidate_lists_with_row_numbers_and_places(backends):
     number, refreshed = torch.randperm(400)[:21] + 30, torch.rand(257) < 0.3
     number[3], refreshed[60] = 1060, False  # is one of the columns
     products = code_products(inputs.query_code[place], inputs.reference_code[40:200])
-    for one_set in (False, True):
+    for same_set in (False, True):
         results = []
         for run in backends:
             row_candidates, column_candidates = empty_lists(33, 4), empty_lists(257, 5)
             run.update_candidates(
-                **tile(products, 0, 40, one_set, row_place=place, row_number=number, column_first=1000),
+                **tile(products, 0, 40, same_set, row_index=place, row_id=number, column_first_id=1000),
                 row_scale=inputs.query[2], column_scale=inputs.reference[2], row_candidates=row_candidates,
                 column_candidates=column_candidates,
                 refreshed=refreshed,
@@ -121,7 +121,7 @@ def test_candidate_lists_with_row_numbers_and_places(backends):
             (measured[3] >= 0).any(1).nonzero().squeeze(1), (~refreshed[40:200]).nonzero().squeeze(1) + 40
         )
         taken = (measured[0][place[3]] == 1060).any(), (measured[3][60] == 1060).any()
-        assert taken == (not one_set, not one_set)
+        assert taken == (not same_set, not same_set)
 
 
 def test_candidate_lists_of_equal_products(backends):

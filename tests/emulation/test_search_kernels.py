@@ -45,7 +45,7 @@ def test_reranking_then_exact_search(backends, case):
         for begin in range(0, len(inputs.reference_code), 50):
             products = code_products(inputs.query_code, inputs.reference_code[begin : begin + 50])
             run.search_exact(
-                **tile(products, 0, begin, inputs.one_set), query=inputs.query, reference=inputs.reference,
+                **tile(products, 0, begin, inputs.same_set), query=inputs.query, reference=inputs.reference,
                 row_nearest=(cosine, index), column_nearest=None,
                 refreshed=None, size=case.size,
             )  # fmt: skip
@@ -58,9 +58,9 @@ def test_reranking_then_exact_search(backends, case):
     if case.odd:
         usual[[NAN, ZERO]] = False
         assert measured[0][NAN].isnan().all() and (measured[0][ZERO] == 0).all()
-        first = [r for r in range(9) if not inputs.one_set or r != NAN][: case.k]
+        first = [r for r in range(9) if not inputs.same_set or r != NAN][: case.k]
         assert measured[1][NAN].tolist() == first
-        first = [r for r in range(9) if r != NAN and not (inputs.one_set and r == ZERO)][: case.k]
+        first = [r for r in range(9) if r != NAN and not (inputs.same_set and r == ZERO)][: case.k]
         assert measured[1][ZERO].tolist() == first
     truth = inputs.truth()[usual]
     actual = measured_whole[0][usual][:, : truth.shape[1]]
@@ -81,7 +81,7 @@ def test_ties_have_the_lower_index_and_indices_are_unique(backends):
         for _ in range(2):
             inputs.rerank(run, candidates, (cosine, index))
             run.search_exact(
-                **tile(code_products(inputs.query_code[order], inputs.reference_code), one_set=True, row_place=order),
+                **tile(code_products(inputs.query_code[order], inputs.reference_code), same_set=True, row_index=order),
                 query=inputs.query, reference=inputs.reference, row_nearest=(cosine, index), column_nearest=None,
                 refreshed=None, size=8,
             )  # fmt: skip
@@ -99,9 +99,9 @@ def test_nearest_among_part_of_the_references(backends):
     ]
     results = []
     for run in backends:
-        first = inputs.rerank(run, candidates, reference=parts[0], reference_first=100, references=80)
+        first = inputs.rerank(run, candidates, reference=parts[0], reference_first_id=100, references=80)
         before = [t.clone() for t in first]
-        second = inputs.rerank(run, candidates, first, reference=parts[1], reference_first=10, references=140)
+        second = inputs.rerank(run, candidates, first, reference=parts[1], reference_first_id=10, references=140)
         results.append((before, second))
     compare_nearest(results[1][0], results[0][0])
     compare_nearest(results[1][1], results[0][1])
@@ -121,7 +121,7 @@ def test_exact_search_of_numbered_rows(backends):
         cosine, index = empty_nearest(33, 5)
         cosine[:, 0], index[:, 0] = torch.linspace(0.0, 0.9, 33, dtype=f64), 3
         run.search_exact(
-            **tile(products, 0, 7, True, row_place=place, row_number=number, column_first=500), query=inputs.query,
+            **tile(products, 0, 7, True, row_index=place, row_id=number, column_first_id=500), query=inputs.query,
             reference=inputs.reference, row_nearest=(cosine, index), column_nearest=None,
                 refreshed=None, size=45,
         )  # fmt: skip
@@ -145,7 +145,7 @@ def test_exact_search_of_columns(backends, case):
     for run in backends:
         nearest = empty_nearest(columns, k)
         run.search_exact(
-            **tile(products, one_set=inputs.one_set, row_place=place), query=inputs.query, reference=inputs.reference,
+            **tile(products, same_set=inputs.same_set, row_index=place), query=inputs.query, reference=inputs.reference,
             row_nearest=None, column_nearest=nearest, refreshed=refreshed, size=case.size,
         )  # fmt: skip
         results.append(nearest)
@@ -222,7 +222,7 @@ def test_empty_tiles(backends):
 def test_certified_refresh(backends, monkeypatch, int8):
     """All kernels together: each step equals a full search bit for bit, and the CPU finds the same classes."""
     for module in (quantization, cache):
-        monkeypatch.setattr(module, "int8_wins", lambda device: int8)
+        monkeypatch.setattr(module, "int8_is_fastest", lambda device: int8)
     cpu, cuda = backends
     state = None
     for step, weight in training(64, 12, 8):

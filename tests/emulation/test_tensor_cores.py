@@ -21,7 +21,7 @@ from fused_margin._ops.inputs import LossInputs
 def family(request, emulated, monkeypatch):
     monkeypatch.setattr(select, "kernels", lambda *_: Kernels(emulated.cuda, 0))
     monkeypatch.setattr(tensor_cores, "half_product", build.half_product(emulated))
-    with select.use(request.param):
+    with select.force_backend(request.param):
         yield request.param
 
 
@@ -180,8 +180,8 @@ def test_long_sums_of_split_operands(family, monkeypatch):
     left, right = torch.rand(samples, classes, dtype=torch.float64), torch.rand(classes, size, dtype=torch.float64)
     split = [[t.half(), (t - t.half().double()).half()] for t in (left, right)]
     errors = {}
-    for longest in (tensor_cores.LONGEST_SUM, classes):
-        monkeypatch.setattr(tensor_cores, "LONGEST_SUM", longest)
+    for longest in (tensor_cores.MAX_CLASSES_PER_PRODUCT, classes):
+        monkeypatch.setattr(tensor_cores, "MAX_CLASSES_PER_PRODUCT", longest)
         out = torch.zeros(2, samples, size)
         tensor_cores.add_divided(out, *split)
         errors[longest] = relative_error(out.double().sum(0), left @ right)

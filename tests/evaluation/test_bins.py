@@ -12,7 +12,7 @@ from written_files import Command, image_set, picture
 
 from fused_margin.evaluation import DataError
 from fused_margin.evaluation.pair_lists import read_bin
-from fused_margin.evaluation.safe_pickle import STAND_INS, load_plain
+from fused_margin.evaluation.safe_pickle import PLACEHOLDERS, load_plain
 
 IMAGES = [picture(value, "JPEG") for value in range(0, 240, 10)]
 
@@ -114,13 +114,13 @@ HOSTILE = {
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_pickles_cannot_run_code(tmp_path, monkeypatch, kind):
     monkeypatch.chdir(tmp_path)
-    before = {name: dict(vars(stand_in)) for name, stand_in in STAND_INS.items()}
+    before = {name: dict(vars(stand_in)) for name, stand_in in PLACEHOLDERS.items()}
     content, why = HOSTILE[kind]
     (tmp_path / "lfw.bin").write_bytes(content)
     with pytest.raises(DataError, match=f"cannot read .*lfw.bin: .*{why}"):
         read_bin(tmp_path / "lfw.bin")
     assert os.listdir() == ["lfw.bin"]
-    assert {name: dict(vars(stand_in)) for name, stand_in in STAND_INS.items()} == before
+    assert {name: dict(vars(stand_in)) for name, stand_in in PLACEHOLDERS.items()} == before
 
 
 def test_damaged_pickles_are_errors(tmp_path):

@@ -94,7 +94,9 @@ def test_lfw_folder_beside_its_list(lfw, folder):
 def test_lfw_names_missing_files(lfw):
     for name in ("Bo/Bo_0012.jpg", "Ann_Lee_Jr/Ann_Lee_Jr_0010.png"):
         (lfw / name).unlink()
-    with pytest.raises(DataError, match="2 of the 8 that .*pairs.txt names have no image in .*: ") as error:
+    with pytest.raises(
+        DataError, match="2 of the 8 images or videos listed in .*pairs.txt have no file in .*: "
+    ) as error:
         read_lfw(lfw)
     assert str(error.value).endswith("Ann_Lee_Jr/Ann_Lee_Jr_0010, Bo/Bo_0012")
     lines = [f"Nobody\t{i}\t{i + 1}" for i in range(1, 31)] + [f"Nobody\t{i}\tBo\t1" for i in range(1, 31)]
@@ -201,7 +203,7 @@ def test_ytf_errors(ytf):
     for frame in (ytf / "Bo" / "1").iterdir():
         frame.unlink()
     (ytf / "Ann_Lee" / "0").rename(ytf / "Ann_Lee" / "9")
-    with pytest.raises(DataError, match=r"2 of the 4 .* have no image in .*: Ann_Lee/0, Bo/1$"):
+    with pytest.raises(DataError, match=r"2 of the 4 .* have no file in .*: Ann_Lee/0, Bo/1$"):
         read_ytf(ytf)
     for line in (
         "1, Ann_Lee/3, Bo/1",

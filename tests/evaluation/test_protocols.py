@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from labelled_pairs import pairs_of
+from labeled_pairs import pairs_of
 
 from fused_margin.evaluation import megaface
 from fused_margin.evaluation.protocols import cosine_pairs, join_mirror, lfw, ytf
@@ -16,8 +16,8 @@ VARIANTS = ("insightface", "regularface")
 def people(identities, images, size, noise, seed=0):
     """Features (identities * images, size) near one center per identity, features of mirrored images, and labels."""
     rng = np.random.default_rng(seed)
-    centre = np.repeat(rng.normal(size=(identities, size)) + 0.5, images, axis=0)
-    features, mirrored = (centre + noise * rng.normal(size=centre.shape) for _ in range(2))
+    center = np.repeat(rng.normal(size=(identities, size)) + 0.5, images, axis=0)
+    features, mirrored = (center + noise * rng.normal(size=center.shape) for _ in range(2))
     return features, mirrored, np.repeat(np.arange(identities), images)
 
 
@@ -196,9 +196,9 @@ def test_regularface_lfw_matches_plain_loop():
     for number in range(3):
         rest = np.flatnonzero(fold != number)
         mean = sum(rows[a] + rows[b] for a, b in pairs[rest]) / (2 * len(rest))
-        centred = [row - mean for row in rows]
+        centerd = [row - mean for row in rows]
         cosine = np.array(
-            [centred[a] @ centred[b] / np.linalg.norm(centred[a]) / np.linalg.norm(centred[b]) for a, b in pairs]
+            [centerd[a] @ centerd[b] / np.linalg.norm(centerd[a]) / np.linalg.norm(centerd[b]) for a, b in pairs]
         )
         grid = np.arange(-10_000, 10_001) / 10_000
         genuine, impostor = cosine[rest][same[rest]], cosine[rest][~same[rest]]

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from labelled_pairs import pairs_of
+from labeled_pairs import pairs_of
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import normalize
 

@@ -59,7 +59,7 @@ def test_interrupted_comparison_continues(config, monkeypatch):
 
     lines = (config.output / "compare.md").read_text().splitlines()
     assert len(lines) == 6 and lines[2].startswith(f"| {RANDOM} |") and lines[2].endswith("|  |")  # no step time
-    assert lines[5] == "TAR at FAR = 0.001: none of 100 impostors may pass."
+    assert lines[5] == "TAR at FAR = 0.001 allows no false accept, because there are only 100 impostor pairs."
     for name in config.losses:
         for seed, measured in zip(config.seeds, report["losses"][name]["seeds"], strict=True):
             folder = config.output / f"{name}-{seed}"
@@ -153,7 +153,7 @@ def test_names():
     ("arguments", "message"),
     [
         (["--losses", "arkface"], "expected random-weights or one of"),
-        (["--losses", "arcface+centre"], "after the +, got 'centre'"),
+        (["--losses", "arcface+centroid"], "after the +, got 'centroid'"),
         (["--losses", "arcface+center=much"], "expected a number after center="),
         (["--losses", "arcface", "arcface"], "expected each once"),
         (["--losses", "arcface+center+center"], "expected center once in arcface+center+center"),

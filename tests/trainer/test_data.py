@@ -182,8 +182,8 @@ def test_each_augmentation():
     point[:, :, 16, 16] = 1
     moved = augment(point, AugmentationConfig(**{**nothing, "shift": 0.2}), seeded_generator(0)).flatten(2)
     offsets = torch.cartesian_prod(torch.arange(33.0), torch.arange(33.0)) - 16
-    centre = (moved @ offsets).squeeze(1) / moved.sum(2)
-    assert 5 < centre.abs().max() < 0.2 * 33 + 1 and centre.mean(0).abs().max() < 0.6
+    center = (moved @ offsets).squeeze(1) / moved.sum(2)
+    assert 5 < center.abs().max() < 0.2 * 33 + 1 and center.mean(0).abs().max() < 0.6
 
     rotated = augment(images, AugmentationConfig(**{**nothing, "rotation": 45}), seeded_generator(0))
     assert (rotated[..., 5:7, 5:7].mean() - images.mean()).abs() < 0.05 and not torch.equal(rotated, images)

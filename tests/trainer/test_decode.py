@@ -12,8 +12,8 @@ from PIL import Image, ImageCms
 
 from fused_margin.trainer.data.decode import DecodedImages, UnreadableError, read_image
 
-GREY = np.arange(0, 240, 5, dtype=np.uint8).reshape(6, 8)
-PICTURE = Image.fromarray(GREY)
+GRAY = np.arange(0, 240, 5, dtype=np.uint8).reshape(6, 8)
+PICTURE = Image.fromarray(GRAY)
 
 
 def encoded(image, kind, **options):
@@ -51,7 +51,7 @@ def test_orientation(kind, number):
     stored = PICTURE if STORED[number] is None else PICTURE.transpose(STORED[number])
     options = {"JPEG": {"quality": 100}, "WEBP": {"lossless": True}}.get(kind, {})
     read = read_image(encoded(stored, kind, exif=orientation(number), **options))
-    assert read.size == PICTURE.size and np.abs(pixels(read) - GREY).max() <= 3  # JPEG is lossy
+    assert read.size == PICTURE.size and np.abs(pixels(read) - GRAY).max() <= 3  # JPEG is lossy
     assert not read.info  # otherwise, saving the image would write the orientation again
 
 
@@ -66,15 +66,15 @@ def test_unusual_exif_data_does_not_prevent_rotation():
     exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", 2)
     exif += struct.pack("<HHIHH", 0x112, 3, 1, 6, 0) + struct.pack("<HHI4s", 0x11A, 2, 4, b"abc\0") + bytes(4)
     read = read_image(encoded(PICTURE.transpose(STORED[6]), "JPEG", quality=100, exif=exif))
-    assert read.size == PICTURE.size and np.abs(pixels(read) - GREY).max() <= 3
+    assert read.size == PICTURE.size and np.abs(pixels(read) - GRAY).max() <= 3
 
 
 def deep(factor=257):
-    return Image.fromarray(GREY.astype(np.uint16) * factor)
+    return Image.fromarray(GRAY.astype(np.uint16) * factor)
 
 
 def real(scale=1 / 255):
-    return Image.fromarray(GREY.astype(np.float32) * scale)
+    return Image.fromarray(GRAY.astype(np.float32) * scale)
 
 
 def with_alpha(kind):
@@ -109,9 +109,9 @@ def chunk(kind, data):
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-def png(width, bits, colour, row, transparent):
+def png(width, bits, color, row, transparent):
     """A PNG with one row and a tRNS chunk."""
-    header = struct.pack(">IIBBBBB", width, 1, bits, colour, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, 1, bits, color, 0, 0, 0)
     chunks = (b"IHDR", header), (b"tRNS", transparent), (b"IDAT", zlib.compress(b"\0" + row)), (b"IEND", b"")
     return io.BytesIO(b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*each) for each in chunks))
 
@@ -123,10 +123,10 @@ def png(width, bits, colour, row, transparent):
         (encoded(deep(), "PPM"), "L"),
         (encoded(deep(), "TIFF"), "L"),
         (encoded(deep().transpose(Image.Transpose.ROTATE_90), "PNG", exif=orientation(6)), "L"),
-        (encoded(Image.fromarray((65535 - GREY.astype(int) * 257).astype(np.uint16)), "TIFF", **WHITE_ZERO), "L"),
+        (encoded(Image.fromarray((65535 - GRAY.astype(int) * 257).astype(np.uint16)), "TIFF", **WHITE_ZERO), "L"),
         (encoded(PICTURE, "TIFF", **WHITE_ZERO), "L"),
         (encoded(real(), "TIFF"), "L"),
-        (encoded(Image.fromarray(1 - GREY.astype(np.float32) / 255), "TIFF", **WHITE_ZERO), "L"),
+        (encoded(Image.fromarray(1 - GRAY.astype(np.float32) / 255), "TIFF", **WHITE_ZERO), "L"),
         (encoded(PICTURE.convert("RGB").quantize(64), "PNG"), "RGB"),
         (encoded(with_alpha("LA"), "PNG"), "L"),
         (encoded(with_alpha("RGBA"), "WEBP", lossless=True), "RGB"),
@@ -140,7 +140,7 @@ def png(width, bits, colour, row, transparent):
 def test_same_picture_in_all_encodings(file, mode):
     read = read_image(file)
     assert read.mode == mode and read.size == PICTURE.size
-    assert np.abs(pixels(read) - GREY).max() <= 3
+    assert np.abs(pixels(read) - GRAY).max() <= 3
 
 
 def test_twelve_bits():
@@ -153,7 +153,7 @@ def test_gray_with_premultiplied_alpha():
     assert pixels(read_image(file)).tolist() == [[50 + 127, 100]]
 
 
-@pytest.mark.parametrize("transparent", ["RGBA", "LA", "grey value", "palette"])
+@pytest.mark.parametrize("transparent", ["RGBA", "LA", "gray value", "palette"])
 def test_transparent_parts_are_white(transparent):
     image = Image.new("RGB", (2, 1), (40, 40, 40))
     image.putpixel((0, 0), (90, 90, 90))
@@ -162,7 +162,7 @@ def test_transparent_parts_are_white(transparent):
         image.putalpha(Image.fromarray(np.array([[0, 255]], np.uint8)))
         file = encoded(image, "PNG")
     else:
-        image = image.convert("L") if transparent == "grey value" else image.quantize(2)
+        image = image.convert("L") if transparent == "gray value" else image.quantize(2)
         file = encoded(image, "PNG", transparency=image.getpixel((0, 0)))
     assert pixels(read_image(file)).tolist() == [[255, 40]]
 
@@ -177,7 +177,7 @@ def test_transparent_gray_with_few_bits(bits, row, expected):
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
-def test_colour_profile(mode):
+def test_color_profile(mode):
     """The profile of a device that swaps red and green is applied."""
     file = encoded(Image.new("RGB", (4, 4), "red").convert(mode), "PNG", icc_profile=RED_GREEN_SWAPPED)
     read = read_image(file)
@@ -186,9 +186,9 @@ def test_colour_profile(mode):
 
 
 def test_srgb_profile_changes_nothing():
-    colours = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
-    read = read_image(encoded(Image.fromarray(colours), "PNG", icc_profile=SRGB))
-    assert np.abs(np.asarray(read).astype(int) - colours).max() <= 1
+    colors = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    read = read_image(encoded(Image.fromarray(colors), "PNG", icc_profile=SRGB))
+    assert np.abs(np.asarray(read).astype(int) - colors).max() <= 1
 
 
 def without_adobe_marker():
@@ -200,9 +200,9 @@ def without_adobe_marker():
     [
         (encoded(real(1.0), "TIFF"), "not all between 0"),
         (encoded(Image.fromarray(np.full((2, 2), np.nan, np.float32)), "TIFF"), "not all between 0"),
-        (encoded(Image.fromarray(GREY.astype(np.int32)), "TIFF"), "do not define which"),
+        (encoded(Image.fromarray(GRAY.astype(np.int32)), "TIFF"), "do not define which"),
         (encoded(deep(), "PNG", transparency=0), "transparent value"),
-        (png(1, 16, 2, bytes(6), bytes(6)), "16-bit colours have a transparent one"),
+        (png(1, 16, 2, bytes(6), bytes(6)), "16-bit colors have a transparent one"),
         (tiff(2, 1, bytes([0, 200]), {339: 2}), "its values are signed"),
         (tiff(1, 1, bytes(4), {258: (8, 8, 8, 8), 262: 2, 277: 4}), "the fourth without a meaning"),
         (tiff(1, 1, bytes(1), {262: 3, 320: (255,) * 768}), "palette has 8-bit values"),
@@ -279,7 +279,7 @@ def test_any_error_of_pillow_makes_an_image_unreadable(monkeypatch, damage):
 
 class Files(DecodedImages):
     def __init__(self, files):
-        super().__init__(torch.arange(len(files)), list(map(str, range(len(files)))), GREY.shape, 1)
+        super().__init__(torch.arange(len(files)), list(map(str, range(len(files)))), GRAY.shape, 1)
         self.files = files
 
     def source(self, index):
@@ -291,4 +291,4 @@ def test_batch_has_decoded_pictures_and_names_unreadable_ones():
     assert batch.unreadable == ("1: its floating-point values are not all between 0 (black) and 1 (white)",)
     assert batch.labels.tolist() == [0, 2]
     for image in batch.images:
-        np.testing.assert_array_equal(image[0].numpy(), GREY)
+        np.testing.assert_array_equal(image[0].numpy(), GRAY)

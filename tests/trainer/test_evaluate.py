@@ -75,8 +75,8 @@ def write(**arrays):
 
 def clusters(identities=12, images=6, size=8, noise=0.8):
     rng = np.random.default_rng(0)
-    centre = np.repeat(rng.normal(size=(identities, size)), images, axis=0)
-    features, mirrored = (centre + noise * rng.normal(size=centre.shape) for _ in range(2))
+    center = np.repeat(rng.normal(size=(identities, size)), images, axis=0)
+    features, mirrored = (center + noise * rng.normal(size=center.shape) for _ in range(2))
     return {"features": features, "mirrored": mirrored, "labels": np.repeat(np.arange(identities), images)}
 
 
@@ -185,10 +185,10 @@ def test_identities_with_trained_names_are_counted(face_folder, capsys, tmp_path
     shutil.copytree(face_folder, tmp_path / "copy")
     arguments = "--checkpoint", "run", "--data", "copy", "--num-pairs", 60
     description = evaluate(*arguments)["input"]["description"]
-    assert description.endswith(f"9 identities, {len(trained_on)} of which have the name of one trained on")
+    assert description.endswith(f"9 identities, {len(trained_on)} with the same name as a training identity")
     for name in trained_on[1:]:
         Path("copy", name).rename(Path("copy", f"other_{name}"))
-    assert "9 identities, 1 of which has the name of one trained on" in evaluate(*arguments)["input"]["description"]
+    assert "9 identities, 1 with the same name as a training identity" in evaluate(*arguments)["input"]["description"]
 
     state = load_checkpoint(Path("run", FILE_NAME))
     del state["identities"]  # as in an older version

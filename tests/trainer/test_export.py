@@ -72,7 +72,7 @@ def test_average_of_a_network_with_batch_norm(tiny_config):
         (actual,) = session.run(None, {"images": images[rows].numpy()})
         torch.testing.assert_close(torch.from_numpy(actual), expected[rows], rtol=1e-4, atol=1e-5)
     metadata = {entry.key: entry.value for entry in onnx.load(config.output / "backbone.onnx").metadata_props}
-    assert "-1 to 1" in metadata["input"] and "not normalised" in metadata["output"]
+    assert "-1 to 1" in metadata["input"] and "not normalized" in metadata["output"]
 
 
 def interrupted(*_):

@@ -170,4 +170,4 @@ def test_interruption(forks):
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     assert process.wait(30) == 130 and "Traceback" not in process.output
-    assert "interrupted: nothing is written" in process.output and not list(Path("runs/figure").iterdir())
+    assert "interrupted: nothing was written" in process.output and not list(Path("runs/figure").iterdir())

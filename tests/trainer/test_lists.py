@@ -122,7 +122,9 @@ def test_list_without_images(tmp_path):
     with pytest.raises(DataError, match="lists no images"):
         read_list(path)
     path.write_text("".join(f"elsewhere/{number}.png {number % 4}\n" for number in range(1000)))
-    with pytest.raises(DataError, match=r"none of 100 images .*elsewhere/0\.png: paths in .* relative to its folder"):
+    with pytest.raises(
+        DataError, match=r"none of 100 listed images .*elsewhere/0\.png: paths in .* relative to its folder"
+    ):
         read_list(path)
 
 

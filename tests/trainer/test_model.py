@@ -52,9 +52,9 @@ def test_published_lenet():
     kernels = sum(25 * a * b + b for a, b in itertools.pairwise(channels))
     slopes = sum(channels[1:])
     assert sum(p.numel() for p in network.parameters()) == kernels + slopes + 128 * 3 * 3 * 2 + 2
-    colour = LeNet(ModelConfig(channels=3, image_size=(17, 40), width=0.25, embedding_size=5))
-    assert colour(torch.zeros(2, 3, 17, 40)).shape == (2, 5)
-    assert colour.features[0].out_channels == 8
+    color = LeNet(ModelConfig(channels=3, image_size=(17, 40), width=0.25, embedding_size=5))
+    assert color(torch.zeros(2, 3, 17, 40)).shape == (2, 5)
+    assert color.features[0].out_channels == 8
 
 
 @pytest.mark.parametrize("image_size", [(32, 32), (33, 17), (112, 96)])

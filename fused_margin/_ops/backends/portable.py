@@ -11,10 +11,10 @@ from fused_margin._ops.inputs import CHUNK_BYTES, ChunkPlan, ForwardOutput, Loss
 LN2 = math.log(2.0)
 # Size of a square tile of W W^T. The tiles of the upper triangle cover little more than half of the square if they are
 # small, and larger ones are not faster.
-TILE_BYTES = {"cpu": 4 << 20, "cuda": 16 << 20}
+NEAREST_TILE_BYTES = {"cpu": 4 << 20, "cuda": 16 << 20}
 
 
-def plan_chunks(inputs: LossInputs, keep: bool) -> ChunkPlan:
+def plan_chunks(inputs: LossInputs, save_for_backward: bool) -> ChunkPlan:
     """The plan of a call, which saves exponentials. Forward and backward make the same plan."""
     (samples, classes, size), workspace = inputs.shape, inputs.workspace_bytes
     compute = compute_dtype(inputs.embeddings, inputs.weight)
@@ -30,11 +30,11 @@ def plan_chunks(inputs: LossInputs, keep: bool) -> ChunkPlan:
     per_class = item * (max(samples, 1) + copies * size)
     chunk = target // max(per_class, item * size)
     if tiled:  # a chunk is the side of a tile
-        chunk = min(chunk, math.isqrt(min(TILE_BYTES[device], available) // item))
+        chunk = min(chunk, math.isqrt(min(NEAREST_TILE_BYTES[device], available) // item))
     chunk = whole_chunk(classes, chunk, inputs.sub_centers)
     chunks = -(-classes // chunk)
     saved = 0
-    if keep and samples:
+    if save_for_backward and samples:
         temporaries = chunk * (per_class - item * samples) + (chunk * chunk * item if tiled else 0)
         if samples * classes * item <= workspace - temporaries:  # no chunk needs a separate buffer
             saved = chunks
@@ -124,7 +124,7 @@ class ChunkBackend:
             self.compare_classes(k)
 
     def unit_rows(self, k: int) -> Tensor:
-        """The normalised class weights of a chunk. Products of unnormalised weights could be infinite."""
+        """The normalized class weights of a chunk. Products of unnormalized weights could be infinite."""
         begin, end = self.plan.bounds(k)
         return self.inputs.weight[begin:end].to(self.compute) * self.output.weight_inverse_norm[begin:end].unsqueeze(1)
 

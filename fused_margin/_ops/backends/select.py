@@ -15,12 +15,12 @@ from fused_margin._ops.inputs import PORTABLE, compute_dtype
 REBUILD = "rebuild with nvcc on PATH or CUDA_HOME set: pip install --no-cache-dir --force-reinstall --no-deps ."
 SPLIT = "split"  # suffix of a family's name: operands are sums of two fp16 parts, with the accuracy of float32
 SIZES = range(32, 4097)  # embedding sizes of the families
-LARGEST_LOGIT = 2.0**21  # a larger logit, as a power of two, has too few fractional bits in the families
+MAX_LOGIT = 2.0**21  # a larger logit, as a power of two, has too few fractional bits in the families
 Capability = tuple[int, int]  # compute capability of a device, such as (9, 0)
 
 
 class Kernels:
-    """The kernels of one device and stream as attributes. A family of tensor-core kernels is a `Kernels` attribute."""
+    """The kernels of one device and stream as attributes. The attribute of a family of tensor-core kernels is a `Kernels`."""
 
     def __init__(self, module: ModuleType, stream: int):
         for name, value in vars(module).items():
@@ -64,11 +64,11 @@ def advise_huge_pages(tensor: torch.Tensor) -> None:
 
 @dataclass(frozen=True)
 class Family:
-    """A family of tensor-core kernels. By default it serves only compute capabilities with a committed result."""
+    """A family of tensor-core kernels. By default it serves only compute capabilities on which it was validated."""
 
     name: str
     capability: Capability  # the lowest that the family runs on
-    only: bool  # whether the family runs on no other capability
+    exact_capability: bool  # whether the family runs on `capability` alone
     results: Mapping[Capability, str]  # file in benchmarks/results in which the family passes on that capability
 
     @property
@@ -76,25 +76,25 @@ class Family:
         return hasattr(_C, "cuda") and hasattr(_C.cuda, self.name)
 
     def runs_on(self, capability: Capability) -> bool:
-        return capability == self.capability if self.only else capability >= self.capability
+        return capability == self.capability if self.exact_capability else capability >= self.capability
 
 
 # The first family that is compiled and enabled for the device serves float32, float16 and bfloat16.
 # Tests fail if a file of results is missing or incomplete (benchmarks/gpu/evidence.py).
 FAMILIES = (
-    Family("sm90", (9, 0), only=True, results={(9, 0): "nvidia-h200.json"}),
-    Family("sm80", (8, 0), only=False, results={(9, 0): "nvidia-h200.json"}),
+    Family("sm90", (9, 0), exact_capability=True, results={(9, 0): "nvidia-h200.json"}),
+    Family("sm80", (8, 0), exact_capability=False, results={(9, 0): "nvidia-h200.json"}),
 )
 # Results of the CUDA kernels of the exact search.
 SEARCH_RESULTS: Mapping[Capability, str] = {(9, 0): "nvidia-h200.json"}
-_forced: str | None = None  # set by `use`
-_search_forced = False  # set by `search_on_cuda`
+_forced: str | None = None  # set by `force_backend`
+_search_forced = False  # set by `force_exact_search`
 # Before 2.10 torch cannot add fp16 matrix products to a float32 matrix in place.
 _TORCH_ADDS_TO_FLOAT32 = torch.torch_version.TorchVersion(torch.__version__) >= "2.10"
 
 
 @contextmanager
-def use(name: str) -> Iterator[None]:
+def force_backend(name: str) -> Iterator[None]:
     """Serves all calls with the named family, or with PORTABLE. For tests and benchmarks."""
     global _forced
     names = [PORTABLE, *(family.name for family in FAMILIES)]
@@ -108,8 +108,8 @@ def use(name: str) -> Iterator[None]:
 
 
 @contextmanager
-def search_on_cuda() -> Iterator[None]:
-    """Enables the exact search on CUDA devices without a committed result. For tests and benchmarks."""
+def force_exact_search() -> Iterator[None]:
+    """Enables the exact search on CUDA devices on which it was not validated. For tests and benchmarks."""
     global _search_forced
     before, _search_forced = _search_forced, True
     try:
@@ -140,8 +140,8 @@ def rounds_float32(device: torch.device) -> bool:
     return precision not in ("none", "ieee")
 
 
-def searches(device: torch.device) -> bool:
-    """Whether the exact search serves a device."""
+def supports_exact_search(device: torch.device) -> bool:
+    """Whether the exact search is enabled for a device."""
     if device.type != "cuda":
         return device.type == "cpu"
     return _search_forced or (bool(SEARCH_RESULTS) and _capability(device) in SEARCH_RESULTS)
@@ -150,7 +150,7 @@ def searches(device: torch.device) -> bool:
 def select_backend(embeddings: torch.Tensor | None, weight: torch.Tensor, scale: float = 0.0) -> str:
     """PORTABLE, or the name of a family. The suffix SPLIT selects products with the accuracy of float32.
 
-    It is absent if an input has half precision, under autocast, and if `rounds_float32`.
+    The suffix is absent if an input has half precision, under autocast, and if `rounds_float32`.
     """
     if weight.device.type != "cuda" and _forced is None:
         return PORTABLE
@@ -158,7 +158,7 @@ def select_backend(embeddings: torch.Tensor | None, weight: torch.Tensor, scale:
     empty = weight.shape[0] == 0 or (embeddings is not None and embeddings.shape[0] == 0)
     if not candidates or empty or weight.shape[1] not in SIZES or compute_dtype(embeddings, weight) == torch.float64:
         return PORTABLE
-    if scale > LARGEST_LOGIT:
+    if scale > MAX_LOGIT:
         return PORTABLE
     if weight.device.type == "cuda":
         if not _TORCH_ADDS_TO_FLOAT32:
@@ -181,12 +181,14 @@ def describe() -> list[str]:
         f"{family.name} tensor cores: {_state(family.results) if family.compiled else 'not compiled'}"
         for family in FAMILIES
     ]
-    lines = sorted(lines, key=lambda line: ": on" not in line) + ["portable kernels around torch.mm: serve all else"]
+    lines = sorted(lines, key=lambda line: ": on" not in line) + [
+        "portable kernels around torch.mm: serve all other calls"
+    ]
     return [*lines, f"exact search for nearest classes: {_state(SEARCH_RESULTS)}"]
 
 
 def _state(results: Mapping[Capability, str]) -> str:
     if not results:
-        return "off: no committed device result yet"
+        return "off: not validated on a device yet"
     shown = [f"{major}.{minor} ({file})" for (major, minor), file in sorted(results.items())]
     return f"on for compute capability {', '.join(shown)}"

@@ -1,6 +1,6 @@
 """The tensor-core backend: our kernels compute logits from fp16 operands, and reduce their exponentials in registers.
 
-The operand of a chunk is its normalised classes. The forward writes nothing of size N x chunk. The backward recomputes
+The operand of a chunk is its normalized classes. The forward writes nothing of size N x chunk. The backward recomputes
 the exponentials relative to the sum of their row, so that they fit fp16, and multiplies them by torch.mm.
 """
 
@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from fused_margin._ops.backends.portable import LN2, fixed_exponent
-from fused_margin._ops.backends.select import LARGEST_LOGIT, SPLIT, Kernels
+from fused_margin._ops.backends.select import MAX_LOGIT, SPLIT, Kernels
 from fused_margin._ops.inputs import CHUNK_BYTES, ChunkPlan, ForwardOutput, LossInputs, whole_chunk
 
 WIDTH_MULTIPLE = 64  # kWidthMultiple of csrc/kernels/tensor.h: the row of an operand consists of lines of 128 bytes
 # dX has few output tiles and a long inner dimension. The classes are divided to use every multiprocessor.
-MOST_DIVISIONS = 8
-LONGEST_SUM = 2048  # classes per product of split operands, see add_divided
+MAX_DIVISIONS = 8
+MAX_CLASSES_PER_PRODUCT = 2048  # classes per product of split operands, see add_divided
 
 
 def parts_of(inputs: LossInputs) -> int:
@@ -28,7 +28,7 @@ def width_of(inputs: LossInputs) -> int:
     return -(-inputs.weight.shape[1] // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
 
 
-def plan_chunks(inputs: LossInputs, keep: bool) -> ChunkPlan:
+def plan_chunks(inputs: LossInputs, save_for_backward: bool) -> ChunkPlan:
     """The plan of a call, which saves operands. Exponentials do not fit fp16 before their sum is known."""
     (samples, classes, size), workspace = inputs.shape, inputs.workspace_bytes
     parts, elements = parts_of(inputs), parts_of(inputs) * width_of(inputs)
@@ -39,7 +39,7 @@ def plan_chunks(inputs: LossInputs, keep: bool) -> ChunkPlan:
     device = "cuda" if inputs.weight.device.type == "cuda" else "cpu"
     chunk = whole_chunk(classes, min(CHUNK_BYTES[device], workspace) // per_class)
     chunks = -(-classes // chunk)
-    saved = max(workspace - chunk * per_class, 0) // (chunk * operand_bytes) if keep and samples else 0
+    saved = max(workspace - chunk * per_class, 0) // (chunk * operand_bytes) if save_for_backward and samples else 0
     saved = min(saved, chunks)
     return ChunkPlan(classes, chunk, chunks, saved, min(saved * chunk, classes) * elements, torch.float16, 1)
 
@@ -56,18 +56,24 @@ class ChunkBackend:
         self.parts, self.width = parts_of(inputs), width_of(inputs)
         self.fixed = fixed_exponent(inputs)
         self.buffer = self.operands(plan.chunk if plan.saved < plan.chunks else 0)
-        self.other = self.operands(plan.chunk if inputs.uses_tiled_nearest and plan.saved < plan.chunks - 1 else 0)
+        self.second_buffer = self.operands(
+            plan.chunk if inputs.uses_tiled_nearest and plan.saved < plan.chunks - 1 else 0
+        )
         if self.samples and inputs.embeddings is not None:
-            self.left = self.operands(self.samples)
-            self.pack(inputs.embeddings, self.left, None)
-            self.rows = output.target_cosine.new_empty(2 * self.samples)  # 16 bytes each
+            self.embedding_operand = self.operands(self.samples)
+            self.pack(inputs.embeddings, self.embedding_operand, None)
+            self.prepared_rows = output.target_cosine.new_empty(2 * self.samples)  # 16 bytes each
             self.slots = self.family.slots()
             self.partial = inputs.weight.new_zeros(self.slots, self.samples, 2, dtype=torch.float32)
             run.prepare_rows(
-                labels=inputs.labels, scale=inputs.scale, exponent=None, prepared=self.rows, samples=self.samples
+                labels=inputs.labels,
+                scale=inputs.scale,
+                exponent=None,
+                prepared=self.prepared_rows,
+                samples=self.samples,
             )
         if inputs.uses_tiled_nearest:
-            self.best = torch.zeros(inputs.weight.shape[0], dtype=torch.int64, device=inputs.weight.device)
+            self.packed_nearest = torch.zeros(inputs.weight.shape[0], dtype=torch.int64, device=inputs.weight.device)
 
     def operands(self, rows: int) -> Tensor:
         """Memory for the operands of some rows."""
@@ -105,14 +111,17 @@ class ChunkBackend:
         operand = self.operand(k, self.buffer, self.output.weight_inverse_norm[begin:end], fresh=True)
         if self.samples:
             self.family.exponent_sum(
-                **self.product(self.left, operand), prepared=self.rows, scale_value=self.inputs.scale_value,
+                **self.product(self.embedding_operand, operand), prepared=self.prepared_rows, scale_value=self.inputs.scale_value,
                 fixed_exponent=self.fixed, class_begin=begin, partial=self.partial,
             )  # fmt: skip
         if self.inputs.uses_tiled_nearest:
             for j in range(k + 1):
-                rows = operand if j == k else self.operand(j, self.other, fresh=False)
+                rows = operand if j == k else self.operand(j, self.second_buffer, fresh=False)
                 self.family.nearest(
-                    **self.product(rows, operand), row_begin=self.plan.bounds(j)[0], column_begin=begin, best=self.best
+                    **self.product(rows, operand),
+                    row_begin=self.plan.bounds(j)[0],
+                    column_begin=begin,
+                    best=self.packed_nearest,
                 )
 
     def finish_forward(self) -> None:
@@ -125,11 +134,13 @@ class ChunkBackend:
             )  # fmt: skip
             torch.mul(output.exponent[0], LN2, out=output.largest_logit)
             if self.inputs.sample_scale is not None:  # select_backend checks a scale that is a number
-                too_large = output.largest_logit.abs() > LARGEST_LOGIT
+                too_large = output.largest_logit.abs() > MAX_LOGIT
                 output.relative_logsumexp.masked_fill_(too_large, math.nan)
             output.relative_logsumexp.sub_(output.largest_logit)
         if self.inputs.uses_tiled_nearest:
-            self.run.unpack_nearest(best=self.best, index=output.nearest_index, count=self.inputs.weight.shape[0])
+            self.run.unpack_nearest(
+                best=self.packed_nearest, index=output.nearest_index, count=self.inputs.weight.shape[0]
+            )
             cosine = torch.empty_like(output.nearest_cosine, dtype=torch.float64)
             self.run.target_cosine(  # recomputes the cosines from the unrounded weights
                 compute_like=output.nearest_cosine, embeddings=weight, weight=weight, labels=output.nearest_index,
@@ -147,7 +158,7 @@ class ChunkBackend:
         inputs, x_hat = self.inputs, self.output.normalized_embeddings
         operand_scale, probability_scale = self.run.operand_scale, self.run.probability_scale
         self.run.prepare_rows(
-            labels=inputs.labels, scale=inputs.scale, exponent=self.output.exponent, prepared=self.rows,
+            labels=inputs.labels, scale=inputs.scale, exponent=self.output.exponent, prepared=self.prepared_rows,
             samples=self.samples,
         )  # fmt: skip
         self.probabilities = x_hat.new_empty(
@@ -157,7 +168,7 @@ class ChunkBackend:
         self.need_embeddings = need_embeddings
         if need_embeddings:
             tiles = -(-self.samples // 128) * -(-self.size // 128)
-            divisions = min(MOST_DIVISIONS, max(1, 264 // tiles))
+            divisions = min(MAX_DIVISIONS, max(1, 264 // tiles))
             self.d_embeddings = x_hat.new_zeros(divisions, self.samples, self.size)
             self.embedding_scale = row_scale[0] / (operand_scale * probability_scale)
         if need_weight:
@@ -165,7 +176,7 @@ class ChunkBackend:
             largest = factors.abs().max().clamp_(min=torch.finfo(torch.float32).tiny)
             exact = x_hat * (factors / largest * operand_scale).to(x_hat.dtype).unsqueeze(1)
             high = exact.half()
-            self.classes_left = [high, (exact - high.float()).half()][: self.parts]
+            self.scaled_embedding_parts = [high, (exact - high.float()).half()][: self.parts]
             self.dense_scale = largest / (operand_scale * probability_scale)
 
     def backward_chunk(self, k: int, gradient: Tensor | None, _bias_gradient: None) -> None:
@@ -173,7 +184,7 @@ class ChunkBackend:
         begin, end = self.plan.bounds(k)
         operand = self.operand(k, self.buffer, fresh=False)
         self.family.probabilities(
-            **self.product(self.left, operand), prepared=self.rows, class_begin=begin,
+            **self.product(self.embedding_operand, operand), prepared=self.prepared_rows, class_begin=begin,
             probabilities=self.probabilities, stride=self.probabilities.shape[2], low=self.probabilities[0].numel(),
         )  # fmt: skip
         probabilities = [part[:, : end - begin] for part in self.probabilities]
@@ -181,7 +192,7 @@ class ChunkBackend:
             rows = [part[:, : self.size] for part in operand.view(end - begin, self.parts, -1).unbind(1)]
             add_divided(self.d_embeddings, probabilities, rows)
         if gradient is not None:
-            multiply(gradient, [part.t() for part in probabilities], self.classes_left)
+            multiply(gradient, [part.t() for part in probabilities], self.scaled_embedding_parts)
 
     def embedding_gradient(self) -> Tensor:
         return self.d_embeddings.sum(0)
@@ -205,7 +216,7 @@ def add_divided(out: Tensor, left: list[Tensor], right: list[Tensor]) -> None:
     operands are multiplied in blocks of classes, and the results of the blocks are added with correct rounding.
     """
     divisions, classes = out.shape[0], right[0].shape[0]
-    block = divisions * LONGEST_SUM if len(left) == 2 else classes
+    block = divisions * MAX_CLASSES_PER_PRODUCT if len(left) == 2 else classes
     for begin in range(0, classes, block):
         end = min(begin + block, classes)
         share = (end - begin) // divisions // 8 * 8  # 16-byte aligned

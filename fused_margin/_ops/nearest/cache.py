@@ -1,8 +1,8 @@
 """The nearest other class at every step of a training, with a search only for classes whose answer may have changed.
 
 Codes and candidate lists (csrc/kernels/search.h) stay between steps. The measured error of a code bounds how far its
-class has turned. An answer is certain if it exceeds the upper bound of its list by the error of its row and the largest
-error of all columns. docs/nearest.md has the proof.
+class has rotated since the code was computed. An answer is certain if its cosine is above the upper bound of its list plus
+the error of its row plus the largest error of all columns. docs/nearest.md has the proof.
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ from torch import Tensor
 from fused_margin._ops.backends.select import Kernels
 from fused_margin._ops.inputs import compute_dtype
 from fused_margin._ops.nearest.gradient import RemoteRows
-from fused_margin._ops.nearest.quantized import CandidateLists, QuantizedRows, int8_wins
+from fused_margin._ops.nearest.quantized import CandidateLists, QuantizedRows, int8_is_fastest
 from fused_margin._ops.nearest.search import NearestSearch, check_ranks, common_rows, find_nearest_others
 from fused_margin.distributed import Shard
 
 CANDIDATES = 80  # per class: more candidates delay the next search of a class, at the cost of more comparisons
 THRESHOLDS = 64  # number of error thresholds to try at a step
-FULL_SEARCH_SHARE = 3  # search all classes if more than a third are refreshed: half the rows cost as much as all
+# All classes are searched if more than a third of them would be: a full search scores only the upper triangle, so that it
+# costs as much as refreshing half of the rows.
+FULL_SEARCH_DIVISOR = 3
 
 
 class NearestCache(NamedTuple):
@@ -61,14 +63,14 @@ def new_cache(weight: Tensor, num_classes: int) -> NearestCache:
 
 
 def code_dtype(weight: Tensor) -> torch.dtype:
-    return torch.int8 if int8_wins(weight) else compute_dtype(weight)
+    return torch.int8 if int8_is_fastest(weight) else compute_dtype(weight)
 
 
 def fits(cache: NearestCache, weight: Tensor) -> bool:
     """Whether a cache has the shape, the device and this processor's dtypes for these weights."""
-    same_place = (cache.code.shape, cache.code.device) == (weight.shape, weight.device)
+    same_shape_and_device = (cache.code.shape, cache.code.device) == (weight.shape, weight.device)
     return (
-        same_place
+        same_shape_and_device
         and cache.code.dtype == code_dtype(weight)
         and cache.value.dtype == cache.scale.dtype == torch.float32
     )
@@ -93,9 +95,9 @@ def certified_nearest(
         search.rerank_all()
         refreshed = choose_refreshed(shard, quantized, search.slack())
         count = int(refreshed.sum())
-        full = count * FULL_SEARCH_SHARE > classes
+        full = count * FULL_SEARCH_DIVISOR > classes
         if not full:
-            searched = sum(search.counts(search.refresh(refreshed))) if count else 0
+            searched = sum(search.rows_per_rank(search.refresh(refreshed))) if count else 0
     if full:
         quantized.quantize(run)
         quantized.measure(run)
@@ -115,12 +117,12 @@ def choose_refreshed(shard: Shard, quantized: QuantizedRows, slack: Tensor) -> T
     lowest = 1e-6
     if quantized.codes.dtype == torch.int8:
         lowest = max(lowest, 1.25 * float(scale.float().max()) * math.sqrt(quantized.size / 12))
-    flags = worth_searching(error.float(), slack.contiguous(), lowest)
+    flags = rows_to_search(error.float(), slack.contiguous(), lowest)
     # Every rank uses the owner's flags, because processors that round differently could choose different rows.
     return shard.gather_classes(shard.local_part(flags).to(torch.uint8)).bool()
 
 
-def worth_searching(error: Tensor, slack: Tensor, lowest: float) -> Tensor:
+def rows_to_search(error: Tensor, slack: Tensor, lowest: float) -> Tensor:
     """Flags (C,) of the fewest rows whose search makes all answers certain.
 
     With a threshold t on the error of columns, they are the classes whose error is above t, and the rows whose slack is
@@ -146,7 +148,7 @@ def worth_searching(error: Tensor, slack: Tensor, lowest: float) -> Tensor:
 
 
 def periodic_nearest(
-    run: Kernels, shard: Shard, weight: Tensor, index: Tensor, age: Tensor, every: int, counts: bool,
+    run: Kernels, shard: Shard, weight: Tensor, index: Tensor, age: Tensor, every: int, is_training: bool,
     workspace_bytes: int,
 ) -> Tensor:  # fmt: skip
     """Cosine (C_rank,) float64 of every class of this rank to `index` (C_rank,), which a search updates periodically.
@@ -154,14 +156,14 @@ def periodic_nearest(
     Args:
         age: (1,) number of steps. If the ages of ranks differ, all ranks search and reset their age.
         every: number of steps between searches.
-        counts: whether this step increments `age`.
+        is_training: whether this step increments `age`.
     """
     same_age = check_ranks(shard, weight, False, age)
     if not same_age or age.item() % every == 0:
         index.copy_(find_nearest_others(run, shard, weight, workspace_bytes)[1])
         if not same_age:
             age.zero_()
-    age += counts
+    age += is_training
     return cosines_with(run, shard, weight, index)
 
 

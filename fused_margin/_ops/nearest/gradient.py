@@ -7,14 +7,14 @@ from torch import Tensor
 
 from fused_margin._ops.inputs import LossInputs, compute_dtype
 from fused_margin._ops.normalization import through_normalization, unit_rows
-from fused_margin.distributed import Shard, named_shard, slice_of
+from fused_margin.distributed import Shard, named_shard
 
 
 def sort_by_owner(shard: Shard, index: Tensor) -> tuple[Tensor, Tensor]:
     """The order (R,) that sorts classes by their owner, and the number of classes (world_size,) of each owner."""
     order = index.argsort(stable=True)  # slices of ranks are in ascending order
-    ends = [slice_of(shard.num_classes, rank, shard.world_size)[1] for rank in range(shard.world_size)]
-    owner = torch.bucketize(index[order], torch.tensor(ends, dtype=torch.int64, device=index.device), right=True)
+    ends = torch.tensor(shard.sizes, dtype=torch.int64, device=index.device).cumsum(0)
+    owner = torch.bucketize(index[order], ends, right=True)
     return order, torch.bincount(owner, minlength=shard.world_size)
 
 

@@ -60,7 +60,7 @@ def _periodic_nearest(
     index: Tensor,
     age: Tensor,
     every: int,
-    counts: bool,
+    is_training: bool,
     workspace_bytes: int,
     group: str,
     num_classes: int,
@@ -68,7 +68,7 @@ def _periodic_nearest(
     """Cosine (C,) float64 of every class to `index`, its nearest other class in the last periodic search."""
     shard, age = named_shard(group, num_classes), current_age(age)
     with kernels_on(weight.device) as run:
-        return cache.periodic_nearest(run, shard, weight, index, age, every, counts, workspace_bytes)
+        return cache.periodic_nearest(run, shard, weight, index, age, every, is_training, workspace_bytes)
 
 
 def _periodic_nearest_fake(weight, *_):

@@ -13,18 +13,18 @@ import torch
 from torch import Tensor
 
 from fused_margin._ops.backends.select import Kernels, constant_while_compiled, rounds_float32
-from fused_margin._ops.inputs import SMALLEST_CHUNK, compute_dtype
+from fused_margin._ops.inputs import MIN_CHUNK, compute_dtype
 from fused_margin._ops.normalization import unit_rows
 
 # Size of a tile of scores. On the CPU a tile stays in cache while it is read two to four times. On a GPU, the kernels of a
 # large tile take longer than their launches.
-TILE_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}
-LONGEST = 1e18  # maximum length of rows that are multiplied in float32 without normalisation
+SCORE_TILE_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}
+MAX_FLOAT32_LENGTH = 1e18  # maximum length of rows that are multiplied in float32 without normalization
 # Torch 2.13 does not write int8 products of rows of one element. Above the last size a product would overflow int32.
 INT8_SIZES = range(2, (2**31 - 1) // 127**2 + 1)
 
 
-def int8_wins(rows: Tensor) -> bool:
+def int8_is_fastest(rows: Tensor) -> bool:
     """Whether int8 products are the fastest for these rows: on processors with instructions for them."""
     return rows.shape[1] in INT8_SIZES and _has_int8_products(rows.device)
 
@@ -51,13 +51,13 @@ def int8_products_are_right() -> bool:
 
 
 def tile_bytes(device: torch.device, workspace_bytes: int) -> int:
-    return min(TILE_BYTES["cuda" if device.type == "cuda" else "cpu"], max(workspace_bytes // 2, 1))
+    return min(SCORE_TILE_BYTES["cuda" if device.type == "cuda" else "cpu"], max(workspace_bytes // 2, 1))
 
 
-def fits_int8(rows: Tensor, workspace_bytes: int) -> bool:
+def uses_int8_codes(rows: Tensor, workspace_bytes: int) -> bool:
     """Whether int8 codes of the rows are fastest, and fit in the workspace together with a tile."""
     available = workspace_bytes - tile_bytes(rows.device, workspace_bytes)
-    return int8_wins(rows) and rows.numel() <= available
+    return int8_is_fastest(rows) and rows.numel() <= available
 
 
 def rounding_of(codes: Tensor, size: int) -> float:
@@ -97,7 +97,7 @@ class QuantizedRows:
         codes = torch.empty(rows.shape, dtype=torch.int8, device=rows.device) if int8 else rows
         if not int8 and not inner_product:
             longest = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).nan_to_num_(0.0, 0.0)
-            if bool((longest > LONGEST).any()):
+            if bool((longest > MAX_FLOAT32_LENGTH).any()):
                 codes = torch.empty(rows.shape, dtype=compute_dtype(rows), device=rows.device)
         return cls.of_codes(rows, codes, rows.new_empty(len(rows), dtype=torch.float32), inner_product)
 
@@ -118,13 +118,13 @@ class QuantizedRows:
     def quantize(self, run: Kernels, selected: Tensor | None = None) -> None:
         """Computes the codes of selected rows, or of all rows. `measure` must follow."""
         if self.codes.dtype != torch.int8:
-            at = slice(None) if selected is None else selected
+            rows = slice(None) if selected is None else selected
             if self.codes is not self.rows:
-                self.codes[at], self.scale[at] = unit_rows(self.rows[at], self.codes.dtype)[0], 1.0
+                self.codes[rows], self.scale[rows] = unit_rows(self.rows[rows], self.codes.dtype)[0], 1.0
                 return
-            norm = torch.linalg.vector_norm(self.rows[at], dim=1, dtype=torch.float64)
+            norm = torch.linalg.vector_norm(self.rows[rows], dim=1, dtype=torch.float64)
             scale = torch.ones_like(norm) if self.inner_product else torch.where(norm > 0, 1.0 / norm, 0.0)
-            self.scale[at] = scale.nan_to_num_(0.0, 0.0, 0.0).float()
+            self.scale[rows] = scale.nan_to_num_(0.0, 0.0, 0.0).float()
             return
         run.quantize_rows(
             rows=self.rows, selected=selected, inner_product=self.inner_product, codes=self.codes, scale=self.scale,
@@ -148,9 +148,9 @@ class QuantizedRows:
         for name in ("inverse_norm", "length", "error", *(("norm",) if self.inner_product else ())):
             getattr(self, name)[selected] = getattr(part, name)
 
-    def operand(self, at: slice | Tensor) -> Tensor:
+    def operand(self, selected: slice | Tensor) -> Tensor:
         """Codes as the operand of a matrix product."""
-        codes = self.codes[at]
+        codes = self.codes[selected]
         return codes if codes.dtype in (torch.int8, torch.float64) else codes.float()
 
     def largest_error(self) -> Tensor:
@@ -188,13 +188,18 @@ class CandidateLists:
         """The fields of the struct that kernels take."""
         return self.candidate, self.value, self.upper_bound
 
-    def packed(self, at: slice | Tensor) -> Tensor:
+    def packed(self, selected: slice | Tensor) -> Tensor:
         """Lists of some rows as one float64 matrix (R, 1 + 2 capacity), to send to another rank."""
         return torch.cat(
-            [self.upper_bound[at].unsqueeze(1).double(), self.value[at].double(), self.candidate[at].double()], 1
+            [
+                self.upper_bound[selected].unsqueeze(1).double(),
+                self.value[selected].double(),
+                self.candidate[selected].double(),
+            ],
+            1,
         )
 
-    def merge(self, places: Tensor | slice, parts: Tensor) -> None:
+    def merge(self, selected: Tensor | slice, parts: Tensor) -> None:
         """Replaces the lists of some rows by the best candidates of packed lists (parts, R, 1 + 2 capacity)."""
         capacity = self.candidate.shape[1]
         upper_bound, value, candidate = parts.split([1, capacity, capacity], dim=2)
@@ -204,12 +209,12 @@ class CandidateLists:
         upper_bound = upper_bound.amax(dim=(0, 2))
         if value.shape[1] > capacity:  # includes the largest omitted candidate
             upper_bound = torch.maximum(upper_bound, value[:, capacity])
-        self.candidate[places] = candidate[:, :capacity].int()
-        self.value[places] = value[:, :capacity].float()
-        self.upper_bound[places] = upper_bound.float()
+        self.candidate[selected] = candidate[:, :capacity].int()
+        self.value[selected] = value[:, :capacity].float()
+        self.upper_bound[selected] = upper_bound.float()
 
 
 def capacity_of(number: int, references: int, int8: bool) -> int:
     """Number of candidates in a list: enough for few uncertain answers, at most the number of references."""
-    capacity = number + (SMALLEST_CHUNK // 4 if int8 else 4)
+    capacity = number + (MIN_CHUNK // 4 if int8 else 4)
     return max(1, min(capacity, references))

@@ -14,32 +14,32 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fused_margin._ops.backends.select import Kernels, searches
-from fused_margin._ops.inputs import DTYPES, SMALLEST_CHUNK, LossInputs, compute_dtype, whole_chunk
-from fused_margin._ops.nearest.quantized import CandidateLists, QuantizedRows, capacity_of, fits_int8, tile_bytes
+from fused_margin._ops.backends.select import Kernels, supports_exact_search
+from fused_margin._ops.inputs import DTYPES, MIN_CHUNK, LossInputs, compute_dtype, whole_chunk
+from fused_margin._ops.nearest.quantized import CandidateLists, QuantizedRows, capacity_of, tile_bytes, uses_int8_codes
 from fused_margin._ops.nearest.tiles import find_by_tiles
 from fused_margin.distributed import Shard, named_shard
 
-MOST_NEAREST = 32
+MAX_NEAREST = 32
 # Maximum exponent of elements of rows whose inner products are computed without scaling. Lists store scores in float32,
 # which can hold sums of 2^15 such products. Longer rows are divided by a power of two, exactly, in float64.
-MOST_EXPONENT = 55
+MAX_EXPONENT = 55
 
 
 @dataclass
 class Block:
     """A block of rows of one rank, on all ranks, with their answers so far.
 
-    On the owner, the rows are `places` of its own rows (None for all rows), and results are written to its own tensors.
+    On the owner, the rows are `selected` rows of its own (None for all rows), and results are written to its own tensors.
     On other ranks, the rows are copies.
     """
 
     owner: int
     is_local: bool
     rows: QuantizedRows
-    places: Tensor | None
-    number: Tensor | None  # (R,) int64 classes over all ranks, ascending; None if they are the places
-    first: int  # the first of these classes
+    selected: Tensor | None
+    ids: Tensor | None  # (R,) int64 classes over all ranks, ascending; None if they equal the row indices
+    first_id: int  # the first of these classes
     cosine: Tensor  # (R, k) float64, on the owner (Q, k)
     index: Tensor  # int64, the same shape
     count: int  # number of rows
@@ -52,25 +52,25 @@ class NearestSearch:
         query: the rows of this rank.
         reference: rows to search. If it is `query` itself, each query's nearest other row of all ranks is searched.
         candidates: lists of the queries, with indices over the rows of all ranks.
-        number: k.
+        k: number of nearest rows.
         shard: the slice of the rows, if they are divided among ranks. All ranks must then make the same calls in the same
             order.
     """
 
     def __init__(
-        self, run: Kernels, query: QuantizedRows, reference: QuantizedRows, candidates: CandidateLists, number: int,
+        self, run: Kernels, query: QuantizedRows, reference: QuantizedRows, candidates: CandidateLists, k: int,
         workspace_bytes: int, shard: Shard | None = None,
     ):  # fmt: skip
         self.run, self.query, self.reference, self.candidates = run, query, reference, candidates
         self.shard = Shard(len(reference.rows)) if shard is None else shard
-        self.one_set = query is reference
+        self.same_set = query is reference
         queries, device = len(query.rows), query.rows.device
-        self.cosine = torch.full((queries, number), -math.inf, dtype=torch.float64, device=device)
-        self.index = torch.full((queries, number), -1, dtype=torch.int64, device=device)
-        # The class of each row over all ranks. None on a single rank, where it is the place of the row.
-        self.number: Tensor | None = None
+        self.cosine = torch.full((queries, k), -math.inf, dtype=torch.float64, device=device)
+        self.index = torch.full((queries, k), -1, dtype=torch.int64, device=device)
+        # The class of each row over all ranks. None on a single rank, where it is the row index.
+        self.ids: Tensor | None = None
         if self.shard.world_size > 1:
-            self.number = torch.arange(self.shard.begin, self.shard.begin + queries, device=device)
+            self.ids = torch.arange(self.shard.begin, self.shard.begin + queries, device=device)
         operand = reference.operand(slice(0, 0))
         item = max(4, operand.element_size())
         largest = max(queries, len(reference.rows))
@@ -79,7 +79,7 @@ class NearestSearch:
         self.buffer = torch.empty(self.side**2, dtype=torch.int32 if integer else operand.dtype, device=device)
         self.multiply = torch._int_mm if integer else torch.mm
         # Every rank returns the lists of a block. Together they are no larger than the lists of a shard.
-        self.block_rows = max(SMALLEST_CHUNK, self.shard.sizes[0] // self.shard.world_size)
+        self.block_rows = max(MIN_CHUNK, self.shard.sizes[0] // self.shard.world_size)
 
     def full_search(self) -> None:
         """Compares every query with every reference."""
@@ -104,37 +104,37 @@ class NearestSearch:
         """
         own = self.query
         own_refreshed = self.shard.local_part(refreshed).contiguous()
-        places = own_refreshed.nonzero().squeeze(1)
-        if len(places):
-            own.quantize(self.run, places)
-            own.measure_rows(self.run, places)
+        selected = own_refreshed.nonzero().squeeze(1)
+        if len(selected):
+            own.quantize(self.run, selected)
+            own.measure_rows(self.run, selected)
         if len(own.rows):
             self.run.remove_refreshed(
                 candidates=self.candidates.arguments(), refreshed_rows=own_refreshed, refreshed_candidates=refreshed,
                 count=len(own.rows),
             )  # fmt: skip
-        self.search_exact(places, own_refreshed)
+        self.search_exact(selected, own_refreshed)
         uncertain = self.uncertain()
         uncertain = uncertain[~own_refreshed[uncertain]]
         self.search_exact(uncertain)
-        return torch.cat([places, uncertain])
+        return torch.cat([selected, uncertain])
 
-    def counts(self, places: Tensor | None) -> list[int]:
-        """Number of rows of every rank, or of its `places`."""
-        if places is None:
+    def rows_per_rank(self, selected: Tensor | None) -> list[int]:
+        """Number of rows of every rank, or of its `selected`."""
+        if selected is None:
             return self.shard.sizes
-        return self.shard.all_gather(torch.tensor([len(places)], device=places.device)).flatten().tolist()
+        return self.shard.all_gather(torch.tensor([len(selected)], device=selected.device)).flatten().tolist()
 
-    def blocks(self, places: Tensor | None, with_codes: bool, block_rows: int | None = None) -> Iterator[Block]:
-        """Blocks of the references, or of those in `places`, of all ranks in ascending order."""
+    def blocks(self, selected: Tensor | None, with_codes: bool, block_rows: int | None = None) -> Iterator[Block]:
+        """Blocks of the references, or of those in `selected`, of all ranks in ascending order."""
         own, shard = self.reference, self.shard
-        if self.number is None:
-            count = len(own.rows) if places is None else len(places)
+        if self.ids is None:
+            count = len(own.rows) if selected is None else len(selected)
             if count:
-                yield Block(0, True, own, places, None, 0, self.cosine, self.index, count)
+                yield Block(0, True, own, selected, None, 0, self.cosine, self.index, count)
             return
-        at = slice(None) if places is None else places
-        numbers = [own.inverse_norm, own.scale, own.length, own.error, self.cosine[:, 0], self.index[:, 0], self.number]
+        at = slice(None) if selected is None else selected
+        numbers = [own.inverse_norm, own.scale, own.length, own.error, self.cosine[:, 0], self.index[:, 0], self.ids]
         sent = [
             own.rows[at],
             torch.stack([t.double() for t in numbers], dim=1)[at],
@@ -142,13 +142,13 @@ class NearestSearch:
         if with_codes:
             sent.append(own.codes[at])
         done = 0
-        for owner, (rows, packed, *codes) in shard.iter_shards(sent, self.counts(places), block_rows):
-            inverse_norm, scale, length, error, cosine, index, number = packed.t().contiguous().unbind(0)
-            number, count = number.long(), len(rows)
+        for owner, (rows, packed, *codes) in shard.iter_shards(sent, self.rows_per_rank(selected), block_rows):
+            inverse_norm, scale, length, error, cosine, index, ids = packed.t().contiguous().unbind(0)
+            ids, count = ids.long(), len(rows)
             if owner == shard.rank:
-                own_places = None if places is None else places[done : done + count]
+                own_selected = None if selected is None else selected[done : done + count]
                 done += count
-                yield Block(owner, True, own, own_places, number, int(number[0]), self.cosine, self.index, count)
+                yield Block(owner, True, own, own_selected, ids, int(ids[0]), self.cosine, self.index, count)
                 continue
             scale, length, error = scale.float(), length.float(), error.float()
             remote = QuantizedRows(rows, codes[0] if codes else rows, scale, False, inverse_norm, None, length, error)
@@ -157,8 +157,8 @@ class NearestSearch:
                 False,
                 remote,
                 None,
-                number,
-                int(number[0]),
+                ids,
+                int(ids[0]),
                 cosine.unsqueeze(1),
                 index.long().unsqueeze(1),
                 count,
@@ -173,15 +173,15 @@ class NearestSearch:
 
     def update_candidates(self, block: Block) -> None:
         """Updates the candidate lists with all references of a block. For rows of this rank, only the upper triangle is scored."""
-        triangle = self.one_set and block.is_local
+        triangle = self.same_set and block.is_local
         lists = self.candidates.arguments()
         for column_begin, column_end in chunks(block.count, self.side):
             columns = block.rows.operand(slice(column_begin, column_end))
             for row_begin, row_end in chunks(column_end if triangle else len(self.query.rows), self.side):
                 self.run.update_candidates(
-                    scores=self.scores(self.query.operand(slice(row_begin, row_end)), columns), row_place=None,
-                    row_begin=row_begin, row_number=None if self.number is None else self.number[row_begin:row_end],
-                    column_begin=column_begin, column_first=block.first, one_set=self.one_set,
+                    scores=self.scores(self.query.operand(slice(row_begin, row_end)), columns), row_index=None,
+                    row_begin=row_begin, row_id=None if self.ids is None else self.ids[row_begin:row_end],
+                    column_begin=column_begin, column_first_id=block.first_id, same_set=self.same_set,
                     row_scale=self.query.scale, column_scale=block.rows.scale, row_candidates=lists,
                     column_candidates=lists if triangle and row_begin != column_begin else None, refreshed=None,
                 )  # fmt: skip
@@ -191,8 +191,8 @@ class NearestSearch:
         if len(self.query.rows):
             self.run.rerank_candidates(
                 query=self.query.arguments(), reference=block.rows.arguments(),
-                candidates=self.candidates.arguments(), nearest=(self.cosine, self.index), reference_first=block.first,
-                references=block.count, query_first=self.shard.begin, one_set=self.one_set,
+                candidates=self.candidates.arguments(), nearest=(self.cosine, self.index), reference_first_id=block.first_id,
+                references=block.count, query_first_id=self.shard.begin, same_set=self.same_set,
                 queries=len(self.query.rows), size=self.query.size,
             )  # fmt: skip
 
@@ -209,17 +209,17 @@ class NearestSearch:
         largest = self.shard.all_reduce_max(self.reference.largest_error().clone())
         return (~(self.slack() > largest)).nonzero().squeeze(1)
 
-    def search_exact(self, places: Tensor, refreshed: Tensor | None = None) -> None:
-        """Compares the queries `places` with every reference that may be among their nearest.
+    def search_exact(self, selected: Tensor, refreshed: Tensor | None = None) -> None:
+        """Compares the queries `selected` with every reference that may be among their nearest.
 
         Args:
-            refreshed: (Q,) flags of `places`, if these rows have new codes. They are then candidates for all lists, and
+            refreshed: (Q,) flags of `selected`, if these rows have new codes. They are then candidates for all lists, and
                 may become the answers of other rows.
         """
-        if not self.one_set:
-            own = Block(0, True, self.query, places, None, 0, self.cosine, self.index, len(places))
+        if not self.same_set:
+            own = Block(0, True, self.query, selected, None, 0, self.cosine, self.index, len(selected))
             return self.compare(own, None, None)
-        for block in self.blocks(places, with_codes=True, block_rows=self.block_rows):
+        for block in self.blocks(selected, with_codes=True, block_rows=self.block_rows):
             lists = None
             if refreshed is not None:
                 lists = self.candidates
@@ -239,14 +239,14 @@ class NearestSearch:
         height = max(1, min(block.count, self.side))
         width = whole_chunk(len(own.rows), len(self.buffer) // height)  # with few rows, fewer and wider tiles
         for row_begin, row_end in chunks(block.count, height):
-            places = None if block.places is None else block.places[row_begin:row_end]
-            operand = block.rows.operand(slice(row_begin, row_end) if places is None else places)
+            selected = None if block.selected is None else block.selected[row_begin:row_end]
+            operand = block.rows.operand(slice(row_begin, row_end) if selected is None else selected)
             for column_begin, column_end in chunks(len(own.rows), width):
                 tile = {
-                    "scores": self.scores(operand, own.operand(slice(column_begin, column_end))), "row_place": places,
-                    "row_begin": row_begin if places is None else 0,
-                    "row_number": None if block.number is None else block.number[row_begin:row_end],
-                    "column_begin": column_begin, "column_first": self.shard.begin, "one_set": self.one_set,
+                    "scores": self.scores(operand, own.operand(slice(column_begin, column_end))), "row_index": selected,
+                    "row_begin": row_begin if selected is None else 0,
+                    "row_id": None if block.ids is None else block.ids[row_begin:row_end],
+                    "column_begin": column_begin, "column_first_id": self.shard.begin, "same_set": self.same_set,
                 }  # fmt: skip
                 self.run.search_exact(
                     **tile, query=block.rows.arguments(), reference=own.arguments(),
@@ -264,7 +264,7 @@ class NearestSearch:
         """Sends the results of a block to its owner, which selects the best of all ranks."""
         if self.shard.world_size == 1:
             return
-        at = block.places if block.is_local and block.places is not None else slice(None)
+        at = block.selected if block.is_local and block.selected is not None else slice(None)
         results = torch.cat(
             [block.cosine[at], block.index[at].double(), *([] if lists is None else [lists.packed(at)])], 1
         )
@@ -310,12 +310,12 @@ def find_nearest(
     exponents = (0, 0)
     if inner_product:
         exponents = exponent_of(query), exponent_of(query if reference is None else reference)
-    is_scaled = max(map(abs, exponents)) > MOST_EXPONENT
+    is_scaled = max(map(abs, exponents)) > MAX_EXPONENT
     if is_scaled:
         query = query.double() * 2.0 ** -exponents[0]
         reference = None if reference is None else reference.double() * 2.0 ** -exponents[1]
     rows = query if reference is None else reference
-    int8 = fits_int8(rows, workspace_bytes)
+    int8 = uses_int8_codes(rows, workspace_bytes)
     quantized = QuantizedRows.of(run, query, int8, inner_product)
     others = quantized if reference is None else QuantizedRows.of(run, reference, int8, inner_product)
     lists = CandidateLists.empty(len(query), capacity_of(number, len(rows), int8), query.device)
@@ -329,7 +329,7 @@ def find_nearest(
 
 def find_nearest_others(run: Kernels, shard: Shard, weight: Tensor, workspace_bytes: int) -> tuple[Tensor, Tensor]:
     """Cosine (C_rank,) float64 of every class of this rank to its nearest other class of all ranks, and that class."""
-    too_large = torch.tensor(not fits_int8(weight, workspace_bytes), dtype=torch.int64, device=weight.device)
+    too_large = torch.tensor(not uses_int8_codes(weight, workspace_bytes), dtype=torch.int64, device=weight.device)
     int8 = not shard.all_reduce_max(too_large).item()
     check_ranks(shard, weight, int8, too_large.new_zeros(0))
     quantized = QuantizedRows.of(run, common_rows(shard, weight), int8)
@@ -368,6 +368,6 @@ def find_nearest_classes(run: Kernels, inputs: LossInputs, forward_chunks: Calla
     if inputs.known_cosine is not None and inputs.known_index is not None:
         return inputs.known_cosine, inputs.known_index
     shard = named_shard(inputs.group, inputs.num_classes)
-    if searches(inputs.weight.device):
+    if supports_exact_search(inputs.weight.device):
         return find_nearest_others(run, shard, inputs.weight, inputs.workspace_bytes)
     return find_by_tiles(run, shard, inputs, forward_chunks)

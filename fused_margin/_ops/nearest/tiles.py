@@ -42,7 +42,8 @@ def find_by_tiles(run: Kernels, shard: Shard, inputs: LossInputs, forward_chunks
 
 def nearest_between(run: Kernels, query: Tensor, reference: Tensor, workspace_bytes: int) -> tuple[Tensor, Tensor]:
     """Cosine (Q,) of unit rows to the nearest reference (R, D), and its row. The lowest row wins a tie."""
-    # The kernel compares parts of one list with each other. In this list the references precede the queries.
+    # nearest_tile numbers both sides of a tile in one array of rows: here the references, then the queries. Only the results
+    # of the queries are returned.
     rows, columns, item = len(query), len(reference), query.element_size()
     cosine = query.new_full((columns + rows,), -4.0)
     index = torch.zeros(columns + rows, dtype=torch.int64, device=query.device)

@@ -38,28 +38,28 @@ def similarity_transform(points: np.ndarray, target: np.ndarray) -> np.ndarray:
     """
     a = (points - points.mean(axis=0)) @ (1, 1j)  # (n,) complex
     b = (target - target.mean(axis=0)) @ (1, 1j)
-    spread = np.vdot(a, a).real
-    turn = np.vdot(a, b) / spread if spread > 0 else 0
-    if abs(turn) == 0 or not np.isfinite(turn):
+    variance = np.vdot(a, a).real
+    factor = np.vdot(a, b) / variance if variance > 0 else 0  # rotation and scale
+    if abs(factor) == 0 or not np.isfinite(factor):
         raise ValueError("no unique similarity transform fits the points")
-    linear = np.array([[turn.real, -turn.imag], [turn.imag, turn.real]])
+    linear = np.array([[factor.real, -factor.imag], [factor.imag, factor.real]])
     return np.column_stack([linear, target.mean(axis=0) - linear @ points.mean(axis=0)])
 
 
 def goodness_of_fit(points: np.ndarray, target: np.ndarray, matrix: np.ndarray) -> float:
     """Coefficient of determination of the transformed points: 1 for a perfect fit, about 0 for unrelated points."""
-    moved = points @ matrix[:, :2].T + matrix[:, 2]
-    return 1 - ((moved - target) ** 2).sum() / ((target - target.mean(axis=0)) ** 2).sum()
+    transformed = points @ matrix[:, :2].T + matrix[:, 2]
+    return 1 - ((transformed - target) ** 2).sum() / ((target - target.mean(axis=0)) ** 2).sum()
 
 
 def warp(image: Image.Image, matrix: np.ndarray, size: tuple[int, int]) -> Image.Image:
     """Transform an image by a matrix (2, 3) and crop it to `size` (height, width). Pixels outside are black.
 
-    Integer coordinates are pixel centres, as in landmark detectors.
+    Integer coordinates are pixel centers, as in landmark detectors.
     """
-    back = np.linalg.inv(matrix[:, :2])
+    inverse = np.linalg.inv(matrix[:, :2])
     # In Pillow, integer coordinates are pixel corners, so both sides are shifted by half a pixel.
-    offset = back @ (-0.5 - matrix[:, 2]) + 0.5
-    coefficients = np.column_stack([back, offset]).ravel().tolist()
+    offset = inverse @ (-0.5 - matrix[:, 2]) + 0.5
+    coefficients = np.column_stack([inverse, offset]).ravel().tolist()
     height, width = size
     return image.transform((width, height), Image.Transform.AFFINE, coefficients, Image.Resampling.BILINEAR)

@@ -26,7 +26,7 @@ from .landmarks import Row, read_rows
 
 CHUNK = 256  # rows submitted to the threads at a time
 # Profile faces have a fit of 0.6. Landmarks in another order, or with left and right swapped, have almost none.
-LEAST_FIT = 0.5
+MIN_FIT = 0.5
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class AlignConfig:
     """Rotate, scale and crop faces so that their five landmarks match a template.
 
     The landmarks are left eye, right eye, nose, left and right mouth corner, as seen in the image. Coordinates x and y
-    are pixels, and integers are pixel centres. They refer to the upright image, after its EXIF orientation is applied,
+    are pixels, and integers are pixel centers. They refer to the upright image, after its EXIF orientation is applied,
     as cv2.imread and Pillow's ImageOps.exif_transpose return it. Images whose output exists are skipped, so that the
     same command continues after an interruption. An existing output of another size is an error.
     """
@@ -138,7 +138,7 @@ def _align_image(config: AlignConfig, row: Row) -> bool:
         matrix = similarity_transform(points, template)
     except ValueError as error:
         raise BadRow(str(error)) from error
-    if (fit := goodness_of_fit(points, template, matrix)) < LEAST_FIT:
+    if (fit := goodness_of_fit(points, template, matrix)) < MIN_FIT:
         raise BadRow(
             f"the points are not those of a face (fit {fit:.2f}): expected left eye, right eye, nose, left and right "
             "mouth corner, as seen in the image"
@@ -147,7 +147,7 @@ def _align_image(config: AlignConfig, row: Row) -> bool:
         image = read_image(config.images / relative)
     except UnreadableError as error:
         raise BadRow(f"cannot be read: {error}") from error
-    # Integers are pixel centres. A face at the border of an image may have some points outside.
+    # Integers are pixel centers. A face at the border of an image may have some points outside.
     if not ((points > -0.5) & (points < np.array(image.size) - 0.5)).all(axis=1).any():
         width, height = image.size
         raise BadRow(f"none of the points is in the upright image, which is {width} wide and {height} high")

@@ -29,8 +29,8 @@ def table(
         for name in MEASURES:
             values = np.array([measured[name] for measured in seeds])
             values, digits = (100 * values, 2) if name in PERCENT else (values, 3)
-            spread = f" ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else ""
-            line.append(f"{values.mean():.{digits}f}{spread}")
+            deviation = f" ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else ""
+            line.append(f"{values.mean():.{digits}f}{deviation}")
         lines.append([*line, "" if step_ms[loss] is None else f"{step_ms[loss]:.1f}"])
     return ["loss", *MEASURES.values(), STEP_TIME], lines
 
@@ -53,7 +53,8 @@ def unresolved_note(rows: dict[str, list[dict[str, float]]]) -> str:
     few = {run["impostors"] for seeds in rows.values() for run in seeds if not run.get("far_resolved", True)}
     if not few:
         return ""
-    return f"TAR at FAR = {FAR:g}: none of {' or '.join(f'{number:,}' for number in sorted(few))} impostors may pass."
+    pairs = " or ".join(f"{number:,}" for number in sorted(few))
+    return f"TAR at FAR = {FAR:g} allows no false accept, because there are only {pairs} impostor pairs."
 
 
 def markdown(header: list[str], lines: list[list[str]]) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from fused_margin.evaluation.errors import DataError
-from fused_margin.evaluation.plurals import identities
+from fused_margin.evaluation.plurals import counted_identities
 
 from .augment import AugmentationConfig
 
@@ -140,7 +140,7 @@ def _ignore_interrupt(_worker: int) -> None:
 
 
 def seeded_generator(*entropy: int, device: str | torch.device = "cpu") -> torch.Generator:
-    """A generator seeded by `entropy`. Different numbers give independent streams."""
+    """A generator seeded by `entropy`. Trailing zeros do not change the stream."""
     seed = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1))
     return torch.Generator(device).manual_seed(seed)
 
@@ -167,7 +167,8 @@ def split_identities(
 
 
 def split_by_images(source: str, counts: np.ndarray, test_fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Training and test identities by `counts` of images (num_identities,). Those with one image are for training.
+    """Training and test identities by `counts` of images (num_identities,). Identities with one image are used for
+    training.
 
     Raises:
         DataError: `source` has too few identities for training and verification.
@@ -179,7 +180,7 @@ def split_by_images(source: str, counts: np.ndarray, test_fraction: float, seed:
         return split_identities(source, len(counts), test_fraction, seed)
     if len(counts) < 4 or len(paired) < 2:
         raise DataError(
-            f"{source} has {identities(len(counts))}, {len(paired)} of them with two images or more; "
+            f"{source} has {counted_identities(len(counts))}, {len(paired)} of them with two images or more; "
             "at least two are needed for training and two more with two images for verification "
             "(--test-fraction 0 uses all for training)"
         )
@@ -207,10 +208,10 @@ def split_listed(
     return part(train), part(test)
 
 
-def rows_of(labels: Tensor, num_identities: int, kept: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Rows of the images (num_images,) of the `kept` identities, and their labels from 0."""
+def rows_of(labels: Tensor, num_identities: int, selected: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Rows of the images (num_images,) of the `selected` identities, and their labels from 0."""
     new_label = torch.full((num_identities,), -1)
-    new_label[list(kept)] = torch.arange(len(kept))
+    new_label[list(selected)] = torch.arange(len(selected))
     labels = new_label[labels]
     rows = (labels >= 0).nonzero().flatten()
     return rows, labels[rows]

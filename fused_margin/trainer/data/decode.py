@@ -18,7 +18,7 @@ WHITE_IS_ZERO = 0  # TIFF's PhotometricInterpretation
 UNSIGNED, REAL = 1, 3  # TIFF's SampleFormat
 UPRIGHT = 1  # EXIF's Orientation of an image that needs no transposition
 # The transposition for each other EXIF orientation.
-TURNS = {
+TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -27,7 +27,7 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-PACKED_GREY = {"L;2": 85, "L;4": 17}  # a PNG's grey of 2 and 4 bits, and Pillow's factor to 8 bits
+PACKED_GRAY = {"L;2": 85, "L;4": 17}  # a PNG's gray of 2 and 4 bits, and Pillow's factor to 8 bits
 
 
 class UnreadableError(Exception):
@@ -46,7 +46,7 @@ class DecodedImages(ImageSet):
         raise NotImplementedError
 
     def __getitems__(self, indices: list[int]) -> Batch:
-        images, kept, unreadable = [], [], []
+        images, readable, unreadable = [], [], []
         for index in indices:
             name, file = self.source(index)
             try:
@@ -54,17 +54,17 @@ class DecodedImages(ImageSet):
             except UnreadableError as error:
                 unreadable.append(f"{name}: {error}")
             else:
-                kept.append(index)
+                readable.append(index)
         shape = (0, self.channels, *self.image_size)
         stacked = torch.stack(images) if images else torch.empty(shape, dtype=torch.uint8)
-        return Batch(stacked, self.labels[kept], tuple(unreadable))
+        return Batch(stacked, self.labels[readable], tuple(unreadable))
 
 
 def read_image(file: Path | BytesIO) -> Image.Image:
     """Read an image as an image viewer shows it: upright, opaque, mode "L" or "RGB".
 
-    The EXIF orientation and an embedded colour profile are applied. Transparent parts become white. White is the
-    largest value of integer grey with more than 8 bits, and 1 in floating-point grey. A PNG's gAMA is ignored, as in
+    The EXIF orientation and an embedded color profile are applied. Transparent parts become white. White is the
+    largest value of integer gray with more than 8 bits, and 1 in floating-point gray. A PNG's gAMA is ignored, as in
     most viewers.
 
     Raises:
@@ -101,20 +101,20 @@ def _read(file: Path | BytesIO) -> Image.Image:
 
 
 def _prepare_png(image: PngImagePlugin.PngImageFile, file: Path | BytesIO) -> None:
-    """Verify the checksums, and scale a transparent grey value to 8 bits as Pillow scales the pixels.
+    """Verify the checksums, and scale a transparent gray value to 8 bits as Pillow scales the pixels.
 
     Raises:
         OSError, SyntaxError: a checksum is wrong, or the file is truncated.
-        ValueError: a transparent colour has 16 bits, of which Pillow reads 8.
+        ValueError: a transparent color has 16 bits, of which Pillow reads 8.
     """
     with Image.open(file) as checked:  # Pillow does not verify pixel data when it loads it
         checked.verify()
     packed = image.tile[0][3]
     if "transparency" in image.info:
         if packed == "RGB;16B":
-            raise ValueError("its 16-bit colours have a transparent one")
-        if packed in PACKED_GREY:
-            image.info["transparency"] *= PACKED_GREY[packed]
+            raise ValueError("its 16-bit colors have a transparent one")
+        if packed in PACKED_GRAY:
+            image.info["transparency"] *= PACKED_GRAY[packed]
 
 
 def _check_tiff(image: TiffImagePlugin.TiffImageFile) -> None:
@@ -134,7 +134,7 @@ def _check_tiff(image: TiffImagePlugin.TiffImageFile) -> None:
 
 
 def _black_and_white(image: Image.Image) -> tuple[int, int]:
-    """The values of black and white in grey of more than 8 bits.
+    """The values of black and white in gray of more than 8 bits.
 
     Raises:
         ValueError: they are undefined.
@@ -151,7 +151,7 @@ def _black_and_white(image: Image.Image) -> tuple[int, int]:
     if image.mode != "F" and {black, white} == {0, 1}:
         raise ValueError(f"its integers ({image.mode}) do not define which value is white")
     if "transparency" in image.info:
-        raise ValueError("its 16-bit grey has a transparent value")
+        raise ValueError("its 16-bit gray has a transparent value")
     return black, white
 
 
@@ -160,27 +160,27 @@ def _upright(image: Image.Image) -> Image.Image:
     image.load()
     try:
         # ImageOps.exif_transpose writes all EXIF data again, which fails for some files.
-        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, UPRIGHT))
+        method = TRANSPOSES.get(image.getexif().get(ExifTags.Base.Orientation, UPRIGHT))
     except Exception:  # noqa: BLE001  Pillow raises many types for damaged data
         return image
-    return image if turn is None else image.transpose(turn)
+    return image if method is None else image.transpose(method)
 
 
 def _eight_bits(image: Image.Image, black: int, white: int) -> Image.Image:
-    """Grey of more than 8 bits as mode "L".
+    """Gray of more than 8 bits as mode "L".
 
     Raises:
         ValueError: floating-point values are out of range.
     """
-    grey = (np.asarray(image, np.float64) - black) / (white - black)
-    if not (grey.min() >= 0 and grey.max() <= 1):  # NaN too
+    gray = (np.asarray(image, np.float64) - black) / (white - black)
+    if not (gray.min() >= 0 and gray.max() <= 1):  # NaN too
         raise ValueError("its floating-point values are not all between 0 (black) and 1 (white)")
-    return Image.fromarray(np.rint(255 * grey).astype(np.uint8))
+    return Image.fromarray(np.rint(255 * gray).astype(np.uint8))
 
 
 def _on_white(image: Image.Image) -> Image.Image:
     """An image of at most 8 bits as mode "L", "RGB" or "CMYK", blended with white."""
-    if image.mode == "La":  # premultiplied grey, which Pillow converts to LA only
+    if image.mode == "La":  # premultiplied gray, which Pillow converts to LA only
         image = image.convert("LA")
     kind = "L" if image.mode in ("1", "L", "LA") else "RGB"
     if image.has_transparency_data:

@@ -36,9 +36,9 @@ def folder_splits(root: str, image_size: tuple[int, int], channels: int, test_fr
     counts = np.array([len(files) for files in identities.values()])
     train, test = split_by_images(root, counts, test_fraction, seed)
 
-    def part(kept: list[int]) -> FolderImages:
-        paths = [identities[names[i]] for i in kept]
-        return FolderImages(root, [names[i] for i in kept], paths, image_size, channels)
+    def part(selected: list[int]) -> FolderImages:
+        paths = [identities[names[i]] for i in selected]
+        return FolderImages(root, [names[i] for i in selected], paths, image_size, channels)
 
     description = f"images of {root}"
     return Splits(part(train), part(test), description=description, test_distortion=None, skipped=skipped)

@@ -73,7 +73,7 @@ def glyph_identities(image_size: tuple[int, int]) -> tuple[Tensor, Tensor, list[
 def render_characters(image_size: tuple[int, int]) -> tuple[Tensor, Tensor, list[str]]:
     """Draw every character that enough font faces have.
 
-    Returns images (characters, faces, H, W) uint8, white on black and centred, a mask (characters, faces) of the images
+    Returns images (characters, faces, H, W) uint8, white on black and centerd, a mask (characters, faces) of the images
     that are not blank, and the characters.
     """
     folder = Path(matplotlib.get_data_path(), "fonts", "ttf")
@@ -90,7 +90,7 @@ def render_characters(image_size: tuple[int, int]) -> tuple[Tensor, Tensor, list
             if codepoint in charmap:
                 ink = _ink(font, chr(codepoint))
                 if ink.size and not np.array_equal(ink, missing):
-                    _paste_centred(images[i, face], ink)
+                    _paste_centerd(images[i, face], ink)
     drawn = images.max(axis=(2, 3)) > 0
     enough = drawn.sum(axis=1) >= MIN_FACES
     characters = [chr(c) for c, keep in zip(candidates, enough, strict=True) if keep]
@@ -127,8 +127,8 @@ def _ink(font: ImageFont.FreeTypeFont, character: str) -> np.ndarray:
     return pixels[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
 
 
-def _paste_centred(canvas: np.ndarray, ink: np.ndarray) -> None:
-    """Draw `ink` at the centre, shrunk if it would touch the border."""
+def _paste_centerd(canvas: np.ndarray, ink: np.ndarray) -> None:
+    """Draw `ink` at the center, shrunk if it would touch the border."""
     limits = np.array(canvas.shape) - 2
     shrink = min(1.0, *(limits / ink.shape))
     if shrink < 1:

@@ -11,16 +11,16 @@ import numpy as np
 from torch import Tensor
 
 from fused_margin.evaluation.errors import DataError
-from fused_margin.evaluation.files import SYSTEM_NAMES, describe_skipped, files_of_kind, is_image, read_fields
+from fused_margin.evaluation.files import SYSTEM_NAMES, describe_skipped, is_image, read_fields, skip_reason
 
 from .base import Splits, split_listed
 from .decode import DecodedImages
 
-LOOKED_FOR = 100  # number of listed files whose existence is checked before training
+CHECKED_FILES = 100  # number of listed files whose existence is checked before training
 
 
 def list_splits(path: str, image_size: tuple[int, int], channels: int, test_fraction: float, seed: int) -> Splits:
-    """Read the list and split its identities; one with a single image is always for training.
+    """Read the list and split its identities; an identity with a single image is always for training.
 
     Raises:
         DataError: a line has another format, no image is found, or there are too few identities.
@@ -74,7 +74,7 @@ def read_list(path: Path, skipped: Counter[str] | None = None) -> tuple[np.ndarr
                 skipped["heading lines"] += 1
                 continue
             if PurePath(fields[0]).suffix:
-                skipped[files_of_kind(fields[0])] += 1
+                skipped[skip_reason(fields[0])] += 1
                 continue
             if not exists:
                 raise DataError(f"{path}, line {number}: there is no file {fields[0][:200]!r}, and it has no suffix")
@@ -83,10 +83,10 @@ def read_list(path: Path, skipped: Counter[str] | None = None) -> tuple[np.ndarr
     if not files:
         found = f"; {describe_skipped(skipped)}" if skipped else ""
         raise DataError(f"{path} lists no images{found}")
-    some = files[:: -(-len(files) // LOOKED_FOR)]
+    some = files[:: -(-len(files) // CHECKED_FILES)]
     if not any((path.parent / os.fsdecode(file)).is_file() for file in some):
         raise DataError(
-            f"none of {len(some)} images looked for exists, the first being {path.parent / os.fsdecode(some[0])}: "
+            f"none of {len(some)} listed images that were checked exists, for example {path.parent / os.fsdecode(some[0])}: "
             f"paths in {path} are relative to its folder"
         )
     # An array, because workers share its memory, but copy a list of strings page by page.

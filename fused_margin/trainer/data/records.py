@@ -164,10 +164,10 @@ def _images_of_identities(
     records: RecordFile, index: Path, keys: np.ndarray, offsets: np.ndarray, header: Record
 ) -> tuple[np.ndarray, np.ndarray, list[str]]:
     def offsets_of(wanted: np.ndarray) -> np.ndarray:
-        places = np.searchsorted(keys, wanted).clip(max=len(keys) - 1)
-        if (absent := keys[places] != wanted).any():
+        rows = np.searchsorted(keys, wanted).clip(max=len(keys) - 1)
+        if (absent := keys[rows] != wanted).any():
             raise DataError(f"{index} has no position of record {wanted[absent][0]}")
-        return offsets[places]
+        return offsets[rows]
 
     first, end = records.numbers(int(offsets[0]), header.labels)
     if not 0 < first <= end:

@@ -27,12 +27,13 @@ class EvaluateConfig:
     """Checkpoint of fused-margin train, or its folder.
     If not given, the latest run in runs/."""
     backbone: str | None = None
-    """The --backbone of the training, if it had one. Naming it allows the import and call."""
+    """The --backbone of the training, if it had one. Giving the same name
+    confirms that its code may be imported and called."""
     features: Path | None = None
     """File (.npz) of features to evaluate instead of a network, with these arrays:
     features (n, D): of n images or frames. All protocols need it.
     mirrored (n, D): of the mirror images, for --protocol lfw and --flip sum or concat.
-    labels (n,): integer per identity, for megaface, and for pairs and lfw without given pairs.
+    labels (n,): identity index of each row, for megaface; also for pairs and lfw if the file has no pairs.
     pairs (p, 2): rows of p pairs. same (p,): True for pairs of one identity.
     fold (p,): fold index of each pair. Without it, folds of consecutive pairs.
     video (n,): video index of each frame, for ytf, whose pairs are then video indices.
@@ -40,7 +41,7 @@ class EvaluateConfig:
     class_weight (C, D): of C classes, to report their separability."""
     data: str | None = None
     """Images to evaluate the network on. If not given, the test identities of its training.
-    All identities of other images, as for fused-margin train, are evaluated.
+    Any other images that fused-margin train accepts: all of their identities are evaluated.
     A verification set is a folder with LFW's pairs.txt or YouTube Faces' splits.txt (for --protocol ytf),
     a list in such a format, as pairsDevTest.txt, or one of InsightFace's .bin files.
     Its images are in the folder of the list, or in the subfolder of the published archive:
@@ -61,7 +62,7 @@ class EvaluateConfig:
     metric: Metric = "cosine"
     """Score of a pair in the protocols pairs and ytf.
     cosine: cosine of both features.
-    weighted-l1: DeepFace's weighted absolute differences of the normalised features.
+    weighted-l1: DeepFace's weighted absolute differences of the normalized features.
     A logistic regression on the other folds learns the weights."""
     flip: Flip | None = None
     """How to combine the features of an image and its mirror image (fixed for LFW).

@@ -21,7 +21,7 @@ from fused_margin.evaluation import (
     make_pairs,
     summarize_pairs,
 )
-from fused_margin.evaluation.plurals import identities
+from fused_margin.evaluation.plurals import counted_identities
 
 from ..config import TrainConfig
 from ..data.augment import AugmentationConfig, augment
@@ -34,7 +34,7 @@ BATCH_SIZE = 256
 class Embedded(NamedTuple):
     """Features of a set of images."""
 
-    features: np.ndarray  # (num_images, D) float32, not normalised
+    features: np.ndarray  # (num_images, D) float32, not normalized
     mirrored: np.ndarray | None  # (num_images, D) of the mirror images
     labels: np.ndarray  # (num_images,)
     unreadable: list[str]  # skipped images
@@ -137,10 +137,10 @@ def count_known(names: Iterable[str], trained: Iterable[str] | None) -> int | No
 def describe_unseen(number: int, known: int | None) -> str:
     """The number of evaluated identities, and how many of them the network may have been trained on."""
     if known is None:
-        return f"{identities(number)}; it is unknown whether the network was trained on any of them"
+        return f"{counted_identities(number)}; it is unknown whether the network was trained on any of them"
     if known:
-        return f"{identities(number)}, {known:,} of which {'has' if known == 1 else 'have'} the name of one trained on"
-    return f"{identities(number)} not trained on"
+        return f"{counted_identities(number)}, {known:,} with the same name as a training identity"
+    return f"{counted_identities(number)} not trained on"
 
 
 def separation(class_weight: Tensor) -> tuple[np.ndarray, tuple[float, float]]:

@@ -41,7 +41,7 @@ def score_values(summary: ScoreSummary) -> dict[str, Any]:
 
 def score_rows(scores: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Table rows for `score_values`."""
-    unresolved = "" if scores["far_resolved"] else f" (none of {counted(scores['impostors'], 'impostor')} may pass)"
+    unresolved = "" if scores["far_resolved"] else f" (0 of {counted(scores['impostors'], 'impostor')} accepted)"
     return [
         (f"TAR at FAR = {scores['far']:g}", f"{scores['tar_at_far']:.2%}{unresolved}"),
         ("equal error rate", f"{scores['equal_error_rate']:.2%}"),

@@ -17,7 +17,7 @@ from ..models import ModelConfig
 from ..train.auxiliary import AuxiliaryConfig
 from ..train.named_losses import LossConfig
 
-LARGEST_SEED = 2**32 - 1  # of scikit-learn
+MAX_SEED = 2**32 - 1  # of scikit-learn
 PROBABILITY = 0.999  # of a sample's own class that the scale must allow
 
 
@@ -69,7 +69,7 @@ class FigureConfig:
     """Draw the 2-d embeddings that losses learn for a few digits, as in the papers, with a LeNet and a panel per loss.
 
     All losses start from the same network, trained with softmax for a few epochs, and use the same optimizer and number
-    of epochs. The numbers below the panels are measured on held-out images, half of all. Writes figure.png and
+    of epochs. The numbers below the panels are measured on the held-out half of the images. Writes figure.png and
     figure.json.
     """
 
@@ -80,7 +80,7 @@ class FigureConfig:
     epochs: int = 40
     """Passes over the training images with each loss."""
     softmax_epochs: int = 10
-    """Passes with softmax before that, shared by all losses. 0 starts every loss from random weights,
+    """Passes over the training images with softmax first; all losses continue from the resulting network. 0 starts every loss from random weights,
     from which 2-d margin losses often end with two equal class weights."""
     seed: int = 0
     """Seed of the held-out images, the initial weights, the order and the augmentation."""
@@ -97,8 +97,8 @@ class FigureConfig:
         for name, least in (("epochs", 1), ("softmax_epochs", 0), ("seed", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name.replace('_', '-')} must be at least {least}, got {getattr(self, name)}")
-        if self.seed > LARGEST_SEED:
-            raise ValueError(f"seed must be at most {LARGEST_SEED}, got {self.seed}")
+        if self.seed > MAX_SEED:
+            raise ValueError(f"seed must be at most {MAX_SEED}, got {self.seed}")
 
     def training(self, loss: LossConfig, epochs: int) -> TrainConfig:
         """The training of one loss; all losses share these settings."""

@@ -51,7 +51,7 @@ def draw_panels(
         figure = Figure(
             figsize=(max(width, 2 * PANEL_INCHES), 0.9 + (PANEL_INCHES + 0.75) * rows), layout="constrained"
         )
-        # Panels are two cells wide, so that a shorter last row is centred.
+        # Panels are two cells wide, so that a shorter last row is centerd.
         grid = figure.add_gridspec(rows, 2 * columns)
         for number, panel in enumerate(panels):
             row, column = divmod(number, columns)

@@ -45,10 +45,10 @@ def run_figure(config: FigureConfig, console: Console) -> dict[str, Any]:
         start = _train(config, LossConfig("softmax"), config.softmax_epochs, splits, None, console)
 
     drawn, numbers = [], {}
-    for place, name in enumerate(config.losses, 1):
+    for number, name in enumerate(config.losses, 1):
         settings = PANELS[name].settings(len(config.digits))
         title = PANELS[name].title.format(**dataclasses.asdict(settings))
-        console.print(f"{' '.join(title.split())} ({place} of {len(config.losses)})", style="bold", highlight=False)
+        console.print(f"{' '.join(title.split())} ({number} of {len(config.losses)})", style="bold", highlight=False)
         trainer = _train(config, settings, config.epochs, splits, start, console)
         panel = _panel(title, trainer, splits)
         drawn.append(panel)

@@ -50,7 +50,7 @@ class AuxiliaryConfig:
     triplet_margin: float = 0.2
     """Margin of the triplet loss, between an anchor's squared distances to the negative and to the positive."""
     triplet_mining: Literal["all", "hard", "semihard"] = "semihard"
-    """Triplets that violate the margin and are used.
+    """Which of the triplets that violate the margin are used.
     all: every triplet.
     hard: negative closer than the positive.
     semihard: negative farther than the positive."""

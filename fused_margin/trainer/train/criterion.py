@@ -28,8 +28,8 @@ class Criterion(nn.Module):
     ) -> None:
         super().__init__()
         self.name, self.projected = config.name, LOSSES[config.name].projected
-        placement = {} if process_group is None else {"process_group": process_group}
-        self.loss_fn = make_loss(config, num_classes, embedding_size, **placement)
+        overrides = {} if process_group is None else {"process_group": process_group}
+        self.loss_fn = make_loss(config, num_classes, embedding_size, **overrides)
         workspace_mb = config.options.get("workspace_mb", 256)
         self.companions = AuxiliaryLosses(config.companions, num_classes, embedding_size, workspace_mb)
         self.last_parts: dict[str, Tensor] = {}
@@ -66,7 +66,7 @@ class Criterion(nn.Module):
 
 
 def class_directions(weight: Tensor, sub_centers: int) -> Tensor:
-    """Weights (C * sub_centers, D) to one row per class (C, D): the normalised mean of its normalised sub-centers."""
+    """Weights (C * sub_centers, D) to one row per class (C, D): the normalized mean of its normalized sub-centers."""
     if sub_centers == 1:
         return weight
     return F.normalize(F.normalize(weight, dim=1).unflatten(0, (-1, sub_centers)).mean(1), dim=1)

@@ -40,7 +40,7 @@ class Devices:
             raise DataError(f"--devices {config.devices}: there are {torch.cuda.device_count()} GPUs")
         several = config.devices > 1
         if several and config.loss.companions.weights():
-            raise DataError(f"--devices {config.devices}: --loss.companions support one process only")
+            raise DataError(f"--devices {config.devices}: --loss.companions options support one process only")
         self.fabric = Fabric(
             accelerator=accelerator,
             devices=config.devices,

@@ -58,7 +58,7 @@ class LoggedStep(NamedTuple):
 
     step: int
     result: StepResult
-    known: dict[str, float] | None  # other values to log; None: the step is not logged
+    values: dict[str, float] | None  # further values to log; None: the step is not logged
 
 
 class Trainer:
@@ -161,11 +161,11 @@ class Trainer:
 
         def flush() -> None:
             if pending:
-                losses = torch.stack([each.result.loss for each in pending]).tolist()
+                losses = torch.stack([logged.result.loss for logged in pending]).tolist()
                 self.losses += losses
-                for each, loss in zip(pending, losses, strict=True):
-                    if each.known is not None:
-                        log(each.step, {"loss": loss, **each.known, **_fetch(each.result)})
+                for logged, loss in zip(pending, losses, strict=True):
+                    if logged.values is not None:
+                        log(logged.step, {"loss": loss, **logged.values, **_fetch(logged.result)})
                 pending.clear()
                 if not all(map(math.isfinite, losses)):
                     raise FloatingPointError(
@@ -251,7 +251,7 @@ class Trainer:
     def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
         """The loss over the images of all processes."""
         embeddings = self._wrapped_backbone(images)
-        if self.devices.world_size > 1:  # DDP divides gradients by it
+        if self.devices.world_size > 1:  # undoes DDP's division of the gradients by the number of processes
             embeddings.register_hook(lambda gradient: gradient * self.devices.world_size)
         return self.criterion(embeddings, labels)
 

@@ -27,7 +27,7 @@ MainLoss = MarginLoss | SoftmaxLoss
 class NamedLoss:
     """A loss class of the library, and the settings in which the named loss differs from the defaults of the class."""
 
-    make: type[MainLoss]
+    loss_class: type[MainLoss]
     settings: Mapping[str, Any] = field(default_factory=dict)
     projected: bool = True  # the norm of class weights has no effect, so they are kept at unit norm
     refused: frozenset[str] = frozenset()  # arguments of the base class that this class does not support
@@ -108,7 +108,7 @@ class LossConfig:
             if (value := getattr(self, name)) is not None and not 0 <= value < math.inf:
                 raise ValueError(f"loss.{name} must be finite and not negative, got {value}")
         named = LOSSES[self.name]
-        accepted = accepted_arguments(named.make)
+        accepted = accepted_arguments(named.loss_class)
         for name, given in (
             ("margin", self.margin),
             ("scale", self.scale),
@@ -134,10 +134,10 @@ class LossConfig:
         return cls(name, **SMALL_DATA.get(name, {}))
 
 
-def accepted_arguments(make: type[MainLoss]) -> dict[str, inspect.Parameter]:
+def accepted_arguments(loss_class: type[MainLoss]) -> dict[str, inspect.Parameter]:
     """Parameters of the constructor, including keyword-only parameters of base classes that it passes on."""
     accepted: dict[str, inspect.Parameter] = {}
-    for depth, cls in enumerate(c for c in make.__mro__ if "__init__" in vars(c)):
+    for depth, cls in enumerate(c for c in loss_class.__mro__ if "__init__" in vars(c)):
         parameters = inspect.signature(vars(cls)["__init__"]).parameters.values()
         named = [
             p for p in parameters if p.kind == p.KEYWORD_ONLY or (depth == 0 and p.kind == p.POSITIONAL_OR_KEYWORD)
@@ -149,7 +149,7 @@ def accepted_arguments(make: type[MainLoss]) -> dict[str, inspect.Parameter]:
 
 
 def kind_of(value: Any) -> str:
-    kinds = {bool: "True or False", str: "a word", tuple: "numbers with commas between"}
+    kinds = {bool: "True or False", str: "text", tuple: "comma-separated numbers"}
     return kinds.get(type(value), "a number")  # also for None, the default of some numbers
 
 
@@ -157,7 +157,7 @@ def options_of(named: NamedLoss) -> dict[str, Any]:
     """Options that `LossConfig.options` may set for a loss, with their defaults."""
     return {
         name: named.settings.get(name, parameter.default)
-        for name, parameter in accepted_arguments(named.make).items()
+        for name, parameter in accepted_arguments(named.loss_class).items()
         if name not in NOT_OPTIONS | named.refused
     }
 
@@ -201,7 +201,7 @@ def _papers_values(name: str) -> str:
     """Defaults of an argument, which are the papers' values, with the losses that have them."""
     losses_by_value: dict[Any, list[str]] = {}
     for loss, named in LOSSES.items():
-        accepted = accepted_arguments(named.make)
+        accepted = accepted_arguments(named.loss_class)
         if name in accepted and accepted[name].default is not None:
             losses_by_value.setdefault(accepted[name].default, []).append(loss)
     return "; ".join(f"{value} for {', '.join(losses)}" for value, losses in losses_by_value.items())
@@ -225,13 +225,13 @@ def make_small_loss(config: LossConfig) -> MainLoss:
         return make_loss(config, 2, 2)  # not on "meta", which refuses the exact search of exclusive_refresh
 
 
-def make_loss(config: LossConfig, num_classes: int, embedding_size: int, **placement: Any) -> MainLoss:
-    """The configured loss; `placement` are further arguments of its constructor."""
+def make_loss(config: LossConfig, num_classes: int, embedding_size: int, **overrides: Any) -> MainLoss:
+    """The configured loss; `overrides` are further arguments of its constructor."""
     named = LOSSES[config.name]
-    arguments = {**named.settings, **config.options, **placement}
+    arguments = {**named.settings, **config.options, **overrides}
     for name in ("margin", "scale"):
         if getattr(config, name) is not None:
             arguments[name] = getattr(config, name)
     if config.exclusive_weight:
         arguments["exclusive_weight"] = config.exclusive_weight
-    return named.make(num_classes, embedding_size, **arguments)
+    return named.loss_class(num_classes, embedding_size, **arguments)

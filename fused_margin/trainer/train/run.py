@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from fused_margin.evaluation.files import describe_skipped
-from fused_margin.evaluation.plurals import counted, identities
+from fused_margin.evaluation.plurals import counted, counted_identities
 
 from ..config import TrainConfig
 from ..config_values import write_file
@@ -35,8 +35,8 @@ from .logs import CURVES_NAME, LOG_NAME, RunLog
 from .loop import Trainer
 
 CONFIG_NAME = "config.yaml"
-LARGEST_AVERAGE = 20  # steps at the start and the end of a run over which the shown losses are averaged
-NAMED_FILES = 5  # number of unreadable images to print; the report has all
+MAX_AVERAGE = 20  # steps at the start and the end of a run over which the shown losses are averaged
+MAX_LISTED = 5  # number of unreadable images to print; the report has all
 
 
 def run(config: TrainConfig, console: Console) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def read_splits(config: TrainConfig) -> Splits:
 
 
 def _join_verification(trainer: Trainer) -> dict[str, Any]:
-    """The part of other ranks in the verification by rank 0; returns an empty report."""
+    """Takes part in the collectives of rank 0's verification; returns an empty report."""
     devices, _ = trainer.devices, trainer.class_weight
     devices.union(trainer.unreadable)
     devices.fabric.barrier()
@@ -118,7 +118,7 @@ def _verify(
     report = _report(config, trainer, splits, evaluation, unreadable)
     log.write(trainer.step, _logged(report, splits))
     if report["verification"] is None:
-        title = f"{config.data}: trained on all {identities(splits.train.num_classes)}"
+        title = f"{config.data}: trained on all {counted_identities(splits.train.num_classes)}"
     else:
         accuracy = report["verification"]["accuracy"]
         title = f"{config.data}: {_evaluated(report)}\naccuracy {accuracy:.2%}"
@@ -197,7 +197,7 @@ def _verification_values(verified: Verification) -> dict[str, Any]:
 
 def averaged_steps(steps: int) -> int:
     """Number of steps over which the shown first and last losses are averaged: at most an eighth of the run."""
-    return max(1, min(LARGEST_AVERAGE, steps // 8))
+    return max(1, min(MAX_AVERAGE, steps // 8))
 
 
 def _result_names(splits: Splits) -> list[str]:
@@ -221,12 +221,12 @@ def _mean(values: list[float]) -> float | None:
 
 
 def _print_start(console: Console, config: TrainConfig, trainer: Trainer, splits: Splits) -> None:
-    verified = f"verify: {counted(splits.test.num_classes, 'other')}, {counted(len(splits.test), 'image')}"
+    verified = f"verify: {counted(splits.test.num_classes, 'other identity', 'other identities')}, {counted(len(splits.test), 'image')}"
     if not len(splits.test):
         verified = "no identities for verification"
     console.print(splits.description, style="bold", highlight=False)
     console.print(
-        f"train: {identities(splits.train.num_classes)}, {counted(len(splits.train), 'image')}; {verified}\n"
+        f"train: {counted_identities(splits.train.num_classes)}, {counted(len(splits.train), 'image')}; {verified}\n"
         f"{describe_backbone(config)} with {trainer.num_parameters:,} parameters, "
         f"{counted(trainer.total_steps, 'step')} on {trainer.fabric.device}",
         highlight=False,
@@ -265,8 +265,8 @@ def _print_report(console: Console, report: dict[str, Any], output: Path) -> Non
     console.print(table)
     unreadable = report["data"]["unreadable"]
     if unreadable:
-        lines = [f"skipped {counted(len(unreadable), 'unreadable image')}:", *unreadable[:NAMED_FILES]]
-        if (more := len(unreadable) - NAMED_FILES) > 0:
+        lines = [f"skipped {counted(len(unreadable), 'unreadable image')}:", *unreadable[:MAX_LISTED]]
+        if (more := len(unreadable) - MAX_LISTED) > 0:
             lines.append(f"and {more:,} more, listed in the report")
         console.print(*lines, sep="\n  ", highlight=False, soft_wrap=True)
     names = ", ".join((FILE_NAME, CONFIG_NAME, LOG_NAME, f"{CURVES_NAME}/", "report.json", "report.png"))

@@ -1,4 +1,4 @@
-"""Pairs of labelled rows, for the tests of protocols that score them."""
+"""Pairs of labeled rows, for the tests of protocols that score them."""
 
 import numpy as np
 
