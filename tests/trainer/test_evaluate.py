@@ -185,10 +185,10 @@ def test_identities_with_trained_names_are_counted(face_folder, capsys, tmp_path
     shutil.copytree(face_folder, tmp_path / "copy")
     arguments = "--checkpoint", "run", "--data", "copy", "--num-pairs", 60
     description = evaluate(*arguments)["input"]["description"]
-    assert description.endswith(f"9 identities, {len(trained_on)} with the same name as a training identity")
+    assert description.endswith(f"9 identities, {len(trained_on)} with the name of a training identity")
     for name in trained_on[1:]:
         Path("copy", name).rename(Path("copy", f"other_{name}"))
-    assert "9 identities, 1 with the same name as a training identity" in evaluate(*arguments)["input"]["description"]
+    assert "9 identities, 1 with the name of a training identity" in evaluate(*arguments)["input"]["description"]
 
     state = load_checkpoint(Path("run", FILE_NAME))
     del state["identities"]  # as in an older version

@@ -259,8 +259,8 @@ def test_identities_of_the_initial_weights_are_reported(tiny_config, tmp_path):
     for before, name in ((everyone.output, "second"), (tmp_path / "second", "third")):
         config, test, printed = run_from(before, name)
         assert test["named_as_before"] == test["identities"] == 3
-        assert "Verification on 3 identities, 3 with the same name as a training identity" in printed
-        assert evaluated(config).endswith("3 identities, 3 with the same name as a training identity")
+        assert "Verification on 3 identities, 3 with the name of a training identity" in printed
+        assert evaluated(config).endswith("3 identities, 3 with the name of a training identity")
     config.weights.rename(tmp_path / "gone")
     assert run(dataclasses.replace(config, resume=True), Console(quiet=True))["data"]["test"] == test
 

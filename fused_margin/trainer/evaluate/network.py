@@ -139,7 +139,7 @@ def describe_unseen(number: int, known: int | None) -> str:
     if known is None:
         return f"{counted_identities(number)}; it is unknown whether the network was trained on any of them"
     if known:
-        return f"{counted_identities(number)}, {known:,} with the same name as a training identity"
+        return f"{counted_identities(number)}, {known:,} with the name of a training identity"
     return f"{counted_identities(number)} not trained on"
 
 
