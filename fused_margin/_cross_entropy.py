@@ -60,9 +60,10 @@ def margin_cross_entropy(
     known_cosine, known_index = nearest if exclusive_in_op and nearest is not None else (None, None)
     inputs = LossInputs(
         embeddings, weight, int(workspace_mb * MIB),
-        PORTABLE if needs_portable else select_backend(embeddings, weight, scale_value), labels, sample_scale, scale_value,
-        _local_class_weight(class_weight, shard) if smooth else None, exclusive_in_op, known_cosine, known_index, sub_centers, threshold,
-        strength, group=group, num_classes=classes, sample_rate=sample_rate, sparse_gradient=sparse,
+        PORTABLE if needs_portable else select_backend(embeddings, weight, scale_value), labels, sample_scale,
+        scale_value, _local_class_weight(class_weight, shard) if smooth else None, exclusive_in_op, known_cosine,
+        known_index, sub_centers, threshold, strength, group=group, num_classes=classes, sample_rate=sample_rate,
+        sparse_gradient=sparse,
     )  # fmt: skip
     output = library.run_forward(inputs, smooth, ignore_index)
     loss, row_weight = margin_losses(

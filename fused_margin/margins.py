@@ -138,6 +138,9 @@ def psi(cosine: Tensor, margin: Margin) -> Tensor:
     Args:
         cosine: (N,) cosines to the targets.
         margin: a margin of numbers or (N,) tensors.
+
+    Returns:
+        (N,), in the dtype of ``cosine``.
     """
     cosine = cosine.clamp(-1.0, 1.0)
     phi = margin.m1 * torch.acos(cosine) + margin.m2

@@ -44,7 +44,8 @@ class AdaFaceLoss(RunningState, MarginLoss):
         embeddings (N, D), labels (N,) integers -> scalar, or (N,) with ``reduction="none"``.
 
     Attributes:
-        norm_mean, norm_std: buffers, the running statistics of the norm. Every forward in training mode updates them.
+        norm_mean, norm_std: (1,) float64 buffers, the running statistics of the norm. Every forward in training mode
+            updates them.
 
     Raises:
         ValueError, TypeError: for an invalid argument. The message names the argument, the expected and the given value.
@@ -276,7 +277,7 @@ class CurricularFaceLoss(RunningState, MarginLoss):
         embeddings (N, D), labels (N,) integers -> scalar, or (N,) with ``reduction="none"``.
 
     Attributes:
-        t: buffer, the running mean. Every forward in training mode updates it.
+        t: (1,) float64 buffer, the running mean. Every forward in training mode updates it.
 
     Raises:
         ValueError, TypeError: for an invalid argument. The message names the argument, the expected and the given value.

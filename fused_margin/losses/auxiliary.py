@@ -247,7 +247,7 @@ class IntraLoss(AuxiliaryLoss):
 class InterLoss(AuxiliaryLoss):
     """Inter-loss: minus the mean angle of a sample's class weight to the others, over pi (ArcFace, arXiv:1801.07698, eq. 6).
 
-    ``loss_i = -1 / (pi (C - 1)) * sum_{j != y_i} arccos(w_{y_i} . w_j)`` with unit-length class weights. A class valid
+    ``loss_i = -1 / (pi (C - 1)) * sum_{j != y_i} arccos(w_{y_i} . w_j)`` with unit-length class weights. A class counts
     once per sample of the batch. The (N, C) cosines are computed in tiles. In the gradient sin(theta) is bounded below by
     the square root of the dtype's epsilon.
 

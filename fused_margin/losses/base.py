@@ -283,7 +283,7 @@ class MarginLoss(ClassificationLoss):
         embeddings (N, D), labels (N,) integers -> scalar, or (N,) with ``reduction="none"``.
 
     Attributes:
-        weight: (C, D) parameter, initialised N(0, 0.01). It need not be normalized. If classes are divided, it holds the
+        weight: (C, D) parameter, initialized N(0, 0.01). It need not be normalized. If classes are divided, it holds the
             classes of this rank.
         NUMBERS: maps each setting of the loss to the number of :class:`fused_margin.Margin` that it sets.
 

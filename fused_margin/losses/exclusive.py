@@ -35,16 +35,17 @@ class ExclusiveRegularizer(settings.Settings):
             ``"certified"``: at every step, with the same result bit for bit, but only for the classes whose answer may
             have changed since they were last searched. A cache of each class proves the other answers: 80 candidates, and a
             code, which is int8 on CPUs with int8 instructions and otherwise of the weights' compute type. The number of
-            searched classes depends on the training: it is small if classes are far apart and rotate slowly. An integer R: every R training steps. Between searches the indices of
-            the nearest classes do not change, which is **not exact**; the cosines are exact.
+            searched classes depends on the training: it is small if classes are far apart and rotate slowly. An integer R:
+            every R training steps. Between searches the indices of the nearest classes do not change, which is **not
+            exact**; the cosines are exact.
         shard: the slice of the classes in ``weight``, if classes are divided among ranks. Each rank has the cache of its
             own classes. Every rank makes every call, and gets the mean over all classes.
         workspace_mb: bound on scratch memory in MiB, in addition to the cache.
 
     ``refresh`` and ``workspace_mb`` may be set between steps. The first call creates the cache. Weights may change
-    arbitrarily between calls, because the rotation of each class since its last search is measured. The state dict includes the cache, except that
-    of a shard: the cache of a rank depends on the codes of all ranks. After loading a shard, or after one rank loses its
-    cache, all ranks start with a full search.
+    arbitrarily between calls, because the rotation of each class since its last search is measured. The state dict
+    includes the cache, except that of a shard: the cache of a rank depends on the codes of all ranks. After loading a
+    shard, or after one rank loses its cache, all ranks start with a full search.
 
     Shape:
         weight (C, D), C >= 2 -> scalar.

@@ -35,7 +35,7 @@ class ArcFaceLoss(MarginLoss):
         embeddings (N, D), labels (N,) integers -> scalar, or (N,) with ``reduction="none"``.
 
     Attributes:
-        weight: (C, D) parameter, initialised N(0, 0.01). It need not be normalized.
+        weight: (C, D) parameter, initialized N(0, 0.01). It need not be normalized.
 
     Raises:
         ValueError, TypeError: for an invalid argument. The message names the argument, the expected and the given value.

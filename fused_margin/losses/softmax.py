@@ -30,7 +30,7 @@ class SoftmaxLoss(ClassificationLoss):
     Args:
         num_classes: C.
         embedding_size: D.
-        bias: whether to learn a (C,) ``bias``, initialised 0.
+        bias: whether to learn a (C,) ``bias``, initialized 0.
         exclusive_weight, exclusive_refresh: as in :class:`fused_margin.MarginLoss`.
         class_weight: (C,) factors, as ``weight`` in ``torch.nn.CrossEntropyLoss``. A buffer.
         reduction, ignore_index, label_smoothing: as in ``torch.nn.CrossEntropyLoss``.
@@ -123,11 +123,16 @@ class L2SoftmaxLoss(SoftmaxLoss):
         embedding_size: D.
         alpha: length of the embeddings. None learns it, starting at the paper's lower bound (eq. 5, probability 0.9).
             Setting a number fills a learned alpha; setting None replaces a number by a learned alpha.
-        bias: whether to learn a (C,) ``bias``, initialised 0.
+        bias: whether to learn a (C,) ``bias``, initialized 0.
         **options: see :class:`fused_margin.SoftmaxLoss`.
 
     Shape:
         embeddings (N, D), labels (N,) integers -> scalar, or (N,) with ``reduction="none"``.
+
+    Attributes:
+        weight: (C, D) parameter.
+        bias: (C,) parameter, or None.
+        alpha: a number, or a 0-d parameter if it is learned.
 
     Raises:
         ValueError, TypeError: for an invalid argument. The message names the argument, the expected and the given value.

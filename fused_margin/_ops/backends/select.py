@@ -20,7 +20,7 @@ Capability = tuple[int, int]  # compute capability of a device, such as (9, 0)
 
 
 class Kernels:
-    """The kernels of one device and stream as attributes. The attribute of a family of tensor-core kernels is a `Kernels`."""
+    """The kernels of one device and stream as attributes; a family of tensor-core kernels is itself a `Kernels`."""
 
     def __init__(self, module: ModuleType, stream: int):
         for name, value in vars(module).items():

@@ -111,8 +111,8 @@ class ChunkBackend:
         operand = self.operand(k, self.buffer, self.output.weight_inverse_norm[begin:end], fresh=True)
         if self.samples:
             self.family.exponent_sum(
-                **self.product(self.embedding_operand, operand), prepared=self.prepared_rows, scale_value=self.inputs.scale_value,
-                fixed_exponent=self.fixed, class_begin=begin, partial=self.partial,
+                **self.product(self.embedding_operand, operand), prepared=self.prepared_rows,
+                scale_value=self.inputs.scale_value, fixed_exponent=self.fixed, class_begin=begin, partial=self.partial,
             )  # fmt: skip
         if self.inputs.uses_tiled_nearest:
             for j in range(k + 1):
@@ -144,8 +144,8 @@ class ChunkBackend:
             cosine = torch.empty_like(output.nearest_cosine, dtype=torch.float64)
             self.run.target_cosine(  # recomputes the cosines from the unrounded weights
                 compute_like=output.nearest_cosine, embeddings=weight, weight=weight, labels=output.nearest_index,
-                cosine=cosine, row=None, bad_label=0, samples=self.inputs.weight.shape[0], classes=self.inputs.weight.shape[0],
-                size=self.size, ignore_index=-1, sub_centers=1, inner_product=False,
+                cosine=cosine, row=None, bad_label=0, samples=len(weight), classes=len(weight), size=self.size,
+                ignore_index=-1, sub_centers=1, inner_product=False,
             )  # fmt: skip
             output.nearest_cosine.copy_(cosine.clamp_(-1.0, 1.0))
 

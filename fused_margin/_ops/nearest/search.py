@@ -133,14 +133,14 @@ class NearestSearch:
             if count:
                 yield Block(0, True, own, selected, None, 0, self.cosine, self.index, count)
             return
-        at = slice(None) if selected is None else selected
+        taken = slice(None) if selected is None else selected
         numbers = [own.inverse_norm, own.scale, own.length, own.error, self.cosine[:, 0], self.index[:, 0], self.ids]
         sent = [
-            own.rows[at],
-            torch.stack([t.double() for t in numbers], dim=1)[at],
+            own.rows[taken],
+            torch.stack([t.double() for t in numbers], dim=1)[taken],
         ]  # float64 holds all of them exactly
         if with_codes:
-            sent.append(own.codes[at])
+            sent.append(own.codes[taken])
         done = 0
         for owner, (rows, packed, *codes) in shard.iter_shards(sent, self.rows_per_rank(selected), block_rows):
             inverse_norm, scale, length, error, cosine, index, ids = packed.t().contiguous().unbind(0)
@@ -172,7 +172,7 @@ class NearestSearch:
         return self.multiply(left, right.t(), out=out)
 
     def update_candidates(self, block: Block) -> None:
-        """Updates the candidate lists with all references of a block. For rows of this rank, only the upper triangle is scored."""
+        """Updates the candidate lists with all references of a block; only the upper triangle for rows of this rank."""
         triangle = self.same_set and block.is_local
         lists = self.candidates.arguments()
         for column_begin, column_end in chunks(block.count, self.side):
@@ -191,8 +191,8 @@ class NearestSearch:
         if len(self.query.rows):
             self.run.rerank_candidates(
                 query=self.query.arguments(), reference=block.rows.arguments(),
-                candidates=self.candidates.arguments(), nearest=(self.cosine, self.index), reference_first_id=block.first_id,
-                references=block.count, query_first_id=self.shard.begin, same_set=self.same_set,
+                candidates=self.candidates.arguments(), nearest=(self.cosine, self.index),
+                reference_first_id=block.first_id, references=block.count, query_first_id=self.shard.begin, same_set=self.same_set,
                 queries=len(self.query.rows), size=self.query.size,
             )  # fmt: skip
 
@@ -264,9 +264,9 @@ class NearestSearch:
         """Sends the results of a block to its owner, which selects the best of all ranks."""
         if self.shard.world_size == 1:
             return
-        at = block.selected if block.is_local and block.selected is not None else slice(None)
+        rows = block.selected if block.is_local and block.selected is not None else slice(None)
         results = torch.cat(
-            [block.cosine[at], block.index[at].double(), *([] if lists is None else [lists.packed(at)])], 1
+            [block.cosine[rows], block.index[rows].double(), *([] if lists is None else [lists.packed(rows)])], 1
         )
         ranks = range(self.shard.world_size)
         sent = [block.count if rank == block.owner else 0 for rank in ranks]
@@ -278,10 +278,10 @@ class NearestSearch:
         best = cosine.max(dim=0).values
         index = torch.where(cosine == best, index, torch.inf).min(dim=0).values
         is_number = ~best.isnan()  # for a row with NaN, the owner has the answer
-        self.cosine[at, 0] = torch.where(is_number, best, self.cosine[at, 0])
-        self.index[at, 0] = torch.where(is_number, index, self.index[at, 0].double()).long()
+        self.cosine[rows, 0] = torch.where(is_number, best, self.cosine[rows, 0])
+        self.index[rows, 0] = torch.where(is_number, index, self.index[rows, 0].double()).long()
         if lists is not None:
-            lists.merge(at, parts[..., 2:])
+            lists.merge(rows, parts[..., 2:])
 
     def answers(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosines or inner products (Q, k) in `dtype`, and the references (Q, k) int64."""
