@@ -226,7 +226,7 @@ def _print_start(console: Console, config: TrainConfig, trainer: Trainer, splits
         verified = "no identities for verification"
     console.print(splits.description, style="bold", highlight=False)
     console.print(
-        f"train: {counted_identities(splits.train.num_classes)}, {counted(len(splits.train), 'image')}; {verified}\n"
+        f"train: {counted_identities(splits.train.num_classes)}, {counted(len(splits.train), 'image')}\n{verified}\n"
         f"{describe_backbone(config)} with {trainer.num_parameters:,} parameters, "
         f"{counted(trainer.total_steps, 'step')} on {trainer.fabric.device}",
         highlight=False,
