@@ -54,7 +54,7 @@ def class_weights(weight: Tensor, *, name: str = "weight", at_least: int = 1) ->
 def several_classes(name: str, weight: Tensor, value: Shard | None) -> None:
     """Weights of at least two classes, over all ranks of a shard."""
     class_weights(weight, name=name, at_least=2 if value is None else 0)
-    if value is not None and shard(value, weight, 1, 0.0) < 2:
+    if value is not None and shard(value, weight, 1, 0.0, name=name) < 2:
         raise ValueError(f"{name}: expected at least 2 classes on all ranks, got {value.num_classes}")
 
 
@@ -186,7 +186,9 @@ def sub_centers(value: int, weight: Tensor, exclusive_weight: float, label_smoot
         absent("sub_centers above 1", exclusive_weight=exclusive_weight, label_smoothing=label_smoothing)
 
 
-def shard(value: Shard | None, weight: Tensor, sub_centers: int, label_smoothing: float) -> int:
+def shard(
+    value: Shard | None, weight: Tensor, sub_centers: int, label_smoothing: float, *, name: str = "weight"
+) -> int:
     """Checks a shard against its weights, and returns the number of classes over all ranks."""
     if value is None:
         return weight.shape[0] // sub_centers
@@ -194,7 +196,7 @@ def shard(value: Shard | None, weight: Tensor, sub_centers: int, label_smoothing
         raise TypeError(f"shard: expected a fused_margin.distributed.Shard, got {type(value).__name__}")
     if weight.shape[0] != value.size * sub_centers:
         raise ValueError(
-            f"weight: expected the {value.size * sub_centers} rows that rank {value.rank} of {value.world_size} has of "
+            f"{name}: expected the {value.size * sub_centers} rows that rank {value.rank} of {value.world_size} has of "
             f"{value.num_classes} classes, got {weight.shape[0]}"
         )
     if value.sample_rate < 1:
@@ -206,6 +208,8 @@ def nearest(value: tuple[Tensor, Tensor] | None, weight: Tensor, shard: Shard | 
     """A NearestClass of the classes of weight, or None."""
     if value is None:
         return
+    if not isinstance(value, tuple) or len(value) != 2:
+        raise TypeError(f"nearest: expected a fused_margin.functional.NearestClass, got {type(value).__name__}")
     cosine, index = value
     classes = len(weight) if shard is None else shard.num_classes
     per_class("nearest.cosine", cosine, weight, len(weight))
@@ -261,16 +265,17 @@ def number(name: str, value: float, low: float, high: float = math.inf, *, open_
 
 def integer(name: str, value: int) -> int:
     """Converts an integer, which may be NumPy's, to an int."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
-    return operator.index(value)
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)
+    except TypeError:  # also of a tensor of another dtype
+        pass
+    raise TypeError(f"{name}: expected an integer, got {kind(value)}")
 
 
 def positive_index(name: str, value: int) -> int:
     """Converts a positive integer, which may be NumPy's, to an int."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
-    value = operator.index(value)
+    value = integer(name, value)
     if value < 1:
         raise ValueError(f"{name}: expected a positive integer, got {value}")
     return value

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -44,7 +45,7 @@ class Shard:
         begin, size: first class of this rank, and its number of classes.
 
     Raises:
-        ValueError: for a number of classes below 1, or a sample rate outside (0, 1].
+        TypeError, ValueError: for a number of classes that is no integer or below 1, or a sample rate outside (0, 1].
     """
 
     num_classes: int
@@ -57,6 +58,8 @@ class Shard:
     size: int = field(init=False, repr=False)
 
     def __post_init__(self):
+        if isinstance(self.num_classes, bool) or not isinstance(self.num_classes, (int, np.integer, torch.SymInt)):
+            raise TypeError(f"num_classes: expected an integer, got {type(self.num_classes).__name__}")
         if self.num_classes < 1:
             raise ValueError(f"num_classes: expected at least 1, got {self.num_classes}")
         if not 0 < self.sample_rate <= 1:

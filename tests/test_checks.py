@@ -89,6 +89,11 @@ def test_shard():
     for arguments in ({"num_classes": 0}, *({"num_classes": 3, "sample_rate": rate} for rate in (0.0, -1.0, 2.0, NAN))):
         with pytest.raises(ValueError, match=f"{list(arguments)[-1]}: expected"):
             Shard(**arguments)
+    for wrong in (2.5, True, "a"):
+        with pytest.raises(TypeError, match="num_classes: expected an integer"):
+            Shard(wrong)
+    with pytest.raises(ValueError, match="query: expected the 6 rows that rank 0 of 1 has"):
+        nearest_class(torch.randn(5, 4), shard=Shard(6))
     with pytest.raises(TypeError, match="query: expected a tensor"):
         nearest_class([[1.0, 2.0]], shard=Shard(2))
     with pytest.raises(ValueError, match="query: expected at least 2 classes on all ranks, got 1"):
@@ -96,6 +101,8 @@ def test_shard():
 
 
 def test_nearest_index_is_a_tensor():
+    with pytest.raises(TypeError, match="nearest: expected a fused_margin.functional.NearestClass, got int"):
+        exclusive_regularization(W, nearest=5)
     with pytest.raises(TypeError, match="nearest.index: expected .* int64, got list"):
         exclusive_regularization(W, nearest=(torch.ones(len(W)), [0] * len(W)))
 
@@ -188,3 +195,23 @@ def test_host_threads_share_the_flag_of_a_device(monkeypatch):
     for thread in threads:
         thread.join()
     assert flags[0] is flags[1] is _checks._bad_label_buffers[device]
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "tensors", "message"),
+    [
+        (fm.ArcFaceLoss(5, 4, class_weight=torch.ones(5)), {"class_weight": torch.ones(3)}, "class_weight: .* got .3,"),
+        (fm.ArcFaceLoss(5, 4, class_weight=torch.ones(5)), {"weight": torch.ones(9, 4)}, "class_weight: .* got .5,"),
+        (fm.SoftmaxLoss(5, 4, class_weight=torch.ones(5)), {"class_weight": torch.ones(3)}, "class_weight: .* got .3,"),
+        (
+            fm.SubCenterArcFaceLoss(5, 4, sub_centers=3),
+            {"weight": torch.ones(16, 4)},
+            "weight: expected 3 rows for every",
+        ),
+        (fm.SoftmaxLoss(5, 4), {"bias": torch.ones(3)}, "bias: expected shape .5,.*, got .3,"),
+    ],
+)
+def test_tensors_of_a_functional_call_fit_together(loss_fn, tensors, message):
+    """A module whose tensors were replaced does not read past their end."""
+    with pytest.raises(ValueError, match=message):
+        torch.func.functional_call(loss_fn, tensors, (torch.randn(2, 4), torch.tensor([0, 4])))

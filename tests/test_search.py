@@ -338,3 +338,22 @@ def test_certified_refresh_of_sizes_without_int8(size):
     weight = torch.randn(4, size)
     actual = fm.ExclusiveRegularizer(refresh="certified").find(weight)
     assert torch.equal(actual.index, fm.reference.nearest_class(weight.double())[1])
+
+
+@pytest.mark.parametrize(("refresh", "buffer"), [(3, "index"), ("certified", "candidate")])
+def test_damaged_cache_is_not_loaded(refresh, buffer):
+    loss_fn = fm.ArcFaceLoss(40, 8, exclusive_weight=1.0, exclusive_refresh=refresh)
+    loss_fn(torch.randn(3, 8), torch.arange(3))
+    state = loss_fn.state_dict()
+    state[f"exclusive.{buffer}"] = state[f"exclusive.{buffer}"] + 1000
+    with pytest.raises(RuntimeError, match=rf"exclusive.{buffer}: expected classes in \[0, 40\)"):
+        loss_fn.load_state_dict(state)
+
+
+def test_index_that_is_no_class_is_an_error():
+    loss_fn = fm.ArcFaceLoss(40, 8, exclusive_weight=1.0, exclusive_refresh=3)
+    x, y = torch.randn(3, 8), torch.arange(3)
+    loss_fn(x, y)
+    loss_fn.exclusive.index[7] = 40
+    with pytest.raises(ValueError, match=r"exclusive.index: expected classes in \[0, 40\), got 40"):
+        loss_fn(x, y)

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import typing
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
@@ -416,3 +417,9 @@ def test_margin_follows_changes_that_are_not_settings():
     scaled, plain = OwnScale(30, 8), fm.ArcFaceLoss(30, 8, scale=10.0)
     plain.load_state_dict(scaled.state_dict())
     assert torch.equal(scaled(x, y), plain(x, y))
+
+
+@pytest.mark.parametrize("name", [name for name in fm.losses.__all__ if name.endswith("Loss")])
+def test_type_hints_can_be_read(name):
+    """As argument parsers do."""
+    assert typing.get_type_hints(getattr(fm.losses, name).__init__)

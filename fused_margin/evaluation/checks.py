@@ -5,6 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
 def check_features(name: str, features: np.ndarray, width: int | None = None, check_values: bool = True) -> None:
     fits = features.ndim == 2 and features.size and width in (None, features.shape[1])
     if not fits or not np.issubdtype(features.dtype, np.floating):

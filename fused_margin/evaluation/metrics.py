@@ -113,8 +113,11 @@ def summarize_pairs(scores: np.ndarray, same: np.ndarray, far: float) -> ScoreSu
     """All metrics of the scores (num_pairs,) of genuine pairs (`same`) and impostor pairs; TAR at `far`.
 
     Raises:
-        ValueError: as `roc` and `tar_at_far`.
+        ValueError: as `roc` and `tar_at_far`; also if `same` has a wrong shape or dtype.
     """
+    check_scores("scores", scores)
+    if same.dtype != np.bool_ or same.shape != scores.shape:
+        raise ValueError(f"same: expected {scores.shape} bool, one per score, got {same.shape} {same.dtype}")
     genuine, impostor = scores[same], scores[~same]
     return summarize(genuine, impostor, tar_at_far(genuine, impostor, far))
 
@@ -157,11 +160,14 @@ def tar_at_far(genuine: np.ndarray, impostor: np.ndarray, far: float, num_impost
         num_impostors: number of all impostors, if `impostor` has only the highest.
 
     Raises:
-        ValueError: there are no scores of one kind, one is not finite, or `far` is not a rate.
+        ValueError: there are no scores of one kind, one is not finite, `far` is not a rate, or `num_impostors` is
+            smaller than the number of given scores.
     """
     check_scores("genuine", genuine)
     check_scores("impostor", impostor)
     total = len(impostor) if num_impostors is None else num_impostors
+    if total < len(impostor):
+        raise ValueError(f"num_impostors: expected at least the {len(impostor)} given scores, got {total}")
     passing = false_accepts(far, total)
     if passing >= total:
         threshold = -math.inf

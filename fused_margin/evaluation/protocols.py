@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 from sklearn.preprocessing import normalize
 
-from .checks import check_features, check_folds, check_integers
+from .checks import check_choice, check_features, check_folds, check_integers
 from .folds import unshuffled_folds
 from .metrics import FoldAccuracy, best_threshold, kfold_accuracy
 from .weighted_l1 import WeightedL1Head, fit_head
@@ -42,8 +42,9 @@ def join_mirror(features: np.ndarray, mirrored: np.ndarray | None, flip: Flip) -
     """Combine features (n, D) of images and mirror images: their sum (n, D) or concatenation (n, 2 D).
 
     Raises:
-        ValueError: `mirrored` is missing or has another shape.
+        ValueError: `flip` is unknown, or `mirrored` is missing or has another shape.
     """
+    check_choice("flip", flip, get_args(Flip))
     if flip == "none":
         return features
     if mirrored is None:
@@ -212,8 +213,9 @@ def ytf(
         metric: "cosine" or "weighted-l1".
 
     Raises:
-        ValueError: as the function of the metric; also if a video in `pairs` has no frame.
+        ValueError: as the function of the metric; also if `metric` is unknown, or a video in `pairs` has no frame.
     """
+    check_choice("metric", metric, tuple(COMPARE))
     check_features("features", features)
     check_integers("video", video, (len(features),))
     check_integers("pairs", pairs, (None, 2))

@@ -2,7 +2,7 @@
 
 from fused_margin.losses.adaptive import AdaFaceLoss, CurricularFaceLoss, ElasticFaceLoss, MagFaceLoss
 from fused_margin.losses.auxiliary import CenterLoss, InterLoss, IntraLoss, RingLoss, UniformLoss
-from fused_margin.losses.base import MarginLoss
+from fused_margin.losses.base import ClassificationLoss, MarginLoss
 from fused_margin.losses.exclusive import ExclusiveRegularizer
 from fused_margin.losses.margin import (
     ArcFaceLoss,
@@ -19,6 +19,7 @@ __all__ = [
     "AdaFaceLoss",
     "ArcFaceLoss",
     "CenterLoss",
+    "ClassificationLoss",
     "CombinedMarginLoss",
     "CosFaceLoss",
     "CurricularFaceLoss",

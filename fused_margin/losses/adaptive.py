@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from fused_margin import _checks
 from fused_margin._cross_entropy import mean_over
@@ -13,13 +14,9 @@ from fused_margin._ops.collectives import divided_target_cosines
 from fused_margin._ops.normalization import target_cosines
 from fused_margin.losses import settings
 from fused_margin.losses.base import MarginLoss
+from fused_margin.losses.options import MarginOptions
 from fused_margin.losses.running_state import RunningState, once_per_step
 from fused_margin.margins import HardNegatives, Margin, psi, warn_of_degrees
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-    from fused_margin.losses.options import MarginOptions
 
 
 class AdaFaceLoss(RunningState, MarginLoss):
@@ -69,7 +66,7 @@ class AdaFaceLoss(RunningState, MarginLoss):
         num_classes: int,
         embedding_size: int,
         margin: float = 0.4,
-        scale: float | Tensor = 64.0,
+        scale: float | Tensor | None = 64.0,
         concentration: float = 0.333,
         momentum: float = 0.01,
         **options: Unpack[MarginOptions],
@@ -154,7 +151,7 @@ class MagFaceLoss(MarginLoss):
         margins: tuple[float, float] = (0.45, 0.8),
         norms: tuple[float, float] = (10.0, 110.0),
         norm_weight: float = 35.0,
-        scale: float | Tensor = 64.0,
+        scale: float | Tensor | None = 64.0,
         **options: Unpack[MarginOptions],
     ):
         super().__init__(num_classes, embedding_size, {}, scale, **options)
@@ -229,7 +226,7 @@ class ElasticFaceLoss(MarginLoss):
         std: float = 0.05,
         kind: str = "arc",
         by_difficulty: bool = False,
-        scale: float | Tensor = 64.0,
+        scale: float | Tensor | None = 64.0,
         **options: Unpack[MarginOptions],
     ):
         super().__init__(num_classes, embedding_size, {}, scale, **options)

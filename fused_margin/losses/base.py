@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import Unpack
 
 from fused_margin import _checks
 from fused_margin._cross_entropy import margin_cross_entropy
@@ -16,13 +17,9 @@ from fused_margin._ops.normalization import unit_rows
 from fused_margin.distributed import Shard
 from fused_margin.losses import settings
 from fused_margin.losses.exclusive import ExclusiveRegularizer, checked_refresh
+from fused_margin.losses.options import ClassificationOptions
 from fused_margin.margins import HardNegatives, Margin, minimum_scale, warn
 from fused_margin.nearest import NearestClass
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-    from fused_margin.losses.options import ClassificationOptions
 
 T = TypeVar("T")
 
@@ -117,6 +114,18 @@ class ClassificationLoss(settings.Settings):
             value = torch.as_tensor(value, device=self.weight.device).detach()
             _checks.per_class(name, value, self.weight, self.num_classes)
         super().__setattr__(name, value)
+
+    def check_parameters(self) -> None:
+        """Checks class_weight, sub_centers and the shard against weight, which is another tensor after functional_call."""
+        _checks.sub_centers(self.sub_centers, self.weight, 0.0, 0.0)
+        classes = _checks.shard(self.shard, self.weight, self.sub_centers, 0.0)
+        _checks.per_class("class_weight", self.class_weight, self.weight, classes)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        shard = state.get("shard")
+        if shard is not None and shard.group is None:  # version 0.1 pickled losses that draw classes with a shard
+            state = {**state, "shard": None}
+        super().__setstate__(state)
 
     def check_together(self, values: dict[str, Any]) -> None:
         exclusive_weight = values.get("exclusive_weight", 0.0)
@@ -356,6 +365,8 @@ class MarginLoss(ClassificationLoss):
         # Checked first, because current_margin reads them. A rank may have no classes.
         _checks.embeddings_for(embeddings, self.weight, at_least=1 if self.shard is None else 0)
         _checks.per_sample_index("labels", labels, embeddings)
+        if self.class_weight is not None or self.sub_centers > 1 or self.shard is not None:
+            self.check_parameters()
         return margin_cross_entropy(
             embeddings,
             self.weight,

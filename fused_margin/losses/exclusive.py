@@ -145,6 +145,11 @@ class ExclusiveRegularizer(settings.Settings):
             saved = state_dict.get(prefix + name)
             device = getattr(saved if getattr(self, name) is None else getattr(self, name), "device", None)
             setattr(self, name, None if saved is None else torch.empty_like(saved, device=device))
+            if name in ("candidate", "index") and saved is not None and saved.numel():
+                low, high = (int(t) for t in saved.aminmax())
+                if low < (-1 if name == "candidate" else 0) or high >= len(saved):
+                    errors: list[str] = rest[-1]
+                    errors.append(f"{prefix}{name}: expected classes in [0, {len(saved)}), got {low} to {high}")
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def extra_repr(self) -> str:

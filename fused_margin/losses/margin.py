@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from fused_margin.losses import settings
 from fused_margin.losses.base import ClassificationLoss, MarginLoss
+from fused_margin.losses.options import MarginOptions, SubCenterOptions
 from fused_margin.losses.running_state import RunningState, once_per_step
 from fused_margin.margins import Margin
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-    from fused_margin.losses.options import MarginOptions, SubCenterOptions
 
 
 class ArcFaceLoss(MarginLoss):
@@ -50,7 +47,7 @@ class ArcFaceLoss(MarginLoss):
         num_classes: int,
         embedding_size: int,
         margin: float = 0.5,
-        scale: float | Tensor = 64.0,
+        scale: float | Tensor | None = 64.0,
         **options: Unpack[MarginOptions],
     ):
         super().__init__(num_classes, embedding_size, {}, scale, **options)
@@ -84,7 +81,7 @@ class SubCenterArcFaceLoss(MarginLoss):
         num_classes: int,
         embedding_size: int,
         margin: float = 0.5,
-        scale: float | Tensor = 64.0,
+        scale: float | Tensor | None = 64.0,
         sub_centers: int = 3,
         **options: Unpack[SubCenterOptions],
     ):
@@ -118,7 +115,7 @@ class CosFaceLoss(MarginLoss):
         num_classes: int,
         embedding_size: int,
         margin: float = 0.35,
-        scale: float | Tensor = 64.0,
+        scale: float | Tensor | None = 64.0,
         **options: Unpack[MarginOptions],
     ):
         super().__init__(num_classes, embedding_size, {}, scale, **options)
@@ -142,7 +139,11 @@ class NormFaceLoss(MarginLoss):
     """
 
     def __init__(
-        self, num_classes: int, embedding_size: int, scale: float | Tensor = 64.0, **options: Unpack[MarginOptions]
+        self,
+        num_classes: int,
+        embedding_size: int,
+        scale: float | Tensor | None = 64.0,
+        **options: Unpack[MarginOptions],
     ):
         super().__init__(num_classes, embedding_size, {}, scale, **options)
 
@@ -179,7 +180,7 @@ class CombinedMarginLoss(MarginLoss):
         m1: float = 1.0,
         m2: float = 0.3,
         m3: float = 0.2,
-        scale: float | Tensor = 64.0,
+        scale: float | Tensor | None = 64.0,
         **options: Unpack[MarginOptions],
     ):
         super().__init__(num_classes, embedding_size, {}, scale, **options)

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import Unpack
 
 from fused_margin import _C, _checks
 from fused_margin._cross_entropy import linear_cross_entropy
 from fused_margin.losses import settings
 from fused_margin.losses.base import PROBABILITY, ClassificationLoss
 from fused_margin.losses.margin import AnnealedMargin
+from fused_margin.losses.options import ClassificationOptions
 from fused_margin.losses.running_state import once_per_step
 from fused_margin.margins import Margin
 from fused_margin.nearest import exclusive_regularization
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-    from fused_margin.losses.options import ClassificationOptions
 
 
 class SoftmaxLoss(ClassificationLoss):
@@ -72,6 +69,9 @@ class SoftmaxLoss(ClassificationLoss):
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         _checks.batch(embeddings, self.weight, labels, at_least=1 if self.shard is None else 0)
+        _checks.per_class("bias", self.bias, self.weight, len(self.weight))
+        if self.class_weight is not None or self.sub_centers > 1 or self.shard is not None:
+            self.check_parameters()
         loss = linear_cross_entropy(
             self.features(embeddings),
             self.weight,

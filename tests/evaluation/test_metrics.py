@@ -165,3 +165,13 @@ def test_fewer_pairs_than_asked_for_stay_balanced():
 def test_impossible_pairs(labels, message):
     with pytest.raises(DataError, match=message):
         make_pairs(np.array(labels), 10, 2, seed=0)
+
+
+def test_invalid_summaries():
+    scores, same = np.linspace(0, 1, 6), np.arange(6) % 2
+    with pytest.raises(ValueError, match=r"same: expected \(6,\) bool, one per score, got \(6,\) int64"):
+        summarize_pairs(scores, same, 1e-3)
+    with pytest.raises(ValueError, match="same: expected"):
+        summarize_pairs(scores, same[:4] == 1, 1e-3)
+    with pytest.raises(ValueError, match="num_impostors: expected at least the 6 given scores, got 0"):
+        tar_at_far(scores, scores, 0.1, 0)

@@ -354,3 +354,11 @@ def test_invalid_megaface_arrays(change, message):
     arguments = {"probes": np.eye(6), "identity": np.zeros(6, int), "distractors": np.eye(6)}
     with pytest.raises(ValueError, match=message):
         megaface(**{**arguments, **change})
+
+
+def test_unknown_choices():
+    features = np.eye(4)
+    with pytest.raises(ValueError, match="flip: expected one of 'none', 'sum', 'concat', got 'x'"):
+        join_mirror(features, features, "x")
+    with pytest.raises(ValueError, match="metric: expected one of 'cosine', 'weighted-l1', got 'x'"):
+        ytf(features, np.arange(4), np.array([[0, 1], [2, 3]]), np.array([True, False]), metric="x")

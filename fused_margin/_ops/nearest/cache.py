@@ -163,6 +163,11 @@ def periodic_nearest(
         index.copy_(find_nearest_others(run, shard, weight, workspace_bytes)[1])
         if not same_age:
             age.zero_()
+    elif len(index):  # it may come from a damaged checkpoint
+        low, high = (int(t) for t in index.aminmax())
+        if low < 0 or high >= shard.num_classes:
+            wrong = low if low < 0 else high
+            raise ValueError(f"exclusive.index: expected classes in [0, {shard.num_classes}), got {wrong}")
     age += is_training
     return cosines_with(run, shard, weight, index)
 
