@@ -266,11 +266,12 @@ def number(name: str, value: float, low: float, high: float = math.inf, *, open_
 def integer(name: str, value: int) -> int:
     """Converts an integer, which may be NumPy's, to an int."""
     try:
-        if not isinstance(value, bool):
-            return operator.index(value)
-    except TypeError:  # also of a tensor of another dtype
-        pass
-    raise TypeError(f"{name}: expected an integer, got {kind(value)}")
+        integer = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:  # of a tensor too, if it is not an integer
+        integer = None
+    if integer is None:
+        raise TypeError(f"{name}: expected an integer, got {kind(value)}")
+    return integer
 
 
 def positive_index(name: str, value: int) -> int:

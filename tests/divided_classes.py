@@ -16,7 +16,7 @@ def draw_division(data):
 
 
 def check_losses(results, loss, reduction):
-    """Every rank has the loss of one device, or that of its own samples; results begin with the loss of a rank."""
+    """Compare each rank's loss, the first of its results, with that of one device, over all samples or its own."""
     losses = [own_loss for own_loss, *_ in results]
     if reduction == "none":
         assert relative_error(torch.cat(losses), loss) < 1e-9

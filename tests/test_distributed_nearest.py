@@ -253,6 +253,22 @@ def test_losses(ranks, kind, refresh, rate):
         assert refresh != "certified" or swept[1] > 0
 
 
+def step_with_damaged_index(group):
+    """The error of a step after the last rank's index of nearest classes was damaged."""
+    loss_fn = fm.ArcFaceLoss(9, 4, process_group=group, exclusive_weight=1.0, exclusive_refresh=3)
+    x, y = torch.randn(2, 4), torch.tensor([0, 8])
+    loss_fn(x, y)
+    if group.rank() == group.size() - 1:
+        loss_fn.exclusive.index[0] = -4
+    with pytest.raises(ValueError, match=r"exclusive.index: expected classes in \[0, 9\), got -4") as caught:
+        loss_fn(x, y)
+    return str(caught.value)
+
+
+def test_damaged_index_raises_on_every_rank(ranks):
+    assert len(ranks.run(step_with_damaged_index, [()] * 3)) == 3
+
+
 def load_and_evaluate(group, folder, classes, states, refresh):
     """Exclusive terms after loading a checkpoint of other ranks, and the state dict of one device."""
     loss_fn = fm.ArcFaceLoss(classes, 16, process_group=group, exclusive_weight=1.0, exclusive_refresh=refresh)

@@ -270,6 +270,7 @@ class PartialFC_V2(settings.Settings):
             embeddings.register_hook(lambda gradient: gradient * self.world_size)
         labels = column(local_labels)
         _checks.batch(embeddings, weight, labels, at_least=1 if self.shard is None else 0)
+        _checks.shard(self.shard, weight, 1, 0.0)
         with torch.autocast(weight.device.type, torch.float16, enabled=bool(self.fp16)):
             return margin_cross_entropy(
                 embeddings,

@@ -341,3 +341,14 @@ def test_bad_label_raises_on_every_rank(ranks):
     with pytest.raises(RankError) as caught:
         ranks.run(bad_label, [([1, 2],), ([3, 10, 4],)])
     assert str(caught.value).count("got 10 on rank 1 for 10 classes\n") >= 2
+
+
+def other_weights(group):
+    fc = PartialFC_V2(ArcFace(), SIZE, 10, process_group=group)
+    fc.weight = torch.nn.Parameter(torch.randn(fc.num_local + 1, SIZE))
+    with pytest.raises(ValueError, match="weight: expected the 5 rows that rank . of 2 has of 10 classes, got 6"):
+        fc(torch.randn(2, SIZE), torch.tensor([1, 2]))
+
+
+def test_weights_of_another_division_are_an_error(ranks):
+    ranks.run(other_weights, [()] * 2)

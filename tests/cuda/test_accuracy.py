@@ -1,4 +1,4 @@
-"""Results on a device against float64: first those of the tensor-core kernels alone, then complete losses.
+"""Results on a device against float64: the tensor-core kernels, then complete losses.
 
 Run with ``pytest -m cuda`` where there is a device. Options of portable kernels only are compared with the CPU.
 """

@@ -37,7 +37,7 @@ def test_exact_search(search, shape, metric):
 
 @pytest.mark.parametrize("size", [48, 512])
 def test_certified_refresh(search, size):
-    """At every training step the neighbors are those of the CPU, and equal a full search on the device bit for bit."""
+    """The nearest classes equal the CPU's at every training step, and those of a full search on the device bit for bit."""
     regularizer = fm.ExclusiveRegularizer(refresh="certified")
     for step, weight in training(1500, size, 40):
         moved = weight.to(DEVICE)

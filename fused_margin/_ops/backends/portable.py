@@ -174,10 +174,10 @@ class ChunkBackend:
             row_scale: (chunks or 1, N), the factors from exponentials to dL / d logit.
         """
         x_hat = self.output.normalized_embeddings
-        self.row_scale, self.one_row_scale = row_scale, row_scale.shape[0] == 1  # for all chunks
-        self.embedding_scale = (
-            row_scale[0] if self.one_row_scale else None
-        )  # a factor that backward_chunk does not apply
+        self.row_scale = row_scale
+        self.one_row_scale = row_scale.shape[0] == 1  # for all chunks
+        # backward_chunk does not apply this factor.
+        self.embedding_scale = row_scale[0] if self.one_row_scale else None
         self.need_embeddings = need_embeddings
         if need_embeddings:
             self.d_embeddings = torch.zeros_like(x_hat)

@@ -66,12 +66,9 @@ class ChunkBackend:
             self.slots = self.family.slots()
             self.partial = inputs.weight.new_zeros(self.slots, self.samples, 2, dtype=torch.float32)
             run.prepare_rows(
-                labels=inputs.labels,
-                scale=inputs.scale,
-                exponent=None,
-                prepared=self.prepared_rows,
+                labels=inputs.labels, scale=inputs.scale, exponent=None, prepared=self.prepared_rows,
                 samples=self.samples,
-            )
+            )  # fmt: skip
         if inputs.uses_tiled_nearest:
             self.packed_nearest = torch.zeros(inputs.weight.shape[0], dtype=torch.int64, device=inputs.weight.device)
 
@@ -118,11 +115,9 @@ class ChunkBackend:
             for j in range(k + 1):
                 rows = operand if j == k else self.operand(j, self.second_buffer, fresh=False)
                 self.family.nearest(
-                    **self.product(rows, operand),
-                    row_begin=self.plan.bounds(j)[0],
-                    column_begin=begin,
+                    **self.product(rows, operand), row_begin=self.plan.bounds(j)[0], column_begin=begin,
                     best=self.packed_nearest,
-                )
+                )  # fmt: skip
 
     def finish_forward(self) -> None:
         """Combines the results of the chunks."""

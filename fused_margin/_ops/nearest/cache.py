@@ -163,13 +163,19 @@ def periodic_nearest(
         index.copy_(find_nearest_others(run, shard, weight, workspace_bytes)[1])
         if not same_age:
             age.zero_()
-    elif len(index):  # it may come from a damaged checkpoint
-        low, high = (int(t) for t in index.aminmax())
-        if low < 0 or high >= shard.num_classes:
-            wrong = low if low < 0 else high
-            raise ValueError(f"exclusive.index: expected classes in [0, {shard.num_classes}), got {wrong}")
+    else:
+        check_classes(shard, index)
     age += is_training
     return cosines_with(run, shard, weight, index)
+
+
+def check_classes(shard: Shard, index: Tensor) -> None:
+    """Raises ValueError, on every rank, if an element of `index` on any rank is no class: a buffer may be damaged."""
+    low, high = index.aminmax() if len(index) else index.new_zeros(2).unbind()
+    high, negative_low = shard.all_reduce_max(torch.stack([high, -low])).tolist()
+    if negative_low > 0 or high >= shard.num_classes:
+        wrong = -negative_low if negative_low > 0 else high
+        raise ValueError(f"exclusive.index: expected classes in [0, {shard.num_classes}), got {wrong}")
 
 
 def cosines_with(run: Kernels, shard: Shard, weight: Tensor, index: Tensor) -> Tensor:

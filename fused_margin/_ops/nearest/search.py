@@ -30,7 +30,7 @@ MAX_EXPONENT = 55
 class Block:
     """A block of rows of one rank, on all ranks, with their answers so far.
 
-    On the owner, the rows are `selected` rows of its own (None for all rows), and results are written to its own tensors.
+    On the owner, `selected` has the indices of the rows (None for all rows), and results are written to the owner's tensors.
     On other ranks, the rows are copies.
     """
 
@@ -133,14 +133,14 @@ class NearestSearch:
             if count:
                 yield Block(0, True, own, selected, None, 0, self.cosine, self.index, count)
             return
-        taken = slice(None) if selected is None else selected
+        sent_rows = slice(None) if selected is None else selected
         numbers = [own.inverse_norm, own.scale, own.length, own.error, self.cosine[:, 0], self.index[:, 0], self.ids]
         sent = [
-            own.rows[taken],
-            torch.stack([t.double() for t in numbers], dim=1)[taken],
+            own.rows[sent_rows],
+            torch.stack([t.double() for t in numbers], dim=1)[sent_rows],
         ]  # float64 holds all of them exactly
         if with_codes:
-            sent.append(own.codes[taken])
+            sent.append(own.codes[sent_rows])
         done = 0
         for owner, (rows, packed, *codes) in shard.iter_shards(sent, self.rows_per_rank(selected), block_rows):
             inverse_norm, scale, length, error, cosine, index, ids = packed.t().contiguous().unbind(0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import os
 import platform
 import statistics
 import time
@@ -117,9 +118,9 @@ def measure(config: TrainConfig, *, trained: bool) -> dict[str, float]:
         "sep_mean": pairs["separability"]["mean"],
         "sep_std": pairs["separability"]["std"],
     }
-    unfinished = done.with_suffix(".unfinished")  # so that an interruption leaves a complete file or none
-    unfinished.write_text(json.dumps(measured) + "\n", encoding="utf-8")
-    unfinished.replace(done)
+    temporary = done.with_suffix(".tmp")  # so that a kill leaves a complete file or none
+    temporary.write_text(json.dumps(measured) + "\n", encoding="utf-8")
+    os.replace(temporary, done)
     return measured
 
 
