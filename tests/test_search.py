@@ -10,7 +10,7 @@ from loss_inputs import leaf, problem
 from torch.nn import functional as F
 
 import fused_margin as fm
-from fused_margin._ops.backends.select import kernels
+from fused_margin._ops.backends.select import kernels_on
 from fused_margin._ops.nearest import cache, quantized, search
 from fused_margin.functional import NearestClass, nearest_class
 
@@ -135,7 +135,8 @@ def training(classes, size, steps, seed=0):
 
 def full_search(weight):
     """A full search in float64, as for the certified refresh."""
-    result = search.find_nearest(kernels("cpu"), weight, None, 1, False, 1 << 22)
+    with kernels_on(weight.device) as run:
+        result = search.find_nearest(run, weight, None, 1, False, 1 << 22)
     return NearestClass(*(answer.squeeze(1) for answer in result.answers(torch.float64)))
 
 
