@@ -15,6 +15,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 SOURCES = Path("csrc")
+KERNEL_FILES = ("loss", "search", "step")  # in csrc/cpu and csrc/cuda
 X86_INSTRUCTION_SETS = {
     "avx2": "-mavx2 -mfma",
     "avx512": "-mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512",
@@ -77,7 +78,7 @@ class NinjaBuild(build_ext):
 
         x86 = platform.machine().lower() in ("x86_64", "amd64")
         for name, flags in {"plain": "", **(X86_INSTRUCTION_SETS if x86 else {})}.items():
-            for file in ("loss", "search"):
+            for file in KERNEL_FILES:
                 objects[f"{file}_{name}.o"] = ("cxx", f"cpu/{file}.cpp", f"{flags} -DFM_ISA={name}")
         objects["dispatch.o"] = ("cxx", "cpu/dispatch.cpp", "-DFM_X86" if x86 else "")
 
@@ -91,7 +92,7 @@ class NinjaBuild(build_ext):
             defines += (
                 f' -DFM_CUDA -DFM_CUDA_ARCHITECTURES=\\"{",".join(architectures)}\\" -DFM_CUDA_TOOLKIT=\\"{toolkit}\\"'
             )
-            for file in ("loss", "search"):
+            for file in KERNEL_FILES:
                 objects[f"cuda_{file}.o"] = ("nvcc", f"cuda/{file}.cu", nvcc_flags(architectures))
             tensor_cores = [entry for entry in architectures if float(entry[: entry.index(".") + 2]) >= 8.0]
             if tensor_cores:

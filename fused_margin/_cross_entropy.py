@@ -13,6 +13,7 @@ from fused_margin._ops import collectives, library
 from fused_margin._ops.backends.select import select_backend
 from fused_margin._ops.inputs import MIB, PORTABLE, LossInputs, compute_dtype
 from fused_margin._ops.margin_rows import margin_rows
+from fused_margin._ops.row_update import WeightStepper
 from fused_margin.distributed import Shard
 from fused_margin.margins import BEYOND_PI, FilteredNegatives, HardNegatives, Margin
 from fused_margin.nearest import NearestClass, exclusive_regularization
@@ -37,12 +38,14 @@ def margin_cross_entropy(
     sample_rate: float,
     sparse: bool,
     workspace_mb: float,
+    stepper: WeightStepper | None = None,
 ) -> Tensor:
     """:func:`fused_margin.functional.margin_cross_entropy` without its checks.
 
     Args:
         sample_rate: share of the classes that take part.
         sparse: whether the gradient of weight is sparse if ``sample_rate`` is below 1.
+        stepper: steps ``weight`` in the backward.
     """
     classes, group = (
         (weight.shape[0] // sub_centers, "") if shard is None else _check_divided(embeddings, weight, shard)
@@ -65,7 +68,7 @@ def margin_cross_entropy(
         known_index, sub_centers, threshold, strength, group=group, num_classes=classes, sample_rate=sample_rate,
         sparse_gradient=sparse,
     )  # fmt: skip
-    output = library.run_forward(inputs, smooth, ignore_index)
+    output = library.run_forward(inputs, smooth, ignore_index, stepper)
     loss, row_weight = margin_losses(
         inputs, embeddings, labels, margin, output.largest_logit + output.relative_logsumexp, output.target_cosine,
         output.uniform_cosine if smooth else None, class_weight, label_smoothing, ignore_index, classes,
@@ -93,6 +96,7 @@ def linear_cross_entropy(
     sample_rate: float,
     sparse: bool,
     workspace_mb: float,
+    stepper: WeightStepper | None = None,
 ) -> Tensor:
     """:func:`fused_margin.functional.linear_cross_entropy` without its checks; see :func:`margin_cross_entropy`."""
     classes, group = (weight.shape[0], "") if shard is None else _check_divided(embeddings, weight, shard)
@@ -108,7 +112,7 @@ def linear_cross_entropy(
         class_weight=local_class_weight if smooth else None, need_length=margin is not None, group=group,
         num_classes=classes, sample_rate=sample_rate, sparse_gradient=sparse,
     )  # fmt: skip
-    output = library.run_forward(inputs, smooth, ignore_index)
+    output = library.run_forward(inputs, smooth, ignore_index, stepper)
     logsumexp = output.largest_logit + output.relative_logsumexp
     target_bias = 0.0 if bias is None else output.target_bias
     if margin is not None:

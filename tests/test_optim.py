@@ -1,10 +1,14 @@
 """Projected gradient descent."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch.nn import functional as F
 
-from fused_margin.optim import ProjectedSGD, project_
+import fused_margin as fm
+from fused_margin.optim import ProjectedSGD, project_, step_in_backward
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
@@ -61,3 +65,27 @@ def test_groups_state_and_parameters_without_gradient():
     again.step()
     scheduler.step()
     assert again.param_groups[1]["lr"] == 0.05
+
+
+def test_loss_that_is_stepped_in_the_backward_can_be_freed():
+    loss_fn = fm.ArcFaceLoss(10, 8)
+    optimizer = ProjectedSGD([loss_fn.weight], lr=0.1)
+    handle = step_in_backward(loss_fn, optimizer)
+    loss_fn(torch.randn(4, 8), torch.arange(4)).backward()
+    optimizer.step()
+    references = [weakref.ref(each) for each in (loss_fn, loss_fn.weight, optimizer, handle)]
+    del loss_fn, optimizer, handle
+    gc.collect()
+    assert [reference() for reference in references] == [None] * 4
+
+
+def test_seed_of_a_step_in_the_backward():
+    loss_fn = fm.ArcFaceLoss(10, 8, dtype=torch.bfloat16)
+    optimizer = ProjectedSGD([loss_fn.weight], lr=0.1)
+    with pytest.raises(ValueError, match="seed: expected a signed 64-bit integer, got 9223372036854775808"):
+        step_in_backward(loss_fn, optimizer, seed=2**63)
+    for seed in (-(2**63), 2**63 - 1):
+        handle = step_in_backward(loss_fn, optimizer, seed=seed)
+        loss_fn(torch.randn(4, 8), torch.arange(4)).backward()
+        optimizer.step()
+        handle.remove()

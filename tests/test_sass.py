@@ -103,3 +103,23 @@ def test_row_kernels(architecture, kernel):
         if kernel == "project_weight_gradient":
             loads += int(group) * size[value] // 16
         assert len(starting(code, "LDG.E.128")) >= int(groups) * loads, match[0]
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90a"])
+def test_step_kernels(architecture):
+    """Rows stay in registers. A group of elements of aligned rows is loaded and stored at once, also where a row has
+    smaller elements than the arithmetic."""
+    pattern = re.compile(r"step_rowsINS0_5PieceI[fd]Li(\d+)ELi(\d+)ELNS0_6AccessE(\d)EEE(\w)")
+    matching = [(m, code) for name, code in kernels(architecture).items() if (m := pattern.search(name))]
+    assert len(matching) >= 24  # of arithmetic in two types, rows in three, vectors and strided, with and without Adam
+    for match, code in matching:
+        group, groups, access, stored = match.groups()
+        assert not starting(code, "LDL", "STL"), f"{match[0]} keeps something in local memory"
+        if access != "0":  # Access::vectors
+            continue
+        width = int(group) * {"f": 4, "d": 8}.get(stored, 2)
+        of_row = {4: "", 8: ".64"}.get(width, ".128")
+        for suffix in (of_row, ".128"):  # of weight and momentum, and of the gradient
+            for kind in ("LDG", "STG"):
+                assert code.count(f"{kind}.E{suffix}") >= 2 * int(groups), f"{match[0]} splits groups"
+        assert set(starting(code, "STG")) == {f"STG.E{of_row}", "STG.E.128"}, f"{match[0]} stores parts of a group"

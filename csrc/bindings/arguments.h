@@ -8,6 +8,7 @@
 
 #include "../kernels/loss.h"
 #include "../kernels/search.h"
+#include "../kernels/step.h"
 #include "../kernels/tensor.h"
 
 #include <string>
@@ -120,6 +121,12 @@ inline void read(const Name& name, py::handle value, BeyondPi& field) {
     field = static_cast<BeyondPi>(number);
 }
 
+inline void read(const Name& name, py::handle value, UpdateRule& field) {
+    int number;
+    read(name, value, number);
+    field = static_cast<UpdateRule>(number);
+}
+
 inline bool is_number(py::handle value) { return PyFloat_Check(value.ptr()) || PyLong_Check(value.ptr()); }
 
 inline void read(const Name& name, py::handle value, double& field) {
@@ -157,6 +164,14 @@ inline void read(const Name& name, py::handle value, MatrixView& field) {
     auto strides = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(value.ptr(), Torch::get().stride));
     if (!strides || !PyTuple_Check(strides.ptr()) || PyTuple_Size(strides.ptr()) != 2) name.fail("a matrix", value);
     field = {data_of(name, value), static_cast<Dtype>(dtype), item(strides, 0), item(strides, 1)};
+}
+
+inline void read(const Name& name, py::handle value, MutableRows& field) {
+    field = {};
+    if (value.is_none()) return;
+    int dtype = dtype_index(value);
+    if (dtype < 0 || dtype > static_cast<int>(Dtype::bfloat16)) name.fail("a matrix of floats or None", value);
+    field = {data_of(name, value), static_cast<Dtype>(dtype)};
 }
 
 // The shape of a contiguous matrix.

@@ -6,6 +6,7 @@
 
 #include "../kernels/loss.h"
 #include "../kernels/search.h"
+#include "../kernels/step.h"
 #include "../kernels/tensor.h"
 
 namespace fm::python {
@@ -39,9 +40,20 @@ template <class Visit> constexpr void for_each_field(MarginRows& p, Visit&& visi
 template <class T, class Visit> constexpr void for_each_field(ProjectWeightGradient<T>& p, Visit&& visit) {
     FM_FIELD(gradient), FM_FIELD(weight), FM_FIELD(inverse_norm), FM_FIELD(dense_scale),
         FM_FIELD(normalized_embeddings), FM_FIELD(sorted_labels), FM_FIELD(label_order), FM_FIELD(target_gradient),
-        FM_FIELD(uniform_direction), FM_FIELD(class_weight), FM_FIELD(nearest), FM_FIELD(sorted_nearest),
-        FM_FIELD(nearest_order), FM_FIELD(nearest_gradient), FM_FIELD(samples), FM_FIELD(classes), FM_FIELD(size),
-        FM_FIELD(class_begin), FM_FIELD(chunk), FM_FIELD(inner_product);
+        FM_FIELD(uniform_direction), FM_FIELD(class_weight), FM_FIELD(length_gradient), FM_FIELD(nearest),
+        FM_FIELD(sorted_nearest), FM_FIELD(nearest_order), FM_FIELD(nearest_gradient), FM_FIELD(samples),
+        FM_FIELD(classes), FM_FIELD(size), FM_FIELD(class_begin), FM_FIELD(chunk), FM_FIELD(inner_product);
+}
+
+template <class Visit> constexpr void for_each_field(Update& p, Visit&& visit) {
+    FM_FIELD(rule), FM_FIELD(lr), FM_FIELD(beta1), FM_FIELD(beta2), FM_FIELD(eps), FM_FIELD(weight_decay),
+        FM_FIELD(correction1), FM_FIELD(correction2);
+}
+
+template <class T, class Visit> constexpr void for_each_field(StepRows<T>& p, Visit&& visit) {
+    FM_FIELD(completion), FM_FIELD(added), FM_FIELD(selected), FM_FIELD(parameter), FM_FIELD(momentum),
+        FM_FIELD(second_moment), FM_FIELD(update), FM_FIELD(project), FM_FIELD(momentum_only), FM_FIELD(stochastic),
+        FM_FIELD(seed), FM_FIELD(step), FM_FIELD(first_row), FM_FIELD(skip);
 }
 
 template <class T, class Visit> constexpr void for_each_field(ProjectEmbeddingGradient<T>& p, Visit&& visit) {

@@ -32,6 +32,7 @@ template <class Backend> void define_kernels(py::module_ m) {
     bind_typed<Backend, ExponentSum>(m, "exponent_sum", "logits_chunk");
     bind<Backend, MarginRows>(m, "margin_rows");
     bind_typed<Backend, ProjectWeightGradient>(m, "project_weight_gradient", "gradient");
+    bind_typed<Backend, StepRows>(m, "step_rows", "gradient");
     bind_typed<Backend, ProjectEmbeddingGradient>(m, "project_embedding_gradient", "gradient");
     bind_typed<Backend, NearestTile>(m, "nearest_tile", "scores");
     bind<Backend, QuantizeRows>(m, "quantize_rows");

@@ -3,7 +3,7 @@
 //
 // This file must not emit shared out-of-line functions (no standard containers, no external templates): the linker
 // would keep one copy for all instruction sets.
-#include "rows.h"
+#include "weight_gradient.h"
 
 #include <limits>
 
@@ -211,50 +211,12 @@ void margin_rows(const MarginRows& p) {
     for (int64_t i = 0; i < p.samples; ++i) margin_row(p, i);
 }
 
-// g := inverse (g - (g . u) u), where u = direction * unit
-template <class T> inline void project_out(T* g, const T* direction, T unit, T inverse, int64_t size) {
-    T along = static_cast<T>(dot(g, direction, size) * static_cast<double>(unit));
-#pragma omp simd
-    for (int64_t d = 0; d < size; ++d) g[d] = inverse * (g[d] - along * (unit * direction[d]));
-}
-
 template <class T> void project_weight_gradient(const ProjectWeightGradient<T>& p) {
 #pragma omp parallel num_threads(threads_for(p.chunk* p.size))
     {
         Scratch<T> own(p.size), other(p.size);
 #pragma omp for schedule(static)
-        for (int64_t row = 0; row < p.chunk; ++row) {
-            int64_t j = p.class_begin + row;
-            T* g = p.gradient + row * p.size;
-            T inverse = p.inverse_norm[j];
-            if (p.dense_scale) {
-                T scale = static_cast<T>(*p.dense_scale) * inverse;
-                for (int64_t d = 0; d < p.size; ++d) g[d] *= scale;
-            }
-            if (p.sorted_labels)
-                for (int64_t k = lower_bound(p.sorted_labels, p.samples, j); k < p.samples && p.sorted_labels[k] == j;
-                     ++k) {
-                    int64_t i = p.label_order[k];
-                    add_scaled(g, inverse * static_cast<T>(p.target_gradient[i]), p.normalized_embeddings + i * p.size,
-                               p.size);
-                }
-            if (p.uniform_direction)
-                add_scaled(g, inverse * static_cast<T>(p.class_weight ? p.class_weight[j] : 1.0), p.uniform_direction,
-                           p.size);
-            if (p.nearest) {
-                int64_t near = p.nearest[j];
-                add_scaled(g, inverse * p.nearest_gradient[j], p.inverse_norm[near],
-                           load_row<T>(p.weight, near, p.size, other), p.size);
-                for (int64_t k = lower_bound(p.sorted_nearest, p.classes, j); k < p.classes && p.sorted_nearest[k] == j;
-                     ++k) {
-                    int64_t i = p.nearest_order[k];
-                    add_scaled(g, inverse * p.nearest_gradient[i], p.inverse_norm[i],
-                               load_row<T>(p.weight, i, p.size, other), p.size);
-                }
-            }
-            if (!p.inner_product)
-                project_out(g, load_row<T>(p.weight, j, p.size, own), inverse, static_cast<T>(1), p.size);
-        }
+        for (int64_t row = 0; row < p.chunk; ++row) complete_gradient<T>(p, row, own, other);
     }
 }
 

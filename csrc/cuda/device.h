@@ -151,6 +151,22 @@ template <class Value> __device__ __forceinline__ void store_16_bytes(void* to, 
                  "r"(words[1]), "r"(words[2]), "r"(words[3])
                  : "memory");
 }
+// Stores value, an array of 4, 8 or 16 bytes, in one instruction. The address is aligned to its size.
+template <class Value> __device__ __forceinline__ void store_aligned(void* to, const Value& value) {
+    static_assert(sizeof value == 4 || sizeof value == 8 || sizeof value == 16);
+    if constexpr (sizeof value == 16) {
+        store_16_bytes(to, value);
+    } else {
+        uint32_t words[sizeof value / 4];
+        memcpy(words, &value, sizeof words);
+        if constexpr (sizeof value == 8)
+            asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(to)), "r"(words[0]),
+                         "r"(words[1])
+                         : "memory");
+        else
+            *static_cast<uint32_t*>(to) = words[0];
+    }
+}
 
 #endif
 

@@ -1,7 +1,7 @@
 // The kernels of the losses in portable CUDA, for any GPU; the caller computes the matrix products. One thread group
 // writes each output, and reductions run in a fixed order, so that results repeat bit for bit.
 #include "cuda.h"
-#include "row.h"
+#include "weight_gradient.h"
 
 #include "../math/cross_entropy.h"
 #include "../math/exponential.h"
@@ -140,65 +140,13 @@ __global__ void margin_rows(MarginRows p) {
     if (i < p.samples) margin_row(p, i);
 }
 
-// One row g of a gradient: prepare(piece of g, begin) changes each piece in place, then g := inverse (g - (g . u) u),
-// where u = direction * unit. With `project` false g is only prepared.
-template <class Piece, class T, class S, class Prepare> __device__ void
-project_row(T* gradient, const Row<S>& direction, int64_t size, bool project, T unit, T inverse, Prepare prepare) {
-    const int64_t last = Piece::last(size);
-    Piece g, u;
-    double dot = 0.0;
-    auto load = [&](int64_t begin) {
-        g.load(Row<T>(gradient), begin, size);
-        if (project) u.load(direction, begin, size);
-    };
-    for (int64_t begin = 0; begin <= last; begin += Piece::kSize) {
-        load(begin);
-        prepare(g, begin);
-        if (project) dot += g.dot(u);
-        if (begin < last || !project) g.store(gradient, begin, size);
-    }
-    if (!project) return;
-    T along = static_cast<T>(warp_sum(dot) * static_cast<double>(unit));
-    for (int64_t begin = last; begin >= 0; begin -= Piece::kSize) { // the last piece is still in registers
-        if (begin < last) load(begin);
-        g.for_each(u, [&](T& value, T other) { value = inverse * (value - along * (unit * other)); });
-        g.store(gradient, begin, size);
-    }
-}
-
 template <class Piece, class S>
 __global__ void project_weight_gradient(ProjectWeightGradient<typename Piece::Value> p) {
-    using T = typename Piece::Value;
     int64_t row = warp_row();
     if (row >= p.chunk) return;
-    int64_t j = p.class_begin + row;
-    T inverse = p.inverse_norm[j];
-    T scale = p.dense_scale ? static_cast<T>(*p.dense_scale) * inverse : static_cast<T>(1);
-    auto prepare = [&](Piece& g, int64_t begin) {
-        g.for_each([&](T& value) { value *= scale; });
-        if (p.sorted_labels) {
-            for (int64_t k = warp_lower_bound(p.sorted_labels, p.samples, j); k < p.samples && p.sorted_labels[k] == j;
-                 ++k) {
-                int64_t i = p.label_order[k];
-                g.add(inverse * static_cast<T>(p.target_gradient[i]), Row<T>(p.normalized_embeddings + i * p.size),
-                      begin, p.size);
-            }
-        }
-        if (p.uniform_direction)
-            g.add(inverse * static_cast<T>(p.class_weight ? p.class_weight[j] : 1.0), Row<T>(p.uniform_direction),
-                  begin, p.size);
-        if (p.nearest) {
-            int64_t near = p.nearest[j];
-            g.add(inverse * p.nearest_gradient[j], p.inverse_norm[near], Row<S>(p.weight, near), begin, p.size);
-            for (int64_t k = warp_lower_bound(p.sorted_nearest, p.classes, j);
-                 k < p.classes && p.sorted_nearest[k] == j; ++k) {
-                int64_t i = p.nearest_order[k];
-                g.add(inverse * p.nearest_gradient[i], p.inverse_norm[i], Row<S>(p.weight, i), begin, p.size);
-            }
-        }
-    };
-    project_row<Piece>(p.gradient + row * p.size, Row<S>(p.weight, j), p.size, !p.inner_product, inverse,
-                       static_cast<T>(1), prepare);
+    auto* gradient = p.gradient + row * p.size;
+    complete_weight_gradient<Piece, S>(
+        p, row, [&](const Piece& g, const Piece&, int64_t begin) { g.store(gradient, begin, p.size); });
 }
 
 template <class Piece> __global__ void project_embedding_gradient(ProjectEmbeddingGradient<typename Piece::Value> p) {
@@ -223,8 +171,10 @@ template <class Piece> __global__ void project_embedding_gradient(ProjectEmbeddi
         }
         if (p.uniform_weight) g.add(static_cast<T>(p.uniform_gradient[i]), Row<T>(p.uniform_weight), begin, p.size);
     };
-    project_row<Piece>(p.gradient + i * p.size, embedding, p.size, !p.inner_product, static_cast<T>(1),
-                       p.inverse_norm[i], prepare);
+    T* gradient = p.gradient + i * p.size;
+    auto finish = [&](const Piece& g, const Piece&, int64_t begin) { g.store(gradient, begin, p.size); };
+    project_row<Piece>(gradient, embedding, p.size, !p.inner_product, static_cast<T>(1), p.inverse_norm[i], prepare,
+                       finish);
     if (!p.scale_gradient) return;
     along = warp_sum(along) * row;
     if (lane() == 0) p.scale_gradient[i] = along;
@@ -318,10 +268,7 @@ template <class T> void start(const TargetCosine<T>& p, void* stream) {
 }
 
 template <class T> void start(const ProjectWeightGradient<T>& p, void* stream) {
-    bool vectors = has_vectors<16 / sizeof(T)>(p.weight, p.size);
-    for (const T* rows : {static_cast<const T*>(p.gradient), p.normalized_embeddings, p.uniform_direction})
-        vectors = vectors && has_vectors(rows, p.size);
-    dispatch_piece<T>(vectors, p.size, [&](auto piece) {
+    dispatch_piece<T>(has_vectors(p), p.size, [&](auto piece) {
         dispatch_dtype(p.weight.dtype, [&](auto s) {
             launch_warp_rows(project_weight_gradient<decltype(piece), decltype(s)>, p.chunk, stream, p);
         });

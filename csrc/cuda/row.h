@@ -61,6 +61,7 @@ template <class S, int G> constexpr int kLoad = G * sizeof(S) < 16 ? G : 16 / st
 template <class T, int G, int K, Access A> struct Piece {
     using Value = T;
     static constexpr int kGroup = G, kGroups = K;
+    static constexpr Access kAccess = A;
     static constexpr int kSize = kWarp * G * K;
 
     T value[K][G];
@@ -113,19 +114,28 @@ template <class T, int G, int K, Access A> struct Piece {
         dispatch_dtype(m.dtype, [&](auto s) { load(Row<decltype(s)>(m, row), begin, size); });
     }
 
-    __device__ void store(T* row, int64_t begin, int64_t size) const {
+    // Stores round(element, k, e) for element e of every group k, to a contiguous row of another type.
+    template <class S, class Round> __device__ void store(S* row, int64_t begin, int64_t size, Round round) const {
         const int count = size - begin < kSize ? static_cast<int>(size - begin) : kSize;
         FM_UNROLL
         for (int k = 0; k < K; ++k) {
             if constexpr (A == Access::vectors) {
-                static_assert(sizeof value[k] == 16);
-                if (offset(k, 0) < count) store_16_bytes(row + begin + offset(k, 0), value[k]);
+                FM_UNROLL
+                for (int e = 0; e < G; e += kLoad<S, G>) {
+                    S stored[kLoad<S, G>];
+                    FM_UNROLL
+                    for (int i = 0; i < kLoad<S, G>; ++i) stored[i] = round(value[k][e + i], k, e + i);
+                    if (offset(k, e) < count) store_aligned(row + begin + offset(k, e), stored);
+                }
             } else {
                 FM_UNROLL
                 for (int e = 0; e < G; ++e)
-                    if (offset(k, e) < count) row[begin + offset(k, e)] = value[k][e];
+                    if (offset(k, e) < count) row[begin + offset(k, e)] = round(value[k][e], k, e);
             }
         }
+    }
+    __device__ void store(T* row, int64_t begin, int64_t size) const {
+        store(row, begin, size, [](T x, int, int) { return x; });
     }
 
     // Calls f(element) for each element, or f(element, element at the same place of another piece).
@@ -180,7 +190,11 @@ template <int G> bool has_vectors(const MatrixView& m, int64_t size) {
     });
 }
 
-// Whether Access::vectors can read and write contiguous rows of T; true for null.
+// Whether Access::vectors can read and write contiguous rows, with groups of G elements; true for null.
+template <int G> bool has_vectors(const MutableRows& rows, int64_t size) {
+    return !rows.data || has_vectors<G>(MatrixView{rows.data, rows.dtype, size, 1}, size);
+}
+// The same for rows of T, with groups of 16 bytes.
 template <class T> bool has_vectors(const T* rows, int64_t size) {
     return !rows || (size * sizeof(T) % 16 == 0 && reinterpret_cast<uintptr_t>(rows) % 16 == 0);
 }

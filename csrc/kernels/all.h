@@ -3,6 +3,7 @@
 
 #include "loss.h"
 #include "search.h"
+#include "step.h"
 
 // X(params) for the params struct of every kernel
 // clang-format off
@@ -13,6 +14,7 @@
     X(MarginRows)                                                          \
     X(ProjectWeightGradient<float>)    X(ProjectWeightGradient<double>)    \
     X(ProjectEmbeddingGradient<float>) X(ProjectEmbeddingGradient<double>) \
+    X(StepRows<float>)                 X(StepRows<double>)                 \
     X(NearestTile<float>)              X(NearestTile<double>)              \
     X(QuantizeRows)                    X(MeasureQuantization)              \
     X(UpdateCandidates)                X(RemoveRefreshed)                  \

@@ -92,7 +92,7 @@ enum MarginDerivative {
 template <class T> struct ProjectWeightGradient {
     T* gradient;           // [chunk, D], in: sum_i r_i E_ij x_hat_i / |w_j|, out: d weight
     MatrixView weight;     // [C, D]
-    const T* inverse_norm; // [C]
+    const T* inverse_norm; // [C], or null for 1
     // one element: the dense part is multiplied by it and by 1 / |w_j|; null if both factors are applied already
     const double* dense_scale;
     // the samples' own classes; null without embeddings
@@ -103,6 +103,8 @@ template <class T> struct ProjectWeightGradient {
     // label smoothing; null without it
     const T* uniform_direction; // [D], sum_i dL/d uniform cosine_i x_hat_i
     const double* class_weight; // [C] or null for 1
+    // dL / d |w_j|, with inner products; null without it
+    const double* length_gradient; // [C]
     // nearest classes; null without them
     const int64_t* nearest;        // [C]
     const int64_t* sorted_nearest; // [C], ascending

@@ -14,6 +14,12 @@ struct MatrixView {
     int64_t row_stride, column_stride;
 };
 
+// Contiguous rows of any floating-point dtype that a kernel writes; data is null if there are none.
+struct MutableRows {
+    void* data;
+    Dtype dtype;
+};
+
 // One number for all samples, or one per sample.
 struct Scalar {
     const double* values; // [N] or null

@@ -117,6 +117,11 @@ def draw_classes(inputs: LossInputs, labels: Tensor, classes: int) -> tuple[Tens
     return drawn, torch.where(known, position, labels)
 
 
+def first_row(inputs: LossInputs) -> int:
+    """The number of the first row of `inputs.weight` among the rows of all ranks."""
+    return named_shard(inputs.group, inputs.num_classes).begin * inputs.sub_centers if inputs.group else 0
+
+
 def rows_of(classes: Tensor, sub_centers: int) -> Tensor:
     """The rows of weight of some classes."""
     return (classes.unsqueeze(1) * sub_centers + torch.arange(sub_centers, device=classes.device)).flatten()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +28,8 @@ from fused_margin._ops.inputs import (
     compute_dtype,
 )
 from fused_margin._ops.nearest import find_nearest_classes
-from fused_margin._ops.nearest.gradient import add_remote_gradient
+from fused_margin._ops.nearest.gradient import remote_gradient
+from fused_margin._ops.row_update import NO_COMPLETION, RowStepper, RowUpdate, parts, rows_per_part
 
 LN2 = portable.LN2
 BACKENDS: dict[str, ModuleType] = {PORTABLE: portable}  # all other names are families of tensor-core kernels
@@ -142,15 +144,41 @@ def backward(
     need_embeddings: bool,
     need_weight: bool,
     need_bias: bool,
+    update: RowUpdate | None = None,
 ) -> Gradients:
+    """The gradients of a call.
+
+    Args:
+        update: steps the weight by its gradient, which then is not returned. Only drawn classes are stepped.
+    """
     with kernels_on(inputs.weight.device) as run:
+        local, local_upstream = inputs, upstream
+        if inputs.is_divided and inputs.embeddings is not None:
+            local, local_upstream, saved = divided.gather_upstream(inputs, upstream, saved)
+        stepper = None
+        if update is not None:
+            stepper = RowStepper(
+                run, inputs.weight, update, selected=saved.drawn_rows if saved.drawn_rows.numel() else None,
+                first_row=divided.first_row(inputs), skip=~are_finite(local_upstream, saved),
+            )  # fmt: skip
+        gradients = backward_chunks(
+            run, local, local_upstream, saved, need_embeddings, need_weight, need_bias, stepper
+        )  # fmt: skip
         if not inputs.is_divided:
-            return backward_chunks(run, inputs, upstream, saved, need_embeddings, need_weight, need_bias)
-        local, gathered_upstream = inputs, upstream
-        if inputs.embeddings is not None:
-            local, gathered_upstream, saved = divided.gather_upstream(inputs, upstream, saved)
-        gradients = backward_chunks(run, local, gathered_upstream, saved, need_embeddings, need_weight, need_bias)
+            return gradients
         return divided.scatter_gradients(inputs, saved, gradients, need_embeddings, need_weight, need_bias)
+
+
+def are_finite(upstream: OutputGradients, saved: ForwardOutput) -> Tensor:
+    """Whether upstream gradients and the logsumexps of samples with a gradient are finite, as (1,) bool."""
+    finite = torch.ones(1, dtype=torch.bool, device=saved.largest_logit.device)
+    for gradient in upstream:
+        if gradient is not None:
+            finite &= gradient.isfinite().all()
+    if upstream.logsumexp is not None:
+        logsumexp = saved.largest_logit + saved.relative_logsumexp  # -inf if there are no other classes
+        finite &= ((upstream.logsumexp == 0) | (logsumexp < math.inf)).all()
+    return finite
 
 
 def backward_chunks(
@@ -161,8 +189,12 @@ def backward_chunks(
     need_embeddings: bool,
     need_weight: bool,
     need_bias: bool,
+    stepper: RowStepper | None = None,
 ) -> Gradients:
-    """The backward over the classes of this rank: their gradients, and their part of the gradients of all samples."""
+    """The backward over the classes of this rank: their gradients, and their part of the gradients of all samples.
+
+    With a stepper, the rows of a part are stepped as soon as their gradient is known, and no gradient of weight is stored.
+    """
     weight, x_hat = inputs.weight, saved.normalized_embeddings
     samples, classes, size = inputs.shape
     module = BACKENDS.get(inputs.backend, tensor_cores)
@@ -172,37 +204,57 @@ def backward_chunks(
     d_scale = saved.target_cosine.new_empty(samples if inputs.sample_scale is not None else 0)
     # The gradient of the unit embeddings is needed for the gradient of the scale too.
     need_dense = need_embeddings or inputs.sample_scale is not None
+    need_rows = need_weight or stepper is not None
     target_gradient = (
         saved.target_cosine.new_zeros(samples)
         if upstream.target_cosine is None
         else upstream.target_cosine.contiguous()
     )
+    target = TargetWeights(weight, saved.weight_inverse_norm, target_rows(inputs, saved))
+    if stepper is not None and need_dense:
+        target = target.gathered()  # the rows are stepped before the embeddings' gradient is complete
     backend = None  # the chunks have a dense gradient only through the logsumexp
     if inputs.embeddings is not None and upstream.logsumexp is not None:
         backend = module.ChunkBackend(run, inputs, plan, saved)
-        backend.prepare_backward(row_scales(upstream.logsumexp, saved), need_dense, need_weight)
+        backend.prepare_backward(row_scales(upstream.logsumexp, saved), need_dense, need_rows)
     else:
         d_bias.zero_()
-    if need_weight:
+    completion: dict[str, Any] = {
+        "weight": weight, "inverse_norm": saved.weight_inverse_norm,
+        "dense_scale": None if backend is None else backend.dense_scale, "samples": samples, "classes": classes,
+        "size": size, "inner_product": inputs.inner_product,
+    }  # fmt: skip
+    rows_of_part, added, buffer = plan.chunk, None, None
+    if need_rows:
+        completion |= sparse_terms(inputs, upstream, saved, target_gradient)
+    if need_rows and (stepper is not None or weight.device.type == "cpu"):
+        rows_of_part = min(plan.chunk, rows_per_part(weight, x_hat.dtype, inputs.workspace_bytes, inputs.sub_centers))
+    if stepper is not None:
+        buffer = x_hat.new_empty(min(rows_of_part, classes), size)
+        added = step_exclusive(run, inputs, upstream, saved, stepper, completion, buffer)
+    elif need_weight:
         d_weight = torch.empty_like(weight)
         advise_huge_pages(d_weight)
-        sparse = sparse_terms(inputs, upstream, saved, target_gradient)
-        buffer = None if inputs.gradient_in_place else x_hat.new_empty(plan.chunk, size)
-    for k in range(plan.chunks if backend is not None or need_weight else 0):
-        begin, end = plan.bounds(k)
-        gradient = None
-        if need_weight:
-            gradient = d_weight[begin:end] if buffer is None else buffer[: end - begin]
+        buffer = None if inputs.gradient_in_place else x_hat.new_empty(rows_of_part, size)
+    for k in range(plan.chunks if backend is not None or need_rows else 0):
         if backend is not None:
-            backend.backward_chunk(k, gradient, d_bias[begin:end] if need_bias else None)
-        elif gradient is not None:
-            gradient.zero_()
-        if gradient is not None:
-            run.project_weight_gradient(
-                gradient=gradient, weight=weight, inverse_norm=saved.weight_inverse_norm,
-                dense_scale=None if backend is None else backend.dense_scale, **sparse, samples=samples,
-                classes=classes, size=size, class_begin=begin, chunk=end - begin, inner_product=inputs.inner_product,
-            )  # fmt: skip
+            backend.prepare_chunk(k)
+        first, last = plan.bounds(k)
+        for begin, end in parts(first, last, rows_of_part):
+            gradient = None
+            if need_rows:
+                gradient = d_weight[begin:end] if buffer is None else buffer[: end - begin]
+            if backend is not None:
+                backend.backward_rows(begin, end, gradient, d_bias[begin:end] if need_bias else None)
+            elif gradient is not None:
+                gradient.zero_()
+            if gradient is None:
+                continue
+            part = {"gradient": gradient, "class_begin": begin, "chunk": end - begin}
+            if stepper is not None:
+                stepper.step(completion | part, added)
+                continue
+            run.project_weight_gradient(**completion, **part)
             if buffer is not None:
                 d_weight[begin:end].copy_(gradient)
     d_embeddings = x_hat.new_empty(0)
@@ -211,12 +263,12 @@ def backward_chunks(
         uniform_gradient = None if upstream.uniform_cosine is None else upstream.uniform_cosine.contiguous()
         run.project_embedding_gradient(
             gradient=d_embeddings, normalized_embeddings=x_hat, inverse_norm=saved.embedding_inverse_norm,
-            weight=weight, weight_inverse_norm=saved.weight_inverse_norm, labels=target_rows(inputs, saved),
+            weight=target.weight, weight_inverse_norm=target.inverse_norm, labels=target.rows,
             row_scale=None if backend is None else backend.embedding_scale, scale=inputs.scale,
             target_gradient=target_gradient, uniform_gradient=uniform_gradient,
             uniform_weight=None if uniform_gradient is None else saved.uniform_weight,
-            scale_gradient=d_scale if inputs.sample_scale is not None else None, samples=samples, classes=classes,
-            size=size, inner_product=inputs.inner_product,
+            scale_gradient=d_scale if inputs.sample_scale is not None else None, samples=samples,
+            classes=len(target.weight), size=size, inner_product=inputs.inner_product,
         )  # fmt: skip
     if not need_embeddings:
         d_embeddings = x_hat.new_empty(0)
@@ -224,11 +276,67 @@ def backward_chunks(
         d_embeddings = d_embeddings.to(inputs.embeddings.dtype)
     if need_bias and inputs.bias is not None:
         d_bias = targets.add_bias_gradient(inputs, d_bias.to(inputs.bias.dtype), upstream.target_bias)
-    if need_weight:
-        targets.add_length_gradient(inputs, d_weight, upstream.target_length)
-        if inputs.group and upstream.nearest_cosine is not None:
-            add_remote_gradient(inputs, d_weight, saved.nearest_index, upstream.nearest_cosine)
+    if need_weight and inputs.group and upstream.nearest_cosine is not None:
+        d_weight.add_(remote_gradient(inputs, saved.nearest_index, upstream.nearest_cosine).to(d_weight.dtype))
     return Gradients(d_embeddings, d_weight, d_bias, d_scale)
+
+
+def step_exclusive(
+    run: Kernels,
+    inputs: LossInputs,
+    upstream: OutputGradients,
+    saved: ForwardOutput,
+    stepper: RowStepper,
+    completion: dict[str, Any],
+    buffer: Tensor,
+) -> Tensor | None:
+    """Adds the gradient of the cosines to nearest classes before any row changes, because it reads other rows.
+
+    It goes into the momentum or, if that is not possible, into a matrix (C, D), which is returned.
+    """
+    if upstream.nearest_cosine is None:
+        return None
+    if inputs.group:
+        return remote_gradient(inputs, saved.nearest_index, upstream.nearest_cosine)
+    names = ("nearest", "sorted_nearest", "nearest_order", "nearest_gradient")
+    terms = {name: completion[name] for name in names}
+    completion |= dict.fromkeys(names)
+    alone = {**NO_COMPLETION, **{name: completion[name] for name in COMPLETED}, **terms}
+    into_momentum = not stepper.update.needs_whole_gradient()
+    added = None if into_momentum else torch.zeros_like(inputs.weight, dtype=buffer.dtype)
+    for begin, end in parts(0, len(inputs.weight), len(buffer)):
+        gradient = buffer[: end - begin].zero_() if added is None else added[begin:end]
+        part = {**alone, "gradient": gradient, "class_begin": begin, "chunk": end - begin}
+        if added is None:
+            stepper.add_to_momentum(part)
+        else:
+            run.project_weight_gradient(**part)
+    if added is None:
+        stepper.after_momentum()
+    return added
+
+
+COMPLETED = ("weight", "inverse_norm", "classes", "size", "inner_product")
+
+
+class TargetWeights(NamedTuple):
+    """The class weights of the samples' targets."""
+
+    weight: Tensor  # (C, D)
+    inverse_norm: Tensor  # (C,)
+    rows: Tensor | None  # (N,) int64; a row outside [0, C) is that of another rank, or of an ignored sample
+
+    def gathered(self) -> TargetWeights:
+        """The same with a copy of the targets' rows."""
+        classes, rows = len(self.weight), self.rows
+        if not classes or rows is None:
+            return self
+        known = (rows >= 0) & (rows < classes)
+        selected = torch.where(known, rows, 0)
+        position = torch.arange(len(rows), device=rows.device)
+        return TargetWeights(
+            self.weight[selected], self.inverse_norm[selected], torch.where(known, position, -1)
+        )  # fmt: skip
 
 
 def target_rows(inputs: LossInputs, saved: ForwardOutput) -> Tensor | None:
@@ -250,7 +358,7 @@ def sparse_terms(
     """The sparse terms of the weight gradient, as arguments of project_weight_gradient."""
     terms: dict[str, Tensor | None] = dict.fromkeys(
         ("normalized_embeddings", "sorted_labels", "label_order", "target_gradient", "uniform_direction", "class_weight",
-         "nearest", "sorted_nearest", "nearest_order", "nearest_gradient")
+         "length_gradient", "nearest", "sorted_nearest", "nearest_order", "nearest_gradient")
     )  # fmt: skip
     x_hat = saved.normalized_embeddings
     rows = target_rows(inputs, saved)
@@ -260,6 +368,7 @@ def sparse_terms(
     if upstream.uniform_cosine is not None:
         terms["uniform_direction"] = torch.mv(x_hat.t(), upstream.uniform_cosine.to(x_hat.dtype))
         terms["class_weight"] = inputs.class_weight
+    terms["length_gradient"] = targets.length_gradient(inputs, upstream.target_length)
     if upstream.nearest_cosine is not None and not inputs.group:
         terms["nearest"] = saved.nearest_index
         terms["sorted_nearest"], terms["nearest_order"] = torch.sort(saved.nearest_index, stable=True)

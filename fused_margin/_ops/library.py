@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 
 from fused_margin._ops import forward_backward
 from fused_margin._ops.inputs import ForwardOutput, Gradients, LossInputs, OutputGradients
+from fused_margin._ops.row_update import STEPPED, WeightStepper, refuse_stepped
 
 NAMESPACE = "fused_margin"
 FORWARD_MODE = (
@@ -79,7 +80,7 @@ class _Library(torch.library.Library):
 _LIBRARY = _Library(NAMESPACE, "FRAGMENT")
 
 
-def _untraced(function: Callable) -> Callable:
+def untraced(function: Callable) -> Callable:
     """Keeps torch.compile from tracing into a kernel. Does not import the compiler if it is not imported yet."""
     disabled = torch._disable_dynamo(function)  # imports the compiler when it is called
 
@@ -96,7 +97,7 @@ def _counting_writes(function: Callable, written: Sequence[int]) -> Callable:
     def call(*arguments):
         result = function(*arguments)
         for index in written:
-            if not arguments[index].is_inference():
+            if arguments[index] is not None and not arguments[index].is_inference():
                 torch.autograd.graph.increment_version(arguments[index])
         return result
 
@@ -132,7 +133,7 @@ def register(
     _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
     written = [i for i, argument in enumerate(op._schema.arguments) if argument.name in mutates]
-    kernel = _untraced(function)
+    kernel = untraced(function)
     _LIBRARY.impl(name, _counting_writes(kernel, written) if written else kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
     if mutates:  # torch.library.register_autograd refuses ops that write to their arguments
@@ -169,24 +170,34 @@ if TYPE_CHECKING:
 
 # The first arguments of the ops on LossInputs are its fields, in order.
 FIELDS = fields(LossInputs)
-_IS_TENSOR = [field.type in (Tensor, Tensor | None) for field in FIELDS]
+IS_TENSOR = [field.type in (Tensor, Tensor | None) for field in FIELDS]
 _SCHEMA_TYPE: dict[Any, str] = {
     Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", int: "SymInt", bool: "bool", str: "str"
 }  # fmt: skip
-_INPUTS = ", ".join(f"{_SCHEMA_TYPE[field.type]} {field.name}" for field in FIELDS)
+INPUTS_SCHEMA = ", ".join(f"{_SCHEMA_TYPE[field.type]} {field.name}" for field in FIELDS)
 
 
 def _outputs(kind: "TensorTuple") -> str:
     return f"({', '.join(['Tensor'] * len(kind._fields))})"
 
 
-def _arguments(kind: "TensorTuple", prefix: str = "") -> str:
+def arguments_schema(kind: "TensorTuple", prefix: str = "") -> str:
     """One argument per field, not a list: autograd and vmap ignore the tensors of a list that may contain None."""
     return ", ".join(f"{_SCHEMA_TYPE[kind.__annotations__[name]]} {prefix}{name}" for name in kind._fields)
 
 
-def run_forward(inputs: LossInputs, uniform: bool, ignore_index: int) -> ForwardOutput:
-    """Runs the forward of a call, differentiable in embeddings, weight, scale and bias."""
+def run_forward(
+    inputs: LossInputs, uniform: bool, ignore_index: int, stepper: WeightStepper | None = None
+) -> ForwardOutput:
+    """Runs the forward of a call, differentiable in embeddings, weight, scale and bias.
+
+    Args:
+        stepper: steps weight in the backward, instead of computing its gradient.
+    """
+    if stepper is not None and torch.is_grad_enabled() and inputs.weight.requires_grad:
+        return stepper.run_forward(inputs, uniform, ignore_index)
+    if STEPPED:
+        refuse_stepped(inputs.weight)
     differentiable = (inputs.embeddings, inputs.weight, inputs.bias, inputs.sample_scale)
     save_for_backward = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)
     arguments = [getattr(inputs, field.name) for field in FIELDS]
@@ -261,7 +272,7 @@ backward_chunks = register(
     "backward_chunks",
     _backward_kernel,
     _backward_fake,
-    schema=f"({_INPUTS}, {_arguments(OutputGradients, 'd_')}, {_arguments(ForwardOutput)}, "
+    schema=f"({INPUTS_SCHEMA}, {arguments_schema(OutputGradients, 'd_')}, {arguments_schema(ForwardOutput)}, "
     f"bool need_embeddings, bool need_weight, bool need_bias) -> {_outputs(Gradients)}",
     backward=refuse_second_order,
 )
@@ -270,46 +281,62 @@ backward_chunks = register(
 def _forward_context(ctx, inputs, output):
     inputs = inputs[: len(FIELDS)]
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*(value for value, tensor in zip(inputs, _IS_TENSOR, strict=True) if tensor), *output)
-    ctx.settings = [value for value, tensor in zip(inputs, _IS_TENSOR, strict=True) if not tensor]
+    ctx.save_for_backward(*(value for value, tensor in zip(inputs, IS_TENSOR, strict=True) if tensor), *output)
+    ctx.settings = [value for value, tensor in zip(inputs, IS_TENSOR, strict=True) if not tensor]
 
 
-def _forward_gradient(ctx, _d_largest, d_logsumexp, d_target, d_uniform, d_nearest, _d_index, d_bias, d_length, *_):
-    tensors, settings = list(ctx.saved_tensors), iter(ctx.settings)
-    saved = ForwardOutput(*tensors[sum(_IS_TENSOR) :])
-    values = [tensors.pop(0) if tensor else next(settings) for tensor in _IS_TENSOR]
-    inputs = LossInputs(*values)
-    needed = dict(zip((field.name for field in FIELDS), ctx.needs_input_grad, strict=False))
-    upstream = [
-        d_logsumexp,
-        d_target,
-        d_uniform if saved.uniform_cosine.numel() else None,
-        d_nearest if inputs.nearest else None,
-        d_bias if inputs.bias is not None else None,
-        d_length if inputs.need_length else None,
-    ]
-    result = dict.fromkeys(needed)
+def upstream_of(inputs: LossInputs, saved: ForwardOutput, gradients: Sequence[Tensor | None]) -> OutputGradients:
+    """The upstream gradients of a call, from one for each field of ForwardOutput."""
+    d = ForwardOutput(*gradients)  # type: ignore[arg-type]
+    return OutputGradients(
+        d.relative_logsumexp,
+        d.target_cosine,
+        d.uniform_cosine if saved.uniform_cosine.numel() else None,
+        d.nearest_cosine if inputs.nearest else None,
+        d.target_bias if inputs.bias is not None else None,
+        d.target_length if inputs.need_length else None,
+    )
+
+
+def input_gradients(
+    values: list, upstream: OutputGradients, saved: ForwardOutput, needed: dict[str, bool]
+) -> dict[str, Tensor | None]:
+    """The gradients of the inputs by name, None for those that are not needed.
+
+    Args:
+        values: the fields of LossInputs.
+    """
+    inputs, result = LossInputs(*values), dict.fromkeys(needed)
     if inputs.is_divided:
         refuse_batched_gradients(upstream)
-    if any(g is not None for g in upstream):
-        needs = [needed[name] for name in ("embeddings", "weight", "bias")]
-        gradients = Gradients(*backward_chunks(*values, *upstream, *saved, *needs))
-        if needed["weight"] and inputs.sample_rate < 1 and inputs.sparse_gradient:
-            rows = saved.drawn_rows.unsqueeze(0)
-            gradients = gradients._replace(
-                weight=torch.sparse_coo_tensor(
-                    rows, gradients.weight, inputs.weight.shape, is_coalesced=True, check_invariants=False
-                )
+    if all(g is None for g in upstream):
+        return result
+    needs = [needed[name] for name in ("embeddings", "weight", "bias")]
+    gradients = Gradients(*backward_chunks(*values, *upstream, *saved, *needs))
+    if needed["weight"] and inputs.sample_rate < 1 and inputs.sparse_gradient:
+        rows = saved.drawn_rows.unsqueeze(0)
+        gradients = gradients._replace(
+            weight=torch.sparse_coo_tensor(
+                rows, gradients.weight, inputs.weight.shape, is_coalesced=True, check_invariants=False
             )
-        result |= {name: value for name, value in gradients._asdict().items() if needed[name]}
-    return (*result.values(), None, None, None)
+        )
+    return result | {name: value for name, value in gradients._asdict().items() if needed[name]}
+
+
+def _forward_gradient(ctx, *gradients_of_outputs):
+    tensors, settings = list(ctx.saved_tensors), iter(ctx.settings)
+    saved = ForwardOutput(*tensors[sum(IS_TENSOR) :])
+    values = [tensors.pop(0) if tensor else next(settings) for tensor in IS_TENSOR]
+    needed = dict(zip((field.name for field in FIELDS), ctx.needs_input_grad, strict=False))
+    upstream = upstream_of(LossInputs(*values), saved, gradients_of_outputs)
+    return (*input_gradients(values, upstream, saved, needed).values(), None, None, None)
 
 
 forward_chunks = register(
     "forward_chunks",
     _forward_kernel,
     _forward_fake,
-    schema=f"({_INPUTS}, bool uniform, SymInt ignore_index, bool save_for_backward) -> {_outputs(ForwardOutput)}",
+    schema=f"({INPUTS_SCHEMA}, bool uniform, SymInt ignore_index, bool save_for_backward) -> {_outputs(ForwardOutput)}",
     backward=_forward_gradient,
     setup_context=_forward_context,
     tags=(torch.Tag.nondeterministic_seeded,),  # where classes are drawn

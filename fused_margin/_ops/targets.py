@@ -27,30 +27,23 @@ def write(inputs: LossInputs, output: ForwardOutput) -> None:
         output.target_length.copy_(torch.where(known, length, 0.0))
 
 
-def _class_sums(inputs: LossInputs, upstream: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums (C,) of upstream gradients (N,) over the samples of each class, and the rows of `_own_rows`.
+def _class_sums(inputs: LossInputs, upstream: Tensor) -> Tensor:
+    """Sums (C,) of upstream gradients (N,) over the samples of each class.
 
     In float64, because torch's index_put_ then adds in a fixed order.
     """
     known, rows = _own_rows(inputs)
     sums = upstream.new_zeros(inputs.weight.shape[0], dtype=torch.float64)
-    return sums.index_put_((rows,), torch.where(known, upstream.double(), 0.0), accumulate=True), rows
+    return sums.index_put_((rows,), torch.where(known, upstream.double(), 0.0), accumulate=True)
 
 
 def add_bias_gradient(inputs: LossInputs, gradient: Tensor, upstream: Tensor | None) -> Tensor:
     """The gradient (C,) of the bias, plus the gradient of target_bias."""
     if upstream is None or not inputs.weight.shape[0]:
         return gradient
-    return (gradient.double() + _class_sums(inputs, upstream)[0]).to(gradient.dtype)
+    return (gradient.double() + _class_sums(inputs, upstream)).to(gradient.dtype)
 
 
-def add_length_gradient(inputs: LossInputs, gradient: Tensor, upstream: Tensor | None) -> None:
-    """Adds the gradient of target_length to the gradient of weight (C, D), in place."""
-    if upstream is None or not inputs.weight.shape[0]:
-        return
-    sums, rows = _class_sums(inputs, upstream)
-    weight = inputs.weight[rows].double()
-    length = torch.linalg.vector_norm(weight, dim=1)
-    factor = torch.where(length > 0, sums[rows] / length, 0.0)
-    # Samples of one class write the same value. Only the rows of the batch are copied.
-    gradient[rows] = gradient[rows] + (factor.unsqueeze(1) * weight).to(gradient.dtype)
+def length_gradient(inputs: LossInputs, upstream: Tensor | None) -> Tensor | None:
+    """The gradients (C,) float64 of the lengths of the class weights; None if target_length has no gradient."""
+    return None if upstream is None or not inputs.weight.shape[0] else _class_sums(inputs, upstream)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from fused_margin import _checks
 from fused_margin._cross_entropy import margin_cross_entropy
+from fused_margin._ops.row_update import WeightStepper
 from fused_margin.compat.insightface_checkpoints import Progress, load_checkpoint, save_checkpoint
 from fused_margin.distributed import Shard
 from fused_margin.losses import settings
@@ -225,6 +226,7 @@ class PartialFC_V2(settings.Settings):
         "workspace_mb": settings.WORKSPACE_MB,
         "margin_softmax": checked_margin,
     }
+    stepper: WeightStepper | None = None  # set by fused_margin.optim.step_in_backward
     FIXED = (
         "num_classes", "embedding_size", "rank", "world_size", "class_start", "num_local", "num_sample", "process_group",
     )  # fmt: skip
@@ -290,6 +292,7 @@ class PartialFC_V2(settings.Settings):
                 sample_rate=self.sample_rate,
                 sparse=self.sparse,
                 workspace_mb=self.workspace_mb,
+                stepper=self.stepper if self.stepper is not None and self.stepper.parameter is weight else None,
             )
 
     def extra_repr(self) -> str:

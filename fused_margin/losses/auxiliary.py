@@ -14,6 +14,7 @@ from fused_margin._cross_entropy import mean_over
 from fused_margin._ops.class_pair_sums import other_class_sums
 from fused_margin._ops.inputs import compute_dtype
 from fused_margin._ops.normalization import unit_rows
+from fused_margin._ops.row_update import refuse_stepped
 from fused_margin.losses import settings
 from fused_margin.losses.running_state import RunningState, once_per_step
 
@@ -234,6 +235,7 @@ class IntraLoss(AuxiliaryLoss):
 
     def forward(self, embeddings: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         _checks.batch(embeddings, weight, labels)
+        refuse_stepped(weight)
         classes, valid = self.classes(labels, len(weight))
         dtype = compute_dtype(embeddings, weight)
         # Converted first, so that gradients of one class are added in this dtype.
@@ -270,6 +272,7 @@ class InterLoss(AuxiliaryLoss):
     def forward(self, weight: Tensor, labels: Tensor) -> Tensor:
         _checks.class_weights(weight, at_least=2)
         _checks.labels(labels, weight)
+        refuse_stepped(weight)
         classes, valid = self.classes(labels, len(weight))
         weight = weight.to(compute_dtype(weight))
         rows = F.embedding(classes, weight)
@@ -309,6 +312,7 @@ class UniformLoss(AuxiliaryLoss):
 
     def forward(self, weight: Tensor, labels: Tensor | None = None) -> Tensor:
         _checks.class_weights(weight, at_least=2)
+        refuse_stepped(weight)
         weight = weight.to(compute_dtype(weight))
         rows = classes = None
         valid = torch.ones(len(weight), dtype=torch.bool, device=weight.device)

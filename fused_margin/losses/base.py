@@ -14,6 +14,7 @@ from fused_margin import _checks
 from fused_margin._cross_entropy import margin_cross_entropy
 from fused_margin._ops import collectives
 from fused_margin._ops.normalization import unit_rows
+from fused_margin._ops.row_update import WeightStepper
 from fused_margin.distributed import Shard
 from fused_margin.losses import settings
 from fused_margin.losses.exclusive import ExclusiveRegularizer, checked_refresh
@@ -57,6 +58,7 @@ class ClassificationLoss(settings.Settings):
     ignore_index: int
     label_smoothing: float
     workspace_mb: float
+    stepper: WeightStepper | None = None  # set by fused_margin.optim.step_in_backward
     has_label_smoothing: bool
     has_exclusive_term: bool
 
@@ -178,6 +180,8 @@ class ClassificationLoss(settings.Settings):
             "sample_rate": self.sample_rate if self.training and not self.weight.is_meta else 1.0,
             "sparse": self.sparse,
             "workspace_mb": self.workspace_mb,
+            # The weight is another tensor within torch.func.functional_call.
+            "stepper": self.stepper if self.stepper is not None and self.stepper.parameter is self.weight else None,
         }
 
     def sharded_state_dict(self, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Tensor]:

@@ -42,8 +42,8 @@ def compile_to(target: Path) -> None:
     ]
     defines = ["-DFM_MODULE_NAME=_emulated", "-DFM_CUDA", "-DFM_SM80", "-DFM_SM90", "-DFM_EMULATE", "-DFM_ISA=plain"]
     sources = [f"csrc/bindings/{name}.cpp" for name in ("module", "tensor")]
-    sources += [f"csrc/cpu/{name}.cpp" for name in ("dispatch", "loss", "search")]
-    sources += [f"csrc/cuda/{name}.cu" for name in ("loss", "search", "operands", "sm80", "sm90")]
+    sources += [f"csrc/cpu/{name}.cpp" for name in ("dispatch", "loss", "search", "step")]
+    sources += [f"csrc/cuda/{name}.cu" for name in ("loss", "search", "step", "operands", "sm80", "sm90")]
     sources += ["tests/emulation/half_product.cpp"]
     jobs = []
     for source in sources:

@@ -426,10 +426,15 @@ template <class Value> void load_aligned(const void* from, Value& value) {
         emulation::fail("loads from an unaligned address, bytes:", sizeof value);
     memcpy(&value, from, sizeof value);
 }
+template <class Value> void store_aligned(void* to, const Value& value) {
+    static_assert(sizeof value == 4 || sizeof value == 8 || sizeof value == 16);
+    if (reinterpret_cast<uintptr_t>(to) % sizeof value != 0)
+        emulation::fail("stores to an unaligned address, bytes:", sizeof value);
+    memcpy(to, &value, sizeof value);
+}
 template <class Value> void store_16_bytes(void* to, const Value& value) {
     static_assert(sizeof value == 16);
-    if (reinterpret_cast<uintptr_t>(to) % 16 != 0) emulation::fail("stores 16 bytes at an unaligned address");
-    memcpy(to, &value, sizeof value);
+    store_aligned(to, value);
 }
 
 inline int multiprocessors() { return 5; }

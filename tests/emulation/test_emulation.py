@@ -229,7 +229,8 @@ def test_weight_gradients_of_rows_in_any_layout(run, dtype, layout, terms):
     samples, classes, begin, end = 6, 9, 2, 9
     labels, nearest = torch.tensor([4, 2, 4, 0, 8, 4]), torch.tensor([4, 4, 0, 4, 2, 3, 8, 2, 1])
     target, pair = torch.randn(samples, dtype=torch.float64), torch.randn(classes, dtype=compute)
-    class_weight = torch.rand(classes, dtype=torch.float64)
+    class_weight, length = torch.rand(classes, dtype=torch.float64), torch.randn(classes, dtype=torch.float64)
+    length[5] = 0
     for size in SIZES:
         w, x = rows_of(classes, size, stored, layout), rows_of(samples, size, compute, "contiguous")
         uniform = torch.randn(size, dtype=compute)
@@ -239,7 +240,8 @@ def test_weight_gradients_of_rows_in_any_layout(run, dtype, layout, terms):
             inverse.fill_(1)
         options = dict.fromkeys(
             ("dense_scale", "normalized_embeddings", "sorted_labels", "label_order", "target_gradient",
-             "uniform_direction", "class_weight", "nearest", "sorted_nearest", "nearest_order", "nearest_gradient")
+             "uniform_direction", "class_weight", "length_gradient", "nearest", "sorted_nearest", "nearest_order",
+             "nearest_gradient")
         )  # fmt: skip
         expected, i = dense.double(), inverse.double()
         if terms != "dense":
@@ -254,7 +256,10 @@ def test_weight_gradients_of_rows_in_any_layout(run, dtype, layout, terms):
             added += pair.double()[:, None] * unit[nearest]
             added.index_add_(0, nearest, pair.double()[:, None] * unit)
             expected = (0.7 * expected + added[begin:end]) * i[begin:end, None]
-        if terms != "inner product":
+        if terms == "inner product":
+            options["length_gradient"] = length
+            expected += (length[:, None] * F.normalize(w.double()))[begin:end]
+        else:
             expected = project_out(expected, w[begin:end].double(), i[begin:end])
         for gradient_layout in ("contiguous", "misaligned"):
             gradient = in_layout(dense, gradient_layout)
@@ -307,10 +312,10 @@ def test_samples_of_a_class_among_many(run):
         gradient, x = torch.zeros(64, 4), torch.randn(samples, 4)
         order = torch.sort(labels, stable=True)
         run.project_weight_gradient(
-            gradient=gradient, weight=torch.ones(64, 4), inverse_norm=torch.ones(64), dense_scale=None,
+            gradient=gradient, weight=torch.ones(64, 4), inverse_norm=None, dense_scale=None,
             normalized_embeddings=x, sorted_labels=order.values, label_order=order.indices,
             target_gradient=torch.ones(samples, dtype=torch.float64), uniform_direction=None, class_weight=None,
-            nearest=None, sorted_nearest=None, nearest_order=None, nearest_gradient=None, samples=samples, classes=64,
+            length_gradient=None, nearest=None, sorted_nearest=None, nearest_order=None, nearest_gradient=None, samples=samples, classes=64,
             size=4, class_begin=0, chunk=64, inner_product=True,
         )  # fmt: skip
         torch.testing.assert_close(gradient, torch.zeros(64, 4).index_add_(0, labels, x), rtol=0, atol=1e-4)

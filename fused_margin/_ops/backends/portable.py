@@ -176,9 +176,9 @@ class ChunkBackend:
         x_hat = self.output.normalized_embeddings
         self.row_scale = row_scale
         self.one_row_scale = row_scale.shape[0] == 1  # for all chunks
-        # backward_chunk does not apply this factor.
+        # backward_rows does not apply this factor.
         self.embedding_scale = row_scale[0] if self.one_row_scale else None
-        self.need_embeddings = need_embeddings
+        self.need_embeddings, self.need_weight = need_embeddings, need_weight
         if need_embeddings:
             self.d_embeddings = torch.zeros_like(x_hat)
         self.class_scale = row_scale * self.inputs.scale
@@ -187,20 +187,28 @@ class ChunkBackend:
         if need_embeddings and not self.one_row_scale:
             self.partial = torch.empty_like(x_hat)
 
-    def backward_chunk(self, k: int, gradient: Tensor | None, bias_gradient: Tensor | None) -> None:
-        """Adds to d_embeddings, and writes the dense parts of the gradients of weight and bias of a chunk."""
+    def prepare_chunk(self, k: int) -> None:
+        """Prepares `backward_rows` for classes of chunk k."""
         begin, end = self.plan.bounds(k)
-        operand = self.inputs.weight[begin:end].to(self.compute)  # a view, or a converted copy
-        exponentials = self.exponentials(k) if k < self.plan.saved else self.exponentiate(k, operand)
+        self.chunk_index, self.chunk_begin = k, begin
+        if k < self.plan.saved:
+            self.chunk_exponentials = self.exponentials(k)
+        else:
+            self.chunk_exponentials = self.exponentiate(k, self.inputs.weight[begin:end].to(self.compute))
+        if self.need_weight and (k == 0 or not self.one_row_scale):
+            factors = self.class_scale[0 if self.one_row_scale else k].to(self.compute)
+            torch.mul(self.output.normalized_embeddings, factors.unsqueeze(1), out=self.scaled_embeddings)
+
+    def backward_rows(self, begin: int, end: int, gradient: Tensor | None, bias_gradient: Tensor | None) -> None:
+        """Adds to d_embeddings, and writes the dense parts of the gradients of weight and bias of some classes of a chunk."""
+        k, operand = self.chunk_index, self.inputs.weight[begin:end].to(self.compute)  # a view, or a converted copy
+        exponentials = self.chunk_exponentials[:, begin - self.chunk_begin : end - self.chunk_begin]
         if self.need_embeddings and self.one_row_scale:
             self.d_embeddings.addmm_(exponentials, operand)
         elif self.need_embeddings:
             torch.mm(exponentials, operand, out=self.partial)
             self.d_embeddings.addcmul_(self.partial, self.row_scale[k].to(operand.dtype).unsqueeze(1))
         if gradient is not None:
-            if k == 0 or not self.one_row_scale:
-                factors = self.class_scale[0 if self.one_row_scale else k].to(operand.dtype)
-                torch.mul(self.output.normalized_embeddings, factors.unsqueeze(1), out=self.scaled_embeddings)
             torch.mm(exponentials.t(), self.scaled_embeddings, out=gradient)
         if bias_gradient is not None:
             torch.mv(exponentials.t(), self.class_scale[k].to(operand.dtype), out=bias_gradient)

@@ -174,18 +174,22 @@ class ChunkBackend:
             self.scaled_embedding_parts = [high, (exact - high.float()).half()][: self.parts]
             self.dense_scale = largest / (operand_scale * probability_scale)
 
-    def backward_chunk(self, k: int, gradient: Tensor | None, _bias_gradient: None) -> None:
-        """Adds to d_embeddings, and writes the dense part of the weight gradient of a chunk."""
-        begin, end = self.plan.bounds(k)
-        operand = self.operand(k, self.buffer, fresh=False)
+    def prepare_chunk(self, k: int) -> None:
+        """Prepares `backward_rows` for classes of chunk k."""
+        begin, _ = self.plan.bounds(k)
+        self.chunk_begin, self.chunk_operand = begin, self.operand(k, self.buffer, fresh=False)
         self.family.probabilities(
-            **self.product(self.embedding_operand, operand), prepared=self.prepared_rows, class_begin=begin,
+            **self.product(self.embedding_operand, self.chunk_operand), prepared=self.prepared_rows, class_begin=begin,
             probabilities=self.probabilities, stride=self.probabilities.shape[2], low=self.probabilities[0].numel(),
         )  # fmt: skip
-        probabilities = [part[:, : end - begin] for part in self.probabilities]
+
+    def backward_rows(self, begin: int, end: int, gradient: Tensor | None, _bias_gradient: None) -> None:
+        """Adds to d_embeddings, and writes the dense part of the weight gradient of some classes of a chunk."""
+        first, last = begin - self.chunk_begin, end - self.chunk_begin
+        probabilities = [part[:, first:last] for part in self.probabilities]
         if self.need_embeddings:
-            rows = [part[:, : self.size] for part in operand.view(end - begin, self.parts, -1).unbind(1)]
-            add_divided(self.d_embeddings, probabilities, rows)
+            operand = self.chunk_operand[first:last].view(end - begin, self.parts, -1)
+            add_divided(self.d_embeddings, probabilities, [part[:, : self.size] for part in operand.unbind(1)])
         if gradient is not None:
             multiply(gradient, [part.t() for part in probabilities], self.scaled_embedding_parts)
 

@@ -40,8 +40,8 @@ class RemoteRows:
         gradient.index_put_((self.requested,), received_rows, accumulate=True)
 
 
-def add_remote_gradient(inputs: LossInputs, d_weight: Tensor, index: Tensor, upstream: Tensor) -> None:
-    """Adds to d_weight the gradient of the cosines (C_rank,) to the classes `index` of any rank.
+def remote_gradient(inputs: LossInputs, index: Tensor, upstream: Tensor) -> Tensor:
+    """The gradient (C_rank, D) of the cosines (C_rank,) to the classes `index` of any rank.
 
     Every class fetches the direction of its nearest class from the owner, and sends its own direction back.
     """
@@ -51,4 +51,4 @@ def add_remote_gradient(inputs: LossInputs, d_weight: Tensor, index: Tensor, ups
     gradient = scaled * remote.fetch(unit)
     remote.send_back(scaled * unit, gradient)
     through_normalization(gradient, inputs.weight)
-    d_weight.add_(gradient.to(d_weight.dtype))
+    return gradient

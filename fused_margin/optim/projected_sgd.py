@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from fused_margin import _checks
+from fused_margin._ops.row_update import DTYPES, RowUpdate, Rule
+from fused_margin._ops.weight_steps import step_rows
 
 
 @torch.no_grad()
@@ -85,36 +87,46 @@ class ProjectedSGD(torch.optim.SGD):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        sparse = self._take_sparse_gradients()
+        taken = self._take_gradients()
         super().step()
+        for p, gradient, group in taken:
+            p.grad = gradient
+            self._step_rows(p, gradient, group)
         for group in self.param_groups:
-            for p in group["params"]:
-                if p in sparse:
-                    p.grad = sparse[p]
-                    self._step_rows(p, sparse[p], group)
-                elif group["project"] and p.grad is not None:
+            for p in group["params"] if group["project"] else ():
+                if p.grad is not None and not _has_kernel(p, group):
                     project_(p)
         return loss
 
-    def _take_sparse_gradients(self) -> dict[Tensor, Tensor]:
-        """Removes the sparse gradients from their parameters and returns them: a dense step would move every row."""
-        sparse: dict[Tensor, Tensor] = {}
+    def _take_gradients(self) -> list[tuple[Tensor, Tensor, dict]]:
+        """Removes the gradients that `_step_rows` steps by, so that torch's step leaves out their parameters."""
+        taken = []
         for group in self.param_groups:
             for p in group["params"]:
-                if p.grad is not None and p.grad.is_sparse:
-                    sparse[p], p.grad = p.grad, None
-        return sparse
+                if p.grad is not None and (p.grad.is_sparse or (group["project"] and _has_kernel(p, group))):
+                    taken.append((p, p.grad, group))
+                    p.grad = None
+        return taken
 
     @torch.no_grad()
     def _step_rows(self, p: Tensor, gradient: Tensor, group: dict) -> None:
-        """Makes an SGD step of the rows of a sparse gradient."""
-        gradient = gradient.coalesce()
-        rows, values = gradient.indices()[0], gradient.values()
-        values = values + group["weight_decay"] * p[rows]
+        """Makes an SGD step of all rows, or of the rows of a sparse gradient."""
+        rows = None
+        if gradient.is_sparse:
+            gradient = gradient.coalesce()
+            rows, gradient = gradient.indices()[0], gradient.values()
+        momentum = None
         if group["momentum"]:
             start_momentum(self, p)
             momentum = self.state[p]["momentum_buffer"]
-            values += group["momentum"] * momentum[rows]
-            momentum[rows] = values
-        moved = p[rows] - group["lr"] * values
-        p[rows] = project_(moved) if group["project"] else moved
+        update = RowUpdate(
+            momentum, None, Rule.SGD, float(group["lr"]), beta1=float(group["momentum"]),
+            weight_decay=float(group["weight_decay"]), project=group["project"],
+        )  # fmt: skip
+        step_rows(p, gradient, rows, *update)
+
+
+def _has_kernel(p: Tensor, group: dict) -> bool:
+    """Whether the kernel can make the step of a parameter to project, and the projection."""
+    is_plain = not (group["nesterov"] or group["maximize"] or group["dampening"])
+    return is_plain and p.dtype in DTYPES and p.is_contiguous()

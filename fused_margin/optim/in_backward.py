@@ -1,0 +1,261 @@
+"""Steps of class weights within the backward of their loss, so that their gradient is never stored."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from typing import Any, NoReturn, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fused_margin import _checks
+from fused_margin._ops.inputs import ForwardOutput, LossInputs, OutputGradients
+from fused_margin._ops.row_update import DTYPES, NAME, STEPPED, RowUpdate, Rule
+from fused_margin._ops.step_in_backward import run_forward
+from fused_margin.optim.projected_sgd import ProjectedSGD, start_momentum
+
+OPTIMIZERS = (ProjectedSGD, torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
+# Options of torch's optimizers that the kernel does not have, with the value that it implements.
+FIXED_OPTIONS = {"dampening": 0, "maximize": False, "amsgrad": False, "capturable": False, "differentiable": False}
+
+
+def refuse(message: str) -> NoReturn:
+    raise RuntimeError(f"{NAME}: {message}")
+
+
+def step_in_backward(
+    loss_fn: nn.Module, optimizer: torch.optim.Optimizer, *, stochastic_rounding: bool = True, seed: int = 0
+) -> StepInBackward:
+    """Lets ``loss.backward()`` step the class weights of a loss, and project them, without storing their gradient.
+
+    The training loop does not change: ``loss.backward(); optimizer.step(); optimizer.zero_grad()``. The backward makes the
+    step of ``loss_fn.weight`` by the options of its parameter group, and ``loss_fn.weight.grad`` stays None, so that
+    ``optimizer.step()`` steps the other parameters only. Learning rate schedulers, checkpoints and the state of the
+    optimizer stay as they are; a run can change between both ways. If the loss or its gradient is not finite, the class
+    weights and their momentum keep their values.
+
+    With ``sample_rate < 1`` only the drawn classes and their momentum change, as with ``sparse=True``. Momentum without
+    Nesterov needs no further memory for the exclusive term; without momentum, with Nesterov momentum, with Adam, and with
+    classes divided among ranks, that term needs a matrix (C, D) in the dtype of the computation.
+
+    Args:
+        loss_fn: a loss of this package with class weights, or ``compat.insightface.PartialFC_V2``. Its ``weight`` must
+            be contiguous, in float32, float64 or bfloat16.
+        optimizer: a :class:`ProjectedSGD`, ``torch.optim.SGD``, ``Adam`` or ``AdamW`` that has ``loss_fn.weight`` among its
+            parameters.
+        stochastic_rounding: whether class weights and moments in bfloat16 are rounded up or down at random, so that their
+            expected value is exact. Rounding to nearest would lose most of the steps, which are smaller than half a unit in
+            the last place (ELMO, arXiv:2510.11168).
+        seed: of the random bits, which depend on it, on the step (``optimizer.state[weight]["step"]``) and on the position
+            of the element, and on nothing else.
+
+    Returns:
+        The handle; ``handle.remove()`` returns to the ordinary way.
+
+    Raises:
+        TypeError, ValueError: for another loss or optimizer, or options of the optimizer that are not supported.
+        RuntimeError: if the class weights are stepped already. The forward, the backward or ``optimizer.step()`` of what
+            cannot be done this way also raises it, before it changes the class weights: a second backward before
+            ``optimizer.step()`` (gradient accumulation), ``torch.amp.GradScaler`` and float16, hooks of the gradient of
+            ``weight``, ``retain_graph`` and ``create_graph``, DistributedDataParallel around the loss, and other losses
+            that use ``weight``. Clipping by ``clip_grad_norm_`` does not include the class weights, because they have no
+            gradient.
+    """
+    return StepInBackward(loss_fn, optimizer, stochastic_rounding=stochastic_rounding, seed=seed)
+
+
+class StepInBackward:
+    """The handle that :func:`step_in_backward` returns.
+
+    Attributes:
+        loss_fn, optimizer: the arguments.
+        parameter: ``loss_fn.weight``.
+    """
+
+    def __init__(
+        self, loss_fn: nn.Module, optimizer: torch.optim.Optimizer, *, stochastic_rounding: bool = True, seed: int = 0
+    ):
+        weight = getattr(loss_fn, "weight", None)
+        if not hasattr(type(loss_fn), "stepper") or not isinstance(weight, nn.Parameter):
+            raise TypeError(
+                f"loss_fn: expected a loss of fused_margin with class weights, or PartialFC_V2 of "
+                f"fused_margin.compat.insightface, got {type(loss_fn).__name__}"
+            )
+        self.loss_fn, self.optimizer, self.parameter = loss_fn, optimizer, weight
+        _checks.instance("stochastic_rounding", stochastic_rounding, bool)
+        self.stochastic_rounding, self.seed = stochastic_rounding, _checks.integer("seed", seed)
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed: expected a signed 64-bit integer, got {self.seed}")
+        if type(optimizer).step not in [cls.step for cls in OPTIMIZERS]:  # torch wraps these methods
+            raise TypeError(
+                "optimizer: expected fused_margin.optim.ProjectedSGD, torch.optim.SGD, Adam or AdamW, got "
+                f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
+            )
+        self._check_weight(weight)
+        self._check_options(self._group())
+        if id(weight) in STEPPED:
+            refuse("these class weights are stepped in the backward already; remove that handle first")
+        self.forwards: weakref.WeakSet = weakref.WeakSet()
+        self._has_stepped = False  # since the last optimizer.step()
+        self._is_first_backward = True
+        # Python's garbage collector does not see the references of this hook, so it must not keep the weight alive.
+        own = weakref.ref(self)
+
+        def refuse_gradient(_: Tensor) -> None:
+            if (stepper := own()) is not None:
+                stepper._gradient_of_another_loss()
+
+        self._hooks = [
+            optimizer.register_step_pre_hook(lambda *_: self._before_optimizer_step()),
+            optimizer.register_step_post_hook(lambda *_: self._after_optimizer_step()),
+            weight.register_post_accumulate_grad_hook(refuse_gradient),
+        ]
+        STEPPED[id(weight)] = type(loss_fn).__name__
+        self._forget = weakref.finalize(weight, STEPPED.pop, id(weight), None)
+        loss_fn.stepper = self  # type: ignore[assignment]
+
+    def remove(self) -> None:
+        """Returns to the ordinary way: ``backward`` computes the gradient, and ``optimizer.step()`` steps by it."""
+        for hook in self._hooks:
+            hook.remove()
+        self._forget()
+        if getattr(self.loss_fn, "stepper", None) is self:
+            self.loss_fn.stepper = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """A copy of the loss has other class weights, which no optimizer has."""
+
+    def __reduce__(self) -> tuple:
+        return (type(None), ())
+
+    def run_forward(self, inputs: LossInputs, uniform: bool, ignore_index: int) -> ForwardOutput:
+        return run_forward(self, inputs, uniform, ignore_index)
+
+    def check_forward(self, inputs: LossInputs) -> None:
+        weight = inputs.weight
+        self._check_weight(weight)
+        device = weight.device.type
+        if inputs.embeddings is not None and inputs.embeddings.dtype == torch.float16:
+            refuse("embeddings in float16 need torch.amp.GradScaler, which cannot undo a step; use bfloat16")
+        if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16:
+            refuse("autocast to float16 needs torch.amp.GradScaler, which cannot undo a step; use bfloat16")
+        if weight._backward_hooks or len(weight._post_accumulate_grad_hooks or ()) > 1:
+            refuse("the class weights have hooks for their gradient, which is not computed; remove the hooks")
+        wrapper = DistributedDataParallel._get_active_ddp_module()
+        if wrapper is not None and any(p is weight for p in wrapper.module.parameters()):
+            refuse(
+                "DistributedDataParallel has the class weights, and cannot average a gradient that is not computed; "
+                "keep the loss outside, and divide its classes by process_group"
+            )
+
+    def begin_step(self, node: Any, upstream: OutputGradients) -> RowUpdate:
+        weight = self.parameter
+        if self._has_stepped:
+            refuse(
+                "a second backward before optimizer.step(): gradients cannot be accumulated, because each backward makes "
+                "a step; call optimizer.step() after every backward, or use larger batches"
+            )
+        if weight.grad is not None:
+            refuse("the class weights have a gradient; call optimizer.zero_grad() before the forward")
+        if torch._C._autograd._get_current_graph_task_keep_graph():
+            refuse("retain_graph=True: the step changes the class weights that the graph would use again")
+        if any(other is not node and torch._C._will_engine_execute_node(other) for other in list(self.forwards)):
+            refuse("two losses of the same class weights in one backward; call the loss once for both batches")
+        if self._is_first_backward:
+            self._refuse_scaled(upstream)
+        self._is_first_backward = False
+        group = self._group()
+        self._check_options(group)
+        stochastic = self.stochastic_rounding and weight.dtype == torch.bfloat16
+        state = self.optimizer.state[weight]
+        if isinstance(self.optimizer, torch.optim.Adam):
+            return self._adam(group, state, stochastic)
+        momentum = None
+        if group["momentum"]:
+            start_momentum(cast(torch.optim.SGD, self.optimizer), weight)
+            momentum = state["momentum_buffer"]
+        return RowUpdate(
+            momentum, None, Rule.NESTEROV if group["nesterov"] else Rule.SGD, float(group["lr"]),
+            beta1=float(group["momentum"]), weight_decay=float(group["weight_decay"]),
+            project=group.get("project", False), stochastic=stochastic, seed=self.seed,
+            step=int(self._count(state)) if stochastic else 0,
+        )  # fmt: skip
+
+    def end_step(self) -> None:
+        self._has_stepped = True
+        state = self.optimizer.state[self.parameter]
+        if "step" in state:
+            state["step"] += 1
+
+    def _adam(self, group: dict, state: dict, stochastic: bool) -> RowUpdate:
+        for name in ("exp_avg", "exp_avg_sq"):
+            if name not in state:
+                state[name] = torch.zeros_like(self.parameter, memory_format=torch.preserve_format)
+        count, (beta1, beta2) = self._count(state) + 1.0, map(float, group["betas"])
+        is_decoupled = isinstance(self.optimizer, torch.optim.AdamW) or group.get("decoupled_weight_decay", False)
+        return RowUpdate(
+            state["exp_avg"], state["exp_avg_sq"], Rule.ADAMW if is_decoupled else Rule.ADAM, float(group["lr"]),
+            beta1=beta1, beta2=beta2, eps=float(group["eps"]), weight_decay=float(group["weight_decay"]),
+            correction1=1.0 - beta1**count, correction2=1.0 - beta2**count, stochastic=stochastic, seed=self.seed,
+            step=int(count) - 1,
+        )  # fmt: skip
+
+    def _count(self, state: dict) -> float:
+        """The number of steps so far, which torch's Adam stores as a tensor."""
+        if "step" not in state:
+            is_adam = isinstance(self.optimizer, torch.optim.Adam)  # which has float32
+            state["step"] = torch.zeros((), dtype=torch.get_default_dtype() if is_adam else torch.float64)
+        return float(state["step"])
+
+    def _group(self) -> dict[str, Any]:
+        for group in self.optimizer.param_groups:
+            if any(p is self.parameter for p in group["params"]):
+                return group
+        raise ValueError("optimizer: expected one that has loss_fn.weight among its parameters")
+
+    def _check_weight(self, weight: Tensor) -> None:
+        if weight.dtype not in DTYPES:
+            raise TypeError(
+                f"loss_fn.weight: expected torch.float32, torch.float64 or torch.bfloat16 to step in the backward, got "
+                f"{weight.dtype}"
+            )
+        if not weight.is_contiguous():
+            raise ValueError("loss_fn.weight: expected a contiguous matrix to step in the backward")
+
+    def _check_options(self, group: dict[str, Any]) -> None:
+        for name, supported in FIXED_OPTIONS.items():
+            if group.get(name, supported) != supported:
+                raise ValueError(f"optimizer: {name}={group[name]} is not supported by {NAME}")
+        if isinstance(group["lr"], Tensor) and group["lr"].device.type != "cpu":
+            raise ValueError("optimizer: expected a number as lr, got a tensor on a device")
+
+    def _refuse_scaled(self, upstream: OutputGradients) -> None:
+        """Refuses the gradient of a loss that an enabled GradScaler has multiplied; its multiplication leaves no trace.
+
+        Searched once, because it takes tens of milliseconds to look at all objects.
+        """
+        scalers = [o for o in gc.get_objects() if issubclass(type(o), torch.amp.GradScaler) and o.is_enabled()]
+        scales = {scaler.get_scale() for scaler in scalers} - {1.0}
+        largest = (
+            max((float(g.abs().max()) for g in upstream if g is not None and g.numel()), default=0.0) if scales else 0
+        )
+        if any(largest > 1.0 and largest > scale / 2**16 for scale in scales):
+            refuse(
+                "torch.amp.GradScaler cannot undo a step, and multiplies its gradient; use bfloat16 without a scaler"
+            )
+
+    def _before_optimizer_step(self) -> None:
+        if self.parameter.grad is not None:
+            self._gradient_of_another_loss()
+
+    def _after_optimizer_step(self) -> None:
+        self._has_stepped = False
+
+    def _gradient_of_another_loss(self) -> None:
+        if self.parameter.grad is not None:
+            refuse(
+                "the class weights got a gradient from another loss, such as a regularizer; a step in the backward knows "
+                "the gradient of its own loss only"
+            )
