@@ -20,9 +20,12 @@ from .train.named_losses import LossConfig
 
 MAX_SEED = 2**64 - 1  # of torch
 # Options that may differ in a resumed run.
-RUNTIME_FIELDS = ("output", "config", "resume", "accelerator", "devices", "workers", "checkpoint_every", "log_every")
+RUNTIME_FIELDS = (
+    "output", "config", "resume", "accelerator", "devices", "workers", "checkpoint_every", "log_every",
+    "optimizer.in_backward",
+)  # fmt: skip
 # Options that early checkpoints do not have; they get their defaults.
-LATER_OPTIONS = ("weights",)
+LATER_OPTIONS = ("weights", "loss.weight_dtype", "optimizer.in_backward", "optimizer.stochastic_rounding")
 # Options that the configuration file of a run omits, so that it can start another run.
 LAUNCH_FIELDS = ("output", "config", "resume")
 
@@ -60,6 +63,16 @@ class OptimizerConfig:
     ema: float = 0.0
     """Decay per step of an exponential moving average of the backbone's weights, such as 0.999.
     The average is then evaluated and exported. 0: no average."""
+    in_backward: bool | None = None
+    """Whether the backward steps the class weights, so that their gradient is never stored.
+    The results differ by rounding only. A resumed run may have another value.
+    It cannot be done with --accumulate above 1, with --precision 16-mixed,
+    with the companions intra, inter and uniform, or with the exclusive term of softmax, l2-softmax and l-softmax.
+    None: wherever it can be done."""
+    stochastic_rounding: bool = True
+    """Whether class weights and momentum in bfloat16 are rounded up or down at random, without bias.
+    It has an effect where the backward steps the class weights (--optimizer.in-backward).
+    Rounding to nearest loses steps that are smaller than half a unit in the last place."""
 
     def __post_init__(self) -> None:
         for name in ("lr", "class_lr", "clip_norm"):
@@ -190,6 +203,23 @@ class TrainConfig:
             raise ValueError(f"seed must be at most {MAX_SEED}, got {self.seed}")
         if not 0 <= self.test_fraction < 1:
             raise ValueError(f"test_fraction must be in [0, 1), got {self.test_fraction}")
+        if self.optimizer.in_backward and (obstacle := self._in_backward_obstacle()):
+            raise ValueError(f"optimizer.in_backward: the backward cannot step the class weights with {obstacle}")
+
+    @property
+    def steps_in_backward(self) -> bool:
+        """Whether the backward steps the class weights."""
+        return (
+            self._in_backward_obstacle() is None if self.optimizer.in_backward is None else self.optimizer.in_backward
+        )
+
+    def _in_backward_obstacle(self) -> str | None:
+        """An option with which the backward cannot step the class weights, and its value."""
+        if self.accumulate > 1:
+            return f"accumulate {self.accumulate}"
+        if self.precision == "16-mixed":  # scales the loss
+            return f"precision {self.precision}"
+        return self.loss.other_gradient()
 
     @property
     def output_folder(self) -> Path:

@@ -201,6 +201,7 @@ def test_help_texts_are_sentences(command, capsys, monkeypatch):
         ("--backbone-options size=3", "backbone_options need a --backbone"),
         ("--backbone a.b --backbone-options size", "expected NAME=VALUE, got 'size'"),
         ("--optimizer.milestones 0.5 1.5", "optimizer.milestones must be between 0 and 1"),
+        ("--optimizer.in-backward True --accumulate 2", "cannot step the class weights with accumulate 2"),
         ("--config", "expected one argument"),
         ("--config nothing.yaml", "cannot read the configuration nothing.yaml"),
         ("--evaluation.folds 1", "evaluation.folds must be at least 2"),

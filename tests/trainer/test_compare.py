@@ -147,6 +147,15 @@ def test_names():
     assert loss_config("arcface+exclusive=0.5").exclusive_weight == 0.5
     both = loss_config("cosface+exclusive+center=0.01")
     assert both.exclusive_weight == 1.0 and both.companions.center == 0.01
+    assert both.weight_dtype == "float32" and loss_config("cosface+bfloat16").weight_dtype == "bfloat16"
+    config = CompareConfig(("arcface+exclusive+bfloat16", "arcface+exclusive+bfloat16-nearest"))
+    stochastic, nearest = (config.training(loss, 0) for loss in config.losses)
+    assert (
+        stochastic.loss
+        == nearest.loss
+        == dataclasses.replace(loss_config("arcface+exclusive"), weight_dtype="bfloat16")
+    )
+    assert stochastic.optimizer.stochastic_rounding and not nearest.optimizer.stochastic_rounding
 
 
 @pytest.mark.parametrize(
@@ -155,6 +164,7 @@ def test_names():
         (["--losses", "arkface"], "expected random-weights or one of"),
         (["--losses", "arcface+centroid"], "after the +, got 'centroid'"),
         (["--losses", "arcface+center=much"], "expected a number after center="),
+        (["--losses", "arcface+bfloat16+bfloat16-nearest"], "expected one of bfloat16, bfloat16-nearest in arcface"),
         (["--losses", "arcface", "arcface"], "expected each once"),
         (["--losses", "arcface+center+center"], "expected center once in arcface+center+center"),
         (["--seeds", "-1"], "seed must not be negative"),

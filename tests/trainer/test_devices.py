@@ -14,6 +14,7 @@ import pytest
 import torch
 from forks import run_command
 from rich.console import Console
+from training_runs import assert_same_state, fit, train_and_die
 
 from fused_margin.trainer.config import TrainConfig
 from fused_margin.trainer.data import load_splits
@@ -31,18 +32,23 @@ def command(*options):
     return [sys.executable, "-m", "fused_margin.cli", "train", *map(str, options)]
 
 
-def train(forks, *options, devices=2):
-    """Train with one process per device, as started by Lightning or torchrun; returns their output."""
+def start(forks, *options, devices=2):
+    """Start one process per device, as Lightning or torchrun do."""
     forks.preload("fused_margin.trainer.train.run")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": "0"} if devices > 1 else {}
     options = "train", *map(str, options), "--devices", str(devices)
-    processes = [
+    return [
         forks.start(run_command, *options, environment=environment | ({"LOCAL_RANK": str(rank)} if devices > 1 else {}))
         for rank in range(devices)
     ]
+
+
+def train(forks, *options, devices=2):
+    """Train with one process per device; returns their output."""
+    processes = start(forks, *options, devices=devices)
     codes = [process.wait() for process in processes]
     printed = "".join(process.output for process in processes)
     assert codes == [0] * devices, printed
@@ -56,6 +62,7 @@ class Stopped(Exception):
 DIVIDED = {
     "arcface": LossConfig("arcface", margin=0.2, scale=16.0, exclusive_weight=1.0),
     "l2-softmax": LossConfig("l2-softmax"),  # has a bias and a learned scale
+    "bfloat16": LossConfig("arcface", margin=0.2, scale=16.0, weight_dtype="bfloat16"),
 }
 
 
@@ -66,7 +73,7 @@ def partial_run(tiny_config, tmp_path, name):
     config = dataclasses.replace(
         tiny_config,
         augmentation=AugmentationConfig(**nothing),
-        checkpoint_every=25,
+        checkpoint_every=39 if name == "bfloat16" else 25,
         output=tmp_path / "partial_run",
         loss=DIVIDED[name],
     )
@@ -84,11 +91,13 @@ def partial_run(tiny_config, tmp_path, name):
 
 @pytest.mark.parametrize("name", ["arcface", pytest.param("l2-softmax", marks=pytest.mark.slow)])
 def test_two_processes_match_one(forks, partial_run, tmp_path, name):
+    """One of them steps the class weights in the backward, the other by their gradient."""
     states = []
     for devices in (1, 2):
         output = tmp_path / str(devices)
         shutil.copytree(partial_run, output)
-        printed = train(forks, "--resume", "--output", output, devices=devices)
+        in_backward = "--optimizer.in-backward", devices == 2
+        printed = train(forks, "--resume", "--output", output, *in_backward, devices=devices)
         assert printed.count("Verification on 3 identities") == 1  # only one process prints
         assert (output / "report.json").exists()
         states.append(load_checkpoint(output / FILE_NAME))
@@ -97,6 +106,68 @@ def test_two_processes_match_one(forks, partial_run, tmp_path, name):
     torch.testing.assert_close(two["losses"], one["losses"], rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(two["model"], one["model"], rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(two["optimizer"]["state"], one["optimizer"]["state"], rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["bfloat16"])
+def test_bfloat16_class_weights_in_two_processes(forks, partial_run, tmp_path, name):
+    """The random bits do not depend on the number of processes, so that few elements are rounded differently."""
+    assert load_checkpoint(partial_run / FILE_NAME)["model"]["criterion.loss_fn.weight"].dtype == torch.bfloat16
+    states = []
+    for devices in (1, 2, 1):
+        output = tmp_path / str(len(states))
+        shutil.copytree(partial_run, output)
+        train(forks, "--resume", "--output", output, devices=devices)
+        states.append(load_checkpoint(output / FILE_NAME))
+    one, two, again = states
+    assert_same_state(one, again)
+    torch.testing.assert_close(two["losses"], one["losses"], rtol=1e-4, atol=0)
+    (ours,), (expected,) = (
+        [values for values in state["optimizer"]["state"].values() if "step" in values] for state in (two, one)
+    )
+    assert ours["step"] == expected["step"] == 40
+    assert (ours["momentum_buffer"] == expected["momentum_buffer"]).float().mean() > 0.9
+    weights = [state["model"]["criterion.loss_fn.weight"] for state in (two, one)]
+    assert (weights[0] == weights[1]).float().mean() > 0.9
+
+
+def test_killed_process_continues_exactly(forks, tiny_config, tmp_path):
+    """With class weights in bfloat16, whose random rounding depends on the number of steps so far."""
+    config = dataclasses.replace(
+        tiny_config,
+        epochs=1,
+        checkpoint_every=4,
+        loss=LossConfig("arcface", 0.2, 16.0, 1.0, weight_dtype="bfloat16"),
+    )
+    splits, quiet = load_splits("digits", (8, 8), 1, 0.3, seed=0), Console(quiet=True)
+    uninterrupted = fit(dataclasses.replace(config, output=tmp_path / "uninterrupted"), splits, quiet)
+    forks.preload("fused_margin.trainer.train.run")
+    process = forks.start(train_and_die, config, splits, 14)
+    assert process.wait() == -signal.SIGKILL, process.output
+    state = load_checkpoint(config.output / FILE_NAME)
+    assert state["step"] == 12
+    torch.manual_seed(99)
+    resumed = fit(config, splits, quiet, state=state)
+    assert_same_state(resumed.state_dict(), uninterrupted.state_dict())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_killed_processes_continue_exactly(forks, tiny_options, tmp_path, dtype):
+    """Two processes, both killed at any moment."""
+    options = [*tiny_options, "--epochs", "6", "--checkpoint-every", "2", "--loss.weight-dtype", dtype]
+    train(forks, *options, "--output", tmp_path / "uninterrupted")
+    output = tmp_path / "killed"
+    processes = start(forks, *options, "--output", output)
+    while not (output / FILE_NAME).exists() or load_checkpoint(output / FILE_NAME)["step"] < 30:
+        assert all(process.poll() is None for process in processes)
+        time.sleep(0.02)
+    for process in processes:
+        process.send_signal(signal.SIGKILL)
+    assert [process.wait() for process in processes] == [-signal.SIGKILL] * 2
+    assert load_checkpoint(output / FILE_NAME)["step"] < 120
+    train(forks, "--resume", "--output", output)
+    assert_same_state(*(load_checkpoint(tmp_path / name / FILE_NAME) for name in ("killed", "uninterrupted")))
 
 
 @pytest.mark.slow

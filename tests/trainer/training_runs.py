@@ -1,6 +1,10 @@
 """Runs that the tests of training stop, resume and compare."""
 
+import os
+import signal
+
 import torch
+from rich.console import Console
 
 from fused_margin.trainer.train.checkpoint import FILE_NAME, save_checkpoint
 from fused_margin.trainer.train.loop import Trainer
@@ -27,6 +31,13 @@ def fit(config, splits, console, state=None, trainer=None):
     config.output.mkdir(exist_ok=True)
     trainer.fit(console, lambda: save_checkpoint(config.output / FILE_NAME, trainer.state_dict()))
     return trainer
+
+
+def train_and_die(config, splits, at):
+    """Train until step number `at`, during which the process is killed."""
+    torch.set_num_threads(1)
+    stopped = StoppedTrainer(config, splits, at, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    fit(config, splits, Console(quiet=True), trainer=stopped)
 
 
 def assert_same_state(ours, theirs):

@@ -15,6 +15,8 @@ from ..train.named_losses import LOSSES, LossConfig
 
 RANDOM = "random-weights"  # the network before training
 EXCLUSIVE = "exclusive"
+# Terms that choose the class weights in bfloat16, and their stochastic rounding.
+ROUNDINGS = {"bfloat16": True, "bfloat16-nearest": False}
 # Default weights of added terms, from their papers if possible.
 ADDED = {EXCLUSIVE: 1.0, "center": 0.003, "ring": 0.01, "intra": 1.0, "inter": 1.0, "uniform": 1.0, "triplet": 1.0}
 LOSSES_HELP = (
@@ -23,6 +25,7 @@ LOSSES_HELP = (
     "\n Terms and their default weights: "
     + ", ".join(f"{name}={ADDED.get(name, 1.0):g}" for name in (EXCLUSIVE, *ARGUMENTS))
     + "."
+    "\n +bfloat16 has class weights in bfloat16, rounded stochastically; +bfloat16-nearest rounds them to nearest."
 )
 
 
@@ -61,9 +64,12 @@ class CompareConfig:
     def training(self, loss: str, seed: int) -> TrainConfig:
         """The training of one loss with one seed."""
         chosen = LossConfig() if loss == RANDOM else loss_config(loss)
+        defaults = TrainConfig.defaults(self.data, "small", chosen.name)
+        stochastic = all(ROUNDINGS.get(term, True) for term in loss.split("+"))
         return dataclasses.replace(
-            TrainConfig.defaults(self.data, "small", chosen.name),
+            defaults,
             loss=chosen,
+            optimizer=dataclasses.replace(defaults.optimizer, stochastic_rounding=stochastic),
             epochs=self.epochs,
             seed=seed,
             output=self.output / f"{loss}-{seed}",
@@ -72,24 +78,33 @@ class CompareConfig:
 
 
 def loss_config(text: str) -> LossConfig:
-    """The configuration of a name such as "arcface+exclusive=0.5".
+    """The configuration of a name such as "arcface+exclusive=0.5+bfloat16".
 
     Raises:
         ValueError: the loss or an added term does not exist.
     """
     name, *added = text.split("+")
+    roundings = [part for part in added if part in ROUNDINGS]
+    if len(roundings) > 1:
+        raise ValueError(f"losses: expected one of {', '.join(ROUNDINGS)} in {text}")
     if name not in LOSSES:
         raise ValueError(f"losses: expected {RANDOM} or one of {', '.join(LOSSES)}, got {name!r}")
     weights: dict[str, Any] = {}  # keyword arguments: numbers
     for part in added:
+        if part in ROUNDINGS:
+            continue
         term, _, weight = part.partition("=")
         if term in weights:
             raise ValueError(f"losses: expected {term} once in {text}")
         if term != EXCLUSIVE and term not in ARGUMENTS:
-            raise ValueError(f"losses: expected {EXCLUSIVE}, {', '.join(ARGUMENTS)} after the +, got {term!r}")
+            raise ValueError(
+                f"losses: expected {', '.join((EXCLUSIVE, *ARGUMENTS, *ROUNDINGS))} after the +, got {term!r}"
+            )
         try:
             weights[term] = float(weight) if weight else ADDED.get(term, 1.0)
         except ValueError:
             raise ValueError(f"losses: expected a number after {term}=, got {weight!r}") from None
     config = dataclasses.replace(LossConfig.small_data(name), exclusive_weight=weights.pop(EXCLUSIVE, 0.0))
+    if roundings:
+        config = dataclasses.replace(config, weight_dtype="bfloat16")
     return dataclasses.replace(config, companions=dataclasses.replace(config.companions, **weights))

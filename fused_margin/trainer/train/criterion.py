@@ -35,6 +35,8 @@ class Criterion(nn.Module):
         self.last_parts: dict[str, Tensor] = {}
         for weight in self.projected_parameters():
             fm.optim.project_(weight)
+        if config.weight_dtype != "float32":  # last, so that the same weights are drawn, and are rounded once
+            self.loss_fn.weight = nn.Parameter(self.loss_fn.weight.detach().to(getattr(torch, config.weight_dtype)))
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         parts = {self.name: self.loss_fn(embeddings, labels)}
@@ -61,8 +63,8 @@ class Criterion(nn.Module):
 
     @property
     def class_weight(self) -> Tensor:
-        """Class weights (C, D), detached; with sub-centers as `class_directions`."""
-        return class_directions(self.loss_fn.weight.detach(), self.loss_fn.sub_centers)
+        """Class weights (C, D) in float32, detached; with sub-centers as `class_directions`."""
+        return class_directions(self.loss_fn.weight.detach().float(), self.loss_fn.sub_centers)
 
 
 def class_directions(weight: Tensor, sub_centers: int) -> Tensor:
@@ -73,5 +75,5 @@ def class_directions(weight: Tensor, sub_centers: int) -> Tensor:
 
 
 def stored_class_weight(config: LossConfig, criterion_state: Mapping[str, Tensor]) -> Tensor:
-    """Class weights (C, D) in the state dict of a `Criterion`."""
-    return class_directions(criterion_state["loss_fn.weight"], make_small_loss(config).sub_centers)
+    """Class weights (C, D) in float32, from the state dict of a `Criterion`."""
+    return class_directions(criterion_state["loss_fn.weight"].float(), make_small_loss(config).sub_centers)

@@ -16,6 +16,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+import fused_margin as fm
 from fused_margin.distributed import Shard
 from fused_margin.evaluation.errors import DataError
 
@@ -32,6 +33,7 @@ from .progress import TrainingProgress
 
 AUGMENT_STREAM = 1  # of the augmentation's random numbers
 MODEL_STREAM = 3  # of the random numbers of network and loss; 2 is the evaluation's stream
+ROUNDING_STREAM = 4  # of the random bits that round class weights
 RECENT_STEPS = 20  # number of steps that the shown loss is averaged over
 STOP_EVERY = 5  # steps between checks of several processes for a stop request
 LOSS_PREFIX = "criterion.loss_fn."  # of the loss's names in the model's state dict
@@ -98,6 +100,14 @@ class Trainer:
         optimizer = self.fabric.setup_optimizers(make_optimizer(backbone, criterion, config.optimizer))
         assert not isinstance(optimizer, tuple)  # as for several optimizers
         self.optimizer = optimizer
+        if config.steps_in_backward:
+            fm.optim.step_in_backward(
+                criterion.loss_fn,
+                optimizer.optimizer,
+                stochastic_rounding=config.optimizer.stochastic_rounding,
+                # The same in all processes, because the bits also depend on the class.
+                seed=seeded_generator(config.seed, ROUNDING_STREAM).initial_seed(),
+            )
         self.shard = Shard(num_classes, self.devices.group)
         self.average: AveragedModel | None = None
         if decay := config.optimizer.ema:
@@ -278,11 +288,8 @@ class Trainer:
         optimizer["state"] = dict(optimizer["state"])
         for name, number in self._sharded_parameters().items():
             model[name] = self.shard.gather_to_first(model[name])
-            if momentum := optimizer["state"].get(number):
-                gathered = {
-                    key: self.shard.gather_to_first(value) for key, value in momentum.items() if value is not None
-                }
-                optimizer["state"][number] = {**momentum, **gathered}
+            if own := optimizer["state"].get(number):
+                optimizer["state"][number] = _map_rows(self.shard.gather_to_first, own)
         if self.devices.rank:
             return None
         return {
@@ -326,9 +333,8 @@ class Trainer:
         model, optimizer = dict(state["model"]), {**state["optimizer"], "state": dict(state["optimizer"]["state"])}
         for name, number in self._sharded_parameters().items():
             model[name] = self.shard.local_part(model[name])
-            if momentum := optimizer["state"].get(number):
-                own = {key: self.shard.local_part(value) for key, value in momentum.items() if value is not None}
-                optimizer["state"][number] = {**momentum, **own}
+            if all_classes := optimizer["state"].get(number):
+                optimizer["state"][number] = _map_rows(self.shard.local_part, all_classes)
         try:
             self.model.load_state_dict(model)
         except RuntimeError as error:
@@ -358,6 +364,20 @@ class Speed:
         speed = self._images / (now - self._since)
         self._images, self._since = 0, now
         return speed
+
+
+def _map_rows(function: Callable[[Tensor], Tensor | None], state: Mapping[str, Any]) -> dict[str, Any]:
+    """The optimizer's state of a parameter, with `function` of its tensors that have rows of classes.
+
+    Others are the number of steps, which the backward counts in place and which is therefore copied, and None.
+    """
+    mapped = {}
+    for name, value in state.items():
+        if isinstance(value, Tensor):
+            mapped[name] = function(value) if value.dim() else value.clone()
+        else:
+            mapped[name] = value
+    return mapped
 
 
 def _fetch(result: StepResult) -> dict[str, float]:

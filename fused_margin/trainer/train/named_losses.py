@@ -18,7 +18,7 @@ from fused_margin.losses.softmax import SoftmaxLoss
 from fused_margin.margins import CM1, CM2
 
 from ..options import NamedOptions
-from .auxiliary import AuxiliaryConfig
+from .auxiliary import ARGUMENTS, AuxiliaryConfig
 
 MainLoss = MarginLoss | SoftmaxLoss
 
@@ -97,6 +97,9 @@ class LossConfig:
     exclusive_weight: float = 0.0
     """Weight of RegularFace's exclusive term, which pushes the nearest class weights apart. 0 disables it."""
     options: Annotated[NamedOptions, tyro.conf.arg(help=OPTIONS_HELP)] = field(default_factory=dict)
+    weight_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the class weights and of their momentum. bfloat16 halves their memory.
+    See --optimizer.stochastic-rounding. Embeddings and the computation remain in float32."""
     companions: AuxiliaryConfig = field(default_factory=AuxiliaryConfig)
 
     def __post_init__(self) -> None:
@@ -132,6 +135,15 @@ class LossConfig:
     def small_data(cls, name: str) -> LossConfig:
         """Settings for the images that need no download."""
         return cls(name, **SMALL_DATA.get(name, {}))
+
+    def other_gradient(self) -> str | None:
+        """An option that adds a gradient of the class weights outside the backward of the loss, and its value."""
+        for name, weight in self.companions.weights().items():
+            if "class_weight" in ARGUMENTS[name]:
+                return f"loss.companions.{name} {weight}"
+        if self.exclusive_weight and issubclass(LOSSES[self.name].loss_class, SoftmaxLoss):
+            return f"loss.exclusive_weight {self.exclusive_weight} of {self.name}"
+        return None
 
 
 def accepted_arguments(loss_class: type[MainLoss]) -> dict[str, inspect.Parameter]:

@@ -231,6 +231,10 @@ def _print_start(console: Console, config: TrainConfig, trainer: Trainer, splits
         f"{counted(trainer.total_steps, 'step')} on {trainer.fabric.device}",
         highlight=False,
     )
+    if config.loss.weight_dtype != "float32":
+        stochastic = config.steps_in_backward and config.optimizer.stochastic_rounding
+        rounded = "stochastically" if stochastic else "to nearest"
+        console.print(f"class weights in {config.loss.weight_dtype}, rounded {rounded}", highlight=False)
     if splits.skipped:
         console.print(describe_skipped(splits.skipped), highlight=False, soft_wrap=True)
     if config.weights is not None and not config.resume:
