@@ -6,11 +6,15 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
+from itertools import pairwise
+from typing import Any, TypeVar
 
 import torch
 
 Step = Callable[[int], object]  # one whole step on the batch with that number
 Timer = Callable[[Step, int, str], float]
+S = TypeVar("S", bound=Step)
+T = TypeVar("T")
 
 HEAD_START = 10_000_000  # cycles, about 5 ms: longer than the host takes to launch a step
 
@@ -59,10 +63,28 @@ def time_queued(step: Step, turn: int, device: str) -> float:
     return begin.elapsed_time(end) / 1e3
 
 
+def moments(device: str) -> tuple[Callable[[], None], Callable[[], list[float]]]:
+    """A function that notes the moment of its call, on a GPU that of the device, and one that returns the seconds between."""
+    noted: list[Any] = []
+    if device != "cuda":
+        return lambda: noted.append(time.perf_counter()), lambda: [end - begin for begin, end in pairwise(noted)]
+    torch.cuda.synchronize()
+
+    def note() -> None:
+        noted.append(torch.cuda.Event(enable_timing=True))
+        noted[-1].record()
+
+    def seconds() -> list[float]:
+        noted[-1].synchronize()
+        return [begin.elapsed_time(end) / 1e3 for begin, end in pairwise(noted)]
+
+    return note, seconds
+
+
 def interleaved(
-    steps: Mapping[str, Step], rounds: int, device: str, seed: int = 0, timer: Timer = time_once
-) -> Iterator[dict[str, float]]:
-    """Yield the seconds of every contestant, round by round.
+    steps: Mapping[str, S], rounds: int, device: str, seed: int = 0, timer: Callable[[S, int, str], T] = time_once
+) -> Iterator[dict[str, T]]:
+    """Yield what the timer returns of every contestant, seconds by default, round by round.
 
     Contestants are timed in turns on the same batch, so that machine noise affects all alike. The order is shuffled in
     every round, so that no contestant always finds the caches as the same predecessor left them. Raises StepFailed at

@@ -44,6 +44,7 @@ ShapeArgument = Annotated[
 MEMORY_SHAPES = (Shape(256, 512, 10_000), Shape(256, 512, 100_000), targets.MEMORY)
 ACCURACY_SHAPE = Shape(256, 512, 20_000)  # small enough for quick float64 answers
 TABLE_WIDTH = 140  # if the output is not a terminal
+REUSE = {"MALLOC_MMAP_THRESHOLD_": str(2**40), "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 
 
 @dataclass
@@ -179,7 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if "kernels" in options.suites and (why := comparisons.missing(options.device)):
         sys.exit(why)
     if from_command_line and options.allocator == "reuse" and options.device == "cpu":
-        restart_with_malloc({"MALLOC_MMAP_THRESHOLD_": str(2**40), "MALLOC_TRIM_THRESHOLD_": str(2**40)})
+        restart_with_malloc(REUSE)
     console = Console()
     if not console.is_terminal:
         console = Console(width=TABLE_WIDTH)

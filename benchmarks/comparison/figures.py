@@ -42,15 +42,15 @@ def draw(report: Report, path: Path) -> None:
     for axis in axes[panels:]:
         axis.remove()
     only_fp32 = not any(section.suite in names.SUITES for section in report.sections)
-    figure.suptitle(f"fused_margin on {_machine(report)}{', fp32' if only_fp32 else ''}")
+    figure.suptitle(f"fused_margin on {machine_name(report.device, report.threads)}{', fp32' if only_fp32 else ''}")
     figure.savefig(path, dpi=130)
 
 
-def _machine(report: Report) -> str:
-    facts = hardware(report.device)
+def machine_name(device: str, threads: int) -> str:
+    facts = hardware(device)
     if "gpu" in facts:
         return facts["gpu"]
-    return f"{facts['cpu']}, {report.threads} thread{'s' if report.threads > 1 else ''}"
+    return f"{facts['cpu']}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def _measured(section: Section) -> bool:

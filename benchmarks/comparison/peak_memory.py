@@ -17,6 +17,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from multiprocessing import forkserver, get_context
@@ -58,6 +59,7 @@ class Peak:
 
     bytes: int | None = None
     failure: str | None = None
+    held: int | None = None  # bytes of the class weights and of the state of their optimizer, in the study of heads
 
 
 def static_bytes(shape: Shape) -> int:
@@ -83,11 +85,15 @@ def _server() -> BaseContext:
 
 @cache
 def measure(job: Job) -> Peak:
+    return measure_apart(_peak, job)
+
+
+def measure_apart(measurement: Callable[[Job], Peak], job: Job) -> Peak:
     """Measure in another process, so that running out of memory does not end this one."""
     if job.device == "cuda":
         torch.cuda.empty_cache()  # leave the unused memory of this process to the other
     receiver, sender = _server().Pipe(duplex=False)
-    process = _server().Process(target=_measure_and_send, args=(job, sender))
+    process = _server().Process(target=_measure_and_send, args=(measurement, job, sender))
     process.start()
     sender.close()
     try:
@@ -103,7 +109,7 @@ def measure(job: Job) -> Peak:
         process.kill()  # in case this process was interrupted
 
 
-def _peak_bytes(job: Job) -> int:
+def _peak(job: Job) -> Peak:
     contestant = peers.find(job.suite, job.contestant, job.shape.rows, job.device)
     build = contestant.variants[job.variant]
     if contestant.compiled:
@@ -113,15 +119,15 @@ def _peak_bytes(job: Job) -> int:
         tiny = Shape(min(job.shape.rows, 8), job.shape.dim, min(job.shape.classes, 256))
         build(make_inputs(tiny, job.device, batches=1))(0)
         step = build(make_inputs(job.shape, job.device, batches=1))
-    return peak_bytes(step, job.device)
+    return Peak(peak_bytes(step, job.device))
 
 
-def _measure_and_send(job: Job, sender: Connection) -> None:
+def _measure_and_send(measurement: Callable[[Job], Peak], job: Job, sender: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the parent reports an interruption
     torch.set_num_threads(job.threads)
     limit_to_available(job.device)
     try:
-        peak = Peak(bytes=_peak_bytes(job))
+        peak = measurement(job)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise

@@ -78,17 +78,22 @@ def _tall_step(section: Section) -> Iterator[Verdict]:
         )
 
 
+def memory_bound(shape: Shape) -> int:
+    """The workspace + O(N·D + C), which is counted as eight floats for each of N·D and C, in bytes."""
+    return peers.WORKSPACE_MB * 2**20 + 8 * 4 * (shape.rows * shape.dim + shape.classes)
+
+
 def bounded_memory(section: Section, name: str) -> Iterator[Verdict]:
-    """Peak memory within the workspace + O(N·D + C), which is counted as eight floats for each of N·D and C."""
+    """Peak memory within :func:`memory_bound`."""
     shape = section.shape
-    bound = peers.WORKSPACE_MB * 2**20 + 8 * 4 * (shape.rows * shape.dim + shape.classes)
+    bound = memory_bound(shape)
     entry = section.find(name)
     if entry and entry.peak_bytes is not None:
         subject = "peak extra memory" + ("" if name == peers.OURS else f" of {name}")
         yield Verdict(
             f"{shape.label}: {subject}",
-            f"≤ workspace + 8 floats·(N·D + C) = {_mebibytes(bound)}",
-            _mebibytes(entry.peak_bytes),
+            f"≤ workspace + 8 floats·(N·D + C) = {mebibytes(bound)}",
+            mebibytes(entry.peak_bytes),
             entry.peak_bytes <= bound,
         )
 
@@ -101,8 +106,8 @@ def _exclusive(section: Section) -> Iterator[Verdict]:
         bound = 4 * 4 * section.shape.classes * section.shape.dim
         yield Verdict(
             f"exclusive term, C={section.shape.classes:,}: peak extra memory",
-            f"≤ 4 floats·C·D = {_mebibytes(bound)}",
-            _mebibytes(entry.peak_bytes),
+            f"≤ 4 floats·C·D = {mebibytes(bound)}",
+            mebibytes(entry.peak_bytes),
             entry.peak_bytes <= bound,
         )
 
@@ -130,5 +135,5 @@ def _faster(section: Section, name: str, limit: float) -> Iterator[Verdict]:
         yield Verdict(f"{subject}: faster than {name}", f"≥ {limit:.1f}×", f"{ratio:.2f}×", ratio >= limit)
 
 
-def _mebibytes(count: int) -> str:
+def mebibytes(count: int) -> str:
     return f"{count / 2**20:,.0f} MiB"

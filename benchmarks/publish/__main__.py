@@ -1,4 +1,7 @@
-"""Writes the result of a GPU into README.md and docs/scaling.md: `python -m benchmarks.publish [RESULT.json]`."""
+"""Writes results into documents: `python -m benchmarks.publish [RESULT.json]`.
+
+The result of a GPU goes into README.md and docs/scaling.md, and those of the study of heads into its README.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +21,13 @@ from ..common.timing import duration
 from ..comparison.report import Section
 from ..comparison.tables import ABSENT, mebibytes
 from ..gpu import evidence
+from ..head import documents as head
 from ..kernels import names, predictions
 from ..kernels.device_result import DeviceResult, median, newest
 from ..kernels.names import ours
 from ..sharding import model
 
-README, SCALING = ROOT / "README.md", ROOT / "docs" / "scaling.md"
+README, SCALING, HEAD = ROOT / "README.md", ROOT / "docs" / "scaling.md", head.README
 GPU_RESULTS, MODEL_TIMES, MODEL_LIMIT = "gpu results", "model times", "model limit"
 NO_RESULT = (
     "GPU: no result of a GPU is committed yet, so the tensor-core kernels are off.\n"
@@ -43,7 +47,7 @@ PEERS = (
 
 @dataclass
 class Options:
-    """Write the GPU table of README.md, and the speeds and times of docs/scaling.md."""
+    """Write the GPU table of README.md, the speeds and times of docs/scaling.md, and the results in benchmarks/head."""
 
     result: tyro.conf.Positional[Path | None] = None
     """File in benchmarks/results. Default: the newest result of a GPU; without one, a note that there is none."""
@@ -161,6 +165,7 @@ def documents(result: DeviceResult | None) -> dict[Path, str]:
     blocks = {
         README: {GPU_RESULTS: gpu_results(result)},
         SCALING: {MODEL_TIMES: model.times(speeds), MODEL_LIMIT: model.limit(speeds)},
+        HEAD: {head.BLOCK: head.block()},
     }
     texts = {}
     for path, contents in blocks.items():
@@ -178,7 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for path, text in documents(result).items():
         path.write_text(text, encoding="utf-8")
     source = f"from {result.file}" if result else "without a result of a GPU"
-    print(f"Wrote README.md and docs/scaling.md {source}.")
+    print(f"Wrote README.md and docs/scaling.md {source}, and benchmarks/head/README.md.")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import resource
 import signal
 import statistics
 import subprocess
@@ -32,15 +31,6 @@ from benchmarks.comparison.runner import Runner
 from benchmarks.kernels import comparisons, names, steps
 
 ROUNDS = 3
-
-
-@pytest.fixture(autouse=True)
-def keep_process_settings() -> Iterator[None]:
-    """The command limits the memory and sets the threads of its process, which other tests share."""
-    limit, threads = resource.getrlimit(resource.RLIMIT_DATA), torch.get_num_threads()
-    yield
-    resource.setrlimit(resource.RLIMIT_DATA, limit)
-    torch.set_num_threads(threads)
 
 
 def run_quick(path: Path, *suites: str) -> dict[str, Any]:

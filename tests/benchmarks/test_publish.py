@@ -1,4 +1,4 @@
-"""The GPU table of README.md and the model of docs/scaling.md agree with the committed results."""
+"""The GPU table of README.md, the model of docs/scaling.md and the results in benchmarks/head agree with the committed results."""
 
 import json
 
@@ -219,7 +219,7 @@ def test_newest_result_of_a_device(monkeypatch, tmp_path):
 
 
 def test_command_writes_between_the_markers(monkeypatch, tmp_path, capsys):
-    before = {"README": publish.README.read_text(), "SCALING": publish.SCALING.read_text()}
+    before = {name: getattr(publish, name).read_text() for name in ("README", "SCALING", "HEAD")}
     for name, text in before.items():
         (tmp_path / name).write_text(text)
         monkeypatch.setattr(publish, name, tmp_path / name)
@@ -228,6 +228,9 @@ def test_command_writes_between_the_markers(monkeypatch, tmp_path, capsys):
     assert "benchmarks/results/h100.json" in capsys.readouterr().out
     for name, text in before.items():
         after = (tmp_path / name).read_text()
+        if name == "HEAD":
+            assert after == text
+            continue
         assert after != text and "h100.json" in after
         assert after[: after.index("<!-- gpu" if name == "README" else "<!-- model")] in text
     assert publish.gpu_results(result()) in (tmp_path / "README").read_text()

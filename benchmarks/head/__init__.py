@@ -1,0 +1,1 @@
+"""Whole training steps of a classification head, beside peers: `python -m benchmarks head`."""
