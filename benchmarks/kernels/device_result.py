@@ -64,6 +64,11 @@ def median(section: Section, name: str) -> float | None:
 
 
 def newest() -> DeviceResult | None:
-    """The newest result of a GPU in benchmarks/results; None if there is none."""
+    """The newest result of a GPU in benchmarks/results with all peers, else the newest; None if there is none."""
     found = [each for each in map(DeviceResult.read, sorted(RESULTS.glob("*.json"))) if each.is_of_kernels]
-    return max(found, key=lambda each: each.content.get("date", ""), default=None)
+
+    def order(result: DeviceResult) -> tuple[bool, str]:
+        command = result.content.get("benchmark_command") or ""
+        return "--no-compiled" not in command, result.content.get("date", "")
+
+    return max(found, key=order, default=None)

@@ -120,12 +120,17 @@ def _classes(shape: Shape) -> str:
 
 
 def _switched_on(result: DeviceResult) -> str:
-    enabled = [
-        f"`{name}` for compute capability {capability[0]}.{capability[1]}"
-        for name, capability, file in evidence.switched_on()
-        if file == result.name
-    ]
-    return f"This result switches on {', '.join(enabled)}." if enabled else "This result switches nothing on."
+    def kernels(of_this_result: bool) -> str:
+        return ", ".join(
+            f"`{name}` for compute capability {capability[0]}.{capability[1]}" + ("" if of_this_result else f" (`{file}`)")
+            for name, capability, file in evidence.switched_on()
+            if (file == result.name) == of_this_result
+        )
+
+    if own := kernels(True):
+        return f"This result switches on {own}."
+    others = kernels(False)
+    return "This result switches nothing on." + (f" Other results switch on {others}." if others else "")
 
 
 def gpu_results(result: DeviceResult | None) -> str:

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fused_margin._ops.backends.select import Kernels
 from fused_margin._ops.inputs import MIN_CHUNK, ForwardOutput, LossInputs
 
 # The gradient of a part of the rows stays in cache between the matrix product that writes it and the step that reads it.
-PART_BYTES = {"cpu": 8 << 20, "cuda": 32 << 20}
+PART_BYTES = {"cpu": 8 << 20, "cuda": 64 << 20}
 NAME = "fused_margin.optim.step_in_backward"
 # Names of the losses whose weights are stepped in the backward, by the identity of the weight. Not the losses, which would
 # keep their weights alive.

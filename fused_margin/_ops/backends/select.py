@@ -82,11 +82,11 @@ class Family:
 # The first family that is compiled and enabled for the device serves float32, float16 and bfloat16.
 # Tests fail if a file of results is missing or incomplete (benchmarks/gpu/evidence.py).
 FAMILIES = (
-    Family("sm90", (9, 0), exact_capability=True, results={(9, 0): "nvidia-h200.json"}),
-    Family("sm80", (8, 0), exact_capability=False, results={(9, 0): "nvidia-h200.json"}),
+    Family("sm90", (9, 0), exact_capability=True, results={(9, 0): "nvidia-h200-checks.json"}),
+    Family("sm80", (8, 0), exact_capability=False, results={(9, 0): "nvidia-h200-checks.json"}),
 )
 # Results of the CUDA kernels of the exact search.
-SEARCH_RESULTS: Mapping[Capability, str] = {(9, 0): "nvidia-h200.json"}
+SEARCH_RESULTS: Mapping[Capability, str] = {(9, 0): "nvidia-h200-checks.json"}
 _forced: str | None = None  # set by `force_backend`
 _search_forced = False  # set by `force_exact_search`
 # Before 2.10 torch cannot add fp16 matrix products to a float32 matrix in place.
