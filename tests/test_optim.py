@@ -89,3 +89,22 @@ def test_seed_of_a_step_in_the_backward():
         loss_fn(torch.randn(4, 8), torch.arange(4)).backward()
         optimizer.step()
         handle.remove()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("strided", [False, True])
+def test_sparse_steps_of_any_parameter(dtype, strided):
+    """Rows of a sparse gradient are stepped also where the kernel cannot write the parameter itself."""
+    start = torch.randn(6, 4).to(dtype)
+    parameter = torch.nn.Parameter(start.t().contiguous().t() if strided else start.clone())
+    optimizer = ProjectedSGD([parameter], lr=0.1, momentum=0.9, weight_decay=0.01)
+    rows, values = torch.tensor([1, 4]), torch.randn(2, 4).to(dtype)
+    expected, momentum = start.double(), torch.zeros(6, 4, dtype=torch.float64)
+    for _ in range(2):
+        parameter.grad = torch.sparse_coo_tensor(rows.unsqueeze(0), values, (6, 4), check_invariants=True)
+        optimizer.step()
+        momentum[rows] = 0.9 * momentum[rows] + values.double() + 0.01 * expected[rows]
+        expected[rows] = F.normalize(expected[rows] - 0.1 * momentum[rows], dim=1)
+    limit = 6 * torch.finfo(dtype).eps
+    torch.testing.assert_close(parameter.double(), expected, rtol=limit, atol=limit)
+    torch.testing.assert_close(optimizer.state[parameter]["momentum_buffer"].double(), momentum, rtol=limit, atol=limit)

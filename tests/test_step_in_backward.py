@@ -327,6 +327,14 @@ def changed_option(loss_fn, optimizer, x, y):
     loss_fn(x, y).backward()
 
 
+def momentum_in_float64(loss_fn, optimizer, x, y):
+    state = optimizer.state[loss_fn.weight]
+    name = "momentum_buffer" if "momentum_buffer" in state else "exp_avg"
+    state[name] = state[name].double()
+    yield
+    loss_fn(x, y).backward()
+
+
 def half_precision(loss_fn, optimizer, x, y):
     yield
     loss_fn(x.half(), y)
@@ -361,6 +369,7 @@ REFUSED = {
     "a gradient": (existing_gradient, "have a gradient"),
     "two batches": (two_batches, "two losses"),
     "an option": (changed_option, "dampening"),
+    "a moment of another dtype": (momentum_in_float64, "expected a contiguous matrix"),
 }
 
 

@@ -122,7 +122,8 @@ def _classes(shape: Shape) -> str:
 def _switched_on(result: DeviceResult) -> str:
     def kernels(of_this_result: bool) -> str:
         return ", ".join(
-            f"`{name}` for compute capability {capability[0]}.{capability[1]}" + ("" if of_this_result else f" (`{file}`)")
+            f"`{name}` for compute capability {capability[0]}.{capability[1]}"
+            + ("" if of_this_result else f" (`{file}`)")
             for name, capability, file in evidence.switched_on()
             if (file == result.name) == of_this_result
         )

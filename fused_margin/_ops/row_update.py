@@ -87,6 +87,19 @@ NO_COMPLETION = {
 }  # fmt: skip
 
 
+def check_rows(name: str, value: Tensor | None, weight: Tensor) -> None:
+    """Raises ValueError unless the kernel can write a matrix with the shape, dtype and device of weight."""
+    if value is None:
+        return
+    like = value.shape == weight.shape and value.dtype == weight.dtype and value.device == weight.device
+    if value.dtype not in DTYPES or not value.is_contiguous() or not like:
+        raise ValueError(
+            f"{name}: expected a contiguous matrix {tuple(weight.shape)} in {weight.dtype} on {weight.device}, got "
+            f"{tuple(value.shape)} in {value.dtype} on {value.device}"
+            f"{'' if value.is_contiguous() else ', which is not contiguous'}"
+        )
+
+
 class RowStepper:
     """Steps rows of a matrix, a part after the other."""
 
@@ -106,7 +119,13 @@ class RowStepper:
             selected: (R,) int64, ascending rows of weight that are stepped; None for all.
             first_row: row 0 of weight has this number in the stream of random bits.
             skip: (1,) bool; if true, the kernel changes nothing.
+
+        Raises:
+            ValueError: for a matrix that the kernel cannot write, or a moment that is not like weight.
         """
+        check_rows("weight", weight, weight)
+        check_rows("momentum", update.momentum, weight)
+        check_rows("second_moment", update.second_moment, weight)
         self.run, self.weight, self.update, self.selected = run, weight, update, selected
         self.common = {
             "parameter": weight, "momentum": update.momentum, "second_moment": update.second_moment,

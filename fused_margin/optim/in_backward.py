@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fused_margin import _checks
 from fused_margin._ops.inputs import ForwardOutput, LossInputs, OutputGradients
-from fused_margin._ops.row_update import DTYPES, NAME, STEPPED, RowUpdate, Rule
+from fused_margin._ops.row_update import DTYPES, NAME, STEPPED, RowUpdate, Rule, check_rows
 from fused_margin._ops.step_in_backward import run_forward
 from fused_margin.optim.projected_sgd import ProjectedSGD, start_momentum
 
@@ -169,7 +169,12 @@ class StepInBackward:
         group = self._group()
         self._check_options(group)
         stochastic = self.stochastic_rounding and weight.dtype == torch.bfloat16
+        changes = stochastic or isinstance(self.optimizer, torch.optim.Adam)
+        if changes and weight.is_cuda and torch.cuda.is_current_stream_capturing():
+            refuse("a CUDA graph would repeat the random bits of stochastic rounding and the step number of Adam")
         state = self.optimizer.state[weight]
+        for name in ("momentum_buffer", "exp_avg", "exp_avg_sq"):
+            check_rows(f"optimizer.state[weight][{name!r}]", state.get(name), weight)
         if isinstance(self.optimizer, torch.optim.Adam):
             return self._adam(group, state, stochastic)
         momentum = None

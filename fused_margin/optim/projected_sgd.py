@@ -89,13 +89,13 @@ class ProjectedSGD(torch.optim.SGD):
                 loss = closure()
         taken = self._take_gradients()
         super().step()
+        for group in self.param_groups:
+            for p in group["params"] if group["project"] else ():
+                if p.grad is not None:
+                    project_(p)
         for p, gradient, group in taken:
             p.grad = gradient
             self._step_rows(p, gradient, group)
-        for group in self.param_groups:
-            for p in group["params"] if group["project"] else ():
-                if p.grad is not None and not _has_kernel(p, group):
-                    project_(p)
         return loss
 
     def _take_gradients(self) -> list[tuple[Tensor, Tensor, dict]]:
@@ -123,7 +123,16 @@ class ProjectedSGD(torch.optim.SGD):
             momentum, None, Rule.SGD, float(group["lr"]), beta1=float(group["momentum"]),
             weight_decay=float(group["weight_decay"]), project=group["project"],
         )  # fmt: skip
-        step_rows(p, gradient, rows, *update)
+        if rows is None or _has_kernel(p, group):
+            step_rows(p, gradient, rows, *update)
+            return
+        dtype = torch.promote_types(p.dtype, torch.float32)
+        moved, moved_momentum = (None if t is None else t[rows].to(dtype) for t in (p, momentum))
+        assert moved is not None
+        step_rows(moved, gradient, None, *update._replace(momentum=moved_momentum))
+        p[rows] = moved.to(p.dtype)
+        if momentum is not None and moved_momentum is not None:
+            momentum[rows] = moved_momentum.to(p.dtype)
 
 
 def _has_kernel(p: Tensor, group: dict) -> bool:

@@ -180,12 +180,18 @@ class ChunkBackend:
         self.embedding_scale = row_scale[0] if self.one_row_scale else None
         self.need_embeddings, self.need_weight = need_embeddings, need_weight
         if need_embeddings:
-            self.d_embeddings = torch.zeros_like(x_hat)
+            self.d_embeddings = self.embedding_memory().zero_()
         self.class_scale = row_scale * self.inputs.scale
         if need_weight:
             self.scaled_embeddings = torch.empty_like(x_hat)
         if need_embeddings and not self.one_row_scale:
-            self.partial = torch.empty_like(x_hat)
+            self.partial = self.embedding_memory()
+
+    def embedding_memory(self) -> Tensor:
+        """Memory (N, D) for products of exponentials and class weights, in the layout for which they are fastest."""
+        samples, size = self.output.normalized_embeddings.shape
+        new = self.output.normalized_embeddings.new_empty
+        return new(size, samples).t() if self.run.class_major else new(samples, size)
 
     def prepare_chunk(self, k: int) -> None:
         """Prepares `backward_rows` for classes of chunk k."""
@@ -214,4 +220,4 @@ class ChunkBackend:
             torch.mv(exponentials.t(), self.class_scale[k].to(operand.dtype), out=bias_gradient)
 
     def embedding_gradient(self) -> Tensor:
-        return self.d_embeddings
+        return self.d_embeddings.contiguous()
