@@ -134,15 +134,20 @@ def compare(make, name, steps, dtype):
             assert relative(state[key], wanted_state[key]) <= 10 * tolerance, key
 
 
-@pytest.mark.parametrize("steps", [6, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_equals_the_ordinary_way(loss):
+    compare(LOSSES[loss], "projected", 5, torch.float64)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("loss", LOSSES)
-def test_equals_the_ordinary_way(loss, dtype, steps):
-    compare(LOSSES[loss], "projected", steps, dtype)
+def test_equals_the_ordinary_way_for_200_steps(loss, dtype):
+    compare(LOSSES[loss], "projected", 200, dtype)
 
 
-@pytest.mark.parametrize("steps", [6, pytest.param(200, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("loss", ["ArcFace", "exclusive term", "inner products"])
+@pytest.mark.parametrize("steps", [5, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("loss", ["ArcFace", "exclusive term"])
 @pytest.mark.parametrize("optimizer", [name for name in OPTIMIZERS if name != "projected"])
 def test_optimizers(optimizer, loss, steps):
     compare(LOSSES[loss], optimizer, steps, torch.float64)
@@ -153,7 +158,7 @@ def divided_training(group, inputs, options):
     torch.manual_seed(0)
     loss_fn = fm.ArcFaceLoss(C, D, scale=16.0, process_group=group, dtype=torch.float64, **options)
     with torch.no_grad():
-        loss_fn.weight.copy_(loss_fn.shard.local_part(start_weight()))
+        loss_fn.weight.copy_(loss_fn.shard.local_part(start_weight(loss_fn.sub_centers)))
     optimizer = ProjectedSGD(loss_fn.parameters(), lr=0.005, **MOMENTUM)
     step_in_backward(loss_fn, optimizer)
     for x, y in inputs:
@@ -164,15 +169,24 @@ def divided_training(group, inputs, options):
     return loss_fn.weight.detach(), optimizer.state[loss_fn.weight]["momentum_buffer"], x.grad
 
 
-def start_weight():
+def start_weight(sub_centers):
     generator = torch.Generator().manual_seed(5)
-    return F.normalize(torch.randn(C, D, generator=generator, dtype=torch.float64), dim=1)
+    return F.normalize(torch.randn(C * sub_centers, D, generator=generator, dtype=torch.float64), dim=1)
 
 
-@pytest.mark.parametrize("steps", [3, pytest.param(200, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("options", [{"exclusive_weight": 2.0}, {"label_smoothing": 0.1}], ids=str)
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_divided_classes(ranks, world_size):
+    compare_divided(ranks, world_size, {"exclusive_weight": 2.0, "label_smoothing": 0.1}, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{"exclusive_weight": 2.0}, {"label_smoothing": 0.1}, {"sub_centers": 2}], ids=str)
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-def test_divided_classes(ranks, world_size, options, steps):
+def test_divided_classes_for_200_steps(ranks, world_size, options):
+    compare_divided(ranks, world_size, options, 200)
+
+
+def compare_divided(ranks, world_size, options, steps):
     inputs = [(x.detach(), y) for x, y in batches(steps, torch.float64)]
     parts = [[] for _ in range(world_size)]
     for x, y in inputs:
@@ -184,7 +198,7 @@ def test_divided_classes(ranks, world_size, options, steps):
 
     loss_fn = fm.ArcFaceLoss(C, D, scale=16.0, dtype=torch.float64, **options)
     with torch.no_grad():
-        loss_fn.weight.copy_(start_weight())
+        loss_fn.weight.copy_(start_weight(loss_fn.sub_centers))
     optimizer = torch.optim.SGD(loss_fn.parameters(), lr=0.005, **MOMENTUM)
     for x, y in inputs:
         x = x.requires_grad_()
@@ -373,7 +387,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("optimizer", [ProjectedSGD, torch.optim.AdamW])
+@pytest.mark.parametrize("optimizer", [ProjectedSGD, pytest.param(torch.optim.AdamW, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", REFUSED)
 def test_refusals_change_nothing(case, optimizer):
     use, message = REFUSED[case]

@@ -118,10 +118,9 @@ private:
 };
 
 template <class T, class S, class Rule> void step_rows(const StepRows<T>& p) {
-    if (p.stochastic)
-        Rows<T, S, Rule, Stochastic>(p).run();
-    else
-        Rows<T, S, Rule, Nearest>(p).run();
+    if constexpr (sizeof(S) == sizeof(BFloat16))
+        if (p.stochastic) return Rows<T, S, Rule, Stochastic>(p).run();
+    Rows<T, S, Rule, Nearest>(p).run();
 }
 
 template <class T, class S> void step_rows(const StepRows<T>& p) {

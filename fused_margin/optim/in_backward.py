@@ -211,7 +211,8 @@ class StepInBackward:
         """The number of steps so far, which torch's Adam stores as a tensor."""
         if "step" not in state:
             is_adam = isinstance(self.optimizer, torch.optim.Adam)  # which has float32
-            state["step"] = torch.zeros((), dtype=torch.get_default_dtype() if is_adam else torch.float64)
+            dtype = torch.get_default_dtype() if is_adam else torch.float64
+            state["step"] = torch.zeros((), dtype=dtype, device="cpu")
         return float(state["step"])
 
     def _group(self) -> dict[str, Any]:

@@ -180,18 +180,14 @@ class ChunkBackend:
         self.embedding_scale = row_scale[0] if self.one_row_scale else None
         self.need_embeddings, self.need_weight = need_embeddings, need_weight
         if need_embeddings:
-            self.d_embeddings = self.embedding_memory().zero_()
+            samples, size = x_hat.shape
+            # the layout in which torch.mm is fastest
+            self.d_embeddings = x_hat.new_zeros(size, samples).t() if self.run.class_major else torch.zeros_like(x_hat)
         self.class_scale = row_scale * self.inputs.scale
         if need_weight:
             self.scaled_embeddings = torch.empty_like(x_hat)
         if need_embeddings and not self.one_row_scale:
-            self.partial = self.embedding_memory()
-
-    def embedding_memory(self) -> Tensor:
-        """Memory (N, D) for products of exponentials and class weights, in the layout for which they are fastest."""
-        samples, size = self.output.normalized_embeddings.shape
-        new = self.output.normalized_embeddings.new_empty
-        return new(size, samples).t() if self.run.class_major else new(samples, size)
+            self.partial = torch.empty_like(self.d_embeddings)
 
     def prepare_chunk(self, k: int) -> None:
         """Prepares `backward_rows` for classes of chunk k."""
