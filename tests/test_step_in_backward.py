@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import fused_margin as fm
 from fused_margin._ops.inputs import LossInputs
 from fused_margin._ops.library import FIELDS, forward_chunks
-from fused_margin._ops.row_update import PART_BYTES, RowUpdate, Rule
+from fused_margin._ops.row_update import PART_BYTES, RowStepper, RowUpdate, Rule
 from fused_margin._ops.weight_steps import backward_step, step_rows
 from fused_margin.compat import insightface
 from fused_margin.optim import ProjectedSGD, step_in_backward
@@ -294,10 +294,17 @@ def with_hook(loss_fn, optimizer, x, y):
         hook.remove()
 
 
+def late_hook(loss_fn, optimizer, x, y):
+    loss = loss_fn(x, y)
+    hook = loss_fn.weight.register_hook(lambda gradient: gradient)
+    yield
+    try:
+        loss.backward()
+    finally:
+        hook.remove()
+
+
 def scaled(loss_fn, optimizer, x, y):
-    optimizer_handle = loss_fn.stepper
-    optimizer_handle.remove()  # the first backward searches scalers
-    step_in_backward(loss_fn, optimizer)
     scaler = torch.amp.GradScaler("cpu")
     yield
     scaler.scale(loss_fn(x, y)).backward()
@@ -369,6 +376,7 @@ REFUSED = {
     "retain_graph": (plain(retain_graph=True), "retain_graph=True"),
     "create_graph": (plain(create_graph=True), "retain_graph=True|second derivatives"),
     "hooks": (with_hook, "hooks"),
+    "late hooks": (late_hook, "hooks"),
     "GradScaler": (scaled, "GradScaler"),
     "autocast": (in_autocast, "autocast to float16"),
     "float16": (half_precision, "float16"),
@@ -439,6 +447,7 @@ def test_gradient_of_a_regularizer_raises():
         ),
         (lambda l, o: (l, torch.optim.SGD(l.parameters(), lr=0.1, maximize=True)), ValueError, "maximize"),
         (lambda l, o: (l, torch.optim.AdamW(l.parameters(), amsgrad=True)), ValueError, "amsgrad"),
+        (lambda l, o: (l.requires_grad_(False), o), ValueError, "frozen"),
         (lambda l, o: (l.half(), o), TypeError, "float16"),
         (lambda l, o: (l, o) if step_in_backward(l, o) else None, RuntimeError, "already"),
     ],
@@ -483,14 +492,17 @@ def test_data_parallel_is_refused(ranks):
         assert "DistributedDataParallel" in message and same
 
 
-@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-@pytest.mark.parametrize("where", ["embeddings", "weight", "loss"])
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1e37])
+@pytest.mark.parametrize("where", ["embeddings", "ignored embedding", "weight", "loss"])
 def test_what_is_not_finite_changes_nothing(where, poison):
+    if poison == 1e37 and where != "loss":
+        pytest.skip("finite")
     loss_fn, optimizer, _, (x, y) = example(exclusive_weight=1.0)
     if where == "weight":
         with torch.no_grad():
             loss_fn.weight[3, 2] = poison
-    elif where == "embeddings":
+    elif where != "loss":
+        y[1] = -100 if where == "ignored embedding" else y[1]
         with torch.no_grad():
             x[1, 0] = poison
     before = [t.clone() for t in state_of(loss_fn, optimizer)]
@@ -571,6 +583,65 @@ def test_activation_checkpointing():
         loss.backward()
         results.append((*state_of(loss_fn, optimizer), x.grad))
     assert all(map(torch.equal, *results))
+
+
+def test_an_interrupted_step_is_not_continued(monkeypatch):
+    loss_fn, optimizer, _, (x, y) = example(workspace_mb=1e-6)
+    original, calls = RowStepper.step, []
+
+    def interrupted(self, *arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        original(self, *arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(RowStepper, "step", interrupted)
+        loss_fn(x, y).backward()
+    optimizer.step()
+    before = state_of(loss_fn, optimizer)
+    with pytest.raises(RuntimeError, match="stopped an earlier step"):
+        loss_fn(x, y).backward()
+    assert unchanged(before, loss_fn, optimizer)
+
+
+def test_subclasses_of_optimizers():
+    class Own(torch.optim.SGD):
+        pass
+
+    class OwnStep(torch.optim.SGD):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    loss_fn = fm.ArcFaceLoss(C, D)
+    step_in_backward(loss_fn, Own(loss_fn.parameters(), lr=0.1)).remove()
+    with pytest.raises(TypeError, match="OwnStep"):
+        step_in_backward(loss_fn, OwnStep(loss_fn.parameters(), lr=0.1))
+
+
+@pytest.mark.slow
+def test_compiled_step():
+    """A whole training step under torch.compile, and other losses, which are not compiled again for every handle."""
+    torch._dynamo.reset()
+    results = []
+    for compiled in (False, True):
+        loss_fn, optimizer, _, (x, y) = example(dtype=torch.float64)
+
+        def step(x, y, loss_fn=loss_fn, optimizer=optimizer):
+            loss_fn(x, y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        function = torch.compile(step, backend="eager") if compiled else step
+        function(x, y)
+        function(x, y)
+        results.append(state_of(loss_fn, optimizer))
+    assert all(map(torch.equal, *results))
+    other, kept = torch.compile(fm.ArcFaceLoss(C, D), backend="eager", fullgraph=True), []
+    for _ in range(10):
+        other(x.float(), y).backward()
+        loss_fn = fm.ArcFaceLoss(C, D)
+        kept.append((loss_fn, step_in_backward(loss_fn, ProjectedSGD(loss_fn.parameters(), lr=0.1))))
 
 
 @pytest.mark.slow

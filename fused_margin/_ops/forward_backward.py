@@ -159,7 +159,7 @@ def backward(
         if update is not None:
             stepper = RowStepper(
                 run, inputs.weight, update, selected=saved.drawn_rows if saved.drawn_rows.numel() else None,
-                first_row=divided.first_row(inputs), skip=~are_finite(local_upstream, saved),
+                first_row=divided.first_row(inputs), skip=~are_finite(local, local_upstream, saved),
             )  # fmt: skip
         gradients = backward_chunks(
             run, local, local_upstream, saved, need_embeddings, need_weight, need_bias, stepper
@@ -169,15 +169,23 @@ def backward(
         return divided.scatter_gradients(inputs, saved, gradients, need_embeddings, need_weight, need_bias)
 
 
-def are_finite(upstream: OutputGradients, saved: ForwardOutput) -> Tensor:
-    """Whether upstream gradients and the logsumexps of samples with a gradient are finite, as (1,) bool."""
+def are_finite(inputs: LossInputs, upstream: OutputGradients, saved: ForwardOutput) -> Tensor:
+    """Whether the gradient of weight is finite, by the numbers that it is computed from; (1,) bool.
+
+    Numbers close to the largest of the compute dtype count as not finite, because their products overflow.
+    """
+    limit = torch.finfo(saved.normalized_embeddings.dtype).max / 2**20
     finite = torch.ones(1, dtype=torch.bool, device=saved.largest_logit.device)
     for gradient in upstream:
         if gradient is not None:
-            finite &= gradient.isfinite().all()
+            finite &= (gradient.abs() < limit).all()
+    finite &= saved.normalized_embeddings.isfinite().all()  # of ignored samples too: zero times NaN is NaN
+    if upstream.nearest_cosine is not None:
+        finite &= saved.nearest_cosine.isfinite().all()
     if upstream.logsumexp is not None:
         logsumexp = saved.largest_logit + saved.relative_logsumexp  # -inf if there are no other classes
         finite &= ((upstream.logsumexp == 0) | (logsumexp < math.inf)).all()
+        finite &= (upstream.logsumexp * inputs.scale).abs().sum() < limit
     return finite
 
 

@@ -196,7 +196,7 @@ def run_forward(
     """
     if stepper is not None and torch.is_grad_enabled() and inputs.weight.requires_grad:
         return stepper.run_forward(inputs, uniform, ignore_index)
-    if STEPPED:
+    if not torch.compiler.is_compiling() and STEPPED:  # the table would become a guard of every compiled loss
         refuse_stepped(inputs.weight)
     differentiable = (inputs.embeddings, inputs.weight, inputs.bias, inputs.sample_scale)
     save_for_backward = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)

@@ -23,7 +23,9 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16)  # of the matrix
 
 def refuse_stepped(weight: Tensor) -> None:
     """Raises RuntimeError for a computation that would need the gradient of a weight that has none."""
-    if not torch.compiler.is_compiling() and id(weight) in STEPPED and torch.is_grad_enabled() and weight.requires_grad:
+    if torch.compiler.is_compiling() or id(weight) not in STEPPED:
+        return
+    if torch.is_grad_enabled() and weight.requires_grad:
         raise RuntimeError(
             f"{NAME}: another term of the loss uses the class weights, which the backward of {STEPPED[id(weight)]} "
             "steps by its own gradient only; remove the handle, or the term"

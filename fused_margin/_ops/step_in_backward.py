@@ -70,6 +70,7 @@ class _StepInBackward(torch.autograd.Function):
         return tuple(output)
 
     @staticmethod
+    @library.untraced
     def backward(ctx: Any, *gradients_of_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         stepper, tensors, settings = ctx.stepper, list(ctx.saved_tensors), iter(ctx.settings)
         saved = ForwardOutput(*tensors[sum(IS_TENSOR) :])

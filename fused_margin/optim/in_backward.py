@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import weakref
 from typing import Any, NoReturn, cast
 
@@ -12,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fused_margin import _checks
 from fused_margin._ops.inputs import ForwardOutput, LossInputs, OutputGradients
+from fused_margin._ops.library import untraced
 from fused_margin._ops.row_update import DTYPES, NAME, STEPPED, RowUpdate, Rule, check_rows
 from fused_margin._ops.step_in_backward import run_forward
 from fused_margin.optim.projected_sgd import ProjectedSGD, start_momentum
@@ -34,7 +36,7 @@ def step_in_backward(
     step of ``loss_fn.weight`` by the options of its parameter group, and ``loss_fn.weight.grad`` stays None, so that
     ``optimizer.step()`` steps the other parameters only. Learning rate schedulers, checkpoints and the state of the
     optimizer stay as they are; a run can change between both ways. If the loss or its gradient is not finite, the class
-    weights and their momentum keep their values.
+    weights and their momentum keep their values; a batch without valid labels has zero gradients instead.
 
     With ``sample_rate < 1`` only the drawn classes and their momentum change, as with ``sparse=True``. Momentum without
     Nesterov needs no further memory for the exclusive term; without momentum, with Nesterov momentum, with Adam, and with
@@ -88,18 +90,23 @@ class StepInBackward:
         self.stochastic_rounding, self.seed = stochastic_rounding, _checks.integer("seed", seed)
         if not -(2**63) <= self.seed < 2**63:
             raise ValueError(f"seed: expected a signed 64-bit integer, got {self.seed}")
-        if type(optimizer).step not in [cls.step for cls in OPTIMIZERS]:  # torch wraps these methods
+        # torch wraps the methods of a class when its first optimizer is constructed
+        if inspect.unwrap(type(optimizer).step) not in [inspect.unwrap(cls.step) for cls in OPTIMIZERS]:
             raise TypeError(
                 "optimizer: expected fused_margin.optim.ProjectedSGD, torch.optim.SGD, Adam or AdamW, got "
-                f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
+                f"{type(optimizer).__module__}.{type(optimizer).__qualname__}; of an optimizer that wraps one of these, "
+                "pass optimizer.optimizer"
             )
+        if not weight.requires_grad:
+            raise ValueError("loss_fn.weight: expected a parameter with requires_grad=True, got a frozen one")
         self._check_weight(weight)
         self._check_options(self._group())
         if id(weight) in STEPPED:
             refuse("these class weights are stepped in the backward already; remove that handle first")
         self.forwards: weakref.WeakSet = weakref.WeakSet()
         self._has_stepped = False  # since the last optimizer.step()
-        self._is_first_backward = True
+        self._is_in_step = False
+        self._largest_upstream = 0.0  # without a GradScaler
         # Python's garbage collector does not see the references of this hook, so it must not keep the weight alive.
         own = weakref.ref(self)
 
@@ -108,9 +115,9 @@ class StepInBackward:
                 stepper._gradient_of_another_loss()
 
         self._hooks = [
-            optimizer.register_step_pre_hook(lambda *_: self._before_optimizer_step()),
-            optimizer.register_step_post_hook(lambda *_: self._after_optimizer_step()),
             weight.register_post_accumulate_grad_hook(refuse_gradient),
+            optimizer.register_step_pre_hook(untraced(lambda *_: self._before_optimizer_step())),
+            optimizer.register_step_post_hook(untraced(lambda *_: self._after_optimizer_step())),
         ]
         STEPPED[id(weight)] = type(loss_fn).__name__
         self._forget = weakref.finalize(weight, STEPPED.pop, id(weight), None)
@@ -141,8 +148,7 @@ class StepInBackward:
             refuse("embeddings in float16 need torch.amp.GradScaler, which cannot undo a step; use bfloat16")
         if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16:
             refuse("autocast to float16 needs torch.amp.GradScaler, which cannot undo a step; use bfloat16")
-        if weight._backward_hooks or len(weight._post_accumulate_grad_hooks or ()) > 1:
-            refuse("the class weights have hooks for their gradient, which is not computed; remove the hooks")
+        self._refuse_hooks()
         wrapper = DistributedDataParallel._get_active_ddp_module()
         if wrapper is not None and any(p is weight for p in wrapper.module.parameters()):
             refuse(
@@ -152,20 +158,24 @@ class StepInBackward:
 
     def begin_step(self, node: Any, upstream: OutputGradients) -> RowUpdate:
         weight = self.parameter
+        if self._is_in_step:
+            refuse(
+                "an error or an interrupt has stopped an earlier step, which some class weights have made and others have "
+                "not; load a checkpoint, then remove the handle and call step_in_backward again"
+            )
         if self._has_stepped:
             refuse(
                 "a second backward before optimizer.step(): gradients cannot be accumulated, because each backward makes "
-                "a step; call optimizer.step() after every backward, or use larger batches"
+                "a step; call optimizer.step() after every backward, also after one that raised, or use larger batches"
             )
         if weight.grad is not None:
-            refuse("the class weights have a gradient; call optimizer.zero_grad() before the forward")
+            refuse("the class weights have a gradient; call optimizer.zero_grad(set_to_none=True) before the forward")
+        self._refuse_hooks()
         if torch._C._autograd._get_current_graph_task_keep_graph():
             refuse("retain_graph=True: the step changes the class weights that the graph would use again")
         if any(other is not node and torch._C._will_engine_execute_node(other) for other in list(self.forwards)):
             refuse("two losses of the same class weights in one backward; call the loss once for both batches")
-        if self._is_first_backward:
-            self._refuse_scaled(upstream)
-        self._is_first_backward = False
+        self._refuse_scaled(upstream)
         group = self._group()
         self._check_options(group)
         stochastic = self.stochastic_rounding and weight.dtype == torch.bfloat16
@@ -175,9 +185,14 @@ class StepInBackward:
         state = self.optimizer.state[weight]
         for name in ("momentum_buffer", "exp_avg", "exp_avg_sq"):
             check_rows(f"optimizer.state[weight][{name!r}]", state.get(name), weight)
+        update = self._update(group, state, stochastic)
+        self._is_in_step = True
+        return update
+
+    def _update(self, group: dict, state: dict, stochastic: bool) -> RowUpdate:
         if isinstance(self.optimizer, torch.optim.Adam):
             return self._adam(group, state, stochastic)
-        momentum = None
+        momentum, weight = None, self.parameter
         if group["momentum"]:
             start_momentum(cast(torch.optim.SGD, self.optimizer), weight)
             momentum = state["momentum_buffer"]
@@ -185,11 +200,11 @@ class StepInBackward:
             momentum, None, Rule.NESTEROV if group["nesterov"] else Rule.SGD, float(group["lr"]),
             beta1=float(group["momentum"]), weight_decay=float(group["weight_decay"]),
             project=group.get("project", False), stochastic=stochastic, seed=self.seed,
-            step=int(self._count(state)) if stochastic else 0,
+            step=int(self._count(group, state)) if stochastic else 0,
         )  # fmt: skip
 
     def end_step(self) -> None:
-        self._has_stepped = True
+        self._has_stepped, self._is_in_step = True, False
         state = self.optimizer.state[self.parameter]
         if "step" in state:
             state["step"] += 1
@@ -198,7 +213,7 @@ class StepInBackward:
         for name in ("exp_avg", "exp_avg_sq"):
             if name not in state:
                 state[name] = torch.zeros_like(self.parameter, memory_format=torch.preserve_format)
-        count, (beta1, beta2) = self._count(state) + 1.0, map(float, group["betas"])
+        count, (beta1, beta2) = self._count(group, state) + 1.0, map(float, group["betas"])
         is_decoupled = isinstance(self.optimizer, torch.optim.AdamW) or group.get("decoupled_weight_decay", False)
         return RowUpdate(
             state["exp_avg"], state["exp_avg_sq"], Rule.ADAMW if is_decoupled else Rule.ADAM, float(group["lr"]),
@@ -207,12 +222,13 @@ class StepInBackward:
             step=int(count) - 1,
         )  # fmt: skip
 
-    def _count(self, state: dict) -> float:
-        """The number of steps so far, which torch's Adam stores as a tensor."""
+    def _count(self, group: dict, state: dict) -> float:
+        """The number of steps so far, stored as torch's Adam stores it."""
         if "step" not in state:
-            is_adam = isinstance(self.optimizer, torch.optim.Adam)  # which has float32
+            is_adam = isinstance(self.optimizer, torch.optim.Adam)
             dtype = torch.get_default_dtype() if is_adam else torch.float64
-            state["step"] = torch.zeros((), dtype=dtype, device="cpu")
+            device = self.parameter.device if group.get("fused") else "cpu"
+            state["step"] = torch.zeros((), dtype=torch.float32 if group.get("fused") else dtype, device=device)
         return float(state["step"])
 
     def _group(self) -> dict[str, Any]:
@@ -237,20 +253,32 @@ class StepInBackward:
         if isinstance(group["lr"], Tensor) and group["lr"].device.type != "cpu":
             raise ValueError("optimizer: expected a number as lr, got a tensor on a device")
 
+    def _refuse_hooks(self) -> None:
+        weight = self.parameter
+        if weight._backward_hooks or len(weight._post_accumulate_grad_hooks or ()) > 1:
+            refuse("the class weights have hooks for their gradient, which is not computed; remove the hooks")
+
     def _refuse_scaled(self, upstream: OutputGradients) -> None:
         """Refuses the gradient of a loss that an enabled GradScaler has multiplied; its multiplication leaves no trace.
 
-        Searched once, because it takes tens of milliseconds to look at all objects.
+        Searching all objects for a scaler takes tens of milliseconds, so that it is done only when the gradient is larger
+        than twice the largest so far; on a GPU, where reading the gradient would wait for it, until one has been seen.
         """
+        seen = self._largest_upstream
+        if self.parameter.is_cuda and seen > 0:
+            return
+        values = [g for g in upstream if g is not None and g.numel()]
+        largest = max((float(g.abs().max()) for g in values), default=0.0)
+        if not largest > 2 * seen:  # NaN too
+            return
         scalers = [o for o in gc.get_objects() if issubclass(type(o), torch.amp.GradScaler) and o.is_enabled()]
-        scales = {scaler.get_scale() for scaler in scalers} - {1.0}
-        largest = (
-            max((float(g.abs().max()) for g in upstream if g is not None and g.numel()), default=0.0) if scales else 0
-        )
-        if any(largest > 1.0 and largest > scale / 2**16 for scale in scales):
+        # A sample's gradient is 1 / N of that of the loss at the beginning, and smaller later.
+        samples = max(g.numel() for g in values)
+        if any(largest > max(1.0, scaler.get_scale() / (64 * samples)) for scaler in scalers):
             refuse(
                 "torch.amp.GradScaler cannot undo a step, and multiplies its gradient; use bfloat16 without a scaler"
             )
+        self._largest_upstream = largest
 
     def _before_optimizer_step(self) -> None:
         if self.parameter.grad is not None:

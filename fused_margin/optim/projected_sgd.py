@@ -103,6 +103,10 @@ class ProjectedSGD(torch.optim.SGD):
         taken = []
         for group in self.param_groups:
             for p in group["params"]:
+                if p.grad is not None and p.grad.is_sparse and not _is_plain(group):
+                    raise ValueError("optimizer: sparse gradients need nesterov=False, maximize=False and dampening=0")
+        for group in self.param_groups:
+            for p in group["params"]:
                 if p.grad is not None and (p.grad.is_sparse or (group["project"] and _has_kernel(p, group))):
                     taken.append((p, p.grad, group))
                     p.grad = None
@@ -135,7 +139,10 @@ class ProjectedSGD(torch.optim.SGD):
             momentum[rows] = moved_momentum.to(p.dtype)
 
 
+def _is_plain(group: dict) -> bool:
+    return not (group["nesterov"] or group["maximize"] or group["dampening"])
+
+
 def _has_kernel(p: Tensor, group: dict) -> bool:
     """Whether the kernel can make the step of a parameter to project, and the projection."""
-    is_plain = not (group["nesterov"] or group["maximize"] or group["dampening"])
-    return is_plain and p.dtype in DTYPES and p.is_contiguous()
+    return _is_plain(group) and p.dtype in DTYPES and p.is_contiguous()
