@@ -147,7 +147,7 @@ def test_equals_the_ordinary_way_for_200_steps(loss, dtype):
 
 
 @pytest.mark.parametrize("steps", [5, pytest.param(200, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("loss", ["ArcFace", "exclusive term"])
+@pytest.mark.parametrize("loss", [pytest.param("ArcFace", marks=pytest.mark.slow), "exclusive term"])
 @pytest.mark.parametrize("optimizer", [name for name in OPTIMIZERS if name != "projected"])
 def test_optimizers(optimizer, loss, steps):
     compare(LOSSES[loss], optimizer, steps, torch.float64)

@@ -261,24 +261,23 @@ class StepInBackward:
     def _refuse_scaled(self, upstream: OutputGradients) -> None:
         """Refuses the gradient of a loss that an enabled GradScaler has multiplied; its multiplication leaves no trace.
 
-        Searching all objects for a scaler takes tens of milliseconds, so that it is done only when the gradient is larger
-        than twice the largest so far; on a GPU, where reading the gradient would wait for it, until one has been seen.
+        Searching all objects for a scaler takes long, so that it is done only when the gradient is above 1, and above twice
+        the largest so far. On a GPU, where reading the gradient waits for it, it is read until one is above 0.
         """
         seen = self._largest_upstream
         if self.parameter.is_cuda and seen > 0:
             return
         values = [g for g in upstream if g is not None and g.numel()]
         largest = max((float(g.abs().max()) for g in values), default=0.0)
-        if not largest > 2 * seen:  # NaN too
-            return
-        scalers = [o for o in gc.get_objects() if issubclass(type(o), torch.amp.GradScaler) and o.is_enabled()]
-        # A sample's gradient is 1 / N of that of the loss at the beginning, and smaller later.
-        samples = max(g.numel() for g in values)
-        if any(largest > max(1.0, scaler.get_scale() / (64 * samples)) for scaler in scalers):
-            refuse(
-                "torch.amp.GradScaler cannot undo a step, and multiplies its gradient; use bfloat16 without a scaler"
-            )
-        self._largest_upstream = largest
+        # A sample's gradient is at most that of the loss, 1 / N of it in a mean, and smaller later in a training.
+        if largest > max(1.0, 2 * seen):  # false for NaN
+            scalers = [o for o in gc.get_objects() if issubclass(type(o), torch.amp.GradScaler) and o.is_enabled()]
+            samples = max(g.numel() for g in values)
+            if any(largest > scaler.get_scale() / (64 * samples) for scaler in scalers):
+                refuse(
+                    "torch.amp.GradScaler cannot undo a step, and multiplies its gradient; use bfloat16 without a scaler"
+                )
+        self._largest_upstream = max(largest, seen)
 
     def _before_optimizer_step(self) -> None:
         if self.parameter.grad is not None:

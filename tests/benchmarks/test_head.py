@@ -93,6 +93,7 @@ def test_results_are_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert "[a-head-many.json](../results/a-head-many.json): 200 classes" in text and "z-head" not in text
 
 
+@pytest.mark.slow
 def test_memory_of_steps() -> None:
     """A stored gradient is part of the peak; class weights and momentum are what stays."""
     shape = Shape(8, 64, 40_000)
