@@ -57,6 +57,7 @@ print(json.dumps([len(setters), wrong]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks a process for each pair of settings")
 def test_all_pairs_of_old_and_new_precision_settings():
     done = subprocess.run([sys.executable, "-c", PAIRS], check=True, capture_output=True, text=True, env=os.environ)

@@ -65,6 +65,7 @@ def test_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert all(name in output for name in (*EAGER, heads.ALONE, "bytes per class", "ProjectedSGD.step", "targets"))
 
 
+@pytest.mark.slow
 def test_many_classes(tmp_path: Path) -> None:
     content = run(tmp_path / "b-head.json", "--samples", "8", "--dtype", "bfloat16", "--ours-only")
     assert content["study"] == documents.MANY and content["dtype"] == "bfloat16"
@@ -77,6 +78,7 @@ def test_many_classes(tmp_path: Path) -> None:
     assert all(target["met"] for target in content["targets"])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_processes")
 def test_results_are_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(documents, "RESULTS", tmp_path)

@@ -239,9 +239,10 @@ def test_logits_out_of_range_are_not_finite(family):
     assert fm.functional.margin_cross_entropy(x[:1], w[:1], y[:1] * 0, scale=None) == 0  # no other class
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "size",  # test_losses_and_gradients also covers resident rows
-    [pytest.param(512, id="resident rows", marks=pytest.mark.slow), pytest.param(600, id="streamed rows")],
+    [pytest.param(512, id="resident rows"), pytest.param(600, id="streamed rows")],
 )
 @pytest.mark.parametrize("precision", ["high"], indirect=True)
 def test_enough_tiles_to_wrap_the_ring(family, precision, size):

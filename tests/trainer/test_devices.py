@@ -216,7 +216,8 @@ def test_processes_without_a_readable_image(forks, face_folder, tmp_path):
     assert 0 < len(state["losses"]) < state["step"]
 
 
-@pytest.mark.parametrize("name", ["l-softmax", pytest.param("softmax", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["l-softmax", "softmax"])
 def test_softmax_losses_in_two_processes(forks, tiny_options, tmp_path, name):
     train(forks, *tiny_options, "--loss.name", name, "--output", tmp_path / "run")
     training = json.loads((tmp_path / "run" / "report.json").read_text())["training"]

@@ -116,6 +116,7 @@ def test_other_images_need_no_split(face_folder, capsys, tmp_path):
     assert "has images of one identity; at least two are needed" in printed and "train" not in printed
 
 
+@pytest.mark.slow
 def test_identities_with_trained_names_are_counted(face_folder, capsys, tmp_path):
     options = [
         "--model.image-size",

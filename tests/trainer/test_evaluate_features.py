@@ -58,6 +58,7 @@ def test_arrays_of_a_file_reach_the_protocols():
     assert report["result"]["fold_accuracy"] == expected.folds.accuracy.tolist()
 
 
+@pytest.mark.slow
 def test_learned_metric_beside_the_cosine(pictures, capsys):
     features, _, labels = clusters(identities=30, noise=0.2).values()
     features[:, 3:] = np.random.default_rng(5).normal(size=features[:, 3:].shape)  # carries no information

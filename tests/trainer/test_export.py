@@ -101,6 +101,7 @@ def test_command(tiny_config, tmp_path, monkeypatch, capsys):
     assert "interrupted" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_file_with_other_results_is_an_error(tiny_config, monkeypatch):
     path = trained(tiny_config)
     write = export_module._write_onnx

@@ -91,6 +91,7 @@ def test_step_never_stores_the_logits(name):
     assert largest_allocation(lambda: criterion(x, y).backward()) < samples * classes * 4 // 2
 
 
+@pytest.mark.slow
 def test_auxiliary_losses_never_store_the_cosines():
     samples, classes, size = 64, 2000, 8
     everything = AuxiliaryConfig(**dict.fromkeys(ARGUMENTS, 1.0), triplet_mining="all")

@@ -241,6 +241,7 @@ def test_training_starts_from_weights(tiny_config, splits, console, tmp_path, so
         run(dataclasses.replace(config, resume=True), console)
 
 
+@pytest.mark.slow
 def test_identities_of_the_initial_weights_are_reported(tiny_config, tmp_path):
     """The report includes runs that start from such a run, resumed runs, and evaluations."""
 
