@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -754,3 +755,11 @@ def test_steps_do_not_depend_on_parts_and_threads(rule, monkeypatch):
         torch.set_num_threads(threads)
     for other in results[1:]:
         assert all(map(torch.equal, results[0], other))
+
+
+def test_example_in_the_documentation():
+    text = (Path(__file__).parents[1] / "docs/step-in-backward.md").read_text(encoding="utf-8")
+    names: dict = {}
+    exec(text.split("```python\n")[1].split("```")[0], names)  # noqa: S102
+    assert names["loss_fn"].weight.grad is None
+    torch.testing.assert_close(names["loss_fn"].weight.norm(dim=1), torch.ones(1000))

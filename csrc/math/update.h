@@ -12,7 +12,7 @@ FM_HD double projection_factor(double squares) {
     return norm == 0.0 ? 1.0 : 1.0 / norm + (norm - norm);
 }
 
-// The bits that round the second moment: other ones than those of the element and of the first moment.
+// The random bits that round the second moment. They are independent of those of the element and of the first moment.
 FM_HD uint32_t second_random(uint32_t word) { return (word >> 16 ^ word * 0x9E3779B1u) & 0xffffu; }
 
 // Each rule maps a gradient g and an element w to the new element, and updates the moments.
