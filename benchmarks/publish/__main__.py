@@ -1,6 +1,6 @@
 """Writes results into documents: `python -m benchmarks.publish [RESULT.json]`.
 
-The result of a GPU goes into README.md and docs/scaling.md, and those of the study of heads into its README.
+It writes the result of a GPU into README.md and docs/scaling.md, and the results of the head study into that study's README.
 """
 
 from __future__ import annotations
