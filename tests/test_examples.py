@@ -14,7 +14,7 @@ PACKAGES = {
     "lightning_module": "lightning",
     "accelerate_loop": "accelerate",
 }
-NOT_RUN = {"synthetic", "cartoon_faces"}  # data, and the subject of test_tutorial.py
+NOT_RUN = {"synthetic"}  # data
 
 
 @pytest.fixture(autouse=True)

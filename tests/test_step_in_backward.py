@@ -528,7 +528,7 @@ def test_steps_do_not_depend_on_parts_and_threads(rule, monkeypatch):
 
 
 def test_example_in_the_documentation():
-    text = (Path(__file__).parents[1] / "docs/step-in-backward.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[1] / "docs/guide/step-in-backward.md").read_text(encoding="utf-8")
     names: dict = {}
     exec(text.split("```python\n")[1].split("```")[0], names)  # noqa: S102
     assert names["loss_fn"].weight.grad is None

@@ -20,9 +20,8 @@ from fused_margin.evaluation import find_pair_list
 from fused_margin.trainer.data import load_splits
 
 pytestmark = pytest.mark.usefixtures("blank_pictures")
-DOCS = Path(__file__).parents[1] / "docs"
-EXAMPLES = DOCS.parent / "examples"
-TUTORIAL = (DOCS / "tutorial.md").read_text(encoding="utf-8")
+DOCS = Path(__file__).parents[1] / "docs" / "guide"
+TUTORIAL = (DOCS / "photographs.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", TUTORIAL, flags=re.DOTALL | re.MULTILINE)
 FEWER = ["--pictures", "2"]
 SMALLER = ["--epochs", "1", "--model.depth", "4", "--model.widths", *"4448", "--model.embedding-size", "8"]
@@ -43,7 +42,7 @@ def landmarks(folder):
 @pytest.fixture(scope="module")
 def faces(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tutorial") / "faces"
-    draw(folder, "--identities", 4, "--pictures", 2, script=str(EXAMPLES / "cartoon_faces.py"))
+    draw(folder, "--identities", 4, "--pictures", 2, script=str(DOCS / "cartoon_faces.py"))
     return folder
 
 
@@ -77,7 +76,7 @@ def test_landmarks_are_at_the_eyes(faces):
 def test_pictures_depend_on_the_seed(faces, tmp_path):
     for seed in (0, 1):
         options = ["--identities", 4, "--pictures", 2, "--seed", seed]
-        draw(tmp_path / str(seed), *options, script=str(EXAMPLES / "cartoon_faces.py"))
+        draw(tmp_path / str(seed), *options, script=str(DOCS / "cartoon_faces.py"))
     for path in ["landmarks.csv", "lfw/pairs.txt", "train/person_003/002.jpg", "lfw/Person_043/Person_043_0001.jpg"]:
         drawn = (faces / path).read_bytes()
         assert (tmp_path / "0" / path).read_bytes() == drawn
@@ -98,7 +97,7 @@ def test_folders_are_readable(faces):
 @pytest.mark.slow
 def test_commands_run_in_sequence(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    shutil.copy(EXAMPLES / "cartoon_faces.py", tmp_path)
+    shutil.copy(DOCS / "cartoon_faces.py", tmp_path)
     (script,) = [text for language, text in BLOCKS if language == "python"]
     (tmp_path / "same_person.py").write_text(script)
     _, *commands = [text for language, text in BLOCKS if language == "sh"]  # the first block installs the package

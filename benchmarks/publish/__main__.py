@@ -1,6 +1,6 @@
 """Writes results into documents: `python -m benchmarks.publish [RESULT.json]`.
 
-It writes the result of a GPU into README.md and docs/scaling.md, and the results of the head study into that study's README.
+It writes the result of a GPU into README.md and docs/results/scaling.md, and the results of the head study into that study's README.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ..kernels.device_result import DeviceResult, median, newest
 from ..kernels.names import ours
 from ..sharding import model
 
-README, SCALING, HEAD = ROOT / "README.md", ROOT / "docs" / "scaling.md", head.README
+README, SCALING, HEAD = ROOT / "README.md", ROOT / "docs" / "results" / "scaling.md", head.README
 GPU_RESULTS, MODEL_TIMES, MODEL_LIMIT = "gpu results", "model times", "model limit"
 NO_RESULT = (
     "GPU: no result of a GPU is committed yet, so the tensor-core kernels are off.\n"
@@ -47,7 +47,7 @@ PEERS = (
 
 @dataclass
 class Options:
-    """Write the GPU table of README.md, the speeds and times of docs/scaling.md, and the results in benchmarks/head."""
+    """Write the GPU table of README.md, the speeds and times of docs/results/scaling.md, and the results in benchmarks/head."""
 
     result: tyro.conf.Positional[Path | None] = None
     """File in benchmarks/results. Default: the newest result of a GPU; without one, a note that there is none."""
@@ -189,7 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for path, text in documents(result).items():
         path.write_text(text, encoding="utf-8")
     source = f"from {result.file}" if result else "without a result of a GPU"
-    print(f"Wrote README.md and docs/scaling.md {source}, and benchmarks/head/README.md.")
+    print(f"Wrote README.md and docs/results/scaling.md {source}, and benchmarks/head/README.md.")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The model of docs/scaling.md: the cost of a step with classes divided among ranks, from two speeds of a device."""
+"""The model of docs/results/scaling.md: the cost of a step with classes divided among ranks, from two speeds of a device."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ ASSUMED = Speeds(
 
 @dataclass(frozen=True)
 class Step:
-    """One step of `ranks` ranks. Times in seconds; docs/scaling.md explains every amount."""
+    """One step of `ranks` ranks. Times in seconds; docs/results/scaling.md explains every amount."""
 
     classes: int
     ranks: int
@@ -117,7 +117,7 @@ def _millions(classes: int) -> str:
 
 
 def times(speeds: Speeds) -> str:
-    """The block `model times` of docs/scaling.md: a paragraph and a table."""
+    """The block `model times` of docs/results/scaling.md: a paragraph and a table."""
     text = (
         f"b = {SAMPLES}, D = {SIZE}. {speeds.source} Links, assumed: {NEAR_LINK / 1e9:.0f} GB/s within {NEAR_RANKS} GPUs "
         f"(NVLink, one direction) and {FAR_LINK / 1e9:.0f} GB/s beyond (one 400 Gb/s adapter per GPU). The time is the sum of "
@@ -139,7 +139,7 @@ def times(speeds: Speeds) -> str:
 
 
 def limit(speeds: Speeds) -> str:
-    """The block `model limit` of docs/scaling.md: one sentence."""
+    """The block `model limit` of docs/results/scaling.md: one sentence."""
     first, *rest = [(two_digits(equal_ranks(classes, speeds)), _millions(classes)) for classes in CLASSES]
     others = "".join(f", {ranks} for {classes}" for ranks, classes in rest)
     return f"**Limit.** Products and messages take the same time at W ≈ {first[0]} for {first[1]} classes{others}."

@@ -1,4 +1,4 @@
-"""The GPU table of README.md, the model of docs/scaling.md and the results in benchmarks/head agree with the committed results."""
+"""The GPU table of README.md, the model of docs/results/scaling.md and the results in benchmarks/head agree with the committed results."""
 
 import json
 

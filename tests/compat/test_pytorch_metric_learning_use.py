@@ -135,7 +135,7 @@ NATIVE = {
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_native_equivalents(name):
-    """The table of docs/migrate-from-pytorch-metric-learning.md."""
+    """The table of docs/migrate/pytorch-metric-learning.md."""
     _, theirs = pair(name)
     native = NATIVE[name](num_classes=CLASSES, embedding_size=SIZE, dtype=torch.float64)
     native.load_state_dict({"weight": theirs.state_dict()["W"].t()})

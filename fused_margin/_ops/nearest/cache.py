@@ -2,7 +2,7 @@
 
 Codes and candidate lists (csrc/kernels/search.h) stay between steps. The measured error of a code bounds how far its
 class has rotated since the code was computed. An answer is certain if its cosine is above the upper bound of its list plus
-the error of its row plus the largest error of all columns. docs/nearest.md has the proof.
+the error of its row plus the largest error of all columns. docs/internals/nearest.md has the proof.
 """
 
 from __future__ import annotations

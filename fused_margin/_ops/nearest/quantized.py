@@ -1,6 +1,6 @@
 """Quantized rows, int8 on processors that multiply int8 fastest, and lists of the best candidates of each query.
 
-csrc/kernels/search.h has the bound on the error of quantization, and docs/nearest.md its proof.
+csrc/kernels/search.h has the bound on the error of quantization, and docs/internals/nearest.md its proof.
 """
 
 from __future__ import annotations

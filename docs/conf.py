@@ -1,0 +1,86 @@
+"""Configuration of the documentation: `sphinx-build -W docs build/docs`."""
+
+import re
+from importlib.metadata import version as version_of
+from pathlib import Path
+
+project = "fused_margin"
+author = "The fused_margin authors"
+copyright = f"2026, {author}"
+version = release = version_of("fused_margin")
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+    "sphinx_design",
+]
+exclude_patterns = ["**/README.md"]
+nitpicky = True  # every reference in a docstring must have a target
+nitpick_ignore_regex = [  # other projects, whose inventories are on the network
+    ("py:.*", r"(torch|np|numpy|nn|dist|collections|pathlib|typing|os|pytorch_metric_learning)\b.*"),
+    (
+        "py:.*",
+        r"Tensor|Any|Path|Unpack|optional|integers|Module|Optimizer|Process|ProcessGroup|Iterable|Callable|Sequence",
+    ),
+]
+
+myst_enable_extensions = ["colon_fence", "deflist", "dollarmath", "attrs_block"]
+myst_fence_as_directive = ["math"]
+myst_heading_anchors = 3
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
+python_maximum_signature_line_length = 88
+add_module_names = False
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True
+napoleon_use_rtype = False
+napoleon_custom_sections = ["Shape"]
+
+templates_path = ["_templates"]
+html_theme = "pydata_sphinx_theme"
+html_title = f"fused_margin {release}"
+html_static_path = ["_static"]
+html_css_files = ["style.css"]
+html_show_sourcelink = False
+html_theme_options = {
+    "github_url": "https://github.com/fused-margin/fused-margin",
+    "header_links_before_dropdown": 6,
+    "navigation_with_keys": False,
+    "show_toc_level": 2,
+    "footer_start": ["copyright"],
+    "footer_end": [],
+}
+linkcheck_anchors = False  # GitHub renders the anchors of its pages by script
+
+REPOSITORY = "https://github.com/fused-margin/fused-margin/blob/main"
+ROOT = Path(__file__).parents[1]
+COPIED = {"contributing": "CONTRIBUTING.md", "changelog": "CHANGELOG.md"}  # pages that are files of the repository
+
+
+def link_to_repository(app, docname, source):
+    """Turns relative links to files outside the documentation into links to the repository. Images stay, and are copied."""
+    folder = (ROOT / "docs" / docname).parent
+    if docname in COPIED:
+        app.env.note_dependency(str(ROOT / COPIED[docname]))
+        folder, source[0] = ROOT, (ROOT / COPIED[docname]).read_text(encoding="utf-8")
+
+    def replace(match):
+        target = (folder / match[2]).resolve()
+        if not target.exists():
+            return match[0]
+        if target.is_relative_to(app.srcdir):
+            return f"{match[1]}(/{target.relative_to(app.srcdir)})"
+        return f"{match[1]}({REPOSITORY}/{target.relative_to(ROOT)})"
+
+    source[0] = re.sub(r"((?<!!)\[[^]]*\])\(((?!\w+:|#)[^)#\s]+)\)", replace, source[0])
+
+
+def setup(app):
+    app.connect("source-read", link_to_repository)
