@@ -5,9 +5,10 @@ from sybil.document import PythonDocStringDocument
 from sybil.parsers.doctest import DocTestParser
 from sybil.parsers.myst import PythonCodeBlockParser, SkipParser
 
-PAGES = Sybil([PythonCodeBlockParser(), SkipParser()], patterns=["README.md", "docs/**/*.md"])
-DOCSTRINGS = Sybil(
-    [DocTestParser()], patterns=["fused_margin/**/*.py"], document_types={".py": PythonDocStringDocument}
-)
+PAGE_PARSERS = [PythonCodeBlockParser(), SkipParser()]
 
-pytest_collect_file = (PAGES + DOCSTRINGS).pytest()
+pytest_collect_file = (
+    Sybil(PAGE_PARSERS, filenames=["README.md"], excludes=["*/README.md"])
+    + Sybil(PAGE_PARSERS, patterns=["*.md"], path="docs")
+    + Sybil([DocTestParser()], patterns=["*.py"], path="fused_margin", document_types={".py": PythonDocStringDocument})
+).pytest()

@@ -1,5 +1,6 @@
 """Configuration of the documentation: `sphinx-build -W docs build/docs`."""
 
+import os
 import re
 from importlib.metadata import version as version_of
 from pathlib import Path
@@ -61,26 +62,34 @@ linkcheck_anchors = False  # GitHub renders the anchors of its pages by script
 
 REPOSITORY = "https://github.com/fused-margin/fused-margin/blob/main"
 ROOT = Path(__file__).parents[1]
-COPIED = {"contributing": "CONTRIBUTING.md", "changelog": "CHANGELOG.md"}  # pages that are files of the repository
+COPIED = {  # pages that are files of the repository
+    "changelog": "CHANGELOG.md",
+    "contributing": "CONTRIBUTING.md",
+    "results/head": "benchmarks/head/README.md",
+    "start/examples": "examples/README.md",
+}
 
 
-def link_to_repository(app, docname, source):
-    """Turns relative links to files outside the documentation into links to the repository. Images stay, and are copied."""
+def read_page(app, docname, source):
+    """Reads a page that is copied, and turns links that leave the documentation into links to the repository."""
     folder = (ROOT / "docs" / docname).parent
     if docname in COPIED:
-        app.env.note_dependency(str(ROOT / COPIED[docname]))
-        folder, source[0] = ROOT, (ROOT / COPIED[docname]).read_text(encoding="utf-8")
+        path = ROOT / COPIED[docname]
+        app.env.note_dependency(str(path))
+        folder, source[0] = path.parent, path.read_text(encoding="utf-8")
 
     def replace(match):
         target = (folder / match[2]).resolve()
         if not target.exists():
             return match[0]
+        if match[1].startswith("!"):  # Sphinx copies images from anywhere
+            return f"{match[1]}({os.path.relpath(target, (ROOT / 'docs' / docname).parent)})"
         if target.is_relative_to(app.srcdir):
             return f"{match[1]}(/{target.relative_to(app.srcdir)})"
         return f"{match[1]}({REPOSITORY}/{target.relative_to(ROOT)})"
 
-    source[0] = re.sub(r"((?<!!)\[[^]]*\])\(((?!\w+:|#)[^)#\s]+)\)", replace, source[0])
+    source[0] = re.sub(r"(!?\[[^]]*\])\(((?!\w+:|#)[^)#\s]+)\)", replace, source[0])
 
 
 def setup(app):
-    app.connect("source-read", link_to_repository)
+    app.connect("source-read", read_page)

@@ -1,1 +1,1 @@
-"""Results of a GPU in README.md and docs/results/scaling.md: `python -m benchmarks.publish`."""
+"""Results of a GPU in docs/results/gpu.md and docs/results/scaling.md: `python -m benchmarks.publish`."""

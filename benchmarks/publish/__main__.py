@@ -1,6 +1,7 @@
 """Writes results into documents: `python -m benchmarks.publish [RESULT.json]`.
 
-It writes the result of a GPU into README.md and docs/results/scaling.md, and the results of the head study into that study's README.
+It writes the result of a GPU into docs/results/gpu.md and docs/results/scaling.md, and the results of the head study into
+that study's README.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from ..kernels.device_result import DeviceResult, median, newest
 from ..kernels.names import ours
 from ..sharding import model
 
-README, SCALING, HEAD = ROOT / "README.md", ROOT / "docs" / "results" / "scaling.md", head.README
+PAGES = ROOT / "docs" / "results"
+GPU, SCALING, HEAD = PAGES / "gpu.md", PAGES / "scaling.md", head.README
 GPU_RESULTS, MODEL_TIMES, MODEL_LIMIT = "gpu results", "model times", "model limit"
 NO_RESULT = (
     "GPU: no result of a GPU is committed yet, so the tensor-core kernels are off.\n"
@@ -47,7 +49,7 @@ PEERS = (
 
 @dataclass
 class Options:
-    """Write the GPU table of README.md, the speeds and times of docs/results/scaling.md, and the results in benchmarks/head."""
+    """Write docs/results/gpu.md, the speeds and times of docs/results/scaling.md, and the results in benchmarks/head."""
 
     result: tyro.conf.Positional[Path | None] = None
     """File in benchmarks/results. Default: the newest result of a GPU; without one, a note that there is none."""
@@ -135,7 +137,7 @@ def _switched_on(result: DeviceResult) -> str:
 
 
 def gpu_results(result: DeviceResult | None) -> str:
-    """The block `gpu results` of README.md."""
+    """The block `gpu results` of docs/results/gpu.md."""
     if result is None:
         return NO_RESULT
     content, shape = result.content, names.STEP
@@ -169,7 +171,7 @@ def documents(result: DeviceResult | None) -> dict[Path, str]:
     """The new text of each file."""
     speeds = model.speeds_of(result)
     blocks = {
-        README: {GPU_RESULTS: gpu_results(result)},
+        GPU: {GPU_RESULTS: gpu_results(result)},
         SCALING: {MODEL_TIMES: model.times(speeds), MODEL_LIMIT: model.limit(speeds)},
         HEAD: {head.BLOCK: head.block()},
     }
@@ -189,7 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for path, text in documents(result).items():
         path.write_text(text, encoding="utf-8")
     source = f"from {result.file}" if result else "without a result of a GPU"
-    print(f"Wrote README.md and docs/results/scaling.md {source}, and benchmarks/head/README.md.")
+    print(f"Wrote docs/results/gpu.md and docs/results/scaling.md {source}, and benchmarks/head/README.md.")
 
 
 if __name__ == "__main__":

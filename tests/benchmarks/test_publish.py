@@ -1,4 +1,4 @@
-"""The GPU table of README.md, the model of docs/results/scaling.md and the results in benchmarks/head agree with the committed results."""
+"""The tables of docs/results/gpu.md, the model of docs/results/scaling.md and the results in benchmarks/head agree with the committed results."""
 
 import json
 
@@ -219,7 +219,7 @@ def test_newest_result_of_a_device(monkeypatch, tmp_path):
 
 
 def test_command_writes_between_the_markers(monkeypatch, tmp_path, capsys):
-    before = {name: getattr(publish, name).read_text() for name in ("README", "SCALING", "HEAD")}
+    before = {name: getattr(publish, name).read_text() for name in ("GPU", "SCALING", "HEAD")}
     for name, text in before.items():
         (tmp_path / name).write_text(text)
         monkeypatch.setattr(publish, name, tmp_path / name)
@@ -232,11 +232,11 @@ def test_command_writes_between_the_markers(monkeypatch, tmp_path, capsys):
             assert after == text
             continue
         assert after != text and "h100.json" in after
-        assert after[: after.index("<!-- gpu" if name == "README" else "<!-- model")] in text
-    assert publish.gpu_results(result()) in (tmp_path / "README").read_text()
+        assert after[: after.index("<!-- gpu" if name == "GPU" else "<!-- model")] in text
+    assert publish.gpu_results(result()) in (tmp_path / "GPU").read_text()
     monkeypatch.setattr(device_result, "RESULTS", tmp_path / "empty")
     publish.main([])
-    assert publish.NO_RESULT in (tmp_path / "README").read_text()
+    assert publish.NO_RESULT in (tmp_path / "GPU").read_text()
     (tmp_path / "cpu.json").write_text(json.dumps({"hardware": {"cpu": "EPYC"}, "suites": {}}))
     with pytest.raises(SystemExit, match="not a result of the kernels suite"):
         publish.main([str(tmp_path / "cpu.json")])
