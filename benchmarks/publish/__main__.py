@@ -1,7 +1,7 @@
 """Writes results into documents: `python -m benchmarks.publish [RESULT.json]`.
 
-It writes the result of a GPU into docs/results/gpu.md and docs/results/scaling.md, and the results of the head study into
-that study's README.
+It writes the result of a GPU into docs/results/gpu.md and docs/results/scaling.md, the results of the head study into that
+study's README, and the picture of README.md.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from ..comparison.report import Section
 from ..comparison.tables import ABSENT, mebibytes
 from ..gpu import evidence
 from ..head import documents as head
+from ..head import summary
 from ..kernels import names, predictions
 from ..kernels.device_result import DeviceResult, median, newest
 from ..kernels.names import ours
@@ -190,8 +191,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(f"{options.result} is not a result of the kernels suite on a GPU")
     for path, text in documents(result).items():
         path.write_text(text, encoding="utf-8")
+    if (study := head.newest(head.COMPARISON)) is not None:
+        summary.draw(study[1], summary.PICTURE)
     source = f"from {result.file}" if result else "without a result of a GPU"
-    print(f"Wrote docs/results/gpu.md and docs/results/scaling.md {source}, and benchmarks/head/README.md.")
+    print(
+        f"Wrote docs/results/gpu.md and docs/results/scaling.md {source}, benchmarks/head/README.md and docs/images/head.png."
+    )
 
 
 if __name__ == "__main__":

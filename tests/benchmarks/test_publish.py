@@ -223,9 +223,11 @@ def test_command_writes_between_the_markers(monkeypatch, tmp_path, capsys):
     for name, text in before.items():
         (tmp_path / name).write_text(text)
         monkeypatch.setattr(publish, name, tmp_path / name)
+    monkeypatch.setattr(publish.summary, "PICTURE", tmp_path / "head.png")
     (tmp_path / "h100.json").write_text(json.dumps(content()))
     publish.main([str(tmp_path / "h100.json")])
     assert "benchmarks/results/h100.json" in capsys.readouterr().out
+    assert (tmp_path / "head.png").read_bytes().startswith(b"\x89PNG")
     for name, text in before.items():
         after = (tmp_path / name).read_text()
         if name == "HEAD":
