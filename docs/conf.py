@@ -52,7 +52,7 @@ html_css_files = ["style.css"]
 html_show_sourcelink = False
 html_theme_options = {
     "github_url": "https://github.com/fused-margin/fused-margin",
-    "header_links_before_dropdown": 6,
+    "header_links_before_dropdown": 7,
     "navigation_with_keys": False,
     "show_toc_level": 2,
     "footer_start": ["copyright"],
