@@ -22,6 +22,21 @@ def test_project(dtype):
     assert not weight[3].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_are_projected_in_blocks(dtype, monkeypatch):
+    """torch copies a bfloat16 matrix as float64 to find its norms; in one block, that is four times the weights."""
+    weight = torch.randn(23, 8).to(dtype)
+    whole = project_(weight.clone())
+    blocks = []
+    norm = torch.linalg.vector_norm
+    monkeypatch.setattr("fused_margin.optim.projected_sgd.BLOCK", 80)
+    monkeypatch.setattr(
+        torch.linalg, "vector_norm", lambda rows, **options: blocks.append(len(rows)) or norm(rows, **options)
+    )
+    assert torch.equal(project_(weight), whole)
+    assert blocks == [10, 10, 3]
+
+
 def test_project_in_place_on_strided_parameters_and_tiny_rows():
     base = torch.randn(8, 20) * 1e-25
     parameter = torch.nn.Parameter(base)

@@ -12,6 +12,8 @@ from fused_margin import _checks
 from fused_margin._ops.row_update import DTYPES, RowUpdate, Rule
 from fused_margin._ops.weight_steps import step_rows
 
+BLOCK = 2**24  # elements that are projected at a time, because torch copies them as float64
+
 
 @torch.no_grad()
 def project_(weight: Tensor) -> Tensor:
@@ -27,10 +29,11 @@ def project_(weight: Tensor) -> Tensor:
         ValueError, TypeError: for a wrong shape or dtype.
     """
     _checks.class_weights(weight, at_least=0)  # a rank may have no classes
-    norm = torch.linalg.vector_norm(weight, dim=1, keepdim=True, dtype=torch.float64)  # no underflow of squares
-    return weight.mul_(
-        norm.masked_fill_(norm == 0, 1.0).reciprocal_().to(torch.promote_types(weight.dtype, torch.float32))
-    )
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    for rows in weight.split(max(1, BLOCK // weight.shape[1])):
+        norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64)  # no underflow of squares
+        rows.mul_(norm.masked_fill_(norm == 0, 1.0).reciprocal_().to(dtype))
+    return weight
 
 
 def start_momentum(optimizer: torch.optim.SGD, parameter: Tensor) -> None:
