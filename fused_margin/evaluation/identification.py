@@ -28,6 +28,8 @@ class MegafaceResult(NamedTuple):
     genuine: np.ndarray  # (num_genuine,) cosines of all pairs of probes of one identity
     impostor: np.ndarray  # (SCORE_BINS,) cosine at the center of each bin
     impostor_count: np.ndarray  # (SCORE_BINS,) number of probe-distractor pairs in each bin
+    nearest: np.ndarray  # (num_probes,) row of the distractor that is most similar to each probe
+    nearest_cosine: np.ndarray  # (num_probes,)
 
 
 @torch.no_grad()
@@ -48,7 +50,8 @@ def megaface(
     probe and a distractor.
 
     Distractors are processed in blocks of at most `block_scores` scores. Three results are accumulated: each probe's
-    highest score, the highest scores overall, which determine the TAR, and a histogram for the ROC curve.
+    highest score and its distractor, the highest scores overall, which determine the TAR, and a histogram for the ROC
+    curve.
 
     Args:
         probes: (num_probes, D), of any norm.
@@ -84,13 +87,16 @@ def megaface(
     top = torch.empty(0, device=device, dtype=unit.dtype)
     bins = torch.zeros(SCORE_BINS, dtype=torch.float64, device=device)
     best = torch.full((len(unit),), -torch.inf, device=device, dtype=unit.dtype)
+    nearest = torch.zeros(len(unit), device=device, dtype=torch.int64)
     best_among = []  # of each size, (num_probes,)
     edges = sorted({*range(0, count, max(1, block_scores // len(unit))), *galleries.tolist(), count})
     for start, stop in pairwise(edges):
         block = distractors[start:stop]
         check_features("distractors", block)
         scores = unit @ _unit(block, device).to(unit.dtype).T
-        best = torch.maximum(best, scores.amax(dim=1))
+        block_best, row = scores.max(dim=1)
+        nearest = torch.where(block_best > best, start + row, nearest)
+        best = torch.maximum(best, block_best)
         if stop in galleries:
             best_among.append(best)
         bins += torch.histc(scores.clamp(-1, 1), SCORE_BINS, -1, 1)
@@ -108,7 +114,16 @@ def megaface(
     genuine = np.concatenate(genuine_parts)
     middle = (np.arange(SCORE_BINS) + 0.5) * (2 / SCORE_BINS) - 1
     tar = tar_at_far(genuine, top.cpu().numpy(), far, len(unit) * count)
-    return MegafaceResult(galleries, hits / (2 * len(genuine)), tar, genuine, middle, bins.cpu().numpy())
+    return MegafaceResult(
+        galleries,
+        hits / (2 * len(genuine)),
+        tar,
+        genuine,
+        middle,
+        bins.cpu().numpy(),
+        nearest.cpu().numpy(),
+        best.cpu().numpy(),
+    )
 
 
 def _unit(features: np.ndarray, device: torch.device | str) -> Tensor:

@@ -131,7 +131,7 @@ class TrainConfig:
     """YAML file of options, such as the config.yaml of an earlier run.
     Options on the command line take precedence."""
     output: Path | None = None
-    """Folder for checkpoint, configuration, logs, report and figure.
+    """Folder for checkpoint, configuration, logs, report, figure and page.
     If not given, runs/<data>-<time>."""
     resume: bool = False
     """Continue the run in --output, or the latest run in runs/, with its options."""

@@ -103,7 +103,11 @@ def read_file(path: Path) -> dict[str, Any]:
     return values
 
 
+def to_yaml(values: Mapping[str, Any]) -> str:
+    """Plain values as YAML, in their order."""
+    return yaml.dump(dict(values), Dumper=Dumper, sort_keys=False, default_flow_style=None)
+
+
 def write_file(path: Path, values: Mapping[str, Any]) -> None:
-    """Write plain values as YAML, in their order."""
-    text = yaml.dump(dict(values), Dumper=Dumper, sort_keys=False, default_flow_style=None)
-    path.write_text(text, encoding="utf-8")
+    """Write plain values as a YAML file."""
+    path.write_text(to_yaml(values), encoding="utf-8")

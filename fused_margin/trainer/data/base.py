@@ -9,6 +9,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -25,6 +26,7 @@ class Batch(NamedTuple):
 
     images: Tensor  # (N, channels, H, W) uint8
     labels: Tensor  # (N,) int64
+    indices: list[int]  # of the N images in their set
     unreadable: tuple[str, ...] = ()
 
 
@@ -45,6 +47,18 @@ class ImageSet(Dataset[Batch]):
     def __getitems__(self, indices: list[int]) -> Batch:  # called by DataLoader for a whole batch
         raise NotImplementedError
 
+    def name(self, index: int) -> str:
+        """Name of an image, for messages and reports."""
+        raise NotImplementedError
+
+    def picture(self, index: int) -> Image.Image:
+        """An image to look at.
+
+        Raises:
+            DataError, OSError: it cannot be read.
+        """
+        raise NotImplementedError
+
     def fingerprint(self) -> str:
         """Hash of the identities and their numbers of images."""
         counts = torch.bincount(self.labels, minlength=self.num_classes).tolist()
@@ -61,7 +75,13 @@ class TensorImages(ImageSet):
 
     def __getitems__(self, indices: list[int]) -> Batch:
         index = torch.as_tensor(indices)
-        return Batch(self.images[index], self.labels[index])
+        return Batch(self.images[index], self.labels[index], indices)
+
+    def name(self, index: int) -> str:
+        return f"image {index:,}"
+
+    def picture(self, index: int) -> Image.Image:
+        return to_picture(self.images[index])
 
     @classmethod
     def of(cls, images: Tensor, labels: Tensor, names: Sequence[str], identities: Sequence[int]) -> TensorImages:
@@ -220,6 +240,16 @@ def rows_of(labels: Tensor, num_identities: int, selected: Sequence[int]) -> tup
 def to_input(images: Tensor) -> Tensor:
     """Pixels (uint8, 0 to 255) as network input, (x - 127.5) / 127.5."""
     return (images.float() - 127.5) / 127.5
+
+
+def from_input(inputs: Tensor) -> Tensor:
+    """The inverse of `to_input`; values out of range are clipped."""
+    return (inputs * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def to_picture(pixels: Tensor) -> Image.Image:
+    """Pixels (channels, H, W) uint8, gray or RGB, as an image of Pillow."""
+    return Image.fromarray(pixels.permute(1, 2, 0).squeeze(-1).cpu().numpy())
 
 
 def on_gray(images: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ import torch
 from PIL import ExifTags, Image, ImageCms, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
+from fused_margin.evaluation.errors import DataError
+
 from .base import Batch, ImageSet
 
 WHITE_IS_ZERO = 0  # TIFF's PhotometricInterpretation
@@ -57,7 +59,16 @@ class DecodedImages(ImageSet):
                 readable.append(index)
         shape = (0, self.channels, *self.image_size)
         stacked = torch.stack(images) if images else torch.empty(shape, dtype=torch.uint8)
-        return Batch(stacked, self.labels[readable], tuple(unreadable))
+        return Batch(stacked, self.labels[readable], readable, tuple(unreadable))
+
+    def name(self, index: int) -> str:
+        return self.source(index)[0]
+
+    def picture(self, index: int) -> Image.Image:
+        try:
+            return read_image(self.source(index)[1])
+        except UnreadableError as error:
+            raise DataError(str(error)) from error
 
 
 def read_image(file: Path | BytesIO) -> Image.Image:

@@ -70,8 +70,10 @@ class RecordImages(DecodedImages):
         self.records, self.offsets = records, offsets
 
     def source(self, index: int) -> tuple[str, BytesIO]:
-        offset = int(self.offsets[index])
-        return f"{self.records.path}, byte {offset}", BytesIO(self.records.read(offset).content)
+        return self.name(index), BytesIO(self.records.read(int(self.offsets[index])).content)
+
+    def name(self, index: int) -> str:
+        return f"{self.records.path}, byte {self.offsets[index]}"
 
 
 class RecordFile:

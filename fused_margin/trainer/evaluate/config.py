@@ -20,7 +20,7 @@ Protocol = Literal["pairs", "lfw", "ytf", "megaface"]
 class EvaluateConfig:
     """Evaluate a trained network, or features from a file, under a named protocol.
 
-    Writes <protocol>.json and <protocol>.png.
+    Writes <protocol>.json, <protocol>.png and <protocol>.html.
     """
 
     checkpoint: Path | None = None
@@ -80,7 +80,7 @@ class EvaluateConfig:
     """Share of the identities that are megaface's probes if no distractors are given.
     The other identities are the distractors."""
     output: Path | None = None
-    """Folder for report and figure.
+    """Folder for report, figure and page.
     If not given, the folder of the checkpoint or of the features."""
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
     """Device. auto: a GPU, if there is one and the kernels are built for it."""

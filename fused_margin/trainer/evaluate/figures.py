@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import matplotlib
@@ -14,6 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from fused_margin.evaluation import ScoreSummary
 from fused_margin.evaluation.plurals import counted
 
+from .histograms import score_histogram, separability_histogram
 from .network import Evaluation
 
 INK, ACCENT, MUTED = "#1f3b57", "#d1495b", "#9aa7b4"
@@ -90,14 +90,10 @@ def _draw_roc(axes: Axes, summary: ScoreSummary) -> None:
 
 
 def _draw_scores(axes: Axes, summary: ScoreSummary, unit: str) -> None:
-    genuine, impostor, count = summary.genuine, summary.impostor, summary.impostor_count
-    count = np.ones(len(impostor)) if count is None else count
-    shown = impostor[count > 0]
-    edges = np.linspace(min(genuine.min(), shown.min()), max(genuine.max(), shown.max()), 61)
-    kinds = (("impostor", MUTED, impostor, count), ("genuine", INK, genuine, np.ones(len(genuine))))
-    for name, color, scores, weight in kinds:
-        label = f"{name}, {weight.sum():,.0f} pairs"
-        axes.hist(scores, edges.tolist(), weights=weight / weight.sum(), color=color, alpha=0.7, label=label)
+    bins = score_histogram(summary)
+    kinds = (("impostor", MUTED, bins.impostor, bins.num_impostor), ("genuine", INK, bins.genuine, bins.num_genuine))
+    for name, color, shares, number in kinds:
+        axes.stairs(shares, bins.edges, fill=True, color=color, alpha=0.7, label=f"{name}, {number:,} pairs")
     if np.isfinite(summary.tar.threshold):
         label = f"threshold at FAR {summary.tar.far:g}"
         axes.axvline(summary.tar.threshold, color=ACCENT, linewidth=2, label=label)
@@ -112,8 +108,7 @@ def _draw_scores(axes: Axes, summary: ScoreSummary, unit: str) -> None:
 
 def _draw_separability(axes: Axes, nearest_cosine: np.ndarray) -> None:
     mean, std = nearest_cosine.mean(), nearest_cosine.std()
-    bins = min(60, 5 + 2 * math.isqrt(len(nearest_cosine)))
-    axes.hist(nearest_cosine, bins, color=INK, alpha=0.85)
+    axes.stairs(*separability_histogram(nearest_cosine), fill=True, color=INK, alpha=0.85)
     axes.axvline(mean, color=ACCENT, linewidth=2, label=f"mean {mean:.3f}, std {std:.3f}")
     axes.set(
         title="Separability of the class weights",

@@ -27,7 +27,7 @@ from ..data.verification_images import VerificationImages
 from ..models.build import channels_last, require_named, restore_backbone
 from ..train.checkpoint import CheckpointError, criterion_state, identities_before, load_run, trained_identities
 from ..train.criterion import stored_class_weight
-from .network import Embedded, count_known, describe_unseen, embed
+from .network import Embedded, ShownImages, count_known, describe_unseen, embed
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class EvaluationInput:
     features: FeatureSet
     description: str
     source: str  # path of the features or images
+    shown: ShownImages | None = None  # the images of the rows; None: the features are from a file
     unreadable: list[str] = field(default_factory=list)  # skipped images
     skipped: Mapping[str, int] = field(default_factory=dict)  # number of skipped files, folders or lines by kind
 
@@ -79,6 +80,7 @@ class TrainedNetwork:
                 verification_features(self.verification_set, embedded, class_weight, folds),
                 f"{counted(len(embedded.labels), 'image')} of {source}",
                 source,
+                embedded.shown,
                 embedded.unreadable,
                 self.verification_set.skipped,
             )
@@ -112,6 +114,7 @@ class TrainedNetwork:
             FeatureSet(embedded.features, embedded.mirrored, embedded.labels, class_weight=class_weight),
             f"{splits.description}: {evaluated}",
             config.data,
+            embedded.shown,
             sorted(embedded.unreadable),
             splits.skipped,
         )

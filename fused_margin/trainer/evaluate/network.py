@@ -8,13 +8,15 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, SequentialSampler
 
 import fused_margin as fm
 from fused_margin.evaluation import (
     DataError,
-    FoldAccuracy,
+    PairResult,
+    Pairs,
     ScoreSummary,
     cosine_pairs,
     join_mirror,
@@ -25,10 +27,62 @@ from fused_margin.evaluation.plurals import counted_identities
 
 from ..config import TrainConfig
 from ..data.augment import AugmentationConfig, augment
-from ..data.base import ImageSet, Splits, data_loader, seeded_generator, to_input
+from ..data.base import ImageSet, Splits, data_loader, from_input, seeded_generator, to_input, to_picture
 
 TEST_STREAM = 2  # of the random distortion of test images
 BATCH_SIZE = 256
+
+
+class ShownImages:
+    """The images behind the rows of features, for reports."""
+
+    def __init__(
+        self,
+        images: ImageSet,
+        index: np.ndarray,
+        device: torch.device,
+        distortion: AugmentationConfig | None = None,
+        seed: int = 0,
+    ) -> None:
+        """`index`: (num_rows,) of each row's image in `images`; the other arguments as for `embed`."""
+        self.images, self.index, self.device = images, index, device
+        self.distortion, self.seed = distortion, seed
+        self._distorted: dict[int, Tensor] = {}  # pixels by index in `images`, of whole batches
+
+    def identity(self, row: int) -> str:
+        """Name of the identity of a row's image."""
+        return self.images.identities[int(self.images.labels[self.index[row]])]
+
+    def name(self, row: int) -> str:
+        """Name of a row's image."""
+        return self.images.name(int(self.index[row]))
+
+    def picture(self, row: int) -> Image.Image:
+        """A row's image, with the distortion that the network has seen.
+
+        Raises:
+            DataError, OSError: it cannot be read.
+        """
+        index = int(self.index[row])
+        if self.distortion is None:
+            return self.images.picture(index)
+        if index not in self._distorted:  # the random numbers of a batch depend on all of its images
+            number = index // BATCH_SIZE
+            rows = range(number * BATCH_SIZE, min((number + 1) * BATCH_SIZE, len(self.images)))
+            batch = self.images.__getitems__(list(rows))
+            inputs = _network_inputs(batch.images, number, self.device, self.distortion, self.seed)
+            self._distorted.update(zip(batch.indices, from_input(inputs), strict=True))
+        return to_picture(self._distorted[index])
+
+
+def _network_inputs(
+    images: Tensor, number: int, device: torch.device, distortion: AugmentationConfig | None, seed: int
+) -> Tensor:
+    """Input of the network for the images of batch `number`, with the distortion of test images if there is one."""
+    inputs = to_input(images.to(device))
+    if distortion is None:
+        return inputs
+    return augment(inputs, distortion, seeded_generator(seed, TEST_STREAM, number, device=device))
 
 
 class Embedded(NamedTuple):
@@ -37,6 +91,7 @@ class Embedded(NamedTuple):
     features: np.ndarray  # (num_images, D) float32, not normalized
     mirrored: np.ndarray | None  # (num_images, D) of the mirror images
     labels: np.ndarray  # (num_images,)
+    shown: ShownImages  # the images of the rows
     unreadable: list[str]  # skipped images
 
 
@@ -44,10 +99,10 @@ class Embedded(NamedTuple):
 class Verification:
     """Verification results on pairs of images of the test identities."""
 
-    accuracy: FoldAccuracy
+    pairs: Pairs
+    result: PairResult
     summary: ScoreSummary
-    num_pairs: int
-    folds_disjoint: bool
+    shown: ShownImages  # the images of the pairs' rows
 
 
 @dataclass(frozen=True)
@@ -77,15 +132,16 @@ def embed(
         DataError: no image can be read.
     """
     sampler = BatchSampler(SequentialSampler(images), BATCH_SIZE, drop_last=False)
-    features, mirrored, labels, unreadable = [], [], [], []
+    features, mirrored, labels = [], [], []
+    indices: list[int] = []
+    unreadable: list[str] = []
     backbone.eval()
     for number, batch in enumerate(data_loader(images, sampler, workers)):
         unreadable += batch.unreadable
         if not len(batch.labels):
             continue
-        inputs = to_input(batch.images.to(device))
-        if distortion is not None:
-            inputs = augment(inputs, distortion, seeded_generator(seed, TEST_STREAM, number, device=device))
+        indices += batch.indices
+        inputs = _network_inputs(batch.images, number, device, distortion, seed)
         features.append(backbone(inputs).float().cpu())
         if mirror:
             mirrored.append(backbone(inputs.flip(-1)).float().cpu())
@@ -96,6 +152,7 @@ def embed(
         torch.cat(features).numpy(),
         torch.cat(mirrored).numpy() if mirror else None,
         torch.cat(labels).numpy(),
+        ShownImages(images, np.array(indices), device, distortion, seed),
         unreadable,
     )
 
@@ -125,7 +182,7 @@ def evaluate(
     features = join_mirror(embedded.features, embedded.mirrored, options.flip)
     result = cosine_pairs(features, pairs.indices, pairs.same, pairs.fold)
     summary = summarize_pairs(result.scores, pairs.same, options.far)
-    verified = Verification(result.folds, summary, len(pairs.same), pairs.folds_disjoint)
+    verified = Verification(pairs, result, summary, embedded.shown)
     return Evaluation(verified, nearest_cosine, separability, embedded.unreadable)
 
 

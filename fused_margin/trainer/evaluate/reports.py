@@ -13,6 +13,9 @@ from rich.table import Table
 import fused_margin as fm
 from fused_margin.evaluation import ScoreSummary
 from fused_margin.evaluation.plurals import counted
+from fused_margin.evaluation.protocols import Metric
+
+SCORE_UNIT: dict[Metric, str] = {"cosine": "cosine", "weighted-l1": "log odds"}
 
 
 def versions() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""An evaluation: reads or computes features, applies the protocol, and writes report and figure."""
+"""An evaluation: reads or computes features, applies the protocol, and writes report, figure and page."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from fused_margin.evaluation import DataError, FeatureSet, ScoreSummary, join_mi
 from fused_margin.evaluation.checks import check_features, check_integers
 from fused_margin.evaluation.files import describe_skipped
 from fused_margin.evaluation.plurals import counted
-from fused_margin.evaluation.protocols import COMPARE, INSIGHTFACE_FAR, Metric
+from fused_margin.evaluation.protocols import COMPARE, INSIGHTFACE_FAR
 
 from ..config import EvaluationConfig
 from ..data import EMBEDDED
+from ..pages.evaluate import EvaluationContent, write_evaluation_page
 from ..train.checkpoint import FILE_NAME
 from .config import EvaluateConfig, Protocol, ProtocolOptions
 from .figures import draw_evaluation
 from .inputs import EvaluationInput, TrainedNetwork, read_checkpoint, read_probes
+from .mistakes import Miss, ScoredPairs, scored_pairs, worst_misses
 from .network import separation
-from .reports import results_table, score_rows, score_values, versions
-
-SCORE_UNIT: dict[Metric, str] = {"cosine": "cosine", "weighted-l1": "log odds"}
+from .reports import SCORE_UNIT, results_table, score_rows, score_values, versions
 
 
 class Measured(NamedTuple):
@@ -37,10 +37,12 @@ class Measured(NamedTuple):
     result: dict[str, Any]  # for the report
     headline: str
     summary: ScoreSummary
+    pairs: ScoredPairs | None = None  # of a protocol on pairs
+    misses: list[Miss] | None = None  # of megaface; rows of the features, and of the distractors if they are given
 
 
 def run_evaluation(config: EvaluateConfig, console: Console) -> dict[str, Any]:
-    """Evaluate and write report and figure; `checkpoint` or `features` must be set.
+    """Evaluate and write report, figure and page; `checkpoint` or `features` must be set.
 
     Raises:
         ValueError: neither is set.
@@ -112,6 +114,10 @@ def run_evaluation(config: EvaluateConfig, console: Console) -> dict[str, Any]:
     title, unit = f"{description}\n{measured.headline}", SCORE_UNIT[options.metric]
     draw_evaluation(output / f"{options.name}.png", title, summary, nearest_cosine, unit)
     (output / f"{options.name}.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    content = EvaluationContent(
+        config, options, inputs, measured.summary, measured.pairs, measured.misses, nearest_cosine
+    )
+    write_evaluation_page(output / f"{options.name}.html", report, content)
     _print_report(console, report, measured.headline, output)
     return report
 
@@ -196,7 +202,8 @@ def _measure(options: ProtocolOptions, arrays: FeatureSet, seed: int, device: to
             "far_on_the_folds": float(result.tar.far.mean()),
         }
     headline = f"{options.name}: accuracy {accuracy.mean():.2%} ± {accuracy.std():.2%} over {len(accuracy)} folds"
-    return Measured(numbers, headline, evaluation.summarize_pairs(result.scores, same, options.far))
+    summary = evaluation.summarize_pairs(result.scores, same, options.far)
+    return Measured(numbers, headline, summary, scored_pairs(result, pairs, same, fold, options.name))
 
 
 def _measure_megaface(options: ProtocolOptions, arrays: FeatureSet, seed: int, device: torch.device) -> Measured:
@@ -211,9 +218,11 @@ def _measure_megaface(options: ProtocolOptions, arrays: FeatureSet, seed: int, d
         number = min(max(1, round(options.probes * len(identities))), len(identities) - 1)
         is_probe = np.isin(labels, rng.permutation(identities)[:number])
         # In random order, so that small galleries have several identities.
-        probes, distractors = features[is_probe], features[rng.permutation(np.flatnonzero(~is_probe))]
-        labels = labels[is_probe]
+        probe_rows, distractor_rows = np.flatnonzero(is_probe), rng.permutation(np.flatnonzero(~is_probe))
+        probes, distractors = features[probe_rows], features[distractor_rows]
+        labels = labels[probe_rows]
     else:
+        probe_rows, distractor_rows = np.arange(len(features)), np.arange(len(arrays.distractors))
         probes = features
         distractors = join_mirror(arrays.distractors, arrays.mirrored_distractors, options.flip)
     measured = evaluation.megaface(probes, labels, distractors, far=options.far, device=device)
@@ -227,7 +236,15 @@ def _measure_megaface(options: ProtocolOptions, arrays: FeatureSet, seed: int, d
     }
     headline = f"megaface: rank-1 {measured.rank1[-1]:.2%} among {counted(len(distractors), 'distractor')}"
     summary = evaluation.summarize(measured.genuine, measured.impostor, measured.tar, measured.impostor_count)
-    return Measured(numbers, headline, summary)
+    misses = [
+        miss._replace(
+            probe=int(probe_rows[miss.probe]),
+            mate=int(probe_rows[miss.mate]),
+            distractor=int(distractor_rows[miss.distractor]),
+        )
+        for miss in worst_misses(probes, labels, measured)
+    ]
+    return Measured(numbers, headline, summary, misses=misses)
 
 
 def _separation(arrays: FeatureSet, device: torch.device) -> tuple[np.ndarray | None, dict[str, float] | None]:
@@ -258,4 +275,4 @@ def _print_report(console: Console, report: dict[str, Any], headline: str, outpu
     if unreadable := report["input"]["unreadable"]:
         console.print(f"skipped {counted(len(unreadable), 'unreadable image')}, listed in the report")
     name = report["protocol"]
-    console.print(f"files in {output}: {name}.json, {name}.png", highlight=False, soft_wrap=True)
+    console.print(f"files in {output}: {name}.json, {name}.png, {name}.html", highlight=False, soft_wrap=True)

@@ -29,7 +29,7 @@ class RunLog:
             columns: names of all values that will be written.
         """
         path = folder / LOG_NAME
-        header, rows = _read(path)
+        header, rows = read_log(path)
         rows = [row for row in rows if int(row["step"]) <= step]
         names = dict.fromkeys(["step", *(header if rows else ()), *columns])
         temporary = path.with_suffix(".tmp")
@@ -69,7 +69,7 @@ class RunLog:
         self._writer.writerow(row)
 
 
-def _read(path: Path) -> tuple[list[str], list[dict[str, str]]]:
+def read_log(path: Path) -> tuple[list[str], list[dict[str, str]]]:
     """Columns and complete rows; a kill can leave an incomplete last row."""
     if not path.exists():
         return [], []

@@ -174,6 +174,27 @@ def options_of(named: NamedLoss) -> dict[str, Any]:
     }
 
 
+def described_settings(config: LossConfig) -> list[tuple[str, str]]:
+    """Names and values of the settings of a loss, with the values that its paper gives where none are set."""
+    named = LOSSES[config.name]
+    accepted = accepted_arguments(named.loss_class)
+    described: list[tuple[str, str]] = []
+    for name in ("margin", "scale"):
+        if name not in accepted:
+            continue
+        value = getattr(config, name)
+        if value is None:
+            value = named.settings.get(name, accepted[name].default)
+            text = "the norm of the embedding" if value is None else f"{value:g} (default)"
+        else:
+            text = f"{value:g}"
+        described.append((name, text))
+    if config.exclusive_weight:
+        described.append(("exclusive weight", f"{config.exclusive_weight:g}"))
+    options = {**named.settings, **config.options}
+    return described + [(name, str(value)) for name, value in options.items() if name not in ("margin", "scale")]
+
+
 def options_by_loss() -> dict[str, dict[str, Any]]:
     """`options_of` each loss."""
     return {name: options_of(named) for name, named in LOSSES.items()}

@@ -22,6 +22,7 @@ from ..evaluate.figures import draw_report
 from ..evaluate.network import Evaluation, Verification, count_known, describe_unseen, evaluate
 from ..evaluate.reports import results_table, score_rows, score_values, versions
 from ..models.build import build_backbone, describe_backbone, embedding_size
+from ..pages.train import write_training_page
 from .checkpoint import (
     FILE_NAME,
     CheckpointError,
@@ -31,7 +32,7 @@ from .checkpoint import (
     remove_partial_checkpoints,
 )
 from .devices import Devices
-from .logs import CURVES_NAME, LOG_NAME, RunLog
+from .logs import CURVES_NAME, LOG_NAME, RunLog, read_log
 from .loop import Trainer
 
 CONFIG_NAME = "config.yaml"
@@ -40,7 +41,7 @@ MAX_LISTED = 5  # number of unreadable images to print; the report has all
 
 
 def run(config: TrainConfig, console: Console) -> dict[str, Any]:
-    """Train or resume, verify, and write checkpoint, configuration, logs, report.json and report.png to the output.
+    """Train or resume, verify, and write checkpoint, configuration, logs and report (JSON, PNG, HTML) to the output.
 
     Raises:
         BackboneError: the network cannot be made, or does not fit the images.
@@ -135,6 +136,9 @@ def _verify(
         "evaluation": round(time.monotonic() - started, 2),
     }
     (output / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    log.flush()
+    _, rows = read_log(output / LOG_NAME)
+    write_training_page(output / "report.html", report, config, evaluation, rows)
     _print_report(console, report, output)
     return report
 
@@ -183,14 +187,14 @@ def _evaluated(report: dict[str, Any]) -> str:
 
 
 def _verification_values(verified: Verification) -> dict[str, Any]:
-    accuracy = verified.accuracy.accuracy
+    accuracy, threshold = verified.result.folds
     return {
         "accuracy": float(accuracy.mean()),
         "accuracy_std": float(accuracy.std()),
         "fold_accuracy": accuracy.tolist(),
-        "fold_threshold": verified.accuracy.threshold.tolist(),
-        "pairs": verified.num_pairs,
-        "folds_share_no_identity": verified.folds_disjoint,
+        "fold_threshold": threshold.tolist(),
+        "pairs": len(verified.pairs.same),
+        "folds_share_no_identity": verified.pairs.folds_disjoint,
         **score_values(verified.summary),
     }
 
@@ -273,5 +277,5 @@ def _print_report(console: Console, report: dict[str, Any], output: Path) -> Non
         if (more := len(unreadable) - MAX_LISTED) > 0:
             lines.append(f"and {more:,} more, listed in the report")
         console.print(*lines, sep="\n  ", highlight=False, soft_wrap=True)
-    names = ", ".join((FILE_NAME, CONFIG_NAME, LOG_NAME, f"{CURVES_NAME}/", "report.json", "report.png"))
+    names = ", ".join((FILE_NAME, CONFIG_NAME, LOG_NAME, f"{CURVES_NAME}/", "report.json", "report.png", "report.html"))
     console.print(f"files in {output}: {names}", highlight=False, soft_wrap=True)

@@ -1,0 +1,1 @@
+"""The HTML pages of reports: one self-contained file each, rendered from the templates of this package."""
