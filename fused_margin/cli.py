@@ -24,6 +24,7 @@ EXTRAS = {
     "matplotlib": ("matplotlib", "trainer"),
     "PIL": ("Pillow", "trainer"),
     "fontTools": ("fonttools", "trainer"),
+    "jinja2": ("Jinja2", "trainer"),
     "pydantic": ("pydantic", "trainer"),
     "pytorch_metric_learning": ("pytorch-metric-learning", "trainer"),
     "rich": ("rich", "trainer"),

@@ -47,7 +47,7 @@ class CompareConfig:
     data: Literal["glyphs", "digits"] = "glyphs"
     """Images to train on. Both need no download. Margins and scales of the losses suit them."""
     output: Path = Path("runs/compare")
-    """Folder for the runs, compare.json and compare.md."""
+    """Folder for the runs, compare.json, compare.md and compare.html."""
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
     """Device. auto: a GPU, if there is one and the kernels are built for it."""
 

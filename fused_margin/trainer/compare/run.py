@@ -20,6 +20,7 @@ from ..config import TrainConfig
 from ..evaluate.config import EvaluateConfig
 from ..evaluate.reports import versions
 from ..evaluate.run import run_evaluation
+from ..pages.compare import write_comparison_page
 from ..train.checkpoint import FILE_NAME, CheckpointError, load_run
 from ..train.loop import Trainer
 from ..train.run import read_splits, run
@@ -30,7 +31,7 @@ TIMED_STEPS = 20  # per loss. Losses take turns, so that machine noise affects a
 
 
 def compare(config: CompareConfig, console: Console) -> dict[str, Any]:
-    """Train and measure the losses that are not finished, and write compare.json and compare.md.
+    """Train and measure the losses that are not finished, and write compare.json, compare.md and compare.html.
 
     Raises:
         CheckpointError: the output has runs with other options.
@@ -72,13 +73,16 @@ def compare(config: CompareConfig, console: Console) -> dict[str, Any]:
     (config.output / "compare.md").write_text(
         markdown(header, lines) + (f"\n{note}\n" if note else ""), encoding="utf-8"
     )
+    write_comparison_page(config.output / "compare.html", report, config)
     over = f", mean±std over {len(config.seeds)} seeds" if len(config.seeds) > 1 else f", seed {config.seeds[0]}"
     console.print(f"\n{config.data}, {counted(config.epochs, 'epoch')}{over}", highlight=False)
     console.print(screen_table(header, lines), markup=False, highlight=False, soft_wrap=True)
     if note:
         console.print(note, highlight=False)
     console.print(
-        f"files in {config.output}: compare.json, compare.md, a folder per run", highlight=False, soft_wrap=True
+        f"files in {config.output}: compare.json, compare.md, compare.html, a folder per run",
+        highlight=False,
+        soft_wrap=True,
     )
     return report
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Sequence
 
 import numpy as np
+
+from .config import RANDOM
 
 FAR = 1e-3
 MEASURES = {
@@ -14,6 +17,8 @@ MEASURES = {
     "sep_mean": "Sep mean",
     "sep_std": "Sep std",
 }
+# 1: higher is better. -1: lower is better, because class weights are further apart.
+BETTER = {"accuracy": 1, "tar": 1, "rank1": 1, "sep_mean": -1}
 PERCENT = ("accuracy", "tar", "rank1")
 STEP_TIME = "ms per step"
 HEADING_WIDTH = 12  # longer column headings are wrapped
@@ -27,12 +32,41 @@ def table(
     for loss, seeds in rows.items():
         line = [loss]
         for name in MEASURES:
-            values = np.array([measured[name] for measured in seeds])
-            values, digits = (100 * values, 2) if name in PERCENT else (values, 3)
-            deviation = f" ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else ""
-            line.append(f"{values.mean():.{digits}f}{deviation}")
+            factor, digits = (100, 2) if name in PERCENT else (1, 3)
+            mean, std = mean_std([factor * measured[name] for measured in seeds])
+            line.append(f"{mean:.{digits}f}" + ("" if std is None else f" ± {std:.{digits}f}"))
         lines.append([*line, "" if step_ms[loss] is None else f"{step_ms[loss]:.1f}"])
     return ["loss", *MEASURES.values(), STEP_TIME], lines
+
+
+def mean_std(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean, and standard deviation if there are several values."""
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+
+def clear_best(rows: dict[str, list[dict[str, float]]]) -> dict[str, str]:
+    """The best loss of a measure, by the measure, where the difference to every other loss is beyond the spread.
+
+    Beyond the spread: larger than the sum of both standard deviations over the seeds, so with several seeds only. The
+    untrained network is not ranked, and neither are measures without a better direction.
+    """
+    best = {}
+    for measure, direction in BETTER.items():
+        results = {
+            loss: mean_std([direction * measured[measure] for measured in seeds])
+            for loss, seeds in rows.items()
+            if loss != RANDOM
+        }
+        for loss, (mean, std) in results.items():
+            others = [result for name, result in results.items() if name != loss]
+            if others and all(_is_beyond_spread(mean - other, std, other_std) for other, other_std in others):
+                best[measure] = loss
+    return best
+
+
+def _is_beyond_spread(difference: float, *deviations: float | None) -> bool:
+    known = [deviation for deviation in deviations if deviation is not None]
+    return len(known) == len(deviations) and difference > sum(known)
 
 
 def screen_table(header: list[str], lines: list[list[str]]) -> str:

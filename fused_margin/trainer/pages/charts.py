@@ -59,7 +59,8 @@ class Chart:
     y_ticks: Sequence[Tick]
     marks: Sequence[Mark]
     height: float = HEIGHT
-    row_labels: Sequence[Tick] = field(default_factory=tuple)  # names of the rows of a `dot_rows` chart
+    top: float = TOP
+    row_labels: Sequence[Tick] = field(default_factory=tuple)  # names of the rows, if it has rows
 
     @property
     def legend(self) -> list[Mark]:
@@ -102,8 +103,13 @@ class Scale:
 
 
 def linear_ticks(low: float, high: float) -> list[float]:
-    """About five round values around `low` to `high`."""
-    return list(map(float, MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)))
+    """About five round values, the first at most `low` and the last at least `high`."""
+    ticks = list(map(float, MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)))
+    return [
+        tick
+        for tick, before, after in zip(ticks, [-math.inf, *ticks], [*ticks[1:], math.inf], strict=False)
+        if after > low and before < high
+    ]
 
 
 def tick_texts(values: Sequence[float]) -> list[str]:

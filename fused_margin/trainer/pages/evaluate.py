@@ -6,7 +6,7 @@ import dataclasses
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,6 @@ import numpy as np
 from fused_margin.evaluation import ScoreSummary
 from fused_margin.evaluation.plurals import counted, counted_identities
 
-from ..data import EMBEDDED
 from ..evaluate.config import EvaluateConfig, ProtocolOptions
 from ..evaluate.inputs import EvaluationInput
 from ..evaluate.mistakes import Miss, ScoredPairs
@@ -22,7 +21,7 @@ from ..evaluate.reports import SCORE_UNIT
 from .mistakes import MistakeGroup, describe_inputs, describe_rows, pair_mistakes, picture_note, search_mistakes
 from .plots import rank_chart, roc_chart, score_chart, separability_chart
 from .render import Command, Facts, Result, command_line, percent, version_facts, write_page
-from .results import duration, fold_table, score_results, separability_result, skipped_lines
+from .results import duration, fold_table, score_results, separability_result, short_path, skipped_lines
 
 PROTOCOLS = {
     "pairs": "Pairs of images. Each fold is decided at the threshold that is best for the other folds.",
@@ -54,7 +53,6 @@ class EvaluationContent:
 def write_evaluation_page(path: Path, report: Mapping[str, Any], content: EvaluationContent) -> None:
     """Write the page of an evaluation; `report` has the values of its JSON file."""
     result, given, inputs = report["result"], report["input"], content.inputs
-    source = inputs.source if inputs.source in EMBEDDED else "/".join(PurePath(inputs.source).parts[-2:])
     if content.pairs is not None:
         accuracy = percent(result["accuracy"], result["accuracy_std"])
         over = f"mean ± standard deviation over {counted(len(result['fold_accuracy']), 'fold')}"
@@ -80,7 +78,7 @@ def write_evaluation_page(path: Path, report: Mapping[str, Any], content: Evalua
         "report.html",
         {
             "kind": "evaluation",
-            "title": f"{content.options.name} on {source}",
+            "title": f"{content.options.name} on {short_path(inputs.source)}",
             "lead": f"{given['description'][:1].upper()}{given['description'][1:]}. {PROTOCOLS[content.options.name]}",
             "results": results,
             "notes": [],

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 from collections.abc import Callable, Sequence
 from io import BytesIO
-from pathlib import PurePath
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -17,6 +16,7 @@ from fused_margin.evaluation.plurals import counted
 from ..data.decode import DecodedImages
 from ..evaluate.mistakes import MAX_SHOWN, Miss, ScoredPairs
 from ..evaluate.network import ShownImages
+from .results import short_path
 
 THUMBNAIL = 160  # longest side in pixels
 PAIR = "first", "second"  # of a pair
@@ -71,9 +71,9 @@ def describe_images(shown: ShownImages) -> Describe:
 
     def describe(row: int) -> Side:
         identity, name = shown.identity(row), shown.name(row)
+        short = short_path(name)
         # A verification set has no identities; a folder's are part of the path.
-        short = "/".join(PurePath(name).parts[-2:])
-        identity = "" if identity == name or identity in PurePath(name).parts[-2:] else identity
+        identity = "" if identity == name or identity in short.split("/") else identity
         try:
             return Side(identity, short, thumbnail(shown.picture(row)))
         except (DataError, OSError) as error:
@@ -119,7 +119,7 @@ def picture_note(shown: ShownImages | None, *, videos: bool = False) -> str:
         return "The pictures are what the network sees."
     height, width = images.image_size
     files = "the middle frames of the videos" if videos else "the image files"
-    color = "gray" if images.channels == 1 else "colors"
+    color = "gray" if images.channels == 1 else "color"
     return f"The pictures are {files}. The network sees them in {color} and at {width} x {height} pixels."
 
 

@@ -14,10 +14,8 @@ from ..evaluate.histograms import score_histogram, separability_histogram
 from .charts import (
     BOTTOM,
     RIGHT,
-    TOP,
     WIDTH,
     Chart,
-    Color,
     Dot,
     Mark,
     Scale,
@@ -33,7 +31,7 @@ from .charts import (
 )
 
 ROC_POINTS = 300
-ROW_HEIGHT = 34.0  # of a chart of rows
+ROW_HEIGHT, ROWS_TOP = 34.0, 4.0  # of a chart of rows
 LOGGED = {
     "loss": ("Loss", "loss"),
     "lr": ("Learning rate", "of the backbone"),
@@ -52,7 +50,7 @@ def roc_chart(summary: ScoreSummary) -> Chart:
     point = np.array([tar.far]), np.array([tar.tar])
     marks = [
         Mark("dashes", "quiet", line_path(to_x(far), to_y(far)), label="chance"),
-        Mark("line", "first", step_path(to_x(far), to_y(reached)), label="network"),
+        Mark("line", "first", step_path(to_x(far), to_y(reached)), label="measured"),
         Mark("dots", "second", dots=dots(*point, scales, ".2%"), label=f"TAR {tar.tar:.2%} at FAR {tar.far:g}"),
     ]
     return Chart(
@@ -136,20 +134,18 @@ def rank_chart(rows: Sequence[Mapping[str, Any]]) -> Chart:
 
 
 def training_charts(rows: Sequence[Mapping[str, str]]) -> list[Chart]:
-    """Charts of the columns of log.csv that have numbers, over the steps."""
+    """Charts of the columns of log.csv with two numbers or more, over the steps; also of each part of the loss."""
+    parts = [name for name in (rows[0] if rows else ()) if name.startswith("loss/")]
+    titles = {**LOGGED, **{name: ("Part of the loss", name.partition("/")[2]) for name in parts}}
     charts = []
-    for name, (title, label) in LOGGED.items():
+    for name, (title, label) in titles.items():
         step, values = _column(rows, name)
-        if not len(step):
+        if len(step) < 2:
             continue
-        # The parts of a loss with several terms.
-        parts = [part for part in rows[0] if part.startswith(f"{name}/")]
-        ticks = linear_ticks(0 if name != "loss" or parts else values.min(), values.max())
+        low = values.min() if name.startswith("loss") else min(0, values.min())
+        ticks = linear_ticks(low, values.max())
         scales = to_x, to_y = plot_scales((0, step[-1]), (ticks[0], ticks[-1]))
-        marks = line_marks(step, values, scales, "first", "total" if parts else "")
-        colors: tuple[Color, ...] = ("second", "third", "quiet")
-        for color, part in zip(colors, parts, strict=False):
-            marks += line_marks(*_column(rows, part), scales, color, part.partition("/")[2])
+        marks = line_marks(step, values, scales, "first")
         summary = f"{title} from step {step[0]:,.0f} to {step[-1]:,.0f}: first {values[0]:.4g}, last {values[-1]:.4g}."
         charts.append(Chart(title, summary, "step", label, to_x.ticks, to_y.ticks, marks))
     return charts
@@ -173,13 +169,13 @@ class Measurements(NamedTuple):
 
 def rows_chart(title: str, label: str, rows: Sequence[Measurements], number: str) -> Chart:
     """A row for each loss: the mean with its standard deviation, and the values of the seeds."""
-    height = TOP + ROW_HEIGHT * len(rows) + BOTTOM
+    height = ROWS_TOP + ROW_HEIGHT * len(rows) + BOTTOM
     bounds = [value for row in rows for value in (*row.values, row.mean - (row.std or 0), row.mean + (row.std or 0))]
     ticks = linear_ticks(min(bounds), max(bounds))
     scale = Scale(ticks[0], ticks[-1], 12.0, WIDTH - RIGHT - 12.0)
     labels, bars, means, seeds = [], [], [], []
     for position, row in enumerate(rows):
-        y = TOP + ROW_HEIGHT * (position + 0.72)
+        y = ROWS_TOP + ROW_HEIGHT * (position + 0.72)
         labels.append(Tick(y - 11, row.name))
         x = float(scale(row.mean))
         spread = f" ± {row.std:{number}}" if row.std is not None else ""
@@ -188,9 +184,9 @@ def rows_chart(title: str, label: str, rows: Sequence[Measurements], number: str
             low, high = (float(scale(row.mean + sign * row.std)) for sign in (-1, 1))
             bars.append(f"M{low:.1f} {y}H{high:.1f}M{low:.1f} {y - 4}V{y + 4}M{high:.1f} {y - 4}V{y + 4}")
             seeds += [Dot(round(float(scale(value)), 1), y, f"{row.name}: {value:{number}}") for value in row.values]
-    marks = (
-        [Mark("points", "second", dots=seeds, label="a seed"), Mark("line", "first", "".join(bars))] if seeds else []
-    )
+    marks = []
+    if seeds:
+        marks = [Mark("line", "first", "".join(bars)), Mark("points", "second", dots=seeds, label="a seed")]
     marks.append(Mark("dots", "first", dots=means, label="mean ± standard deviation" if seeds else "value"))
     summary = "; ".join(dot.text for dot in means)
-    return Chart(title, summary, label, "", scale.ticks, (), marks, height, labels)
+    return Chart(title, summary, label, "", scale.ticks, (), marks, height, ROWS_TOP, labels)

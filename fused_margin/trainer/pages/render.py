@@ -95,7 +95,5 @@ def _environment() -> jinja2.Environment:
     )
     environment.filters["px"] = lambda value: f"{value:.1f}"
     environment.tests["number"] = lambda value: isinstance(value, Number)
-    environment.globals.update(
-        width=charts.WIDTH, left=charts.LEFT, right=charts.RIGHT, top=charts.TOP, bottom=charts.BOTTOM
-    )
+    environment.globals.update(width=charts.WIDTH, left=charts.LEFT, right=charts.RIGHT, bottom=charts.BOTTOM)
     return environment

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import PurePath
 from typing import Any
 
 from fused_margin.evaluation.plurals import counted
@@ -55,6 +56,11 @@ def fold_table(result: Mapping[str, Any], unit: str) -> Table:
 def skipped_lines(skipped: Mapping[str, int]) -> list[str]:
     """A line for each kind of files, folders or lines that were skipped on purpose."""
     return [f"{kind}: {number:,}" for kind, number in sorted(skipped.items())]
+
+
+def short_path(path: str) -> str:
+    """The last two parts of a path."""
+    return "/".join(PurePath(path).parts[-2:])
 
 
 def duration(seconds: float) -> str:

@@ -12,16 +12,15 @@ from fused_margin.evaluation.plurals import counted, counted_identities
 
 from ..config import OptimizerConfig, TrainConfig
 from ..config_values import to_yaml
-from ..data import EMBEDDED
 from ..evaluate.mistakes import scored_pairs
 from ..evaluate.network import Evaluation, Verification, describe_unseen
 from ..models.build import describe_backbone
-from ..train.named_losses import LossConfig, described_settings
+from ..train.named_losses import described_settings
 from .charts import Chart
 from .mistakes import MistakeGroup, describe_images, pair_mistakes, picture_note
 from .plots import roc_chart, score_chart, separability_chart, training_charts
 from .render import Command, Facts, Result, percent, version_facts, write_page
-from .results import duration, fold_table, score_results, separability_result, skipped_lines
+from .results import duration, fold_table, score_results, separability_result, short_path, skipped_lines
 
 NOT_VERIFIED = (
     "Nothing was verified: the network was trained on all identities, so there are neither scores nor mistakes. "
@@ -46,7 +45,7 @@ def write_training_page(
         log: the rows of log.csv.
     """
     data, verification = report["data"], evaluation.verification
-    source = config.data if config.data in EMBEDDED else Path(config.data).name
+    source = short_path(config.data)
     separability = separability_result(report["separability"])
     values = {
         "kind": "training",
@@ -66,7 +65,7 @@ def write_training_page(
         "facts": [
             Facts("Data", _data_facts(report, config)),
             Facts("Network", _network_facts(report, config)),
-            Facts("Loss", _loss_facts(config.loss)),
+            Facts("Loss", [("loss", config.loss.name), *described_settings(config.loss)]),
             Facts("Optimizer", _optimizer_facts(config)),
             Facts("Run", _run_facts(report, config)),
             Facts("Versions", version_facts(report["versions"])),
@@ -112,10 +111,10 @@ def _training_text(report: Mapping[str, Any], config: TrainConfig) -> str:
     training, seconds = report["training"], report["seconds"]["training"]
     text = f"{counted(training['steps'], 'step')} in {duration(seconds)}."
     if training["last_loss"] is not None:
-        averaged = counted(training["averaged_steps"], "step")
+        averaged = f"{training['averaged_steps']} steps" if training["averaged_steps"] > 1 else "step"
         text += f" Mean loss of the first and of the last {averaged}: "
         text += f"{training['first_loss']:.3f} and {training['last_loss']:.3f}."
-    text += f" The curves have every {counted(config.log_every, 'step')}." if config.log_every > 1 else ""
+    text += f" The curves have a point for every {counted(config.log_every, 'step')}." if config.log_every > 1 else ""
     return text
 
 
@@ -150,11 +149,6 @@ def _network_facts(report: Mapping[str, Any], config: TrainConfig) -> list[tuple
         ("initial weights", "random" if config.weights is None else config.weights),
         ("precision", config.precision),
     ]
-
-
-def _loss_facts(loss: LossConfig) -> list[tuple[str, Any]]:
-    auxiliary = [(f"{name} loss", f"weight {weight:g}") for name, weight in loss.companions.weights().items()]
-    return [("loss", loss.name), *described_settings(loss), *auxiliary, ("class weights", loss.weight_dtype)]
 
 
 def _optimizer_facts(config: TrainConfig) -> list[tuple[str, Any]]:

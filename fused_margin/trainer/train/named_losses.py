@@ -192,7 +192,9 @@ def described_settings(config: LossConfig) -> list[tuple[str, str]]:
     if config.exclusive_weight:
         described.append(("exclusive weight", f"{config.exclusive_weight:g}"))
     options = {**named.settings, **config.options}
-    return described + [(name, str(value)) for name, value in options.items() if name not in ("margin", "scale")]
+    described += [(name, str(value)) for name, value in options.items() if name not in ("margin", "scale")]
+    described += [(f"{name} loss", f"{weight:g}") for name, weight in config.companions.weights().items()]
+    return [*described, ("class weights", config.weight_dtype)]
 
 
 def options_by_loss() -> dict[str, dict[str, Any]]:
