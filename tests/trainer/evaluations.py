@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
+from report_pages import read_page
 
 from fused_margin import cli
 
@@ -16,7 +17,7 @@ def own_folder(tmp_path, monkeypatch):
 
 
 def evaluate(*arguments, drawn=False):
-    """Run the command, check the picture, and return the report written to the folder `out`."""
+    """Run the command, check picture and page, and return the report written to the folder `out`."""
     assert cli.main(["evaluate", "--output", "out", *map(str, arguments)]) == 0
     options = list(arguments)
     name = options[options.index("--protocol") + 1] if "--protocol" in options else "pairs"
@@ -29,6 +30,7 @@ def evaluate(*arguments, drawn=False):
     with open(f"out/{name}.json") as file:
         report = json.load(file, parse_constant=pytest.fail)  # NaN and infinity are not JSON
     assert report["protocol"] == name
+    assert report["scores"]["auc"] in read_page(f"out/{name}.html").numbers
     return report
 
 

@@ -5,13 +5,14 @@ import io
 import json
 
 import pytest
+from report_pages import read_page
 from rich.console import Console
 
 from fused_margin.commands.compare import main
 from fused_margin.trainer.compare import run as module
 from fused_margin.trainer.compare.config import RANDOM, CompareConfig, loss_config
 from fused_margin.trainer.compare.run import compare
-from fused_margin.trainer.compare.table import markdown, table
+from fused_margin.trainer.compare.table import clear_best, markdown, table
 from fused_margin.trainer.config import TrainConfig
 from fused_margin.trainer.models import ModelConfig
 from fused_margin.trainer.train.checkpoint import CheckpointError
@@ -70,6 +71,15 @@ def test_interrupted_comparison_continues(config, monkeypatch):
             assert measured["rank1"] == search["result"]["rank1"][-1]["rate"]
             assert measured["distractors"] == search["result"]["distractors"]
 
+    page = read_page(config.output / "compare.html")
+    assert {f"{name}-{seed}" for name in config.losses for seed in config.seeds} <= set(
+        page.text.replace(":", "").split()
+    )
+    assert len(page.all("a")) == 5 + 2 * 2 + 2 * 3  # sections; two pages of each untrained run, three of each other
+    cells = [page.text.count(cell) for line in lines[2:4] for cell in line.strip("| ").split(" | ")]
+    assert all(cells), lines  # the same numbers as in the Markdown table
+    assert f"fused-margin compare --losses {' '.join(config.losses)} --seeds 3 4 --epochs 1" in page.text
+
     with pytest.raises(CheckpointError, match="other options: --epochs 2"):
         compare(dataclasses.replace(config, epochs=2), console)
     monkeypatch.setattr(module, "load_run", lambda *_: {"config": {"of": "another version"}})
@@ -92,6 +102,42 @@ def test_table():
     ]
     assert lines[1] == ["b", "90.00", "50.00", "100.00", "0.250", "0.125", "20.0"] and lines[2][-1] == ""
     assert markdown(["x", "y"], [["1", "2"]]) == "| x | y |\n| --- | ---: |\n| 1 | 2 |\n"
+
+
+def test_best_is_marked_beyond_the_spread():
+    def seeds(*accuracies, **others):
+        return [
+            {"accuracy": a, "tar": 0.5, "rank1": 0.5, "sep_mean": 0.3, "sep_std": 0.1, **others} for a in accuracies
+        ]
+
+    # Means and deviations: 0.9 and 0.028, 0.8 and 0.028, and a higher one of the untrained network.
+    rows = {"a": seeds(0.88, 0.92, sep_mean=0.4), "b": seeds(0.78, 0.82), RANDOM: seeds(1.0, 1.0, sep_mean=0.1)}
+    assert clear_best(rows) == {"accuracy": "a", "sep_mean": "b"}
+    assert "accuracy" not in clear_best({**rows, "b": seeds(0.81, 0.89)})  # 0.85 and 0.057
+    assert clear_best({name: runs[:1] for name, runs in rows.items()}) == {}  # one seed has no spread
+    assert clear_best({name: rows[name] for name in ("a", RANDOM)}) == {}  # there is nothing to compare with
+    assert clear_best({RANDOM: rows[RANDOM]}) == {}
+
+
+def test_page_marks_the_best(config, monkeypatch):
+    values = {"tar": 0.5, "rank1": 0.5, "distractors": 9, "sep_mean": 0.3, "sep_std": 0.1, "impostors": 9}
+    accuracy = {"arcface": (0.9, 0.92), "cosface": (0.7, 0.72)}
+    config = dataclasses.replace(config, losses=tuple(accuracy))
+
+    def measured(training, **_):
+        return {**values, "accuracy": accuracy[training.loss.name][training.seed - 3]}
+
+    monkeypatch.setattr(module, "measure", measured)
+    monkeypatch.setattr(module, "time_steps", lambda trainings: {"arcface-3": 20.0, "cosface-3": 30.0})
+    compare(config, Console(quiet=True))
+    page = read_page(config.output / "compare.html")
+    assert page.numbers[0] == pytest.approx(91) and "arcface, the best beyond the spread" in page.text
+    assert [cell["class"] for cell in page.all("td") if "best" in cell["class"]] == ["number best"]
+    dots = [attrs for attrs in page.all("circle")]
+    assert len(dots) == 4 * 2 * 3 + 2  # a mean and two seeds of each loss and measure, and the step times
+    compare(dataclasses.replace(config, seeds=(3,)), Console(quiet=True))
+    page = read_page(config.output / "compare.html")
+    assert "With one seed there is no spread" in page.text and not any("best" in c["class"] for c in page.all("td"))
 
 
 def test_table_fits_a_narrow_screen(config, monkeypatch):

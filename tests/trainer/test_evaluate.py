@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from evaluations import clusters, evaluate, fails, own_folder, write  # noqa: F401
 from PIL import Image
+from report_pages import read_page
 
 from fused_margin import cli
 from fused_margin.trainer.evaluate import inputs
@@ -232,6 +233,12 @@ def test_published_verification_sets(trained, monkeypatch, tmp_path, capsys):
         report = evaluate("--checkpoint", trained, "--data", data, "--protocol", "ytf")
         assert report["result"]["pairs"] == 10 and report["input"]["rows"] == 17
         assert len(report["input"]["unreadable"]) == 1
+    page = read_page("out/ytf.html")
+    assert "Bo_0001.png: it is damaged" in page.text and "middle frames of the videos" in page.text
+    shown = {caption for cards in page.mistakes.values() for card in cards for caption in card["captions"]}
+    assert shown <= {f"0/{name}_0002.png" for name in names} | {f"1/{name}_0002.png" for name in names} | {
+        "0/Bo_0003.png"
+    }
 
     # A protocol for another kind of set is an error before any feature is computed.
     monkeypatch.setattr(inputs, "embed", None)

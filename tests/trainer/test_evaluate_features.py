@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from evaluations import clusters, evaluate, fails, own_folder, write  # noqa: F401
+from report_pages import read_page
 
 import fused_margin as fm
 from fused_margin import evaluation
@@ -75,6 +76,7 @@ def test_learned_metric_beside_the_cosine(pictures, capsys):
 
     drawn = evaluation.make_pairs(labels, 400, 5, 0)
     expected = protocols.weighted_l1_pairs(features, drawn.indices, drawn.same, drawn.fold)
+    assert "negative weights" in read_page("out/pairs-weighted-l1.html").text
     result = learned["result"]
     assert result["fold_accuracy"] == expected.folds.accuracy.tolist()
     assert result["fold_threshold"] == expected.folds.threshold.tolist()

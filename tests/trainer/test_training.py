@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from report_pages import read_page
 from rich.console import Console
 from training_runs import fit
 
@@ -55,6 +56,8 @@ def test_loss_falls_and_unseen_identities_are_verified(pictures, tiny_config, co
     assert written["verification"] == report["verification"] and written.keys() == report.keys()
     with Image.open(config.output / "report.png") as picture:
         assert picture.width > 1000 and np.asarray(picture.convert("L")).std() > 10
+    page = read_page(config.output / "report.html")
+    assert page.numbers[0] == report["verification"]["accuracy"] and page.mistakes.keys() == {"accept", "reject"}
 
     state = load_checkpoint(config.output / FILE_NAME)
     weight = stored_class_weight(config.loss, criterion_state(state))
@@ -199,6 +202,8 @@ def test_all_identities_can_be_trained_on(pictures, tiny_config, console):
     assert state["identities"] == list("0123456789") and state["model"]["criterion.loss_fn.weight"].shape == (10, 8)
     with Image.open(config.output / "report.png") as picture:
         assert picture.width > 1000
+    page = read_page(config.output / "report.html")
+    assert "Nothing was verified" in page.text and page.numbers == [report["separability"]["mean"]]
     with pytest.raises(DataError, match="all identities of 'digits' were trained on"):
         run_evaluation(EvaluateConfig(checkpoint=config.output, accelerator="cpu"), console)
 

@@ -103,7 +103,8 @@ class Scale:
 
 
 def linear_ticks(low: float, high: float) -> list[float]:
-    """About five round values, the first at most `low` and the last at least `high`."""
+    """About five round values, the first at most `low` and the last at least `high`. One value is widened."""
+    low, high = _widened(low, high)
     ticks = list(map(float, MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)))
     return [
         tick
@@ -161,7 +162,7 @@ def step_path(x: np.ndarray, y: np.ndarray) -> str:
 
 def bars_path(edges: np.ndarray, tops: np.ndarray, base: float) -> str:
     """SVG path of the outline of a histogram, from the `edges` (n + 1,) and `tops` (n,) of its bars."""
-    inner = step_path(edges, np.append(tops, tops[-1]))
+    inner = line_path(np.repeat(edges, 2)[1:-1], np.repeat(tops, 2))
     return f"M{edges[0]:.1f} {base:.1f}L{inner[1:]}L{edges[-1]:.1f} {base:.1f}Z"
 
 
