@@ -50,6 +50,7 @@ html_title = f"fused_margin {release}"
 html_static_path = ["_static"]
 html_css_files = ["style.css"]
 html_show_sourcelink = False
+html_sidebars = {page: [] for page in ("index", "faq", "changelog", "contributing")}  # pages without sections of pages
 html_theme_options = {
     "github_url": "https://github.com/fused-margin/fused-margin",
     "header_links_before_dropdown": 7,
