@@ -2,7 +2,10 @@
 
 import argparse
 import ast
+import base64
 import gc
+import json
+import math
 import re
 import runpy
 import shlex
@@ -16,9 +19,10 @@ import torch
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py"))
+NOTEBOOK = EXAMPLES / "quickstart.ipynb"
 README = (EXAMPLES / "README.md").read_text(encoding="utf-8")
 # (file, command) of each row of the README's table
-COMMANDS = re.findall(r"^\| \[`([\w.]+)`\]\(\1\) \|.*\| (?:`(.+?)`)? \|$", README, flags=re.MULTILINE)
+COMMANDS = re.findall(r"^\| \[`([\w.]+)`\]\(\1\) \|.*\| (?:`(.+?)` )?\|$", README, flags=re.MULTILINE)
 PACKAGES = {
     "plain_loop.py": ["sklearn"],
     "pytorch_metric_learning_swap.py": ["pytorch_metric_learning", "sklearn"],
@@ -35,7 +39,6 @@ def load(name):
 
 
 def test_each_example_is_in_the_readme():
-    assert [name for name, _ in COMMANDS if name.endswith(".py")] != []
     assert sorted(name for name, _ in COMMANDS) == sorted([*SCRIPTS, *(path.name for path in EXAMPLES.glob("*.ipynb"))])
     assert all(name in command.split() for name, command in COMMANDS if name.endswith(".py"))
 
@@ -183,13 +186,63 @@ def test_product_search():
     assert after > before + 0.3
 
 
+def test_notebook_has_its_output():
+    """Its format is nbformat 4.5, every cell was run once and in order, and nothing shows where."""
+    text = NOTEBOOK.read_text(encoding="utf-8")
+    notebook = json.loads(text)
+    assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
+    assert notebook["metadata"]["kernelspec"] == {"display_name": "Python 3", "language": "python", "name": "python3"}
+    cells = notebook["cells"]
+    assert len({cell["id"] for cell in cells}) == len(cells)
+    assert all(cell["metadata"] == {} and "".join(cell["source"]).strip() for cell in cells)
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert {cell["cell_type"] for cell in cells} == {"code", "markdown"}
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    assert all(cell["outputs"] for cell in code)
+    outputs = [output for cell in code for output in cell["outputs"]]
+    assert {output["output_type"] for output in outputs} <= {"stream", "display_data", "execute_result"}
+    assert not any(output.get("name") == "stderr" for output in outputs)
+    pictures = [output["data"]["image/png"] for output in outputs if "image/png" in output.get("data", {})]
+    assert len(pictures) == 3
+    assert all(base64.b64decode(picture).startswith(b"\x89PNG") for picture in pictures)
+    assert len(text) < 300_000
+    assert not re.search(r"/(home|root|tmp|work|Users)/", text)
+    linked = re.findall(r"\]\(([\w.]+)\)", text)
+    assert linked and all((EXAMPLES / name).exists() for name in linked)
+
+
+@pytest.mark.slow
+def test_notebook_runs(monkeypatch, capsys):
+    plt = pytest.importorskip("matplotlib.pyplot")
+    pytest.importorskip("sklearn")
+    plt.switch_backend("agg")
+    shown = []
+    monkeypatch.setattr(plt, "show", lambda: shown.append(plt.gcf()))
+    names = {}
+    for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), names)  # noqa: S102 - our own notebook
+    plt.close("all")
+    assert len(shown) == 3
+    mean, std = names["separability"](names["losses"]["ArcFace and exclusive term"].weight)
+    assert (mean, std) == pytest.approx((math.cos(math.tau / 10), 0.0), abs=0.002)
+    assert re.search(r"^ArcFace +0\.9\d\d +\d\.\d° ", capsys.readouterr().out, flags=re.MULTILINE)
+
+
 PROGRAMS = {
     "python": [],
     "torchrun": ["-m", "torch.distributed.run"],
     "accelerate": ["-m", "accelerate.commands.accelerate_cli"],
 }
-SMALLER = {  # options that make a command short; the others run as the README has them
+SMALLER = {  # options that make a command short
+    "plain_loop.py": ["--epochs", "1"],
+    "pytorch_metric_learning_swap.py": ["--epochs", "1"],
+    "insightface_swap.py": ["--steps", "50"],
+    "lightning_module.py": ["--epochs", "1"],
+    "accelerate_loop.py": ["--epochs", "1"],
+    "torchrun_loop.py": ["--steps", "50"],
     "ten_million_classes.py": ["--num-classes", "20000"],
+    "product_search.py": ["--steps", "20", "--products", "100"],
 }
 
 
@@ -201,6 +254,6 @@ def test_command_of_the_readme(name, command, tmp_path):
         pytest.importorskip(package)
     shutil.copy(EXAMPLES / name, tmp_path)
     program, *options = shlex.split(command)
-    command = [sys.executable, *PROGRAMS[program], *options, *SMALLER.get(name, [])]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    command = [sys.executable, *PROGRAMS[program], *options, *SMALLER[name]]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False)
     assert result.returncode == 0 and result.stdout, result.stderr
