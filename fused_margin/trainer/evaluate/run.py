@@ -263,7 +263,7 @@ def _print_report(console: Console, report: dict[str, Any], headline: str, outpu
         table.add_row(f"rank-1 among {counted(row['distractors'], 'distractor')}", f"{row['rate']:.2%}")
     if tar := result.get("tar_over_folds"):
         needed = f"{1 / tar['far']:,.0f}"
-        unresolved = "" if tar["far_resolved"] else f" (needs {needed} impostors in the other folds; there are fewer)"
+        unresolved = "" if tar["far_resolved"] else f" (under {needed} impostors)"
         table.add_row(f"TAR at FAR = {tar['far']:g}, over folds", f"{tar['mean']:.2%} ± {tar['std']:.2%}{unresolved}")
     for row in score_rows(scores):
         table.add_row(*row)
