@@ -199,6 +199,12 @@ def shard(
             f"{name}: expected the {value.size * sub_centers} rows that rank {value.rank} of {value.world_size} has of "
             f"{value.num_classes} classes, got {weight.shape[0]}"
         )
+    if value.is_averaged(weight):
+        raise ValueError(
+            f"{name}: expected class weights outside of DistributedDataParallel, which has given every rank those of its "
+            "first rank, although the ranks have different classes. Keep the loss outside, or name its class weights in "
+            "module._ddp_params_and_buffers_to_ignore before wrapping the module"
+        )
     if value.sample_rate < 1:
         absent("a sample_rate below 1", label_smoothing=label_smoothing)
     return value.num_classes

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 
 def slice_of(num_classes: int, rank: int, world_size: int) -> tuple[int, int]:
@@ -27,6 +28,16 @@ def slice_sizes(num_classes: int, world_size: int) -> list[int]:
     """Number of classes of every rank."""
     slices = (slice_of(num_classes, rank, world_size) for rank in range(world_size))
     return [end - begin for begin, end in slices]
+
+
+def averaging_module(parameter: Tensor) -> DistributedDataParallel | None:
+    """The DistributedDataParallel that averages the gradient of a parameter, if its forward is running."""
+    wrapper = DistributedDataParallel._get_active_ddp_module()
+    if wrapper is None:
+        return None
+    named = wrapper.module.named_parameters()
+    averages = any(p is parameter and name not in wrapper.parameters_to_ignore for name, p in named)
+    return wrapper if averages else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +92,13 @@ class Shard:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Shard:
         return self  # a process group cannot be copied
+
+    def is_averaged(self, parameter: Tensor) -> bool:
+        """Whether DistributedDataParallel gives several ranks of the group one parameter, although their classes differ."""
+        if self.group is None or torch.compiler.is_compiling() or (wrapper := averaging_module(parameter)) is None:
+            return False
+        own, averaged = (set(dist.get_process_group_ranks(g)) for g in (self.group, wrapper.process_group))
+        return len(own & averaged) > 1
 
     def all_gather(self, rows: Tensor) -> Tensor:
         """Gathers the rows (R, ...) of every rank, with the same R, as (world_size, R, ...)."""

@@ -271,7 +271,8 @@ class MarginLoss(ClassificationLoss):
             calls the loss with its own samples. It gets the loss of the samples of all ranks (its own losses with
             ``reduction="none"``) and the gradients of that loss. DistributedDataParallel divides the backbone's gradients
             by the number of ranks; to undo this, multiply the gradient of the embeddings:
-            ``embeddings.register_hook(lambda g: g * world_size)``.
+            ``embeddings.register_hook(lambda g: g * world_size)``. Keep the loss outside of
+            DistributedDataParallel, which would give every rank the same class weights; the forward raises ValueError.
         sample_rate: share of the classes that take part in a training step: the classes of the samples, and other
             classes drawn by torch's generator (PartialFC, arXiv:2203.15565).
         sparse: if True and sample_rate is below 1, the gradient of ``weight`` is sparse, as in ``torch.nn.Embedding``.

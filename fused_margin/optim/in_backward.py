@@ -9,13 +9,13 @@ from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from fused_margin import _checks
 from fused_margin._ops.inputs import ForwardOutput, LossInputs, OutputGradients
 from fused_margin._ops.library import untraced
 from fused_margin._ops.row_update import DTYPES, NAME, STEPPED, RowUpdate, Rule, check_rows
 from fused_margin._ops.step_in_backward import run_forward
+from fused_margin.distributed import averaging_module
 from fused_margin.optim.projected_sgd import ProjectedSGD, start_momentum
 
 OPTIMIZERS = (ProjectedSGD, torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
@@ -149,8 +149,7 @@ class StepInBackward:
         if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16:
             refuse("autocast to float16 needs torch.amp.GradScaler, which cannot undo a step; use bfloat16")
         self._refuse_hooks()
-        wrapper = DistributedDataParallel._get_active_ddp_module()
-        if wrapper is not None and any(p is weight for p in wrapper.module.parameters()):
+        if averaging_module(weight) is not None:
             refuse(
                 "DistributedDataParallel has the class weights, and cannot average a gradient that is not computed; "
                 "keep the loss outside, and divide its classes by process_group"
