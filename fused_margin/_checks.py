@@ -325,6 +325,11 @@ def set_debug(enabled: bool) -> None:
 
     Args:
         enabled: True switches debug mode on, False off.
+
+    Examples:
+        >>> import fused_margin
+        >>> fused_margin.set_debug(True)
+        >>> fused_margin.set_debug(False)
     """
     global _debug
     _debug = bool(enabled)

@@ -16,16 +16,32 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+__all__ = ["Shard", "slice_of", "slice_sizes"]
+
 
 def slice_of(num_classes: int, rank: int, world_size: int) -> tuple[int, int]:
-    """First class of a rank, and the first class after its slice. The first C % world_size ranks have one more class."""
+    """First class of a rank, and the first class after its slice.
+
+    Slices are contiguous. The first C % world_size ranks have one more class.
+
+    Examples:
+        >>> from fused_margin.distributed import slice_of
+        >>> [slice_of(10, rank, world_size=3) for rank in range(3)]
+        [(0, 4), (4, 7), (7, 10)]
+    """
     share, remainder = divmod(num_classes, world_size)
     begin = rank * share + min(rank, remainder)
     return begin, begin + share + (rank < remainder)
 
 
 def slice_sizes(num_classes: int, world_size: int) -> list[int]:
-    """Number of classes of every rank."""
+    """Number of classes of every rank.
+
+    Examples:
+        >>> from fused_margin.distributed import slice_sizes
+        >>> slice_sizes(10, world_size=3)
+        [4, 3, 3]
+    """
     slices = (slice_of(num_classes, rank, world_size) for rank in range(world_size))
     return [end - begin for begin, end in slices]
 
@@ -52,11 +68,24 @@ class Shard:
 
     Attributes:
         name: name of the group, empty without a group. The ops take the name, because they cannot take a group.
-        rank, world_size: rank of this process in the group, and number of ranks.
-        begin, size: first class of this rank, and its number of classes.
+        rank: rank of this process in the group.
+        world_size: number of ranks.
+        begin: first class of this rank.
+        size: number of classes of this rank.
 
     Raises:
         TypeError, ValueError: for a number of classes that is no integer or below 1, or a sample rate outside (0, 1].
+
+    Examples:
+        Without a group, one rank has all classes:
+
+        >>> from fused_margin.distributed import Shard
+        >>> shard = Shard(num_classes=10)
+        >>> shard.rank, shard.world_size, shard.begin, shard.size
+        (0, 1, 0, 10)
+
+        With ``group=torch.distributed.group.WORLD`` on three ranks, ``begin, size`` are 0, 4 on the first rank, 4, 3 on
+        the second and 7, 3 on the third.
     """
 
     num_classes: int
@@ -107,7 +136,7 @@ class Shard:
         return gathered
 
     def start_all_gather(self, rows: Tensor) -> tuple[Tensor, Callable[[], Any]]:
-        """As `all_gather`, but the result may be read only after calling the returned function."""
+        """As :meth:`all_gather`, but the result may be read only after calling the returned function."""
         if self.group is None:
             return rows.unsqueeze(0), lambda: None
         gathered = rows.new_empty(self.world_size, *rows.shape)

@@ -43,9 +43,10 @@ def margin_cross_entropy(
 ) -> Tensor:
     """Cross-entropy over scaled cosines with a margin on the target, plus RegularFace's exclusive term.
 
-    With unit-length rows x and w, ``cos_ij = x_i . w_j``, and the angle ``theta_i`` between a sample and its class::
+    With unit-length rows x and w, ``cos_ij = x_i . w_j``, the angle ``theta_i`` between a sample and its class, and psi
+    of :class:`fused_margin.Margin`::
 
-        z_i    = scale_i * psi(theta_i)                                  (psi: fused_margin.Margin)
+        z_i    = scale_i * psi(theta_i)
         loss_i = log(exp z_i + sum_{j != y_i} exp(scale_i * cos_ij)) - z_i
         result = reduce(loss_i) + exclusive_weight / C * sum_j max_{k != j} w_j . w_k
 
@@ -58,20 +59,21 @@ def margin_cross_entropy(
         weight: (C, D) class weights on the same device; the dtype may differ. They need not be normalized.
         labels: (N,) integers in [0, C), or ``ignore_index``.
         margin: the margin. Its numbers may be (N,) tensors.
-        scale: positive number, or (N,) tensor of non-negative numbers (differentiable), or None for the norm of each
-            embedding (SphereFace).
-        exclusive_weight: lambda of the exclusive term.
+        scale: positive number, or (N,) or 0-d tensor of non-negative numbers (differentiable), or None for the norm of
+            each embedding (SphereFace).
+        exclusive_weight: lambda of the exclusive term. Not supported with ``reduction="none"``.
         class_weight, reduction, ignore_index, label_smoothing: as in ``torch.nn.functional.cross_entropy``.
         sub_centers: S rows of weight per class, (C * S, D), class by class. The cosine to a class is the cosine to its
             nearest row (sub-center ArcFace, ECCV 2020, eq. 3). Not supported with the exclusive term or label smoothing.
-        hard_negatives: weights hard negatives (CurricularFace), or replaces their cosines by 0 (InsightFace's filtering).
-            Not supported with label smoothing.
+        hard_negatives: weights hard negatives (:class:`fused_margin.margins.HardNegatives`; ``scale`` must then be a
+            number), or replaces their cosines by 0 (:class:`fused_margin.margins.FilteredNegatives`). Not supported
+            with label smoothing.
         nearest: the nearest other class of every class, for the exclusive term, if it is known (see
             :class:`fused_margin.ExclusiveRegularizer`). None searches for it.
         shard: the slice of the classes in ``weight``, if classes are divided among ranks. Each rank passes its own
             embeddings and labels; their number may differ. Labels and ``class_weight`` are over all classes. Every rank
             gets the loss of all samples (its own losses with ``reduction="none"``), and in the backward the gradients
-            for its embeddings and its classes.
+            for its embeddings and its classes. With a ``sample_rate`` below 1 the gradient of ``weight`` is sparse.
         workspace_mb: bound on scratch memory in MiB. The forward saves exponentials that fit in it for the backward,
             which recomputes the others. A chunk has at least 64 classes.
 
@@ -83,8 +85,22 @@ def margin_cross_entropy(
 
     Raises:
         ValueError, TypeError: for wrong shapes, dtypes, devices or values. Labels on a CUDA device are checked there, and
-            the next call reports them (with ``fused_margin.set_debug(True)``, the same call).
+            the next call reports them (in debug mode, the same call; see :func:`fused_margin.set_debug`).
         RuntimeError: for CUDA tensors in a build without CUDA kernels, and for second derivatives.
+
+    Examples:
+        >>> import torch
+        >>> from fused_margin import Margin, functional as F
+        >>> embeddings, weight, labels = torch.eye(3), torch.eye(3), torch.arange(3)
+        >>> loss = F.margin_cross_entropy(embeddings, weight, labels, Margin(m2=0.5), scale=4.0)
+        >>> round(loss.item(), 4)  # log(1 + 2 exp(-4 cos(0.5)))
+        0.0581
+
+        Every sample has a margin of its own:
+
+        >>> margin = Margin(m2=torch.tensor([0.0, 0.5, 1.0]))
+        >>> F.margin_cross_entropy(embeddings, weight, labels, margin, scale=4.0, reduction="none")
+        tensor([0.0360, 0.0581, 0.2073])
     """
     # at least 0, because there may be more ranks than classes
     _checks.batch(embeddings, weight, labels, at_least=1 if shard is None else 0)
@@ -121,10 +137,11 @@ def linear_cross_entropy(
     shard: Shard | None = None,
     workspace_mb: float = 256,
 ) -> Tensor:
-    """Cross-entropy over inner products, ``z_ij = x_i . w_j + b_j``: plain softmax, and L-softmax with a margin.
+    """Cross-entropy over inner products: plain softmax, or L-softmax with a margin.
 
-    The same loss as ``torch.nn.functional.linear_cross_entropy``, with the (N, C) logits computed in chunks. A margin
-    replaces the target's logit by ``|x_i| |w_y| psi(theta_i) + b_y`` (L-softmax, arXiv:1612.02295, eq. 4).
+    The logits are ``z_ij = x_i . w_j + b_j``. The loss is that of ``torch.nn.functional.linear`` and
+    ``torch.nn.functional.cross_entropy``, with the (N, C) logits computed in chunks. A margin replaces the target's
+    logit by ``|x_i| |w_y| psi(theta_i) + b_y`` (L-softmax, arXiv:1612.02295, eq. 4).
 
     Args:
         embeddings: (N, D), float32, float64, float16 or bfloat16, any strides. They are not normalized.
@@ -144,6 +161,13 @@ def linear_cross_entropy(
 
     Raises:
         ValueError, TypeError, RuntimeError: as :func:`margin_cross_entropy`.
+
+    Examples:
+        >>> import torch, fused_margin.functional as F
+        >>> embeddings, weight, labels = torch.eye(3), torch.eye(3), torch.arange(3)
+        >>> loss = F.linear_cross_entropy(embeddings, weight, labels, bias=torch.zeros(3))
+        >>> round(loss.item(), 4)  # log(1 + 2 exp(-1))
+        0.5514
     """
     _checks.batch(embeddings, weight, labels, at_least=1 if shard is None else 0)
     _checks.cross_entropy_options(reduction, 0.0, ignore_index, label_smoothing, workspace_mb)
@@ -168,10 +192,13 @@ def cosine_logsumexp(
     *,
     workspace_mb: float = 256,
 ) -> tuple[Tensor, Tensor]:
-    """The differentiable logsumexp and target cosines of N x C cosines, for custom margins on (N,) tensors.
+    """The logsumexp and the target cosines of N x C cosines, for a margin of your own on (N,) tensors.
+
+    Both are differentiable, so that autograd differentiates the margin.
 
     Args:
-        embeddings, weight, labels, scale, workspace_mb: as in :func:`margin_cross_entropy`. No label is ignored.
+        embeddings, weight, scale, workspace_mb: as in :func:`margin_cross_entropy`.
+        labels: (N,) integers in [0, C). No label is ignored.
 
     Returns:
         ``(negative_logsumexp, target_cosine)``, each (N,): ``log sum_{j != y_i} exp(scale_i * cos_ij)`` (-inf with a
@@ -180,6 +207,20 @@ def cosine_logsumexp(
 
     Raises:
         ValueError, TypeError, RuntimeError: as :func:`margin_cross_entropy`.
+
+    Examples:
+        ArcFace, with the margin in Python:
+
+        >>> import torch
+        >>> from fused_margin import Margin, functional as F
+        >>> weight, labels = torch.eye(3), torch.arange(3)
+        >>> embeddings = torch.eye(3) + 0.1
+        >>> others, cosine = F.cosine_logsumexp(embeddings, weight, labels, scale=4.0)
+        >>> target = 4.0 * torch.cos(torch.acos(cosine) + 0.5)
+        >>> loss = torch.nn.functional.softplus(others - target).mean()
+        >>> built_in = F.margin_cross_entropy(embeddings, weight, labels, Margin(m2=0.5), scale=4.0)
+        >>> torch.allclose(loss, built_in)
+        True
     """
     _checks.batch(embeddings, weight, labels)
     _checks.scale(scale)

@@ -8,6 +8,9 @@ import torch
 from fused_margin import _C
 from fused_margin._ops.backends import select
 
+__all__ = ["__version__", "build_info"]
+
+#: The version of the package, a str.
 __version__ = version("fused_margin")
 
 
@@ -18,6 +21,14 @@ def build_info() -> dict[str, Any]:
         dict with ``version``; ``cpu``: ``capability`` ("avx512", "avx2" or "plain") and ``best_capability``; ``cuda``:
         ``compiled``, ``architectures`` and ``toolkit`` of the build, and ``available``, whether torch can use a CUDA
         device; ``kernels``: a description of the matrix products and kernels of each device.
+
+    Examples:
+        >>> import fused_margin
+        >>> info = fused_margin.build_info()
+        >>> sorted(info)
+        ['cpu', 'cuda', 'kernels', 'version']
+        >>> info["cpu"]["capability"] in ("avx512", "avx2", "plain")
+        True
     """
     architectures = [a for a in _C.cuda_architectures.split(",") if a]
     capability = _C.cpu.capability().name

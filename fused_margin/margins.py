@@ -11,6 +11,8 @@ from torch import Tensor
 from fused_margin import _checks
 from fused_margin._checks import is_number
 
+__all__ = ["CM1", "CM2", "FilteredNegatives", "HardNegatives", "Margin", "minimum_scale", "psi"]
+
 BEYOND_PI = ("monotone", "linear", "none")
 GRADIENT = ("exact", "straight_through")
 
@@ -34,9 +36,10 @@ def warn_of_degrees(name: str, value: float) -> None:
 
 
 def minimum_scale(num_classes: int, probability: float) -> float:
-    """Smallest scale at which a sample can reach `probability` for its class (CosFace, arXiv:1801.09414, eq. 6).
+    """Smallest scale at which a sample can reach a probability for its class.
 
-    ``s >= (C - 1) / C * log((C - 1) * P / (1 - P))``, with the C class weights as far apart as C vectors can be.
+    ``s >= (C - 1) / C * log((C - 1) * P / (1 - P))`` (CosFace, arXiv:1801.09414, eq. 6), with the C class weights as
+    far apart as C vectors can be.
 
     Args:
         num_classes: C, 2 or more.
@@ -47,6 +50,11 @@ def minimum_scale(num_classes: int, probability: float) -> float:
 
     Raises:
         ValueError: for numbers out of range.
+
+    Examples:
+        >>> from fused_margin.margins import minimum_scale
+        >>> round(minimum_scale(num_classes=100_000, probability=0.9), 2)
+        13.71
     """
     if not num_classes >= 2:
         raise ValueError(f"num_classes: expected 2 or more, got {num_classes}")
@@ -56,20 +64,32 @@ def minimum_scale(num_classes: int, probability: float) -> float:
     return others / num_classes * math.log(others * probability / (1 - probability))
 
 
-# The combined margins of the ArcFace paper (arXiv:1801.07698, table 2), as arguments of CombinedMarginLoss.
+#: The combined margin CM1 of the ArcFace paper, as arguments of :class:`fused_margin.CombinedMarginLoss`. It is the default
+#: there (arXiv:1801.07698, table 2).
 CM1 = {"m1": 1.0, "m2": 0.3, "m3": 0.2}
+#: The combined margin CM2 of the same table.
 CM2 = {"m1": 0.9, "m2": 0.4, "m3": 0.15}
 
 
 @dataclass(frozen=True)
 class HardNegatives:
-    """Weights hard negatives: a cosine above ``threshold`` to another class becomes ``cos * (strength + cos)``.
+    """Weights hard negatives, as CurricularFace does.
 
-    CurricularFace (arXiv:2004.00288, eq. 6). No gradient flows to ``threshold`` or ``strength``.
+    A cosine above ``threshold`` to another class becomes ``cos * (strength + cos)`` (arXiv:2004.00288, eq. 6). No
+    gradient flows to ``threshold`` or ``strength``.
 
     Args:
         threshold: (N,) tensor of cosines. In the paper it is the target's cosine after the margin.
         strength: t of the paper, a number or a tensor with one element.
+
+    Examples:
+        >>> import torch, fused_margin.functional as F
+        >>> from fused_margin.margins import HardNegatives
+        >>> embeddings, weight, labels = torch.ones(1, 2), torch.eye(2), torch.tensor([0])
+        >>> hard = HardNegatives(threshold=torch.tensor([0.5]), strength=1.0)
+        >>> loss = F.margin_cross_entropy(embeddings, weight, labels, scale=4.0, hard_negatives=hard)
+        >>> round(loss.item(), 4)  # cosines 0.7071 and 0.7071 (1 + 0.7071): log(1 + exp(4 * 0.5))
+        2.1269
     """
 
     threshold: Tensor
@@ -78,12 +98,22 @@ class HardNegatives:
 
 @dataclass(frozen=True)
 class FilteredNegatives:
-    """Filters hard negatives: a cosine above ``threshold`` to another class becomes 0, without a gradient.
+    """Filters hard negatives, for noisy labels: a very similar class may be the same identity.
 
-    InsightFace's ``interclass_filtering_threshold``, for noisy labels: so similar a class may be the same person.
+    A cosine above ``threshold`` to another class becomes 0, without a gradient. It is InsightFace's
+    ``interclass_filtering_threshold``.
 
     Args:
         threshold: cosine, a number in (0, 1]. 1 filters nothing.
+
+    Examples:
+        >>> import torch, fused_margin.functional as F
+        >>> from fused_margin.margins import FilteredNegatives
+        >>> embeddings, weight, labels = torch.ones(1, 2), torch.eye(2), torch.tensor([0])
+        >>> similar = FilteredNegatives(threshold=0.5)
+        >>> loss = F.margin_cross_entropy(embeddings, weight, labels, scale=4.0, hard_negatives=similar)
+        >>> round(loss.item(), 4)  # cosines 0.7071 and 0: log(1 + exp(-4 * 0.7071))
+        0.0574
     """
 
     threshold: float
@@ -91,8 +121,9 @@ class FilteredNegatives:
 
 @dataclass(frozen=True)
 class Margin:
-    """The margin on the target's angle: ``psi(theta) = cos(m1 * theta + m2) - m3``.
+    """The margin on the angle of a sample to its own class.
 
+    ``psi(theta) = cos(m1 * theta + m2) - m3`` replaces the cosine of that angle (arXiv:1801.07698, eq. 4).
     Each of ``m1``, ``m2``, ``m3`` and ``annealing`` is a number or an ``(N,)`` tensor with one value per sample.
     Tensors are differentiable.
 
@@ -112,6 +143,14 @@ class Margin:
     Raises:
         ValueError: for a number that is NaN, infinite or out of range (``m1``, ``annealing``), or an unknown mode.
         TypeError: for a value that is neither a number nor a tensor.
+
+    Examples:
+        >>> import torch, fused_margin
+        >>> fused_margin.Margin(m2=0.5)  # ArcFace
+        Margin(m1=1.0, m2=0.5, m3=0.0, beyond_pi='monotone', easy=False, gradient='exact', annealing=0.0)
+        >>> per_sample = fused_margin.Margin(m3=torch.tensor([0.2, 0.4]))  # CosFace, one margin per sample
+        >>> fused_margin.margins.psi(torch.tensor([0.9, 0.9]), per_sample)
+        tensor([0.7000, 0.5000])
     """
 
     m1: float | Tensor = 1.0
@@ -133,7 +172,9 @@ class Margin:
 
 
 def psi(cosine: Tensor, margin: Margin) -> Tensor:
-    """The target cosine (N,) after a margin, without annealing, in any dtype. Autograd differentiates it.
+    """The target cosine after a margin, without annealing.
+
+    It is computed by torch in the dtype of ``cosine``, and autograd differentiates it.
 
     Args:
         cosine: (N,) cosines to the targets.
@@ -141,6 +182,12 @@ def psi(cosine: Tensor, margin: Margin) -> Tensor:
 
     Returns:
         (N,), in the dtype of ``cosine``.
+
+    Examples:
+        >>> import torch, fused_margin
+        >>> from fused_margin.margins import psi
+        >>> psi(torch.tensor([1.0, 0.0]), fused_margin.Margin(m2=0.5))  # cos(0.5), cos(pi / 2 + 0.5)
+        tensor([ 0.8776, -0.4794])
     """
     cosine = cosine.clamp(-1.0, 1.0)
     phi = margin.m1 * torch.acos(cosine) + margin.m2

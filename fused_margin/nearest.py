@@ -13,18 +13,42 @@ from fused_margin._ops.nearest.library import nearest_rows
 from fused_margin._ops.nearest.search import MAX_NEAREST
 from fused_margin.distributed import Shard
 
+__all__ = ["NearestClass", "Separability", "exclusive_regularization", "nearest_class", "separability"]
+
 METRICS = ("cosine", "inner_product")
 
 
 class NearestClass(NamedTuple):
-    """Result of :func:`nearest_class`."""
+    """Result of :func:`nearest_class`.
+
+    Attributes:
+        cosine: (C,) or (C, k), the cosine of each class to its nearest other classes.
+        index: int64 of the same shape, the nearest other classes.
+
+    Examples:
+        >>> import torch, fused_margin.functional as F
+        >>> found = F.nearest_class(torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0]]))
+        >>> found.index
+        tensor([1, 0, 1])
+    """
 
     cosine: Tensor
     index: Tensor  # type: ignore[assignment]  # the public name, although tuples have a method index
 
 
 class Separability(NamedTuple):
-    """Result of :func:`separability`."""
+    """Result of :func:`separability`.
+
+    Attributes:
+        mean: mean over the classes of the cosine to the nearest other class.
+        std: population standard deviation of these cosines.
+
+    Examples:
+        >>> import torch, fused_margin.functional as F
+        >>> mean, std = F.separability(torch.eye(4))
+        >>> mean, std
+        (0.0, 0.0)
+    """
 
     mean: float
     std: float
@@ -69,6 +93,17 @@ def nearest_class(
         ValueError, TypeError: for wrong shapes, dtypes or devices, fewer than two classes, or k out of range.
         RuntimeError: for a reference, k > 1 or inner products, with CUDA tensors on a compute capability without the
             exact search (see :func:`fused_margin.build_info`), or under a torch.func derivative.
+
+    Examples:
+        >>> import torch, fused_margin.functional as F
+        >>> weight = torch.tensor([[1.0, 0.0], [1.0, 1.0], [-1.0, 0.0]])
+        >>> F.nearest_class(weight)
+        NearestClass(cosine=tensor([ 0.7071,  0.7071, -0.7071]), index=tensor([1, 0, 1]))
+
+        The two nearest rows of another set:
+
+        >>> F.nearest_class(torch.tensor([[0.0, 2.0]]), weight, k=2).index
+        tensor([[1, 0]])
     """
     _checks.number("workspace_mb", workspace_mb, 0.0, open_low=True)
     _checks.one_of("metric", metric, METRICS)
@@ -140,7 +175,7 @@ def differentiable_nearest(
 def exclusive_regularization(
     weight: Tensor, *, nearest: NearestClass | None = None, shard: Shard | None = None, workspace_mb: float = 256
 ) -> Tensor:
-    """RegularFace's exclusive term: the mean over the classes of the cosine to the nearest other class.
+    """RegularFace's exclusive term: the mean cosine of the classes to their nearest other class.
 
     ``1/C * sum_j max_{k != j} w_j . w_k`` with unit-length rows (RegularFace, CVPR 2019, eq. 8). It takes the time of
     half of W @ W.T, in int8 where that is fastest, and O(C * D) memory.
@@ -157,6 +192,12 @@ def exclusive_regularization(
 
     Raises:
         ValueError, TypeError: for wrong shapes or dtypes, or fewer than two classes.
+
+    Examples:
+        >>> import torch, fused_margin.functional as F
+        >>> weight = torch.tensor([[1.0, 0.0], [1.0, 1.0], [-1.0, 0.0]])
+        >>> round(F.exclusive_regularization(weight).item(), 4)  # (cos 45 + cos 45 + cos 135 degrees) / 3
+        0.2357
     """
     _checks.number("workspace_mb", workspace_mb, 0.0, open_low=True)
     _checks.several_classes("weight", weight, shard)
@@ -169,7 +210,9 @@ def exclusive_regularization(
 
 @torch.no_grad()
 def separability(weight: Tensor, *, workspace_mb: float = 256) -> Separability:
-    """Mean and standard deviation of Sep_j, the cosine of class j to its nearest other class (RegularFace, eq. 5).
+    """Mean and standard deviation of the cosine of a class to its nearest other class.
+
+    RegularFace's Sep_j (CVPR 2019, eq. 5), over all classes j.
 
     Args:
         weight: (C, D), C >= 2. Rows need not be normalized.
@@ -181,6 +224,12 @@ def separability(weight: Tensor, *, workspace_mb: float = 256) -> Separability:
 
     Raises:
         ValueError, TypeError: for wrong shapes or dtypes, or fewer than two classes.
+
+    Examples:
+        >>> import torch, fused_margin.functional as F
+        >>> result = F.separability(torch.tensor([[1.0, 0.0], [1.0, 1.0], [-1.0, 0.0]]))
+        >>> round(result.mean, 4), round(result.std, 4)
+        (0.2357, 0.6667)
     """
     _checks.number("workspace_mb", workspace_mb, 0.0, open_low=True)
     _checks.several_classes("weight", weight, None)

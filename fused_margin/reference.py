@@ -11,9 +11,27 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+__all__ = [
+    "cosine_logsumexp",
+    "exclusive_regularization",
+    "linear_cross_entropy",
+    "margin_cross_entropy",
+    "nearest_class",
+    "normalize",
+    "psi",
+]
+
 
 def normalize(rows: Tensor) -> Tensor:
-    """Rows of unit length; rows shorter than 1e-12 become zero."""
+    """Rows of unit length; rows shorter than 1e-12 become zero.
+
+    Examples:
+        >>> import torch
+        >>> from fused_margin import reference
+        >>> reference.normalize(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
+        tensor([[0.6000, 0.8000],
+                [0.0000, 0.0000]])
+    """
     norm = rows.norm(dim=1, keepdim=True)
     short = norm < 1e-12
     return torch.where(short, 0.0, rows / torch.where(short, 1.0, norm))
@@ -30,7 +48,14 @@ def psi(
     gradient: str = "exact",
     annealing: float | Tensor = 0.0,
 ) -> Tensor:
-    """The target cosine (N,) after the margin; arguments as in fused_margin.Margin."""
+    """The target cosine (N,) after the margin; arguments as in :class:`fused_margin.Margin`.
+
+    Examples:
+        >>> import torch
+        >>> from fused_margin import reference
+        >>> reference.psi(torch.tensor([1.0, 0.0]), m2=0.5)  # cos(0.5), cos(pi / 2 + 0.5)
+        tensor([ 0.8776, -0.4794])
+    """
     cosine = cosine.clamp(-1.0, 1.0)
     theta = torch.acos(cosine)
     phi = m1 * theta + m2
@@ -64,11 +89,21 @@ def margin_cross_entropy(
     sub_centers: int = 1,
     hard_negatives: tuple[Tensor, float | None] | None = None,
 ) -> Tensor:
-    """As fused_margin.functional.margin_cross_entropy, except for two arguments.
+    """Cross-entropy over scaled cosines with a margin on the target, plus RegularFace's exclusive term.
+
+    As :func:`fused_margin.functional.margin_cross_entropy`, except for two arguments.
 
     Args:
         margin: keyword arguments of :func:`psi`.
         hard_negatives: (threshold, strength), or (threshold, None) for FilteredNegatives.
+
+    Examples:
+        >>> import torch
+        >>> from fused_margin import reference
+        >>> embeddings, weight, labels = torch.eye(3), torch.eye(3), torch.arange(3)
+        >>> loss = reference.margin_cross_entropy(embeddings, weight, labels, {"m3": 0.35}, scale=4.0)
+        >>> round(loss.item(), 4)  # log(1 + 2 exp(-4 (1 - 0.35)))
+        0.1385
     """
     cosine = normalize(embeddings) @ normalize(weight).t()
     cosine = cosine.unflatten(1, (-1, sub_centers)).max(dim=2).values
@@ -103,7 +138,16 @@ def linear_cross_entropy(
     margin: dict | None = None,
     **cross_entropy_options,
 ) -> Tensor:
-    """As fused_margin.functional.linear_cross_entropy, with the keyword arguments of :func:`psi` as ``margin``."""
+    """Cross-entropy over inner products: plain softmax, or L-softmax with a margin.
+
+    As :func:`fused_margin.functional.linear_cross_entropy`, with the keyword arguments of :func:`psi` as ``margin``.
+
+    Examples:
+        >>> import torch
+        >>> from fused_margin import reference
+        >>> round(reference.linear_cross_entropy(torch.eye(3), torch.eye(3), torch.arange(3)).item(), 4)
+        0.5514
+    """
     logits = F.linear(embeddings, weight, bias)
     if margin is not None:
         rows = torch.arange(len(labels), device=labels.device)
@@ -117,7 +161,17 @@ def linear_cross_entropy(
 def cosine_logsumexp(
     embeddings: Tensor, weight: Tensor, labels: Tensor, scale: float | Tensor = 64.0
 ) -> tuple[Tensor, Tensor]:
-    """As fused_margin.functional.cosine_logsumexp."""
+    """The logsumexp and the target cosines of N x C cosines.
+
+    As :func:`fused_margin.functional.cosine_logsumexp`.
+
+    Examples:
+        >>> import torch
+        >>> from fused_margin import reference
+        >>> others, cosine = reference.cosine_logsumexp(torch.eye(3), torch.eye(3), torch.arange(3))
+        >>> others, cosine  # log(exp(0) + exp(0)), and 1
+        (tensor([0.6931, 0.6931, 0.6931]), tensor([1., 1., 1.]))
+    """
     cosine = normalize(embeddings) @ normalize(weight).t()
     own = F.one_hot(labels.long(), weight.shape[0]).bool()
     scale = torch.as_tensor(scale, dtype=cosine.dtype).reshape(-1, 1)
@@ -125,7 +179,16 @@ def cosine_logsumexp(
 
 
 def nearest_class(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """As fused_margin.functional.nearest_class."""
+    """The nearest other class of every class, and its cosine.
+
+    As :func:`fused_margin.functional.nearest_class` of class weights (C, D), for one nearest class.
+
+    Examples:
+        >>> import torch
+        >>> from fused_margin import reference
+        >>> reference.nearest_class(torch.tensor([[1.0, 0.0], [1.0, 1.0], [-1.0, 0.0]]))
+        (tensor([ 0.7071,  0.7071, -0.7071]), tensor([1, 0, 1]))
+    """
     unit = normalize(weight)
     cosine = (unit @ unit.t()).masked_fill(torch.eye(len(weight), dtype=torch.bool, device=weight.device), -math.inf)
     best = cosine.max(dim=1)
@@ -133,5 +196,14 @@ def nearest_class(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def exclusive_regularization(weight: Tensor) -> Tensor:
-    """As fused_margin.functional.exclusive_regularization."""
+    """RegularFace's exclusive term: the mean cosine of the classes to their nearest other class.
+
+    As :func:`fused_margin.functional.exclusive_regularization` of class weights (C, D).
+
+    Examples:
+        >>> import torch
+        >>> from fused_margin import reference
+        >>> reference.exclusive_regularization(torch.eye(3)).item()
+        0.0
+    """
     return nearest_class(weight)[0].mean()

@@ -29,7 +29,16 @@ from fused_margin.distributed import Shard
 from fused_margin.losses import settings
 from fused_margin.margins import FilteredNegatives, Margin, psi
 
-__all__ = ["ArcFace", "CombinedMarginLoss", "CosFace", "PartialFC_V2", "Progress", "load_checkpoint", "save_checkpoint"]
+__all__ = [
+    "ArcFace",
+    "CombinedMarginLoss",
+    "CosFace",
+    "LogitMargin",
+    "PartialFC_V2",
+    "Progress",
+    "load_checkpoint",
+    "save_checkpoint",
+]
 
 OTHER_RANK = -1  # label of a sample whose class another rank has
 
@@ -43,7 +52,15 @@ class MarginNumbers(TypedDict, total=False):
 
 
 class LogitMargin(settings.Settings):
-    """A margin on cosines, the ``margin_loss`` of PartialFC_V2. Its settings may change between steps."""
+    """The base class of the margins on cosines, which are the ``margin_loss`` of :class:`PartialFC_V2`.
+
+    Their arguments are attributes that may change between steps.
+
+    Examples:
+        >>> from fused_margin.compat import insightface
+        >>> isinstance(insightface.ArcFace(), insightface.LogitMargin)
+        True
+    """
 
     SETTINGS: ClassVar = {
         "s": settings.number(0.0, open_low=True),
@@ -102,7 +119,9 @@ class LogitMargin(settings.Settings):
 
 
 class CombinedMarginLoss(LogitMargin):
-    """All three margins, ``psi = cos(m1 * theta + m2) - m3`` (arXiv:1801.07698, eq. 4).
+    """InsightFace's combined margin: a factor on the angle, an angle and a cosine.
+
+    ``psi(theta) = cos(m1 * theta + m2) - m3`` (arXiv:1801.07698, eq. 4).
 
     Args:
         s: scale of the logits.
@@ -113,6 +132,14 @@ class CombinedMarginLoss(LogitMargin):
 
     Raises:
         ValueError, TypeError: a number is out of range.
+
+    Examples:
+        >>> import torch
+        >>> from fused_margin.compat import insightface
+        >>> margin_loss = insightface.CombinedMarginLoss(s=4.0, m1=1.0, m2=0.5, m3=0.0)
+        >>> margin_loss(torch.eye(2), torch.tensor([0, 1]))  # 4 cos(0.5) on each sample's own class
+        tensor([[3.5103, 0.0000],
+                [0.0000, 3.5103]])
     """
 
     SETTINGS: ClassVar = dict.fromkeys(("m1", "m2", "m3"), settings.margin_number)
@@ -133,7 +160,9 @@ class CombinedMarginLoss(LogitMargin):
 
 
 class ArcFace(LogitMargin):
-    """ArcFace, ``psi = cos(theta + margin)`` (arXiv:1801.07698, eq. 3).
+    """InsightFace's ArcFace: an additive angular margin.
+
+    ``psi(theta) = cos(theta + margin)`` (arXiv:1801.07698, eq. 3).
 
     Args:
         s: scale of the logits.
@@ -141,6 +170,13 @@ class ArcFace(LogitMargin):
 
     Raises:
         ValueError, TypeError: a number is out of range.
+
+    Examples:
+        >>> import torch
+        >>> from fused_margin.compat import insightface
+        >>> insightface.ArcFace(s=4.0, margin=0.5)(torch.eye(2), torch.tensor([0, 1]))  # 4 cos(0.5)
+        tensor([[3.5103, 0.0000],
+                [0.0000, 3.5103]])
     """
 
     SETTINGS: ClassVar = {"margin": settings.angle(-math.inf)}
@@ -154,7 +190,9 @@ class ArcFace(LogitMargin):
 
 
 class CosFace(LogitMargin):
-    """CosFace, ``psi = cos(theta) - m`` (arXiv:1801.09414, eq. 4).
+    """InsightFace's CosFace: an additive cosine margin.
+
+    ``psi(theta) = cos(theta) - m`` (arXiv:1801.09414, eq. 4).
 
     Args:
         s: scale of the logits.
@@ -162,6 +200,13 @@ class CosFace(LogitMargin):
 
     Raises:
         ValueError, TypeError: a number is out of range.
+
+    Examples:
+        >>> import torch
+        >>> from fused_margin.compat import insightface
+        >>> insightface.CosFace(s=4.0, m=0.4)(torch.eye(2), torch.tensor([0, 1]))  # 4 (1 - 0.4)
+        tensor([[2.4000, 0.0000],
+                [0.0000, 2.4000]])
     """
 
     SETTINGS: ClassVar = {"m": settings.number(-math.inf)}
@@ -185,15 +230,16 @@ def checked_margin(name: str, value: LogitMargin) -> LogitMargin:
 
 
 class PartialFC_V2(settings.Settings):
-    """Margin softmax over classes that are divided among ranks (Partial FC, arXiv:2203.15565).
+    """Partial FC: margin softmax over classes that are divided among ranks.
 
-    Every step can use a random share of the classes. Every rank calls it with its own samples, of any number; without
-    torch.distributed there is one rank. The loss is the mean over the samples of all ranks. The embeddings' gradient is
-    multiplied by the number of ranks, because DistributedDataParallel divides the backbone's gradient by it.
+    See arXiv:2203.15565. Every step can use a random share of the classes. Every rank calls it with its own samples, of
+    any number; without torch.distributed there is one rank. The loss is the mean over the samples of all ranks. The
+    embeddings' gradient is multiplied by the number of ranks, because DistributedDataParallel divides the backbone's
+    gradient by it.
 
     Args:
         margin_loss: CombinedMarginLoss, ArcFace or CosFace of this module.
-        embedding_size: D.
+        embedding_size: length of an embedding, D.
         num_classes: C, over all ranks.
         sample_rate: share of its classes that a rank uses in a step: the classes of the samples, and others that
             torch's generator draws. As in InsightFace, evaluation mode draws too.
@@ -209,14 +255,27 @@ class PartialFC_V2(settings.Settings):
         local_embeddings (N, D), local_labels (N,) or (N, 1) integers over all classes -> scalar.
 
     Attributes:
-        weight: (num_local, D) parameter of this rank's classes, the first of which is class_start. Initialised with
-            N(0, 0.01).
-        rank, world_size, class_start, num_local, num_sample, margin_softmax, and the arguments. margin_softmax and its
-            settings, sample_rate, fp16, sparse and workspace_mb may change between steps. torch.compile compiles once
-            more for the second value of a setting of margin_softmax, and not for further values.
+        weight: (num_local, D) parameter of this rank's classes, initialized N(0, 0.01).
+        rank: rank of this process.
+        world_size: number of ranks.
+        class_start: first class of this rank.
+        num_local: number of classes of this rank.
+        num_sample: number of its classes that are used in a step.
+        margin_softmax: ``margin_loss``. It, its arguments, ``sample_rate``, ``fp16``, ``sparse`` and ``workspace_mb``
+            may change between steps. torch.compile compiles once more for the second value of an argument of
+            margin_softmax, and not for further values.
 
     Raises:
         ValueError, TypeError: an argument is not valid; the message has its name, the expected and the actual value.
+
+    Examples:
+        >>> import torch
+        >>> from fused_margin.compat import insightface
+        >>> margin_loss = insightface.ArcFace(s=4.0)
+        >>> partial_fc = insightface.PartialFC_V2(margin_loss, embedding_size=3, num_classes=3)
+        >>> _ = torch.nn.init.eye_(partial_fc.weight)
+        >>> round(partial_fc(torch.eye(3), torch.arange(3)).item(), 4)  # log(1 + 2 exp(-4 cos(0.5)))
+        0.0581
     """
 
     SETTINGS: ClassVar = {
@@ -259,6 +318,7 @@ class PartialFC_V2(settings.Settings):
 
     @property
     def num_sample(self) -> int:
+        """Number of classes of this rank that are used in a step."""
         return int(self.sample_rate * self.num_local)
 
     @property
@@ -266,6 +326,15 @@ class PartialFC_V2(settings.Settings):
         return None if self.shard is None else self.shard.group
 
     def forward(self, local_embeddings: Tensor, local_labels: Tensor) -> Tensor:
+        """The mean loss of the samples of all ranks.
+
+        Args:
+            local_embeddings: (N, D) of this rank's samples.
+            local_labels: (N,) or (N, 1) integers in [0, C), or -100 to exclude a sample.
+
+        Returns:
+            Scalar, the same on all ranks.
+        """
         embeddings, weight = local_embeddings, self.weight
         if self.world_size > 1 and embeddings.requires_grad:
             embeddings = embeddings.view_as(embeddings)  # the caller's tensor gets no hook

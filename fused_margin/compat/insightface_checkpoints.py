@@ -17,9 +17,18 @@ from torch import Tensor, nn
 from fused_margin._tensor_files import UnreadableFileError, load_tensors
 from fused_margin.distributed import slice_sizes
 
+__all__ = ["Progress", "ShardedClasses", "load_checkpoint", "save_checkpoint"]
+
 
 class ShardedClasses(Protocol):
-    """The attributes of `insightface.PartialFC_V2` that checkpoints need; that module imports this one."""
+    """The attributes of :class:`~fused_margin.compat.insightface.PartialFC_V2` that checkpoints need.
+
+    Examples:
+        >>> from fused_margin.compat import insightface
+        >>> partial_fc = insightface.PartialFC_V2(insightface.ArcFace(), embedding_size=4, num_classes=10)
+        >>> partial_fc.class_start, partial_fc.num_local
+        (0, 10)
+    """
 
     rank: int
     world_size: int
@@ -38,10 +47,19 @@ class ShardedClasses(Protocol):
 
 
 class Progress(NamedTuple):
-    """The position of a training."""
+    """The position of a training: the result of :func:`load_checkpoint`.
 
-    epoch: int  # the next epoch
-    global_step: int  # number of optimizer steps, as the training script counts them
+    Attributes:
+        epoch: the next epoch.
+        global_step: number of optimizer steps, as the training script counts them.
+
+    Examples:
+        >>> from fused_margin.compat.insightface import Progress
+        >>> epoch, global_step = Progress(epoch=3, global_step=12_000)
+    """
+
+    epoch: int
+    global_step: int
 
 
 CHECKPOINT, MODEL = "checkpoint_gpu_{}.pt", "model.pt"
@@ -67,16 +85,32 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler,
 ) -> None:
-    """Write this rank's ``checkpoint_gpu_{rank}.pt``, and on rank 0 ``model.pt``, the backbone's state dict.
+    """Write a checkpoint in the format of arcface_torch's training script.
 
-    Every rank must call it. Temporary files are renamed after all are written, so that a kill leaves the old files or
-    the new ones.
+    Each rank writes its ``checkpoint_gpu_{rank}.pt``, and rank 0 also ``model.pt``, the backbone's state dict. Every
+    rank must call it. Temporary files are renamed after all are written, so that a kill leaves the old files or the new
+    ones.
 
     Args:
         folder: an existing folder.
         epoch: the next epoch.
+        global_step: number of optimizer steps.
         backbone: the module, or DistributedDataParallel of it.
+        partial_fc: the loss, a :class:`fused_margin.compat.insightface.PartialFC_V2`.
         optimizer: of the parameters of backbone and ``partial_fc``.
+        lr_scheduler: the scheduler of ``optimizer``.
+
+    Examples:
+        >>> import os, tempfile, torch
+        >>> from fused_margin.compat import insightface
+        >>> backbone = torch.nn.Linear(8, 4)
+        >>> partial_fc = insightface.PartialFC_V2(insightface.ArcFace(), embedding_size=4, num_classes=10)
+        >>> optimizer = torch.optim.SGD([*backbone.parameters(), *partial_fc.parameters()], lr=0.1)
+        >>> schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     insightface.save_checkpoint(folder, 1, 100, backbone, partial_fc, optimizer, schedule)
+        ...     sorted(os.listdir(folder))
+        ['checkpoint_gpu_0.pt', 'model.pt']
     """
     state = unwrapped(backbone).state_dict()
     content = {
@@ -109,21 +143,37 @@ def load_checkpoint(
     optimizer: torch.optim.Optimizer | None = None,
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
 ) -> Progress:
-    """Read a checkpoint of :func:`save_checkpoint` or of arcface_torch's training script, on any number of ranks.
+    """Read a checkpoint of :func:`save_checkpoint` or of arcface_torch's training script.
 
-    Class weights and their entries in the optimizer's state are divided among the current ranks. All other values are
-    from the file with the number of the rank; if there are more ranks than files, the files are used in turn. Only
-    tensors and plain values are read (``weights_only``).
+    It may have been written by any number of ranks. Class weights and their entries in the optimizer's state are
+    divided among the current ranks. All other values are from the file with the number of the rank; if there are more
+    ranks than files, the files are used in turn. Only tensors and plain values are read (``weights_only``).
 
     Args:
         folder: folder with the files of all ranks. It may also have files of an earlier run on more ranks.
         backbone: the module, or DistributedDataParallel of it.
+        partial_fc: the loss, a :class:`fused_margin.compat.insightface.PartialFC_V2`.
         optimizer: with the same parameters, in the same order, as the saved one. None: its state is not read.
-        lr_scheduler: None: its state is not read.
+        lr_scheduler: the scheduler. None: its state is not read.
+
+    Returns:
+        The position of the training.
 
     Raises:
         ValueError: a file is missing, damaged, of another step or of another kind, or does not fit the classes, the
             backbone, the optimizer or the schedule. Nothing is loaded then.
+
+    Examples:
+        >>> import tempfile, torch
+        >>> from fused_margin.compat import insightface
+        >>> backbone = torch.nn.Linear(8, 4)
+        >>> partial_fc = insightface.PartialFC_V2(insightface.ArcFace(), embedding_size=4, num_classes=10)
+        >>> optimizer = torch.optim.SGD([*backbone.parameters(), *partial_fc.parameters()], lr=0.1)
+        >>> schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     insightface.save_checkpoint(folder, 1, 100, backbone, partial_fc, optimizer, schedule)
+        ...     insightface.load_checkpoint(folder, backbone, partial_fc)  # without the optimizer
+        Progress(epoch=1, global_step=100)
     """
     files = read_all(Path(folder), partial_fc)
     own = files[partial_fc.rank % len(files)]

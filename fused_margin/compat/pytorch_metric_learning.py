@@ -115,9 +115,19 @@ class FusedLoss(pml.BaseMetricLossFunction):
 
 
 class LargeMarginSoftmaxLoss(FusedLoss, pml.LargeMarginSoftmaxLoss):
-    """L-softmax (arXiv:1612.02295, eq. 4 and 6): target ``scale |x| |w| psi(theta)``, psi with an integer factor.
+    """L-softmax: a multiplicative angular margin on the inner product.
+
+    The logit of the target is ``scale |x| |w| psi(theta)`` (arXiv:1612.02295, eq. 4 and 6), psi with an integer factor.
 
     Args, shapes, errors: as ``pytorch_metric_learning.losses.LargeMarginSoftmaxLoss``.
+
+    Examples:
+        >>> import torch
+        >>> from fused_margin.compat import pytorch_metric_learning as fused
+        >>> loss_fn = fused.LargeMarginSoftmaxLoss(num_classes=3, embedding_size=3, margin=4, scale=1)
+        >>> _ = torch.nn.init.eye_(loss_fn.W)
+        >>> round(loss_fn(4 * torch.eye(3), torch.arange(3)).item(), 4)  # log(1 + 2 exp(-4))
+        0.036
     """
 
     STEPS = (
@@ -150,9 +160,19 @@ class LargeMarginSoftmaxLoss(FusedLoss, pml.LargeMarginSoftmaxLoss):
 
 
 class SphereFaceLoss(LargeMarginSoftmaxLoss, pml.SphereFaceLoss):
-    """SphereFace (arXiv:1704.08063, eq. 7), without annealing: target ``scale |x| psi(theta)``.
+    """SphereFace: a multiplicative angular margin, without annealing.
+
+    The logit of the target is ``scale |x| psi(theta)`` (arXiv:1704.08063, eq. 7).
 
     Args, shapes, errors: as ``pytorch_metric_learning.losses.SphereFaceLoss``.
+
+    Examples:
+        >>> import torch
+        >>> from fused_margin.compat import pytorch_metric_learning as fused
+        >>> loss_fn = fused.SphereFaceLoss(num_classes=3, embedding_size=3, margin=4, scale=1)
+        >>> _ = torch.nn.init.eye_(loss_fn.W)
+        >>> round(loss_fn(4 * torch.eye(3), torch.arange(3)).item(), 4)  # log(1 + 2 exp(-4))
+        0.036
     """
 
     def element_losses(self, embeddings: Tensor, labels: Tensor) -> Tensor:
@@ -161,9 +181,17 @@ class SphereFaceLoss(LargeMarginSoftmaxLoss, pml.SphereFaceLoss):
 
 
 class CosFaceLoss(LargeMarginSoftmaxLoss, pml.CosFaceLoss):
-    """CosFace (arXiv:1801.09414, eq. 4).
+    """CosFace: an additive cosine margin (arXiv:1801.09414, eq. 4).
 
     Args, shapes, errors: as ``pytorch_metric_learning.losses.CosFaceLoss``.
+
+    Examples:
+        >>> import torch
+        >>> from fused_margin.compat import pytorch_metric_learning as fused
+        >>> loss_fn = fused.CosFaceLoss(num_classes=3, embedding_size=3, margin=0.35, scale=4)
+        >>> _ = torch.nn.init.eye_(loss_fn.W)
+        >>> round(loss_fn(torch.eye(3), torch.arange(3)).item(), 4)  # log(1 + 2 exp(-4 (1 - 0.35)))
+        0.1385
     """
 
     def element_losses(self, embeddings: Tensor, labels: Tensor) -> Tensor:
@@ -173,10 +201,23 @@ class CosFaceLoss(LargeMarginSoftmaxLoss, pml.CosFaceLoss):
 
 
 class ArcFaceLoss(LargeMarginSoftmaxLoss, pml.ArcFaceLoss):
-    """ArcFace (arXiv:1801.07698, eq. 3); beyond pi the target is ``cos(theta) - margin * sin(margin)``.
+    """ArcFace: an additive angular margin (arXiv:1801.07698, eq. 3).
+
+    Where theta + margin exceeds pi, the target cosine is ``cos(theta) - margin * sin(margin)``.
 
     Args, shapes, errors: as ``pytorch_metric_learning.losses.ArcFaceLoss``. The argument ``margin`` is in degrees, the
     attribute in radians.
+
+    Examples:
+        >>> import torch
+        >>> from pytorch_metric_learning import losses
+        >>> from fused_margin.compat import pytorch_metric_learning as fused
+        >>> before, after = losses.ArcFaceLoss(10, 4), fused.ArcFaceLoss(10, 4)
+        >>> after.load_state_dict(before.state_dict())
+        <All keys matched successfully>
+        >>> embeddings, labels = torch.eye(4), torch.tensor([0, 3, 7, 9])
+        >>> torch.allclose(before(embeddings, labels), after(embeddings, labels), rtol=1e-4)
+        True
     """
 
     def element_losses(self, embeddings: Tensor, labels: Tensor) -> Tensor:
@@ -185,9 +226,21 @@ class ArcFaceLoss(LargeMarginSoftmaxLoss, pml.ArcFaceLoss):
 
 
 class SubCenterArcFaceLoss(ArcFaceLoss, pml.SubCenterArcFaceLoss):
-    """Sub-center ArcFace (ECCV 2020, eq. 3), ``W`` (D, C * sub_centers).
+    """Sub-center ArcFace: ArcFace with several centers per class (ECCV 2020, eq. 3).
+
+    ``W`` is (D, C * sub_centers), class by class.
 
     Args, shapes, errors: as ``pytorch_metric_learning.losses.SubCenterArcFaceLoss``.
+
+    Examples:
+        >>> import torch
+        >>> from fused_margin.compat import pytorch_metric_learning as fused
+        >>> loss_fn = fused.SubCenterArcFaceLoss(num_classes=10, embedding_size=4, sub_centers=3)
+        >>> loss_fn.W.shape
+        torch.Size([4, 30])
+        >>> outliers, centers = loss_fn.get_outliers(torch.eye(4), torch.tensor([0, 3, 7, 9]))
+        >>> centers.shape
+        torch.Size([4, 10])
     """
 
     def options(self) -> dict[str, Any]:
@@ -230,10 +283,19 @@ class SubCenterArcFaceLoss(ArcFaceLoss, pml.SubCenterArcFaceLoss):
 
 
 class NormalizedSoftmaxLoss(FusedLoss, pml.NormalizedSoftmaxLoss):
-    """Normalized softmax (arXiv:1811.12649): cosines divided by ``temperature``, without a margin.
+    """Normalized softmax: cosines divided by ``temperature``, without a margin (arXiv:1811.12649).
 
     With ``distance=DotProductSimilarity(normalize_embeddings=False)`` the embeddings are not normalized.
+
     Args, shapes, errors: as ``pytorch_metric_learning.losses.NormalizedSoftmaxLoss``.
+
+    Examples:
+        >>> import torch
+        >>> from fused_margin.compat import pytorch_metric_learning as fused
+        >>> loss_fn = fused.NormalizedSoftmaxLoss(num_classes=3, embedding_size=3, temperature=0.25)
+        >>> _ = torch.nn.init.eye_(loss_fn.W)
+        >>> round(loss_fn(torch.eye(3), torch.arange(3)).item(), 4)  # log(1 + 2 exp(-1 / 0.25))
+        0.036
     """
 
     STEPS = ("get_logits",)
@@ -250,13 +312,22 @@ class NormalizedSoftmaxLoss(FusedLoss, pml.NormalizedSoftmaxLoss):
 
 
 class RegularFaceRegularizer(regularizers.RegularFaceRegularizer):
-    """RegularFace's exclusive term (CVPR 2019, eq. 8) over weights (C, D), C >= 2, in O(C * D) memory.
+    """RegularFace's exclusive term: the mean cosine of the classes to their nearest other class.
+
+    It is computed over weights (C, D), C >= 2, in O(C * D) memory (CVPR 2019, eq. 8).
 
     Args, reducers: as ``pytorch_metric_learning.regularizers.RegularFaceRegularizer``. If several classes are
     equally near, the one with the lowest index is used.
 
     Raises:
         ValueError: there are fewer than two classes.
+
+    Examples:
+        >>> import torch
+        >>> from fused_margin.compat import pytorch_metric_learning as fused
+        >>> weight = torch.tensor([[1.0, 0.0], [1.0, 1.0], [-1.0, 0.0]])
+        >>> round(fused.RegularFaceRegularizer()(weight).item(), 4)  # (cos 45 + cos 45 + cos 135 degrees) / 3
+        0.2357
     """
 
     workspace_mb: float = 256

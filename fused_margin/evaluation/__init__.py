@@ -4,7 +4,7 @@ Takes features from any model, as NumPy arrays, and needs scikit-learn but not t
 """
 
 from .errors import DataError
-from .features import FeatureSet, MegafaceSet, read_arrays, read_features, read_megaface
+from .features import Features, FeatureSet, MegafaceSet, read_arrays, read_features, read_megaface
 from .folds import stratified_folds, unshuffled_folds
 from .identification import MegafaceResult, megaface
 from .metrics import (
@@ -27,6 +27,7 @@ from .weighted_l1 import WeightedL1Head, fit_head
 __all__ = [
     "DataError",
     "FeatureSet",
+    "Features",
     "FoldAccuracy",
     "FoldTar",
     "MegafaceResult",

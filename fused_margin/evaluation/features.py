@@ -24,24 +24,51 @@ FLOAT32 = 5  # OpenCV's CV_32FC1
 
 @dataclass(frozen=True)
 class FeatureSet:
-    """Features and labels of an evaluation, by their names in an .npz file. Each protocol needs some of them."""
+    """Features and labels of an evaluation, by their names in an .npz file. Each protocol needs some of them.
 
-    features: np.ndarray  # (num_rows, D) of images, video frames or probes, not normalized
-    mirrored: np.ndarray | None = None  # (num_rows, D) of the mirror images
-    labels: np.ndarray | None = None  # (num_rows,) identity
-    pairs: np.ndarray | None = None  # (num_pairs, 2) rows, or video indices
-    same: np.ndarray | None = None  # (num_pairs,) bool
-    fold: np.ndarray | None = None  # (num_pairs,)
-    video: np.ndarray | None = None  # (num_rows,) video index
-    distractors: np.ndarray | None = None  # (num_distractors, D)
-    mirrored_distractors: np.ndarray | None = None  # (num_distractors, D)
-    class_weight: np.ndarray | None = None  # (num_classes, D)
+    Attributes:
+        features: (num_rows, D) of images, video frames or probes, not normalized.
+        mirrored: (num_rows, D) of the mirror images.
+        labels: (num_rows,) identities.
+        pairs: (num_pairs, 2) rows, or video indices.
+        same: (num_pairs,) bool, True for pairs of one identity.
+        fold: (num_pairs,) fold indices.
+        video: (num_rows,) video indices.
+        distractors: (num_distractors, D).
+        mirrored_distractors: (num_distractors, D) of the mirror images.
+        class_weight: (num_classes, D).
+
+    Examples:
+        >>> import numpy as np
+        >>> from fused_margin.evaluation import FeatureSet
+        >>> arrays = FeatureSet(features=np.eye(2), labels=np.array([0, 1]))
+        >>> features, labels = arrays.require("features", "labels")
+        >>> labels.tolist()
+        [0, 1]
+    """
+
+    features: np.ndarray
+    mirrored: np.ndarray | None = None
+    labels: np.ndarray | None = None
+    pairs: np.ndarray | None = None
+    same: np.ndarray | None = None
+    fold: np.ndarray | None = None
+    video: np.ndarray | None = None
+    distractors: np.ndarray | None = None
+    mirrored_distractors: np.ndarray | None = None
+    class_weight: np.ndarray | None = None
 
     def require(self, *names: str) -> list[np.ndarray]:
         """The arrays of these names.
 
         Raises:
             DataError: an array is missing.
+
+        Examples:
+            >>> import numpy as np
+            >>> from fused_margin.evaluation import FeatureSet
+            >>> FeatureSet(features=np.eye(2)).require("features")[0].shape
+            (2, 2)
         """
         if missing := [name for name in names if getattr(self, name) is None]:
             arrays = "array" if len(missing) == 1 else "arrays"
@@ -52,9 +79,24 @@ class FeatureSet:
 def read_arrays(path: Path) -> FeatureSet:
     """Read the arrays of an .npz file, without executing code from it.
 
+    Args:
+        path: the file. Its arrays have the names of the attributes of :class:`FeatureSet`.
+
     Raises:
         DataError: it is not an .npz file, or has an array of another name.
         OSError: it cannot be opened.
+
+    Examples:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> import numpy as np
+        >>> from fused_margin.evaluation import read_arrays
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder) / "features.npz"
+        ...     np.savez(path, features=np.eye(2), labels=np.array([0, 1]))
+        ...     arrays = read_arrays(path)
+        >>> arrays.features.shape, arrays.labels.tolist()
+        ((2, 2), [0, 1])
     """
     arrays = _load_numpy(path)
     if isinstance(arrays, np.ndarray):
@@ -68,27 +110,70 @@ def read_arrays(path: Path) -> FeatureSet:
 
 
 class Features(NamedTuple):
-    """Feature vectors and, if known, their identities."""
+    """Feature vectors and, if known, their identities: the result of :func:`read_features`.
 
-    vectors: np.ndarray  # (num_vectors, D) float32
-    identities: np.ndarray | None  # (num_vectors,) text or integers
+    Attributes:
+        vectors: (num_vectors, D) float32.
+        identities: (num_vectors,) text or integers, or None.
+
+    Examples:
+        >>> import numpy as np
+        >>> from fused_margin.evaluation import Features
+        >>> vectors, identities = Features(np.eye(2, dtype=np.float32), np.array(["Ann", "Bob"]))
+        >>> vectors.shape
+        (2, 2)
+    """
+
+    vectors: np.ndarray
+    identities: np.ndarray | None
 
 
 @dataclass(frozen=True)
 class MegafaceSet:
-    """Features of probes with identities, and of distractors."""
+    """Features of probes with identities, and of distractors: the result of :func:`read_megaface`.
 
-    probes: np.ndarray  # (num_probes, D) float32
-    identity: np.ndarray  # (num_probes,) int64 identity index
-    distractors: np.ndarray  # (num_distractors, D) float32
-    skipped: Mapping[str, int] = field(default_factory=dict)  # number of skipped files by kind
+    Attributes:
+        probes: (num_probes, D) float32.
+        identity: (num_probes,) int64 identity indices.
+        distractors: (num_distractors, D) float32.
+        skipped: number of skipped files by kind.
+
+    Examples:
+        >>> import numpy as np
+        >>> from fused_margin.evaluation import MegafaceSet, megaface
+        >>> data = MegafaceSet(np.eye(2)[[0, 0, 1]], np.array([0, 0, 1]), np.ones((3, 2)))
+        >>> megaface(data.probes, data.identity, data.distractors).rank1.tolist()
+        [1.0]
+    """
+
+    probes: np.ndarray
+    identity: np.ndarray
+    distractors: np.ndarray
+    skipped: Mapping[str, int] = field(default_factory=dict)
 
 
 def read_megaface(probes: Path, distractors: Path) -> MegafaceSet:
-    """Read probes and distractors; see `read_features` for the formats.
+    """Read the features of probes and distractors.
+
+    Args:
+        probes: a file or folder, in the formats of :func:`read_features`, with identities.
+        distractors: a file or folder.
 
     Raises:
         DataError: a file is damaged, the probes have no identities, or the dimensions differ.
+
+    Examples:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> import numpy as np
+        >>> from fused_margin.evaluation import read_megaface
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     probes, distractors = Path(folder) / "probes.npz", Path(folder) / "distractors.npy"
+        ...     np.savez(probes, features=np.ones((3, 4)), labels=np.array([7, 7, 9]))
+        ...     np.save(distractors, np.zeros((5, 4)))
+        ...     data = read_megaface(probes, distractors)
+        >>> data.identity.tolist(), data.distractors.shape
+        ([0, 0, 1], (5, 4))
     """
     skipped: Counter[str] = Counter()
     probe, distractor = read_features(probes, skipped), read_features(distractors, skipped)
@@ -111,14 +196,28 @@ def read_megaface(probes: Path, distractors: Path) -> MegafaceSet:
 def read_features(path: Path, skipped: Counter[str] | None = None) -> Features:
     """Read a feature file, or all feature files in a folder and its subfolders, sorted by name.
 
-    .npy has (num_vectors, D), or one vector (D,). .npz has `features` and, if known, `labels`. .bin is MegaFace's
+    .npy has (num_vectors, D), or one vector (D,). .npz has ``features`` and, if known, ``labels``. .bin is MegaFace's
     float32 matrix, in which a single column is one vector. In a folder, the identity of a file is its subfolder.
 
     Args:
+        path: the file or folder.
         skipped: counts hidden and system files and files of other kinds.
 
     Raises:
         DataError: a file is damaged, a value is not finite, or the dimensions differ.
+
+    Examples:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> import numpy as np
+        >>> from fused_margin.evaluation import read_features
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     for name in ("Ann", "Bob"):
+        ...         (Path(folder) / name).mkdir()
+        ...         np.save(Path(folder) / name / "features.npy", np.ones((3, 4)))
+        ...     features = read_features(Path(folder))
+        >>> features.vectors.shape, features.identities.tolist()
+        ((6, 4), ['Ann', 'Ann', 'Ann', 'Bob', 'Bob', 'Bob'])
     """
     if not path.is_dir():
         features = _read_file(path)

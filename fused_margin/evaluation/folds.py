@@ -7,10 +7,22 @@ from sklearn.model_selection import KFold, StratifiedKFold
 
 
 def unshuffled_folds(num_pairs: int, folds: int = 10) -> np.ndarray:
-    """Fold index (num_pairs,) of each pair. Folds are consecutive and differ in size by one at most.
+    """The fold of each pair, by the order of the pairs: consecutive folds, whose sizes differ by at most one.
+
+    Args:
+        num_pairs: number of pairs.
+        folds: number of folds.
+
+    Returns:
+        (num_pairs,) int64 fold indices.
 
     Raises:
         ValueError: there are fewer pairs than folds.
+
+    Examples:
+        >>> from fused_margin.evaluation import unshuffled_folds
+        >>> unshuffled_folds(5, folds=2).tolist()
+        [0, 0, 0, 1, 1]
     """
     if num_pairs < folds:
         raise ValueError(f"pairs: expected at least {folds}, one per fold, got {num_pairs}")
@@ -21,13 +33,23 @@ def unshuffled_folds(num_pairs: int, folds: int = 10) -> np.ndarray:
 
 
 def stratified_folds(same: np.ndarray, folds: int = 10) -> np.ndarray:
-    """Fold index (num_pairs,) of each pair, stratified: `unshuffled_folds` of genuine and of impostor pairs.
+    """The fold of each pair, stratified: :func:`unshuffled_folds` of genuine and of impostor pairs.
 
     Args:
         same: (num_pairs,) bool, True for pairs of one identity.
+        folds: number of folds.
+
+    Returns:
+        (num_pairs,) int64 fold indices.
 
     Raises:
         ValueError: there are fewer genuine or impostor pairs than folds.
+
+    Examples:
+        >>> import numpy as np
+        >>> from fused_margin.evaluation import stratified_folds
+        >>> stratified_folds(np.array([True, True, False, False]), folds=2).tolist()
+        [0, 1, 0, 1]
     """
     fewest = int(min(np.count_nonzero(same), np.count_nonzero(~same)))
     if fewest < folds:

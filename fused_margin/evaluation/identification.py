@@ -20,16 +20,34 @@ SCORE_BINS = 20_000  # of the histogram of distractor scores, over cosines from 
 
 
 class MegafaceResult(NamedTuple):
-    """Identification and verification results."""
+    """Identification and verification results of :func:`megaface`.
 
-    sizes: np.ndarray  # (num_sizes,) number of distractors in each gallery
-    rank1: np.ndarray  # (num_sizes,) share of hits among the ordered probe pairs
+    Attributes:
+        sizes: (num_sizes,) number of distractors in each gallery.
+        rank1: (num_sizes,) share of hits among the ordered probe pairs.
+        tar: the true accept rate at a false accept rate.
+        genuine: (num_genuine,) cosines of all pairs of probes of one identity.
+        impostor: (20,000,) cosine at the center of each bin of a histogram.
+        impostor_count: (20,000,) number of probe-distractor pairs in each bin.
+        nearest: (num_probes,) row of the distractor that is most similar to each probe.
+        nearest_cosine: (num_probes,) cosine to it.
+
+    Examples:
+        >>> import numpy as np
+        >>> from fused_margin.evaluation import megaface, summarize
+        >>> result = megaface(np.eye(2)[[0, 0, 1, 1]], np.array([0, 0, 1, 1]), np.ones((5, 2)), far=0.1)
+        >>> summarize(result.genuine, result.impostor, result.tar, result.impostor_count).auc
+        1.0
+    """
+
+    sizes: np.ndarray
+    rank1: np.ndarray
     tar: TarAtFar
-    genuine: np.ndarray  # (num_genuine,) cosines of all pairs of probes of one identity
-    impostor: np.ndarray  # (SCORE_BINS,) cosine at the center of each bin
-    impostor_count: np.ndarray  # (SCORE_BINS,) number of probe-distractor pairs in each bin
-    nearest: np.ndarray  # (num_probes,) row of the distractor that is most similar to each probe
-    nearest_cosine: np.ndarray  # (num_probes,)
+    genuine: np.ndarray
+    impostor: np.ndarray
+    impostor_count: np.ndarray
+    nearest: np.ndarray
+    nearest_cosine: np.ndarray
 
 
 @torch.no_grad()
@@ -42,14 +60,14 @@ def megaface(
     device: torch.device | str = "cpu",
     block_scores: int = BLOCK_SCORES,
 ) -> MegafaceResult:
-    """MegaFace (Kemelmacher-Shlizerman et al. 2016): probes against up to a million distractors.
+    """MegaFace: identification and verification of probes among up to a million distractors.
 
-    Identification: for each ordered pair of images of one identity, the gallery has the second image and the
-    distractors. The pair is a hit if the cosine of the first image to the second exceeds that to every distractor; a
-    tie is a miss. Verification: genuine pairs are pairs of probes of one identity, impostor pairs are all pairs of a
-    probe and a distractor.
+    See Kemelmacher-Shlizerman et al. 2016. Identification: for each ordered pair of images of one identity, the gallery
+    has the second image and the distractors. The pair is a hit if the cosine of the first image to the second exceeds
+    that to every distractor; a tie is a miss. Verification: genuine pairs are pairs of probes of one identity, impostor
+    pairs are all pairs of a probe and a distractor.
 
-    Distractors are processed in blocks of at most `block_scores` scores. Three results are accumulated: each probe's
+    Distractors are processed in blocks of at most ``block_scores`` scores. Three results are accumulated: each probe's
     highest score and its distractor, the highest scores overall, which determine the TAR, and a histogram for the ROC
     curve.
 
@@ -61,10 +79,21 @@ def megaface(
             ten and all.
         far: false accept rate, 0 to 1.
         device: of the matrix products.
+        block_scores: largest number of scores in memory at a time.
 
     Raises:
         ValueError: an array is empty, has a wrong shape or type or is not finite, no identity has two probes, or a
             size exceeds the number of distractors.
+
+    Examples:
+        >>> import numpy as np
+        >>> from fused_margin.evaluation import megaface
+        >>> probes = np.array([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.6, 0.8]])
+        >>> identity = np.array([0, 0, 1, 1])
+        >>> distractors = np.array([[0.7, 0.7], [-1.0, 0.0]])
+        >>> result = megaface(probes, identity, distractors, sizes=[1, 2], far=0.25)
+        >>> result.rank1.tolist()  # a miss: the last probe is nearer to the first distractor
+        [0.75, 0.75]
     """
     check_features("probes", probes)
     check_integers("identity", identity, (len(probes),))

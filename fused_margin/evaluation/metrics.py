@@ -13,40 +13,94 @@ from .checks import check_folds, check_scores
 
 
 class FoldAccuracy(NamedTuple):
-    """Accuracy and threshold of each fold."""
+    """Accuracy and threshold of each fold: the result of :func:`kfold_accuracy`.
 
-    accuracy: np.ndarray  # (folds,)
-    threshold: np.ndarray  # (folds,)
+    Attributes:
+        accuracy: (folds,) share of pairs that are classified correctly.
+        threshold: (folds,) scores.
+
+    Examples:
+        >>> import numpy as np
+        >>> from fused_margin.evaluation import FoldAccuracy
+        >>> result = FoldAccuracy(accuracy=np.array([0.75, 1.0]), threshold=np.array([0.4, 0.5]))
+        >>> float(result.accuracy.mean())
+        0.875
+    """
+
+    accuracy: np.ndarray
+    threshold: np.ndarray
 
 
 class RocCurve(NamedTuple):
-    """False and true accept rates, both ascending."""
+    """False and true accept rates, both ascending: the result of :func:`roc`.
 
-    far: np.ndarray  # (num_points,)
-    tar: np.ndarray  # (num_points,)
+    Attributes:
+        far: (num_points,) false accept rates.
+        tar: (num_points,) true accept rates.
+
+    Examples:
+        >>> import numpy as np
+        >>> from fused_margin.evaluation import roc
+        >>> curve = roc(genuine=np.array([0.9, 0.6]), impostor=np.array([0.7, 0.1]))
+        >>> list(zip(curve.far.tolist(), curve.tar.tolist()))
+        [(0.0, 0.0), (0.0, 0.5), (0.5, 0.5), (0.5, 1.0), (1.0, 1.0)]
+    """
+
+    far: np.ndarray
+    tar: np.ndarray
 
 
 class TarAtFar(NamedTuple):
-    """True accept rate at a false accept rate."""
+    """True accept rate at a false accept rate: the result of :func:`tar_at_far`.
 
-    far: float  # requested
+    Attributes:
+        far: the requested false accept rate.
+        tar: the true accept rate.
+        threshold: pairs with a higher score are accepted; -inf accepts all.
+        smallest_far: the rate of one false accept. A lower ``far`` allows none.
+
+    Examples:
+        >>> from fused_margin.evaluation import TarAtFar
+        >>> TarAtFar(far=1e-3, tar=0.9, threshold=0.4, smallest_far=1e-2).resolved  # there are 100 impostors
+        False
+    """
+
+    far: float
     tar: float
-    threshold: float  # pairs with a higher score are accepted; -inf accepts all
-    smallest_far: float  # the rate of one false accept; a lower `far` allows none
+    threshold: float
+    smallest_far: float
 
     @property
     def resolved(self) -> bool:
-        """Whether there are enough impostors to distinguish `far` from 0."""
+        """Whether there are enough impostors to distinguish ``far`` from 0."""
         return self.far >= self.smallest_far
 
 
 @dataclass(frozen=True)
 class ScoreSummary:
-    """Scores of genuine pairs (one identity) and impostor pairs (two identities), and their metrics."""
+    """Scores of genuine pairs (one identity) and impostor pairs (two identities), and their metrics.
 
-    genuine: np.ndarray  # (num_genuine,) scores; higher means more similar
-    impostor: np.ndarray  # (num_scores,)
-    impostor_count: np.ndarray | None  # (num_scores,) number of pairs with each score; None: one each
+    Attributes:
+        genuine: (num_genuine,) scores; higher means more similar.
+        impostor: (num_scores,) scores.
+        impostor_count: (num_scores,) number of pairs with each score. None: one each.
+        roc: the ROC curve.
+        auc: the area under it.
+        equal_error_rate: the rate at which false accepts equal false rejects.
+        tar: the true accept rate at a false accept rate.
+
+    Examples:
+        >>> import numpy as np
+        >>> from fused_margin.evaluation import summarize_pairs
+        >>> scores, same = np.array([0.9, 0.6, 0.7, 0.1]), np.array([True, True, False, False])
+        >>> summary = summarize_pairs(scores, same, far=0.1)
+        >>> summary.auc, summary.equal_error_rate, summary.tar.tar
+        (0.75, 0.5, 0.5)
+    """
+
+    genuine: np.ndarray
+    impostor: np.ndarray
+    impostor_count: np.ndarray | None
     roc: RocCurve
     auc: float
     equal_error_rate: float
@@ -64,8 +118,19 @@ def kfold_accuracy(scores: np.ndarray, same: np.ndarray, fold: np.ndarray) -> Fo
         same: (num_pairs,) bool, True for pairs of one identity.
         fold: (num_pairs,) integers.
 
+    Returns:
+        Accuracy and threshold of each fold, in ascending order of the folds.
+
     Raises:
         ValueError: a score is not finite, shapes differ, or a threshold cannot be chosen outside a fold.
+
+    Examples:
+        >>> import numpy as np
+        >>> from fused_margin.evaluation import kfold_accuracy
+        >>> scores = np.array([0.9, 0.2, 0.8, 0.3])
+        >>> same, fold = np.array([True, False, True, False]), np.array([0, 0, 1, 1])
+        >>> kfold_accuracy(scores, same, fold).accuracy.tolist()
+        [1.0, 1.0]
     """
     check_scores("scores", scores)
     check_folds(same, fold, len(scores))
@@ -79,7 +144,7 @@ def kfold_accuracy(scores: np.ndarray, same: np.ndarray, fold: np.ndarray) -> Fo
 
 
 def best_threshold(scores: np.ndarray, same: np.ndarray) -> float:
-    """The candidate threshold of `kfold_accuracy` with the highest accuracy; there are pairs of both kinds."""
+    """The candidate threshold of :func:`kfold_accuracy` with the highest accuracy; there are pairs of both kinds."""
     far, tar, candidates = roc_curve(same, scores, drop_intermediate=False)
     candidates[0] = np.nextafter(candidates[1], np.inf)  # finite, and accepts none
     best = int(np.argmax(tar * np.count_nonzero(same) + (1 - far) * np.count_nonzero(~same)))
@@ -97,11 +162,18 @@ def summarize(
     """ROC, AUC and equal error rate of the scores.
 
     Args:
-        genuine, impostor, impostor_count: as for `roc`.
-        tar: the result of `tar_at_far`, which is included as it is.
+        genuine, impostor, impostor_count: as for :func:`roc`.
+        tar: the result of :func:`tar_at_far`, which is included as it is.
 
     Raises:
-        ValueError: as `roc`.
+        ValueError: as :func:`roc`.
+
+    Examples:
+        >>> import numpy as np
+        >>> from fused_margin.evaluation import summarize, tar_at_far
+        >>> genuine, impostor = np.array([0.9, 0.6]), np.array([0.7, 0.1])
+        >>> summarize(genuine, impostor, tar_at_far(genuine, impostor, far=0.1)).auc
+        0.75
     """
     curve = roc(genuine, impostor, impostor_count)
     return ScoreSummary(
@@ -110,10 +182,22 @@ def summarize(
 
 
 def summarize_pairs(scores: np.ndarray, same: np.ndarray, far: float) -> ScoreSummary:
-    """All metrics of the scores (num_pairs,) of genuine pairs (`same`) and impostor pairs; TAR at `far`.
+    """All metrics of the scores of genuine and impostor pairs.
+
+    Args:
+        scores: (num_pairs,); higher means more similar.
+        same: (num_pairs,) bool, True for pairs of one identity.
+        far: the false accept rate of the true accept rate.
 
     Raises:
-        ValueError: as `roc` and `tar_at_far`; also if `same` has a wrong shape or dtype.
+        ValueError: as :func:`roc` and :func:`tar_at_far`; also if ``same`` has a wrong shape or dtype.
+
+    Examples:
+        >>> import numpy as np
+        >>> from fused_margin.evaluation import summarize_pairs
+        >>> scores, same = np.array([0.9, 0.6, 0.7, 0.1]), np.array([True, True, False, False])
+        >>> summarize_pairs(scores, same, far=0.5).tar.tar
+        1.0
     """
     check_scores("scores", scores)
     if same.dtype != np.bool_ or same.shape != scores.shape:
@@ -123,15 +207,27 @@ def summarize_pairs(scores: np.ndarray, same: np.ndarray, far: float) -> ScoreSu
 
 
 def roc(genuine: np.ndarray, impostor: np.ndarray, impostor_count: np.ndarray | None = None) -> RocCurve:
-    """True accept rate over false accept rate, one point per distinct score. Ties are accepted together.
+    """The ROC curve: true accept rate over false accept rate.
+
+    It has one point per distinct score. Ties are accepted together.
 
     Args:
         genuine: (num_genuine,) scores of pairs of one identity; higher means more similar.
         impostor: (num_scores,) scores of pairs of two identities.
         impostor_count: (num_scores,) number of pairs with each score; one by default.
 
+    Returns:
+        The curve, from (0, 0) to (1, 1).
+
     Raises:
         ValueError: there are no scores of one kind, or one is not finite.
+
+    Examples:
+        >>> import numpy as np
+        >>> from fused_margin.evaluation import roc
+        >>> curve = roc(genuine=np.array([0.9, 0.6]), impostor=np.array([0.7, 0.1]))
+        >>> curve.tar.tolist()
+        [0.0, 0.5, 0.5, 1.0, 1.0]
     """
     check_scores("genuine", genuine)
     check_scores("impostor", impostor)
@@ -142,26 +238,39 @@ def roc(genuine: np.ndarray, impostor: np.ndarray, impostor_count: np.ndarray | 
 
 
 def equal_error_rate(curve: RocCurve) -> float:
-    """The rate at which false accepts equal false rejects, by linear interpolation of the curve."""
+    """The rate at which false accepts equal false rejects, by linear interpolation of the curve.
+
+    Examples:
+        >>> import numpy as np
+        >>> from fused_margin.evaluation import equal_error_rate, roc
+        >>> equal_error_rate(roc(genuine=np.array([0.9, 0.6]), impostor=np.array([0.7, 0.1])))
+        0.5
+    """
     return float(np.interp(0.0, curve.far - (1 - curve.tar), curve.far))
 
 
 def tar_at_far(genuine: np.ndarray, impostor: np.ndarray, far: float, num_impostors: int | None = None) -> TarAtFar:
-    """Highest true accept rate at a false accept rate of at most `far`.
+    """Highest true accept rate at a false accept rate of at most ``far``.
 
-    With n impostors, false accept rates are multiples of 1/n. A `far` below 1/n allows no false accept, and `resolved`
-    is False. Impostors that tie with the highest rejected one are rejected too.
+    With n impostors, false accept rates are multiples of 1/n. A ``far`` below 1/n allows no false accept, and
+    ``resolved`` is False. Impostors that tie with the highest rejected one are rejected too.
 
     Args:
         genuine: (num_genuine,) scores of pairs of one identity; higher means more similar.
         impostor: scores of pairs of two identities: all of them, or at least the highest ones, which determine the
             threshold.
         far: largest share of accepted impostors, 0 to 1.
-        num_impostors: number of all impostors, if `impostor` has only the highest.
+        num_impostors: number of all impostors, if ``impostor`` has only the highest.
 
     Raises:
-        ValueError: there are no scores of one kind, one is not finite, `far` is not a rate, or `num_impostors` is
+        ValueError: there are no scores of one kind, one is not finite, ``far`` is not a rate, or ``num_impostors`` is
             smaller than the number of given scores.
+
+    Examples:
+        >>> import numpy as np
+        >>> from fused_margin.evaluation import tar_at_far
+        >>> tar_at_far(genuine=np.array([0.9, 0.6]), impostor=np.array([0.7, 0.1]), far=0.1)
+        TarAtFar(far=0.1, tar=0.5, threshold=0.7, smallest_far=0.5)
     """
     check_scores("genuine", genuine)
     check_scores("impostor", impostor)

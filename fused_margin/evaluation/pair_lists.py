@@ -27,24 +27,56 @@ FOLDS = 10  # if a list has none
 
 @dataclass(frozen=True)
 class VerificationSet:
-    """Pairs of items. An item is one image, or the frames of one video."""
+    """Pairs of items: the result of a reader. An item is one image, or the frames of one video.
 
-    source: str  # the file that lists the pairs
-    pairs: np.ndarray  # (num_pairs, 2) item indices
-    same: np.ndarray  # (num_pairs,) bool, True for pairs of one identity
-    fold: np.ndarray  # (num_pairs,) fold index
-    images: Sequence[str | bytes]  # paths, or encoded images
-    item: np.ndarray  # (num_images,) item index of each image
-    of_videos: bool = False  # if not, item i is image i
-    has_folds: bool = True  # the list defines the folds; if not, the reader chose `fold`
-    skipped: Mapping[str, int] = field(default_factory=dict)  # number of skipped files by kind
+    Attributes:
+        source: the file that lists the pairs.
+        pairs: (num_pairs, 2) item indices.
+        same: (num_pairs,) bool, True for pairs of one identity.
+        fold: (num_pairs,) fold indices.
+        images: paths, or encoded images.
+        item: (num_images,) item index of each image.
+        of_videos: whether items are videos. If not, item i is image i.
+        has_folds: whether the list defines the folds. If not, the reader chose ``fold``.
+        skipped: number of skipped files by kind.
+
+    Examples:
+        >>> import numpy as np
+        >>> from fused_margin.evaluation import VerificationSet
+        >>> pairs, same, fold = np.array([[0, 1], [0, 2]]), np.array([True, False]), np.array([0, 1])
+        >>> images = ["Ann_1.jpg", "Ann_2.jpg", "Bob_1.jpg"]
+        >>> data = VerificationSet("pairs.txt", pairs, same, fold, images, item=np.arange(3))
+        >>> [data.images[i] for i in data.pairs[0]]
+        ['Ann_1.jpg', 'Ann_2.jpg']
+    """
+
+    source: str
+    pairs: np.ndarray
+    same: np.ndarray
+    fold: np.ndarray
+    images: Sequence[str | bytes]
+    item: np.ndarray
+    of_videos: bool = False
+    has_folds: bool = True
+    skipped: Mapping[str, int] = field(default_factory=dict)
 
 
 def find_pair_list(path: str, *, videos: bool = False) -> Callable[[], VerificationSet] | None:
     """The reader of the published verification set at a path; None if there is no such set.
 
     A set is a .bin file, a list of pairs in LFW's or YouTube Faces' format, or a folder with pairs.txt or splits.txt.
-    In a folder with both lists, `videos` selects splits.txt.
+
+    Args:
+        path: the file or folder.
+        videos: whether to choose splits.txt in a folder with both lists.
+
+    Returns:
+        A function without arguments that reads the set.
+
+    Examples:
+        >>> from fused_margin.evaluation import find_pair_list
+        >>> find_pair_list("a-folder-without-a-list") is None
+        True
     """
     location = Path(path)
     if location.is_file():
@@ -62,15 +94,16 @@ def find_pair_list(path: str, *, videos: bool = False) -> Callable[[], Verificat
 
 
 def read_lfw(root: Path, pairs: Path | None = None) -> VerificationSet:
-    """Labeled Faces in the Wild: images root/Some_Name/Some_Name_0001.jpg and a list of pairs.
+    r"""Read Labeled Faces in the Wild: a folder of images and a list of pairs.
 
-    The folders of names may also be in root/lfw, root/lfw_funneled or root/lfw-deepfunneled, if only one of these
-    exists. Images may have any of `files.SUFFIXES`.
+    An image is root/Some_Name/Some_Name_0001.jpg. The folders of names may also be in root/lfw, root/lfw_funneled or
+    root/lfw-deepfunneled, if only one of these exists. Images may end in .jpg, .jpeg, .png, .bmp, .webp, .pgm, .ppm,
+    .tif or .tiff.
 
     The first line of the list has the number of folds and the number of genuine (and of impostor) pairs per fold. Other
-    lines are `name number number` for a genuine pair and `name number name number` for an impostor pair. If the first
-    line has the number of pairs only, as in pairsDevTest.txt, genuine and impostor pairs are each divided by their
-    order into ten folds, or fewer if there are fewer pairs.
+    lines are ``name number number`` for a genuine pair and ``name number name number`` for an impostor pair. If the
+    first line has the number of pairs only, as in pairsDevTest.txt, genuine and impostor pairs are each divided by
+    their order into ten folds, or fewer if there are fewer pairs.
 
     Args:
         root: folder of the images.
@@ -79,6 +112,20 @@ def read_lfw(root: Path, pairs: Path | None = None) -> VerificationSet:
     Raises:
         DataError: a line has another format, lines or images are missing, several image folders exist, or the first
             line says one pair of each kind.
+
+    Examples:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from fused_margin.evaluation import read_lfw
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     root = Path(folder)
+        ...     for name in ("Ann/Ann_0001.jpg", "Ann/Ann_0002.jpg", "Bob/Bob_0001.jpg"):
+        ...         (root / name).parent.mkdir(exist_ok=True)
+        ...         (root / name).touch()
+        ...     _ = (root / "pairs.txt").write_text("1 1\nAnn 1 2\nAnn 1 Bob 1\n")
+        ...     data = read_lfw(root)
+        >>> data.pairs.tolist(), data.same.tolist()
+        ([[0, 1], [0, 2]], [True, False])
     """
     pairs = pairs or root / LFW_LIST
     lines = read_fields(pairs)
@@ -138,10 +185,11 @@ def is_lfw_list(path: Path) -> bool:
 
 
 def read_ytf(root: Path, splits: Path | None = None) -> VerificationSet:
-    """YouTube Faces: frames in root/Some_Name/0/ or root/aligned_images_DB/Some_Name/0/, and a list of pairs of videos.
+    r"""Read YouTube Faces: folders of frames and a list of pairs of videos.
 
-    After a heading, each line of the list is `split number, pair number, first name, second name, is same`. A name is
-    Some_Name/0. The pair number is optional.
+    The frames of a video are in root/Some_Name/0/ or root/aligned_images_DB/Some_Name/0/. After a heading, each line of
+    the list is ``split number, pair number, first name, second name, is same``. A name is Some_Name/0. The pair number
+    is optional.
 
     Args:
         root: folder of the frames.
@@ -149,6 +197,20 @@ def read_ytf(root: Path, splits: Path | None = None) -> VerificationSet:
 
     Raises:
         DataError: a line has another format, or a video has no frames.
+
+    Examples:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from fused_margin.evaluation import read_ytf
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     root = Path(folder)
+        ...     for name in ("Ann/0/1.jpg", "Ann/0/2.jpg", "Ann/1/1.jpg"):
+        ...         (root / name).parent.mkdir(parents=True, exist_ok=True)
+        ...         (root / name).touch()
+        ...     _ = (root / "splits.txt").write_text("split, pair, first, second, same\n1, 1, Ann/0, Ann/1, 1\n")
+        ...     data = read_ytf(root)
+        >>> data.pairs.tolist(), data.item.tolist()  # the first video has two frames
+        ([[0, 1]], [0, 0, 1])
     """
     splits = splits or root / YTF_LIST
     listed, same, fold = [], [], []
@@ -178,13 +240,27 @@ def read_ytf(root: Path, splits: Path | None = None) -> VerificationSet:
 
 
 def read_bin(path: Path) -> VerificationSet:
-    """InsightFace's lfw.bin, cfp_fp.bin, agedb_30.bin and others: encoded images, ten folds of consecutive pairs.
+    """Read InsightFace's lfw.bin, cfp_fp.bin, agedb_30.bin and others.
 
-    The file is a pickle of (images, flags), with the two images of each pair in sequence. It is read without executing
-    code (see `load_plain`).
+    The file is a pickle of (images, flags), with the two encoded images of each pair in sequence. It is read without
+    executing code. The pairs are divided into ten folds of consecutive pairs.
+
+    Args:
+        path: the file.
 
     Raises:
         DataError: the file has other contents.
+
+    Examples:
+        >>> import pickle, tempfile
+        >>> from pathlib import Path
+        >>> from fused_margin.evaluation import read_bin
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder) / "pairs.bin"
+        ...     _ = path.write_bytes(pickle.dumps(([b"an encoded image"] * 40, [True, False] * 10)))
+        ...     data = read_bin(path)
+        >>> data.pairs.shape, int(data.fold.max())
+        ((20, 2), 9)
     """
     content = load_plain(path)
     if not isinstance(content, list) or len(content) != 2 or not isinstance(content[0], list):

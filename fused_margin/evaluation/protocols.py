@@ -21,28 +21,73 @@ INSIGHTFACE_FAR = 1e-3
 
 
 class FoldTar(NamedTuple):
-    """True accept rate on each fold at a threshold chosen on the other folds for a false accept rate."""
+    """True accept rate on each fold, at a threshold chosen on the other folds for a false accept rate of 1e-3.
 
-    tar: np.ndarray  # (folds,)
-    far: np.ndarray  # (folds,) measured on the fold
-    threshold: np.ndarray  # (folds,) squared distance
-    resolved: bool  # the other folds have enough impostors to distinguish the rate from 0
+    Attributes:
+        tar: (folds,) true accept rates.
+        far: (folds,) false accept rates, measured on the fold.
+        threshold: (folds,) squared distances.
+        resolved: whether the other folds have enough impostors to distinguish the rate from 0.
+
+    Examples:
+        >>> import numpy as np
+        >>> from fused_margin.evaluation import FoldTar
+        >>> tar, far, threshold = np.array([0.9, 1.0]), np.array([0.0, 0.002]), np.array([1.2, 1.3])
+        >>> result = FoldTar(tar, far, threshold, resolved=True)
+        >>> float(result.tar.mean())
+        0.95
+    """
+
+    tar: np.ndarray
+    far: np.ndarray
+    threshold: np.ndarray
+    resolved: bool
 
 
 class PairResult(NamedTuple):
-    """Result of a pair protocol."""
+    """Result of a pair protocol.
 
-    scores: np.ndarray  # (num_pairs,) cosine, or log odds of weighted-l1
+    Attributes:
+        scores: (num_pairs,) cosines, or log odds of the weighted L1 distance.
+        folds: accuracy and threshold of each fold.
+        tar: true accept rates, of the variant ``"insightface"`` of :func:`lfw`.
+        heads: the weighted L1 distance of each fold, if it is used.
+
+    Examples:
+        >>> import numpy as np
+        >>> from fused_margin.evaluation import FoldAccuracy, PairResult
+        >>> folds = FoldAccuracy(accuracy=np.array([0.9, 1.0]), threshold=np.array([0.4, 0.5]))
+        >>> result = PairResult(np.array([0.9, 0.1]), folds)
+        >>> mean, std = result.folds.accuracy.mean(), result.folds.accuracy.std()
+        >>> print(f"{100 * mean:.1f} +- {100 * std:.1f} %")
+        95.0 +- 5.0 %
+    """
+
+    scores: np.ndarray
     folds: FoldAccuracy
-    tar: FoldTar | None = None  # of lfw's variant insightface
-    heads: tuple[WeightedL1Head, ...] = ()  # of each fold, for weighted-l1
+    tar: FoldTar | None = None
+    heads: tuple[WeightedL1Head, ...] = ()
 
 
 def join_mirror(features: np.ndarray, mirrored: np.ndarray | None, flip: Flip) -> np.ndarray:
-    """Combine features (n, D) of images and mirror images: their sum (n, D) or concatenation (n, 2 D).
+    """Combine the features of images and their mirror images.
+
+    Args:
+        features: (n, D) of the images.
+        mirrored: (n, D) of the mirror images.
+        flip: ``"sum"`` or ``"concat"``; ``"none"`` returns ``features``.
+
+    Returns:
+        (n, D), or (n, 2 D) for ``"concat"``.
 
     Raises:
-        ValueError: `flip` is unknown, or `mirrored` is missing or has another shape.
+        ValueError: ``flip`` is unknown, or ``mirrored`` is missing or has another shape.
+
+    Examples:
+        >>> import numpy as np
+        >>> from fused_margin.evaluation import join_mirror
+        >>> join_mirror(np.array([[1.0, 2.0]]), np.array([[3.0, 4.0]]), "concat").tolist()
+        [[1.0, 2.0, 3.0, 4.0]]
     """
     check_choice("flip", flip, get_args(Flip))
     if flip == "none":
@@ -59,17 +104,27 @@ def join_mirror(features: np.ndarray, mirrored: np.ndarray | None, flip: Flip) -
 def cosine_pairs(
     features: np.ndarray, pairs: np.ndarray, same: np.ndarray, fold: np.ndarray | None = None
 ) -> PairResult:
-    """Accuracy over folds by the cosine of each pair, as `kfold_accuracy`.
+    """Accuracy over folds by the cosine of each pair, as :func:`kfold_accuracy`.
 
     Args:
         features: (num_images, D), of any norm. A zero row has cosine 0 to all others.
-        pairs: (num_pairs, 2) rows of `features`.
+        pairs: (num_pairs, 2) rows of ``features``.
         same: (num_pairs,) bool, True for pairs of one identity.
         fold: (num_pairs,) integers; by default ten folds of consecutive pairs.
 
     Raises:
         ValueError: an array is empty, has a wrong shape or type, is not finite or out of range, or there are fewer
             pairs than folds.
+
+    Examples:
+        >>> import numpy as np
+        >>> from fused_margin.evaluation import cosine_pairs
+        >>> features = np.array([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 0.9]])
+        >>> pairs = np.array([[0, 1], [0, 2], [2, 3], [1, 3]])
+        >>> same, fold = np.array([True, False, True, False]), np.array([0, 0, 1, 1])
+        >>> result = cosine_pairs(features, pairs, same, fold)
+        >>> result.scores.round(2).tolist(), result.folds.accuracy.tolist()
+        ([0.99, 0.0, 0.99, 0.22], [1.0, 1.0])
     """
     fold = _check_pairs(features, pairs, same, fold)
     unit = normalize(np.asarray(features, np.float64))
@@ -82,18 +137,27 @@ def weighted_l1_pairs(
 ) -> PairResult:
     """Accuracy over folds by DeepFace's weighted L1 distance, learned on the other folds.
 
-    For each fold, `weighted_l1.fit_head` fits a head on the normalized features of the other folds' pairs. The head
+    For each fold, :func:`fit_head` fits a head on the normalized features of the other folds' pairs. The head
     scores the fold, and the best threshold on its scores of the other folds is used. The labels of a fold influence
     neither its scores nor its threshold.
 
     Args:
-        features, pairs, same, fold: as for `cosine_pairs`.
+        features, pairs, same, fold: as for :func:`cosine_pairs`.
 
     Returns:
         Scores are log odds from the head of each fold.
 
     Raises:
-        ValueError: as `cosine_pairs`; also if fewer than three genuine or impostor pairs are outside a fold.
+        ValueError: as :func:`cosine_pairs`; also if fewer than three genuine or impostor pairs are outside a fold.
+
+    Examples:
+        >>> import numpy as np
+        >>> from fused_margin.evaluation import weighted_l1_pairs
+        >>> features = np.array([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 0.9]])
+        >>> pairs = np.array([[0, 1], [0, 2], [2, 3], [1, 3]] * 4)
+        >>> same, fold = np.array([True, False] * 8), np.arange(16) // 8
+        >>> weighted_l1_pairs(features, pairs, same, fold).folds.accuracy.tolist()
+        [1.0, 1.0]
     """
     fold = _check_pairs(features, pairs, same, fold)
     unit = normalize(np.asarray(features, np.float64))
@@ -132,14 +196,25 @@ def lfw(
     Args:
         features: (num_images, D) from the network, not normalized.
         mirrored: (num_images, D) of the mirror images.
-        pairs, same, fold: as for `cosine_pairs`.
+        pairs, same, fold: as for :func:`cosine_pairs`.
 
     Returns:
         Accuracy and threshold (squared distance or cosine) of each fold. Scores are cosines; with "regularface" the
         mean of the other folds is subtracted for each.
 
     Raises:
-        ValueError: as `cosine_pairs`; with "insightface" also if a fold has only genuine or only impostor pairs.
+        ValueError: as :func:`cosine_pairs`; with "insightface" also if a fold has only genuine or only impostor pairs.
+
+    Examples:
+        >>> import numpy as np
+        >>> from fused_margin.evaluation import lfw
+        >>> features = np.array([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 0.9]])
+        >>> pairs = np.array([[0, 1], [0, 2], [2, 3], [1, 3]])
+        >>> same, fold = np.array([True, False, True, False]), np.array([0, 0, 1, 1])
+        >>> mirrored = features + 0.01
+        >>> result = lfw(features, mirrored, pairs, same, fold, variant="insightface")
+        >>> result.folds.accuracy.tolist(), result.tar.tar.tolist()
+        ([1.0, 1.0], [1.0, 1.0])
     """
     if variant not in LFW_FLIP:
         raise ValueError(f"variant: expected {' or '.join(LFW_FLIP)}, got {variant!r}")
@@ -202,18 +277,28 @@ def ytf(
 ) -> PairResult:
     """YouTube Faces (Wolf et al. 2011): 5,000 pairs of videos, ten splits.
 
-    The feature of a video is the mean of its frames' features. Pairs of videos are then scored as by `cosine_pairs` or
-    `weighted_l1_pairs`.
+    The feature of a video is the mean of its frames' features. Pairs of videos are then scored as by
+    :func:`cosine_pairs` or :func:`weighted_l1_pairs`.
 
     Args:
         features: (num_frames, D) from the network, with or without mirror features.
         video: (num_frames,) video index of each frame.
         pairs: (num_pairs, 2) video indices.
-        same, fold: as for `cosine_pairs`.
+        same, fold: as for :func:`cosine_pairs`.
         metric: "cosine" or "weighted-l1".
 
     Raises:
-        ValueError: as the function of the metric; also if `metric` is unknown, or a video in `pairs` has no frame.
+        ValueError: as the function of the metric; also if ``metric`` is unknown, or a video in ``pairs`` has no frame.
+
+    Examples:
+        >>> import numpy as np
+        >>> from fused_margin.evaluation import ytf
+        >>> frames = np.array([[1.0, 0.0], [0.8, 0.2], [0.9, 0.1], [0.0, 1.0], [0.1, 0.9]])
+        >>> video = np.array([0, 0, 1, 2, 3])  # of each frame
+        >>> pairs = np.array([[0, 1], [0, 2], [2, 3], [1, 3]])
+        >>> same, fold = np.array([True, False, True, False]), np.array([0, 0, 1, 1])
+        >>> ytf(frames, video, pairs, same, fold).folds.accuracy.tolist()
+        [1.0, 1.0]
     """
     check_choice("metric", metric, tuple(COMPARE))
     check_features("features", features)

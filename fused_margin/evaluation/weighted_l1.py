@@ -18,12 +18,28 @@ INNER_FOLDS = 3  # of the cross-validation that chooses C
 
 
 class WeightedL1Head(NamedTuple):
-    """score = bias - sum_i alpha_i |f1_i - f2_i|: the log odds that two features belong to one identity."""
+    """DeepFace's weighted L1 distance of two features: the result of :func:`fit_head`.
 
-    alpha: np.ndarray  # (D,), of either sign
+    ``score = bias - sum_i alpha_i |f1_i - f2_i|`` is the log odds that two features belong to one identity.
+
+    Attributes:
+        alpha: (D,), of either sign.
+        bias: the log odds at distance 0.
+        regularisation: the chosen C of scikit-learn's logistic regression.
+        num_pairs: number of training pairs.
+
+    Examples:
+        >>> import numpy as np
+        >>> from fused_margin.evaluation import WeightedL1Head
+        >>> head = WeightedL1Head(alpha=np.array([1.0, 2.0]), bias=3.0, regularisation=1.0, num_pairs=100)
+        >>> head.scores(np.array([[0.0, 0.0], [1.0, 0.5]]), np.array([[0, 0], [0, 1]])).tolist()
+        [3.0, 1.0]
+    """
+
+    alpha: np.ndarray
     bias: float
-    regularisation: float  # the chosen C
-    num_pairs: int  # number of training pairs
+    regularisation: float
+    num_pairs: int
 
     def scores(self, features: np.ndarray, pairs: np.ndarray) -> np.ndarray:
         """Scores (num_pairs,) of pairs (num_pairs, 2) of rows of features (num_rows, D); higher means more similar."""
@@ -40,25 +56,38 @@ def fit_head(
     max_pairs: int | None = None,
     seed: int = 0,
 ) -> WeightedL1Head:
-    """Fit DeepFace's weighted distance d(f1, f2) = sum_i alpha_i |f1_i - f2_i| (Taigman et al., CVPR 2014, sec. 4.2).
+    """Fit DeepFace's weighted L1 distance of two features.
 
-    As in the paper, one logistic unit takes the differences and is trained with cross-entropy, so alpha may have
-    either sign. An L2 penalty bounds alpha, because a few thousand pairs do not determine it. Cross-validation within
-    the given pairs chooses the strength of the penalty. It does not divide folds if each has both kinds of pairs, so
-    that identities are not shared between training and validation pairs. The differences are standardized for the
-    fit, so that the penalty treats all dimensions alike; the returned alpha applies to the original differences.
+    ``d(f1, f2) = sum_i alpha_i |f1_i - f2_i|`` (Taigman et al., CVPR 2014, sec. 4.2). As in the paper, one logistic
+    unit takes the differences and is trained with cross-entropy, so alpha may have either sign. An L2 penalty bounds
+    alpha, because a few thousand pairs do not determine it. Cross-validation within the given pairs chooses the
+    strength of the penalty. It does not divide folds if each has both kinds of pairs, so that identities are not shared
+    between training and validation pairs. The differences are standardized for the fit, so that the penalty treats all
+    dimensions alike; the returned alpha applies to the original differences.
 
     Args:
         features: (num_rows, D) float64, usually of unit norm.
-        pairs: (num_pairs, 2) rows of `features`.
+        pairs: (num_pairs, 2) rows of ``features``.
         same: (num_pairs,) bool, True for pairs of one identity.
         fold: (num_pairs,) integers.
         max_pairs: largest number of pairs to fit; a larger set is subsampled at random. The default is the number of
-            pairs with `BLOCK_VALUES` differences, at least 1,000. The fit needs several copies of the differences.
+            pairs that have 2^23 differences, at least 1,000. The fit needs several copies of the differences.
         seed: of the random subset.
 
     Raises:
         ValueError: an array has a wrong shape or dtype, or there are fewer than three genuine or three impostor pairs.
+
+    Examples:
+        >>> import numpy as np
+        >>> from fused_margin.evaluation import fit_head
+        >>> features = np.random.default_rng(0).normal(size=(40, 2))
+        >>> features[1::2, 0] = features[::2, 0]  # rows 2i and 2i + 1, of one identity, agree here
+        >>> even = np.arange(0, 40, 2)
+        >>> pairs = np.concatenate([np.stack([even, even + 1], 1), np.stack([even, (even + 3) % 40], 1)])
+        >>> same, fold = np.arange(40) < 20, np.arange(40) % 2
+        >>> head = fit_head(features, pairs, same, fold)
+        >>> bool(head.alpha[0] > abs(head.alpha[1]))
+        True
     """
     check_features("features", features)
     check_integers("pairs", pairs, (None, 2))

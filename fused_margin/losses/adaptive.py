@@ -20,19 +20,19 @@ from fused_margin.margins import HardNegatives, Margin, psi, warn_of_degrees
 
 
 class AdaFaceLoss(RunningState, MarginLoss):
-    """AdaFace: the margin depends on the norm of the embedding, a measure of image quality (arXiv:2204.00964, eq. 12 to 15).
+    """AdaFace: the margin depends on the norm of the embedding, a measure of image quality.
 
-    With z, the norm standardized by running statistics and clamped to [-1, 1]::
+    With z, the norm standardized by running statistics and clamped to [-1, 1] (arXiv:2204.00964, eq. 12 to 15)::
 
         psi(theta) = cos(theta - margin * z) - (margin + margin * z)
 
     ``theta - margin * z`` is clamped to [0, pi]. No gradient flows through z.
 
     Args:
-        num_classes: C.
-        embedding_size: D.
+        num_classes: number of classes, C.
+        embedding_size: length of an embedding, D.
         margin: m of the formula, both an angle in radians and a cosine.
-        scale: s of the logits.
+        scale: s, the factor on the cosines; see :class:`fused_margin.MarginLoss`.
         concentration: h; z is +-1 at 1 / h standard deviations from the mean.
         momentum: share of the running statistics that a batch replaces.
         **options: see :class:`fused_margin.MarginLoss`.
@@ -41,11 +41,18 @@ class AdaFaceLoss(RunningState, MarginLoss):
         embeddings (N, D), labels (N,) integers -> scalar, or (N,) with ``reduction="none"``.
 
     Attributes:
-        norm_mean, norm_std: (1,) float64 buffers, the running statistics of the norm. Every forward in training mode
-            updates them.
+        norm_mean: (1,) float64 buffer, the running mean of the norm. Every forward in training mode updates it.
+        norm_std: (1,) float64 buffer, the running standard deviation of the norm.
 
     Raises:
         ValueError, TypeError: for an invalid argument. The message names the argument, the expected and the given value.
+
+    Examples:
+        >>> import torch, fused_margin
+        >>> loss_fn = fused_margin.AdaFaceLoss(num_classes=10, embedding_size=4)
+        >>> loss = loss_fn(torch.full((2, 4), 5.0), torch.tensor([0, 1]))  # every norm is 10
+        >>> loss_fn.norm_mean  # was 20; the momentum is 0.01
+        tensor([19.9000], dtype=torch.float64)
     """
 
     SETTINGS: ClassVar[dict[str, settings.Check]] = {
@@ -113,19 +120,19 @@ class AdaFaceLoss(RunningState, MarginLoss):
 
 
 class MagFaceLoss(MarginLoss):
-    """MagFace: the margin grows with the norm, and a regularizer rewards large norms (arXiv:2103.06627, eq. 2 and 4).
+    """MagFace: the angular margin grows with the norm of the embedding, and a regularizer rewards large norms.
 
-    With a, the norm clamped to ``norms = (l_a, u_a)``, the angular margin increases linearly from ``margins[0]`` at
-    l_a to ``margins[1]`` at u_a, and ``norm_weight * (1 / a + a / u_a^2)`` is added to the loss of every sample.
-    The margin is differentiable in the norm.
+    With a, the norm clamped to ``norms = (l_a, u_a)``, the margin increases linearly from ``margins[0]`` at l_a to
+    ``margins[1]`` at u_a, and ``norm_weight * (1 / a + a / u_a^2)`` is added to the loss of every sample
+    (arXiv:2103.06627, eq. 2 and 4). The margin is differentiable in the norm.
 
     Args:
-        num_classes: C.
-        embedding_size: D.
+        num_classes: number of classes, C.
+        embedding_size: length of an embedding, D.
         margins: smallest and largest angle, in radians.
         norms: range of norms in which the margin increases.
         norm_weight: lambda_g of the paper.
-        scale: s of the logits.
+        scale: s, the factor on the cosines; see :class:`fused_margin.MarginLoss`.
         **options: see :class:`fused_margin.MarginLoss`.
 
     Shape:
@@ -133,6 +140,13 @@ class MagFaceLoss(MarginLoss):
 
     Raises:
         ValueError, TypeError: for an invalid argument. The message names the argument, the expected and the given value.
+
+    Examples:
+        >>> import torch, fused_margin
+        >>> loss_fn = fused_margin.MagFaceLoss(num_classes=10, embedding_size=2)
+        >>> embeddings = torch.tensor([[10.0, 0.0], [60.0, 0.0], [110.0, 0.0]])
+        >>> loss_fn.current_margin(embeddings, torch.tensor([0, 1, 2])).m2  # radians
+        tensor([0.4500, 0.6250, 0.8000], dtype=torch.float64)
     """
 
     SETTINGS: ClassVar[dict[str, settings.Check]] = {
@@ -185,19 +199,19 @@ class MagFaceLoss(MarginLoss):
 
 
 class ElasticFaceLoss(MarginLoss):
-    """ElasticFace: each sample's margin is drawn from a normal distribution (arXiv:2109.09416, eq. 5 and 6).
+    """ElasticFace: each sample's margin is drawn from a normal distribution.
 
-    In evaluation mode the margin is the mean.
+    See arXiv:2109.09416, eq. 5 and 6. In evaluation mode the margin is the mean.
 
     Args:
-        num_classes: C.
-        embedding_size: D.
+        num_classes: number of classes, C.
+        embedding_size: length of an embedding, D.
         margin: mean of the margin: an angle in radians, or a cosine.
         std: standard deviation of the margin.
         kind: ``"arc"`` adds the margin to the angle, ``"cos"`` subtracts it from the cosine.
         by_difficulty: ElasticFace+ of the paper: the drawn margins are sorted, so that samples farther from their class
             get larger margins.
-        scale: s of the logits.
+        scale: s, the factor on the cosines; see :class:`fused_margin.MarginLoss`.
         **options: see :class:`fused_margin.MarginLoss`.
 
     Shape:
@@ -205,6 +219,15 @@ class ElasticFaceLoss(MarginLoss):
 
     Raises:
         ValueError, TypeError: for an invalid argument. The message names the argument, the expected and the given value.
+
+    Examples:
+        >>> import torch, fused_margin
+        >>> loss_fn = fused_margin.ElasticFaceLoss(num_classes=10, embedding_size=4, margin=0.5, std=0.05)
+        >>> embeddings, labels = torch.randn(2, 4), torch.tensor([3, 7])
+        >>> loss_fn.current_margin(embeddings, labels).m2.shape  # one margin per sample
+        torch.Size([2])
+        >>> loss_fn.eval().current_margin(embeddings, labels).m2
+        tensor([0.5000, 0.5000], dtype=torch.float64)
     """
 
     SETTINGS: ClassVar[dict[str, settings.Check]] = {
@@ -257,16 +280,16 @@ class ElasticFaceLoss(MarginLoss):
 
 
 class CurricularFaceLoss(RunningState, MarginLoss):
-    """CurricularFace: ArcFace with weights of hard negatives that grow during training (arXiv:2004.00288).
+    """CurricularFace: ArcFace with weights of hard negatives that grow during training.
 
-    A cosine to another class above ``cos(theta + margin)`` becomes ``cos * (t + cos)`` (eq. 6), where t is the running
-    mean of the target cosines (eq. 9).
+    A cosine to another class above ``cos(theta + margin)`` becomes ``cos * (t + cos)`` (arXiv:2004.00288, eq. 6), where
+    t is the running mean of the target cosines (eq. 9).
 
     Args:
-        num_classes: C.
-        embedding_size: D.
+        num_classes: number of classes, C.
+        embedding_size: length of an embedding, D.
         margin: angle in radians.
-        scale: s of the logits.
+        scale: s, the factor on the cosines: a number, or a 0-d tensor that is not learned.
         momentum: share of t that a batch replaces, before t is used, as in the published code.
         **options: see :class:`fused_margin.MarginLoss`.
 
@@ -278,6 +301,14 @@ class CurricularFaceLoss(RunningState, MarginLoss):
 
     Raises:
         ValueError, TypeError: for an invalid argument. The message names the argument, the expected and the given value.
+
+    Examples:
+        >>> import torch, fused_margin
+        >>> loss_fn = fused_margin.CurricularFaceLoss(num_classes=3, embedding_size=3)
+        >>> _ = torch.nn.init.eye_(loss_fn.weight)
+        >>> loss = loss_fn(torch.eye(3), torch.arange(3))  # every target cosine is 1
+        >>> loss_fn.t  # was 0; the momentum is 0.01
+        tensor([0.0100], dtype=torch.float64)
     """
 
     RUNNING_BUFFERS = ("t",)

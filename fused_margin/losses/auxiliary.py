@@ -51,9 +51,9 @@ class AuxiliaryLoss(settings.Settings):
 
 
 class CenterLoss(RunningState, AuxiliaryLoss):
-    """Center loss: half the squared distance of an embedding to its class's center (Wen et al., ECCV 2016, eq. 2).
+    """Center loss: half the squared distance of an embedding to the center of its class.
 
-    Every forward in training mode moves the centers (eq. 4) after computing its loss::
+    Every forward in training mode moves the centers after computing its loss (Wen et al., ECCV 2016, eq. 2 and 4)::
 
         loss_i = |x_i - c_{y_i}|^2 / 2
         c_j   <- c_j - alpha * sum_{i: y_i = j} (c_j - x_i) / (1 + n_j)         n_j: samples of class j in the batch
@@ -62,12 +62,13 @@ class CenterLoss(RunningState, AuxiliaryLoss):
     gradient. A sample with NaN does not move its center.
 
     Args:
-        num_classes: C.
-        embedding_size: D.
+        num_classes: number of classes, C.
+        embedding_size: length of an embedding, D.
         alpha: step size of the centers, in [0, 1].
         reduction, ignore_index: as in ``torch.nn.CrossEntropyLoss``.
-        device, dtype: device and dtype of ``centers``. They are float32 or float64, because half precision would round
-            small moves to 0.
+        device: device of ``centers``.
+        dtype: dtype of ``centers``, float32 or float64. Half precision becomes float32, because it would round small
+            moves to 0.
 
     Shape:
         embeddings (N, D), labels (N,) -> scalar, or (N,) with ``reduction="none"``; float64 if an input is, else float32.
@@ -77,6 +78,14 @@ class CenterLoss(RunningState, AuxiliaryLoss):
 
     Raises:
         ValueError, TypeError: for an invalid argument. The message names the argument, the expected and the given value.
+
+    Examples:
+        >>> import torch, fused_margin
+        >>> center_loss = fused_margin.CenterLoss(num_classes=10, embedding_size=2)
+        >>> center_loss(torch.tensor([[3.0, 4.0]]), torch.tensor([7])).item()  # the center was 0
+        12.5
+        >>> center_loss.centers[7]  # alpha / (1 + 1) = 0.25 of the way
+        tensor([0.7500, 1.0000])
     """
 
     SETTINGS: ClassVar[dict[str, settings.Check]] = {"alpha": settings.number(0.0, 1.0)}
@@ -114,6 +123,7 @@ class CenterLoss(RunningState, AuxiliaryLoss):
 
     @once_per_step
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """The loss of embeddings (N, D) with labels (N,). In training mode it moves the centers."""
         _checks.batch(embeddings, self.centers, labels)
         classes, valid = self.classes(labels, len(self.centers))
         dtype = compute_dtype(embeddings, self.centers)
@@ -143,14 +153,16 @@ class CenterLoss(RunningState, AuxiliaryLoss):
 
 
 class RingLoss(RunningState, AuxiliaryLoss):
-    """Ring loss: pulls the norms of embeddings towards a learned radius (Zheng et al., CVPR 2018, arXiv:1803.00130, eq. 2).
+    """Ring loss: pulls the norms of embeddings towards a learned radius.
 
-    ``loss_i = (|x_i| - radius)^2 / 2``. Multiply it by the paper's lambda when adding it to another loss.
+    ``loss_i = (|x_i| - radius)^2 / 2`` (Zheng et al., CVPR 2018, arXiv:1803.00130, eq. 2). Multiply it by the paper's
+    lambda when adding it to another loss.
 
     Args:
         radius: initial radius. None uses the mean norm of the first batch in training mode, as in the published code.
         reduction, ignore_index: as in ``torch.nn.CrossEntropyLoss``.
-        device, dtype: device and dtype of ``radius``.
+        device: device of ``radius``.
+        dtype: dtype of ``radius``.
 
     Shape:
         embeddings (N, D), labels (N,) or None -> scalar, or (N,) with ``reduction="none"``; float64 if an input is,
@@ -162,6 +174,12 @@ class RingLoss(RunningState, AuxiliaryLoss):
 
     Raises:
         ValueError, TypeError: for an invalid argument. The message names the argument, the expected and the given value.
+
+    Examples:
+        >>> import torch, fused_margin
+        >>> ring_loss = fused_margin.RingLoss(radius=3.0)
+        >>> ring_loss(torch.tensor([[3.0, 4.0]])).item()  # (5 - 3)^2 / 2
+        2.0
     """
 
     RUNNING_BUFFERS = ("initialised",)
@@ -186,6 +204,7 @@ class RingLoss(RunningState, AuxiliaryLoss):
 
     @once_per_step
     def forward(self, embeddings: Tensor, labels: Tensor | None = None) -> Tensor:
+        """The loss of embeddings (N, D). Labels (N,), if given, determine which samples are ignored."""
         _checks.matrix("embeddings", embeddings, "(N, embedding_size)")
         _checks.same_device("embeddings", embeddings, self.radius)
         norm = torch.linalg.vector_norm(embeddings, dim=1, dtype=compute_dtype(embeddings, self.radius))
@@ -215,9 +234,10 @@ class RingLoss(RunningState, AuxiliaryLoss):
 
 
 class IntraLoss(AuxiliaryLoss):
-    """Intra-loss: the angle of an embedding to its class's weight, over pi (ArcFace, arXiv:1801.07698, eq. 5).
+    """Intra-loss: the angle of an embedding to the weight of its class, divided by pi.
 
-    ``loss_i = theta_{y_i} / pi``. The gradient is exact. It is 0 where theta is 0 or pi, where no derivative exists.
+    ``loss_i = theta_{y_i} / pi`` (ArcFace, arXiv:1801.07698, eq. 5). The gradient is exact. It is 0 where theta is 0 or
+    pi, where no derivative exists.
 
     Args:
         reduction, ignore_index: as in ``torch.nn.CrossEntropyLoss``.
@@ -228,12 +248,19 @@ class IntraLoss(AuxiliaryLoss):
 
     Raises:
         ValueError, TypeError: for an invalid argument. The message names the argument, the expected and the given value.
+
+    Examples:
+        >>> import torch, fused_margin
+        >>> embeddings, weight, labels = torch.tensor([[0.0, 3.0]]), torch.eye(2), torch.tensor([0])
+        >>> fused_margin.IntraLoss()(embeddings, weight, labels).item()  # 90 degrees
+        0.5
     """
 
     def __init__(self, *, reduction: str = "mean", ignore_index: int = -100):
         super().__init__(reduction, ignore_index)
 
     def forward(self, embeddings: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        """The loss of embeddings (N, D) with labels (N,), by class weights (C, D)."""
         _checks.batch(embeddings, weight, labels)
         refuse_stepped(weight)
         classes, valid = self.classes(labels, len(weight))
@@ -247,11 +274,11 @@ class IntraLoss(AuxiliaryLoss):
 
 
 class InterLoss(AuxiliaryLoss):
-    """Inter-loss: minus the mean angle of a sample's class weight to the others, over pi (ArcFace, arXiv:1801.07698, eq. 6).
+    """Inter-loss: minus the mean angle of the weight of a sample's class to the others, divided by pi.
 
-    ``loss_i = -1 / (pi (C - 1)) * sum_{j != y_i} arccos(w_{y_i} . w_j)`` with unit-length class weights. A class counts
-    once per sample of the batch. The (N, C) cosines are computed in tiles. In the gradient sin(theta) is bounded below by
-    the square root of the dtype's epsilon.
+    ``loss_i = -1 / (pi (C - 1)) * sum_{j != y_i} arccos(w_{y_i} . w_j)`` with unit-length class weights (ArcFace,
+    arXiv:1801.07698, eq. 6). A class counts once per sample of the batch. The (N, C) cosines are computed in tiles. In
+    the gradient sin(theta) is bounded below by the square root of the dtype's epsilon.
 
     Args:
         reduction, ignore_index: as in ``torch.nn.CrossEntropyLoss``.
@@ -263,6 +290,12 @@ class InterLoss(AuxiliaryLoss):
 
     Raises:
         ValueError, TypeError: for an invalid argument. The message names the argument, the expected and the given value.
+
+    Examples:
+        >>> import torch, fused_margin
+        >>> weight = torch.tensor([[1.0, 0.0], [-2.0, 0.0]])  # at an angle of pi
+        >>> round(fused_margin.InterLoss()(weight, torch.tensor([0])).item(), 4)
+        -1.0
     """
 
     def __init__(self, *, reduction: str = "mean", ignore_index: int = -100, workspace_mb: float = 256):
@@ -270,6 +303,7 @@ class InterLoss(AuxiliaryLoss):
         self.workspace_mb = workspace_mb
 
     def forward(self, weight: Tensor, labels: Tensor) -> Tensor:
+        """The loss of class weights (C, D), of which the classes in labels (N,) count."""
         _checks.class_weights(weight, at_least=2)
         _checks.labels(labels, weight)
         refuse_stepped(weight)
@@ -281,9 +315,10 @@ class InterLoss(AuxiliaryLoss):
 
 
 class UniformLoss(AuxiliaryLoss):
-    """UniformFace's uniform loss: the mean potential of the pairs of class weights (Duan, Lu and Zhou, CVPR 2019).
+    """UniformFace's uniform loss: the mean potential of the pairs of class weights.
 
-    The mean is over all ordered pairs of classes, with unit-length class weights as class centers::
+    The mean is over all ordered pairs of classes, with unit-length class weights as class centers (Duan, Lu and Zhou,
+    CVPR 2019)::
 
         loss = 1 / (C (C - 1)) * sum_i sum_{j != i} 1 / (1 + |w_i - w_j|)
 
@@ -301,6 +336,12 @@ class UniformLoss(AuxiliaryLoss):
 
     Raises:
         ValueError, TypeError: for an invalid argument. The message names the argument, the expected and the given value.
+
+    Examples:
+        >>> import torch, fused_margin
+        >>> weight = torch.tensor([[1.0, 0.0], [-2.0, 0.0]])  # unit-length rows have a distance of 2
+        >>> round(fused_margin.UniformLoss()(weight).item(), 4)
+        0.3333
     """
 
     SETTINGS: ClassVar[dict[str, settings.Check]] = {"batch_classes": settings.boolean}
@@ -311,6 +352,7 @@ class UniformLoss(AuxiliaryLoss):
         self.batch_classes, self.workspace_mb = batch_classes, workspace_mb
 
     def forward(self, weight: Tensor, labels: Tensor | None = None) -> Tensor:
+        """The loss of class weights (C, D). Labels (N,) are needed with ``batch_classes``."""
         _checks.class_weights(weight, at_least=2)
         refuse_stepped(weight)
         weight = weight.to(compute_dtype(weight))

@@ -28,9 +28,21 @@ PROBABILITY = 0.9  # of a sample's class; a scale too small to reach it triggers
 
 
 class ClassificationLoss(settings.Settings):
-    """A loss with class weights, and with the options of a cross-entropy over the classes.
+    """The base class of all losses with class weights: the options of a cross-entropy over the classes.
 
-    See :class:`MarginLoss` for the arguments.
+    See :class:`fused_margin.MarginLoss` for the arguments.
+
+    Attributes:
+        weight: (C, D) parameter. If classes are divided, it holds the classes of this rank.
+        shard: the :class:`fused_margin.distributed.Shard` of this rank, or None if classes are not divided.
+
+    Examples:
+        >>> import torch, fused_margin
+        >>> loss_fn = fused_margin.SoftmaxLoss(num_classes=10, embedding_size=4)
+        >>> isinstance(loss_fn, fused_margin.losses.ClassificationLoss)
+        True
+        >>> {name: tuple(value.shape) for name, value in loss_fn.sharded_state_dict().items()}
+        {'weight': (10, 4), 'bias': (10,)}
     """
 
     SETTINGS: ClassVar[dict[str, settings.Check]] = {
@@ -101,6 +113,7 @@ class ClassificationLoss(settings.Settings):
 
     @property
     def process_group(self) -> dist.ProcessGroup | None:
+        """The group whose ranks the classes are divided among, or None."""
         return None if self.shard is None else self.shard.group
 
     @property
@@ -250,38 +263,42 @@ class MarginLoss(ClassificationLoss):
     """The base class of the margin losses: cross-entropy over scaled cosines with a margin on the target.
 
     See :func:`fused_margin.functional.margin_cross_entropy` for the formula. Subclasses add arguments of their own.
+    The arguments after ``scale`` are the keyword arguments of every margin loss.
 
     Args:
-        num_classes: C.
-        embedding_size: D.
+        num_classes: number of classes, C.
+        embedding_size: length of an embedding, D.
         numbers: a dict of the numbers m1, m2 and m3 of :class:`fused_margin.Margin` that are not attributes of the
             subclass.
         scale: s of the logits, a positive number. None uses the norm of each embedding. A 0-d tensor becomes a buffer, a
             ``torch.nn.Parameter`` a learned parameter.
-        exclusive_weight: lambda of RegularFace's exclusive term, which is added to the loss. 0 switches it off.
-        exclusive_refresh: when to search the nearest classes of that term, see
-            :class:`fused_margin.ExclusiveRegularizer`.
-        class_weight: (C,) factors, as ``weight`` in ``torch.nn.CrossEntropyLoss``. A buffer.
-        reduction, ignore_index, label_smoothing: as in ``torch.nn.CrossEntropyLoss``.
         beyond_pi, easy, gradient: see :class:`fused_margin.Margin`.
+        exclusive_weight: lambda of RegularFace's exclusive term, which is added to the loss. Default: 0.0, no term.
+        exclusive_refresh: when to search the nearest classes of that term, see
+            :class:`fused_margin.ExclusiveRegularizer`. Default: "every_step".
+        class_weight: (C,) factors, as ``weight`` in ``torch.nn.CrossEntropyLoss``. A buffer. Default: None.
+        reduction: as in ``torch.nn.CrossEntropyLoss``. Default: "mean".
+        ignore_index: as in ``torch.nn.CrossEntropyLoss``. Default: -100.
+        label_smoothing: as in ``torch.nn.CrossEntropyLoss``. Default: 0.0.
         sub_centers: rows of ``weight`` per class; the cosine to a class is the cosine to its nearest row (see
-            :class:`fused_margin.SubCenterArcFaceLoss`).
+            :class:`fused_margin.SubCenterArcFaceLoss`). Default: 1.
         process_group: divides the classes among the ranks of a torch.distributed group. ``weight`` then holds the
             classes of this rank, a contiguous slice (the first C % world_size ranks have one more class). Every rank
             calls the loss with its own samples. It gets the loss of the samples of all ranks (its own losses with
             ``reduction="none"``) and the gradients of that loss. DistributedDataParallel divides the backbone's gradients
             by the number of ranks; to undo this, multiply the gradient of the embeddings:
-            ``embeddings.register_hook(lambda g: g * world_size)``. Keep the loss outside of
-            DistributedDataParallel, which would give every rank the same class weights; the forward raises ValueError.
+            ``embeddings.register_hook(lambda g: g * world_size)``. Keep the loss outside of DistributedDataParallel, which
+            would give every rank the same class weights; the forward raises ValueError. Default: None, no division.
         sample_rate: share of the classes that take part in a training step: the classes of the samples, and other
-            classes drawn by torch's generator (PartialFC, arXiv:2203.15565).
+            classes drawn by torch's generator (PartialFC, arXiv:2203.15565). Default: 1.0.
         sparse: if True and sample_rate is below 1, the gradient of ``weight`` is sparse, as in ``torch.nn.Embedding``.
             :class:`fused_margin.optim.ProjectedSGD` accepts sparse gradients (with ``project=False`` it makes the step of
             ``torch.optim.SGD``), and does not change the rows and the momentum of the other classes. If False, the
             gradient is dense, which every optimizer, ``clip_grad_norm_`` and DistributedDataParallel accept; weight decay
-            and momentum then change all classes.
-        workspace_mb: bound on scratch memory in MiB, for any C.
-        device, dtype: device and dtype of ``weight``.
+            and momentum then change all classes. Default: False.
+        workspace_mb: bound on scratch memory in MiB, for any C. Default: 256.
+        device: device of ``weight``. Default: None, torch's default device.
+        dtype: dtype of ``weight``. Default: None, torch's default dtype.
 
     Arguments are attributes that can be set between steps: a margin schedule is ``loss_fn.margin = 0.3``. A new value is
     checked as in the constructor, and nothing changes if the check raises. num_classes, embedding_size, sub_centers,
@@ -303,6 +320,20 @@ class MarginLoss(ClassificationLoss):
 
     Raises:
         ValueError, TypeError: for an invalid argument. The message names the argument, the expected and the given value.
+
+    Examples:
+        A margin of your own is a method of a subclass:
+
+        >>> import torch, fused_margin
+        >>> class LargerForSmallClasses(fused_margin.MarginLoss):
+        ...     def __init__(self, counts, embedding_size, scale=64.0, **options):
+        ...         super().__init__(len(counts), embedding_size, {}, scale, **options)
+        ...         self.register_buffer("margins", 0.5 / counts**0.25)
+        ...     def current_margin(self, embeddings, labels):
+        ...         return fused_margin.Margin(m2=self.margins[labels])
+        >>> loss_fn = LargerForSmallClasses(torch.tensor([1.0, 16.0, 81.0]), 4, reduction="none")
+        >>> loss_fn(torch.randn(2, 4), torch.tensor([0, 2])).shape
+        torch.Size([2])
     """
 
     SETTINGS: ClassVar[dict[str, settings.Check]] = {**settings.MARGIN_OPTIONS, "scale": settings.scale}
@@ -367,6 +398,15 @@ class MarginLoss(ClassificationLoss):
         nn.init.normal_(self.weight, std=0.01)
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """The loss of a batch.
+
+        Args:
+            embeddings: (N, D), float32, float64, float16 or bfloat16. They need not be normalized.
+            labels: (N,) integers in [0, C), or ``ignore_index``.
+
+        Returns:
+            Scalar, or (N,) with ``reduction="none"``; float64 if an input is, else float32.
+        """
         # Checked first, because current_margin reads them. A rank may have no classes.
         _checks.embeddings_for(embeddings, self.weight, at_least=1 if self.shard is None else 0)
         _checks.per_sample_index("labels", labels, embeddings)
@@ -419,18 +459,18 @@ class MarginLoss(ClassificationLoss):
             setattr(self, setting, getattr(value, number))
 
     def current_margin(self, embeddings: Tensor, labels: Tensor) -> Margin:
-        """The margin of this step."""
+        """The margin of this step, with a number or an (N,) tensor for m1, m2 and m3. Override it for a margin of your own."""
         return self.margin_function
 
     def current_scale(self, device: torch.device) -> float | Tensor | None:
-        """The scale of this step."""
+        """The scale of this step: a number, a tensor, or None for the norm of each embedding."""
         if torch.compiler.is_compiling() and self.scale_was_changed and _checks.is_number(self.scale):
             # A number would be a constant of the graph, which would be compiled for every value.
             return torch.ones((), dtype=torch.float64, device=device) * self.scale
         return self.scale if self.shard is None else self.all_reduce_gradient(self.scale)
 
     def hard_negatives(self, embeddings: Tensor, labels: Tensor) -> HardNegatives | None:
-        """The treatment of hard negatives in this step."""
+        """The :class:`fused_margin.margins.HardNegatives` of this step, or None."""
         return None
 
     def logits(self, embeddings: Tensor) -> Tensor:

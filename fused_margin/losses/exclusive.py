@@ -58,6 +58,15 @@ class ExclusiveRegularizer(settings.Settings):
         ValueError, TypeError: for another ``refresh``.
         RuntimeError: for weights on a CUDA device on whose compute capability the exact search has not been validated
             (see :func:`fused_margin.build_info`), unless ``refresh`` is ``"every_step"``.
+
+    Examples:
+        >>> import torch, fused_margin
+        >>> regularizer = fused_margin.ExclusiveRegularizer()
+        >>> weight = torch.tensor([[1.0, 0.0], [1.0, 1.0], [-1.0, 0.0]], requires_grad=True)
+        >>> term = regularizer(weight)  # (cos 45 + cos 45 + cos 135 degrees) / 3
+        >>> round(term.item(), 4)
+        0.2357
+        >>> term.backward()
     """
 
     refresh: str | int
@@ -133,6 +142,7 @@ class ExclusiveRegularizer(settings.Settings):
         return NearestClass(cosine, index.clone())
 
     def forward(self, weight: Tensor) -> Tensor:
+        """The term of class weights (C, D): a differentiable scalar, float64 if ``weight`` is, else float32."""
         return exclusive_regularization(
             weight, nearest=self.find(weight), shard=self.shard, workspace_mb=self.workspace_mb
         )

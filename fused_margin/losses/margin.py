@@ -18,13 +18,15 @@ from fused_margin.margins import Margin
 
 
 class ArcFaceLoss(MarginLoss):
-    """ArcFace: an additive angular margin, ``psi = cos(theta + margin)`` (arXiv:1801.07698, eq. 3).
+    """ArcFace: an additive angular margin.
+
+    ``psi(theta) = cos(theta + margin)`` (arXiv:1801.07698, eq. 3).
 
     Args:
-        num_classes: C.
-        embedding_size: D.
+        num_classes: number of classes, C.
+        embedding_size: length of an embedding, D.
         margin: angle in radians.
-        scale: s of the logits.
+        scale: s, the factor on the cosines; see :class:`fused_margin.MarginLoss`.
         **options: exclusive_weight, class_weight, reduction, ignore_index, label_smoothing, sub_centers, process_group,
             sample_rate, workspace_mb and others; see :class:`fused_margin.MarginLoss`.
 
@@ -36,6 +38,19 @@ class ArcFaceLoss(MarginLoss):
 
     Raises:
         ValueError, TypeError: for an invalid argument. The message names the argument, the expected and the given value.
+
+    Examples:
+        >>> import torch, fused_margin
+        >>> loss_fn = fused_margin.ArcFaceLoss(num_classes=3, embedding_size=3, scale=4.0)
+        >>> _ = torch.nn.init.eye_(loss_fn.weight)
+        >>> embeddings, labels = torch.eye(3), torch.arange(3)  # every angle to the own class is 0
+        >>> round(loss_fn(embeddings, labels).item(), 4)  # log(1 + 2 exp(-4 cos(0.5)))
+        0.0581
+        >>> loss_fn.margin = 0.0  # between steps: a margin schedule
+        >>> round(loss_fn(embeddings, labels).item(), 4)
+        0.036
+        >>> loss_fn.logits(embeddings).shape
+        torch.Size([3, 3])
     """
 
     SETTINGS: ClassVar[dict[str, settings.Check]] = {"margin": settings.angle(-math.inf)}
@@ -55,13 +70,15 @@ class ArcFaceLoss(MarginLoss):
 
 
 class SubCenterArcFaceLoss(MarginLoss):
-    """Sub-center ArcFace: ArcFace with the nearest of several centers per class (ECCV 2020, eq. 3), for noisy labels.
+    """Sub-center ArcFace: ArcFace with several centers per class, for noisy labels.
+
+    The cosine to a class is the cosine to its nearest center (ECCV 2020, eq. 3).
 
     Args:
-        num_classes: C.
-        embedding_size: D.
+        num_classes: number of classes, C.
+        embedding_size: length of an embedding, D.
         margin: angle in radians.
-        scale: s of the logits.
+        scale: s, the factor on the cosines; see :class:`fused_margin.MarginLoss`.
         sub_centers: rows of ``weight`` per class, class by class: ``weight`` is (C * sub_centers, D).
         **options: see :class:`fused_margin.MarginLoss`.
 
@@ -70,6 +87,14 @@ class SubCenterArcFaceLoss(MarginLoss):
 
     Raises:
         ValueError, TypeError: for an invalid argument. The message names the argument, the expected and the given value.
+
+    Examples:
+        >>> import torch, fused_margin
+        >>> loss_fn = fused_margin.SubCenterArcFaceLoss(num_classes=10, embedding_size=4, sub_centers=3)
+        >>> loss_fn.weight.shape
+        torch.Size([30, 4])
+        >>> loss_fn.logits(torch.randn(2, 4)).shape
+        torch.Size([2, 10])
     """
 
     SETTINGS: ClassVar[dict[str, settings.Check]] = {"margin": settings.angle(-math.inf)}
@@ -90,13 +115,15 @@ class SubCenterArcFaceLoss(MarginLoss):
 
 
 class CosFaceLoss(MarginLoss):
-    """CosFace: an additive cosine margin, ``psi = cos(theta) - margin`` (arXiv:1801.09414, eq. 4).
+    """CosFace: an additive cosine margin.
+
+    ``psi(theta) = cos(theta) - margin`` (arXiv:1801.09414, eq. 4).
 
     Args:
-        num_classes: C.
-        embedding_size: D.
+        num_classes: number of classes, C.
+        embedding_size: length of an embedding, D.
         margin: cosine to subtract.
-        scale: s of the logits.
+        scale: s, the factor on the cosines; see :class:`fused_margin.MarginLoss`.
         **options: see :class:`fused_margin.MarginLoss`.
 
     Shape:
@@ -104,6 +131,14 @@ class CosFaceLoss(MarginLoss):
 
     Raises:
         ValueError, TypeError: for an invalid argument. The message names the argument, the expected and the given value.
+
+    Examples:
+        >>> import torch, fused_margin
+        >>> loss_fn = fused_margin.CosFaceLoss(num_classes=3, embedding_size=3, margin=0.35, scale=4.0)
+        >>> _ = torch.nn.init.eye_(loss_fn.weight)
+        >>> loss = loss_fn(torch.eye(3), torch.arange(3))
+        >>> round(loss.item(), 4)  # log(1 + 2 exp(-4 (1 - 0.35)))
+        0.1385
     """
 
     SETTINGS: ClassVar[dict[str, settings.Check]] = {"margin": settings.number(-math.inf)}
@@ -123,12 +158,14 @@ class CosFaceLoss(MarginLoss):
 
 
 class NormFaceLoss(MarginLoss):
-    """NormFace: softmax over scaled cosines, without margin (arXiv:1704.06369).
+    """NormFace: softmax over scaled cosines, without a margin.
+
+    ``psi(theta) = cos(theta)`` (arXiv:1704.06369).
 
     Args:
-        num_classes: C.
-        embedding_size: D.
-        scale: s of the logits.
+        num_classes: number of classes, C.
+        embedding_size: length of an embedding, D.
+        scale: s, the factor on the cosines; see :class:`fused_margin.MarginLoss`.
         **options: see :class:`fused_margin.MarginLoss`.
 
     Shape:
@@ -136,6 +173,14 @@ class NormFaceLoss(MarginLoss):
 
     Raises:
         ValueError, TypeError: for an invalid argument. The message names the argument, the expected and the given value.
+
+    Examples:
+        >>> import torch, fused_margin
+        >>> loss_fn = fused_margin.NormFaceLoss(num_classes=3, embedding_size=3, scale=4.0)
+        >>> _ = torch.nn.init.eye_(loss_fn.weight)
+        >>> loss = loss_fn(torch.eye(3), torch.arange(3))
+        >>> round(loss.item(), 4)  # log(1 + 2 exp(-4))
+        0.036
     """
 
     def __init__(
@@ -149,15 +194,18 @@ class NormFaceLoss(MarginLoss):
 
 
 class CombinedMarginLoss(MarginLoss):
-    """The combined margin of three numbers, ``psi = cos(m1 * theta + m2) - m3`` (arXiv:1801.07698, eq. 4).
+    """Combined margin: SphereFace's, ArcFace's and CosFace's margin together.
+
+    ``psi(theta) = cos(m1 * theta + m2) - m3`` (arXiv:1801.07698, eq. 4). :data:`fused_margin.margins.CM1` and
+    :data:`fused_margin.margins.CM2` are the paper's numbers.
 
     Args:
-        num_classes: C.
-        embedding_size: D.
+        num_classes: number of classes, C.
+        embedding_size: length of an embedding, D.
         m1: factor on the angle.
         m2: angle in radians.
         m3: cosine to subtract.
-        scale: s of the logits.
+        scale: s, the factor on the cosines; see :class:`fused_margin.MarginLoss`.
         **options: see :class:`fused_margin.MarginLoss`.
 
     Shape:
@@ -165,6 +213,16 @@ class CombinedMarginLoss(MarginLoss):
 
     Raises:
         ValueError, TypeError: for an invalid argument. The message names the argument, the expected and the given value.
+
+    Examples:
+        >>> import torch, fused_margin
+        >>> from fused_margin.margins import CM2
+        >>> loss_fn = fused_margin.CombinedMarginLoss(num_classes=3, embedding_size=3, scale=4.0, **CM2)
+        >>> loss_fn
+        CombinedMarginLoss(num_classes=3, embedding_size=3, scale=4.0, m1=0.9, m2=0.4, m3=0.15)
+        >>> _ = torch.nn.init.eye_(loss_fn.weight)
+        >>> round(loss_fn(torch.eye(3), torch.arange(3)).item(), 4)  # log(1 + 2 exp(-4 (cos(0.4) - 0.15)))
+        0.0876
     """
 
     SETTINGS: ClassVar[dict[str, settings.Check]] = dict.fromkeys(("m1", "m2", "m3"), settings.margin_number)
@@ -188,11 +246,13 @@ class CombinedMarginLoss(MarginLoss):
 
 
 class ModifiedSoftmaxLoss(MarginLoss):
-    """Modified softmax: A-Softmax without margin, with the logits ``|x_i| cos_ij`` (arXiv:1704.08063, eq. 5).
+    """Modified softmax: the norm of the embedding is the scale, and there is no margin.
+
+    The logits are ``|x_i| cos_ij`` (arXiv:1704.08063, eq. 5).
 
     Args:
-        num_classes: C.
-        embedding_size: D.
+        num_classes: number of classes, C.
+        embedding_size: length of an embedding, D.
         **options: see :class:`fused_margin.MarginLoss`.
 
     Shape:
@@ -200,6 +260,14 @@ class ModifiedSoftmaxLoss(MarginLoss):
 
     Raises:
         ValueError, TypeError: for an invalid argument. The message names the argument, the expected and the given value.
+
+    Examples:
+        >>> import torch, fused_margin
+        >>> loss_fn = fused_margin.ModifiedSoftmaxLoss(num_classes=3, embedding_size=3)
+        >>> _ = torch.nn.init.eye_(loss_fn.weight)
+        >>> loss = loss_fn(4.0 * torch.eye(3), torch.arange(3))
+        >>> round(loss.item(), 4)  # log(1 + 2 exp(-4)), because every norm is 4
+        0.036
     """
 
     def __init__(self, num_classes: int, embedding_size: int, **options: Unpack[MarginOptions]):
@@ -234,11 +302,13 @@ class AnnealedMargin(RunningState, ClassificationLoss):
 
 
 class SphereFaceLoss(AnnealedMargin, MarginLoss):
-    """SphereFace / A-Softmax: a multiplicative angular margin (arXiv:1704.08063, eq. 7).
+    """SphereFace (A-Softmax): a multiplicative angular margin.
+
+    ``psi(theta) = (-1)^k cos(margin * theta) - 2k`` with ``k = floor(margin * theta / pi)`` (arXiv:1704.08063, eq. 7).
 
     Args:
-        num_classes: C.
-        embedding_size: D.
+        num_classes: number of classes, C.
+        embedding_size: length of an embedding, D.
         margin: factor on the angle, any real number >= 1.
         scale: s of the logits. None uses the norm of each embedding, as in the paper.
         annealing: start near plain softmax, as in the published code: the target cosine is
@@ -254,6 +324,15 @@ class SphereFaceLoss(AnnealedMargin, MarginLoss):
 
     Raises:
         ValueError, TypeError: for an invalid argument. The message names the argument, the expected and the given value.
+
+    Examples:
+        >>> import math, torch, fused_margin
+        >>> loss_fn = fused_margin.SphereFaceLoss(num_classes=2, embedding_size=2, margin=2, annealing=False)
+        >>> _ = torch.nn.init.eye_(loss_fn.weight)
+        >>> angle = math.pi / 6  # to class 0; psi = cos(2 * 30 degrees) = 0.5
+        >>> loss = loss_fn(torch.tensor([[math.cos(angle), math.sin(angle)]]), torch.tensor([0]))
+        >>> round(loss.item(), 4)  # log(1 + exp(cos(60 degrees) - 0.5))
+        0.6931
     """
 
     NUMBERS: ClassVar[dict[str, str]] = {"margin": "m1"}

@@ -22,32 +22,37 @@ from fused_margin.nearest import exclusive_regularization
 
 
 class SoftmaxLoss(ClassificationLoss):
-    """Plain softmax: cross-entropy over ``x_i . w_j + b_j``, computed in chunks of the (N, C) logits.
+    """Plain softmax: cross-entropy over inner products of embeddings and class weights.
+
+    The logits ``x_i . w_j + b_j`` are computed in chunks. They are those of a ``torch.nn.Linear`` before
+    ``torch.nn.CrossEntropyLoss``.
 
     Args:
-        num_classes: C.
-        embedding_size: D.
+        num_classes: number of classes, C.
+        embedding_size: length of an embedding, D.
         bias: whether to learn a (C,) ``bias``, initialized 0.
-        exclusive_weight, exclusive_refresh: as in :class:`fused_margin.MarginLoss`.
-        class_weight: (C,) factors, as ``weight`` in ``torch.nn.CrossEntropyLoss``. A buffer.
-        reduction, ignore_index, label_smoothing: as in ``torch.nn.CrossEntropyLoss``.
-        process_group, sample_rate, sparse: as in :class:`fused_margin.MarginLoss`. A bias is divided among ranks like
-            ``weight``, and its gradient is dense.
-        workspace_mb: bound on scratch memory in MiB, for any C.
-        device, dtype: device and dtype of the parameters.
-
-    Arguments can be set as attributes between steps, see :class:`fused_margin.MarginLoss`. ``bias`` is a parameter.
+        **options: see :class:`fused_margin.MarginLoss`; ``beyond_pi``, ``easy``, ``gradient`` and ``sub_centers``
+            belong to the losses over cosines. If ``process_group`` divides the classes, it divides ``bias`` too. The
+            gradient of ``bias`` is dense.
 
     Shape:
         embeddings (N, D), labels (N,) integers -> scalar, or (N,) with ``reduction="none"``.
 
     Attributes:
-        weight: (C, D) parameter, initialised as in ``torch.nn.Linear``. If classes are divided, it holds the classes of
+        weight: (C, D) parameter, initialized as in ``torch.nn.Linear``. If classes are divided, it holds the classes of
             this rank.
         bias: (C,) parameter, or None.
 
     Raises:
         ValueError, TypeError: for an invalid argument. The message names the argument, the expected and the given value.
+
+    Examples:
+        >>> import torch, fused_margin
+        >>> loss_fn = fused_margin.SoftmaxLoss(num_classes=10, embedding_size=4)
+        >>> embeddings, labels = torch.randn(2, 4), torch.tensor([3, 7])
+        >>> expected = torch.nn.functional.cross_entropy(loss_fn.logits(embeddings), labels)
+        >>> torch.allclose(loss_fn(embeddings, labels), expected, atol=1e-5)
+        True
     """
 
     bias: nn.Parameter | None
@@ -68,6 +73,15 @@ class SoftmaxLoss(ClassificationLoss):
             nn.init.zeros_(self.bias)
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """The loss of a batch.
+
+        Args:
+            embeddings: (N, D), float32, float64, float16 or bfloat16.
+            labels: (N,) integers in [0, C), or ``ignore_index``.
+
+        Returns:
+            Scalar, or (N,) with ``reduction="none"``; float64 if an input is, else float32.
+        """
         _checks.batch(embeddings, self.weight, labels, at_least=1 if self.shard is None else 0)
         _checks.per_class("bias", self.bias, self.weight, len(self.weight))
         if self.class_weight is not None or self.sub_centers > 1 or self.shard is not None:
@@ -116,15 +130,17 @@ class SoftmaxLoss(ClassificationLoss):
 
 
 class L2SoftmaxLoss(SoftmaxLoss):
-    """L2-softmax: softmax over embeddings of equal length, ``alpha x_i / |x_i|`` (arXiv:1703.09507, eq. 3).
+    """L2-softmax: softmax over embeddings of equal length.
+
+    The embeddings become ``alpha x_i / |x_i|`` (arXiv:1703.09507, eq. 3).
 
     Args:
-        num_classes: C.
-        embedding_size: D.
+        num_classes: number of classes, C.
+        embedding_size: length of an embedding, D.
         alpha: length of the embeddings. None learns it, starting at the paper's lower bound (eq. 5, probability 0.9).
             Setting a number fills a learned alpha; setting None replaces a number by a learned alpha.
         bias: whether to learn a (C,) ``bias``, initialized 0.
-        **options: see :class:`fused_margin.SoftmaxLoss`.
+        **options: see :class:`fused_margin.MarginLoss`, and :class:`fused_margin.SoftmaxLoss` for exceptions.
 
     Shape:
         embeddings (N, D), labels (N,) integers -> scalar, or (N,) with ``reduction="none"``.
@@ -136,6 +152,14 @@ class L2SoftmaxLoss(SoftmaxLoss):
 
     Raises:
         ValueError, TypeError: for an invalid argument. The message names the argument, the expected and the given value.
+
+    Examples:
+        >>> import torch, fused_margin
+        >>> loss_fn = fused_margin.L2SoftmaxLoss(num_classes=1000, embedding_size=4)  # learns alpha
+        >>> round(loss_fn.alpha.item(), 2)  # log(0.9 * 998 / 0.1)
+        9.1
+        >>> loss_fn(torch.randn(2, 4), torch.tensor([3, 7])).shape
+        torch.Size([])
     """
 
     SETTINGS: ClassVar[dict[str, settings.Check]] = {"alpha": settings.alpha}
@@ -177,14 +201,18 @@ class L2SoftmaxLoss(SoftmaxLoss):
 
 
 class LSoftmaxLoss(AnnealedMargin, SoftmaxLoss):
-    """L-softmax: a multiplicative angular margin, ``|x_i| |w_y| psi(theta_i)`` (arXiv:1612.02295, eq. 4 and 6).
+    """L-softmax: a multiplicative angular margin on the inner product.
+
+    The logit of the target is ``|x_i| |w_y| psi(theta_i)`` (arXiv:1612.02295, eq. 4 and 6), with psi as in
+    :class:`fused_margin.SphereFaceLoss`.
 
     Args:
-        num_classes: C.
-        embedding_size: D.
+        num_classes: number of classes, C.
+        embedding_size: length of an embedding, D.
         margin: factor on the angle, any real number >= 1.
         annealing: as in :class:`fused_margin.SphereFaceLoss`.
-        **options: see :class:`fused_margin.SoftmaxLoss`. Label smoothing is not supported.
+        **options: see :class:`fused_margin.MarginLoss`, and :class:`fused_margin.SoftmaxLoss` for exceptions. Label
+            smoothing is not supported.
 
     Shape:
         embeddings (N, D), labels (N,) integers -> scalar, or (N,) with ``reduction="none"``.
@@ -194,6 +222,15 @@ class LSoftmaxLoss(AnnealedMargin, SoftmaxLoss):
 
     Raises:
         ValueError, TypeError: for an invalid argument. The message names the argument, the expected and the given value.
+
+    Examples:
+        >>> import math, torch, fused_margin
+        >>> loss_fn = fused_margin.LSoftmaxLoss(num_classes=2, embedding_size=2, margin=2, annealing=False)
+        >>> _ = torch.nn.init.eye_(loss_fn.weight)
+        >>> angle = math.pi / 6  # to class 0; psi = cos(2 * 30 degrees) = 0.5
+        >>> loss = loss_fn(torch.tensor([[math.cos(angle), math.sin(angle)]]), torch.tensor([0]))
+        >>> round(loss.item(), 4)  # log(1 + exp(cos(60 degrees) - 0.5))
+        0.6931
     """
 
     def __init__(

@@ -30,13 +30,14 @@ def refuse(message: str) -> NoReturn:
 def step_in_backward(
     loss_fn: nn.Module, optimizer: torch.optim.Optimizer, *, stochastic_rounding: bool = True, seed: int = 0
 ) -> StepInBackward:
-    """Lets ``loss.backward()`` step the class weights of a loss, and project them, without storing their gradient.
+    """Lets ``loss.backward()`` step the class weights of a loss, without storing their gradient.
 
-    The training loop does not change: ``loss.backward(); optimizer.step(); optimizer.zero_grad()``. The backward makes the
-    step of ``loss_fn.weight`` by the options of its parameter group, and ``loss_fn.weight.grad`` stays None, so that
-    ``optimizer.step()`` steps the other parameters only. Learning rate schedulers, checkpoints and the state of the
-    optimizer stay as they are; a run can change between both ways. If the loss or its gradient is not finite, the class
-    weights and their momentum keep their values; a batch without valid labels has zero gradients instead.
+    The training loop does not change: ``loss.backward(); optimizer.step(); optimizer.zero_grad()``. The backward makes
+    the step of ``loss_fn.weight`` by the options of its parameter group (:class:`ProjectedSGD` projects them), and
+    ``loss_fn.weight.grad`` stays None, so that ``optimizer.step()`` steps the other parameters only. Learning rate
+    schedulers, checkpoints and the state of the optimizer stay as they are; a run can change between both ways. If the
+    loss or its gradient is not finite, the class weights and their momentum keep their values; a batch without valid
+    labels has zero gradients instead.
 
     With ``sample_rate < 1`` only the drawn classes and their momentum change, as with ``sparse=True``. Momentum without
     Nesterov needs no further memory for the exclusive term; without momentum, with Nesterov momentum, with Adam, and with
@@ -64,6 +65,16 @@ def step_in_backward(
             ``weight``, ``retain_graph`` and ``create_graph``, DistributedDataParallel around the loss, and other losses
             that use ``weight``. Clipping by ``clip_grad_norm_`` does not include the class weights, because they have no
             gradient.
+
+    Examples:
+        >>> import torch, fused_margin
+        >>> loss_fn = fused_margin.ArcFaceLoss(num_classes=10, embedding_size=4)
+        >>> optimizer = fused_margin.optim.ProjectedSGD(loss_fn.parameters(), lr=0.1)
+        >>> handle = fused_margin.optim.step_in_backward(loss_fn, optimizer)
+        >>> before = loss_fn.weight.detach().clone()
+        >>> loss_fn(torch.randn(3, 4), torch.tensor([0, 3, 7])).backward()
+        >>> loss_fn.weight.grad is None, torch.equal(loss_fn.weight, before)
+        (True, False)
     """
     return StepInBackward(loss_fn, optimizer, stochastic_rounding=stochastic_rounding, seed=seed)
 
@@ -72,8 +83,21 @@ class StepInBackward:
     """The handle that :func:`step_in_backward` returns.
 
     Attributes:
-        loss_fn, optimizer: the arguments.
+        loss_fn: the loss.
+        optimizer: the optimizer of its class weights.
         parameter: ``loss_fn.weight``.
+
+    Examples:
+        >>> import torch, fused_margin
+        >>> loss_fn = fused_margin.ArcFaceLoss(num_classes=10, embedding_size=4)
+        >>> optimizer = torch.optim.SGD(loss_fn.parameters(), lr=0.1)
+        >>> handle = fused_margin.optim.step_in_backward(loss_fn, optimizer)
+        >>> handle.parameter is loss_fn.weight
+        True
+        >>> handle.remove()
+        >>> loss_fn(torch.randn(3, 4), torch.tensor([0, 3, 7])).backward()
+        >>> loss_fn.weight.grad.shape
+        torch.Size([10, 4])
     """
 
     def __init__(

@@ -17,7 +17,7 @@ BLOCK = 2**24  # elements that are projected at a time, because torch copies the
 
 @torch.no_grad()
 def project_(weight: Tensor) -> Tensor:
-    """Divides every row of weight (C, D) by its L2 norm, in place. Zero rows stay zero.
+    """Divides every row of the class weights by its L2 norm, in place. Zero rows stay zero.
 
     Args:
         weight: (C, D).
@@ -27,6 +27,13 @@ def project_(weight: Tensor) -> Tensor:
 
     Raises:
         ValueError, TypeError: for a wrong shape or dtype.
+
+    Examples:
+        >>> import torch
+        >>> from fused_margin.optim import project_
+        >>> project_(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
+        tensor([[0.6000, 0.8000],
+                [0.0000, 0.0000]])
     """
     _checks.class_weights(weight, at_least=0)  # a rank may have no classes
     dtype = torch.promote_types(weight.dtype, torch.float32)
@@ -37,11 +44,23 @@ def project_(weight: Tensor) -> Tensor:
 
 
 def start_momentum(optimizer: torch.optim.SGD, parameter: Tensor) -> None:
-    """Creates the momentum buffer of a parameter, filled with zeros, so that a checkpoint can be loaded before a step.
+    """Creates the momentum buffer of a parameter, filled with zeros.
+
+    A checkpoint of ``torch.distributed.checkpoint`` can then be loaded before the first step.
 
     Args:
         optimizer: an SGD optimizer of the parameter.
         parameter: the parameter. Its momentum stays if it has one.
+
+    Examples:
+        >>> import torch
+        >>> from fused_margin.optim import ProjectedSGD, start_momentum
+        >>> weight = torch.nn.Parameter(torch.eye(2))
+        >>> optimizer = ProjectedSGD([weight], lr=0.1)
+        >>> start_momentum(optimizer, weight)
+        >>> optimizer.state[weight]["momentum_buffer"]
+        tensor([[0., 0.],
+                [0., 0.]])
     """
     state = optimizer.state[parameter]
     if state.get("momentum_buffer") is None:
@@ -49,11 +68,12 @@ def start_momentum(optimizer: torch.optim.SGD, parameter: Tensor) -> None:
 
 
 class ProjectedSGD(torch.optim.SGD):
-    """SGD with a projection onto the unit sphere: ``W <- normalize(W - lr * update)`` (RegularFace, CVPR 2019, sec. 3.4).
+    """SGD with a projection of the class weights onto the unit sphere.
 
-    For the (C, D) class weights of a margin loss. Parameters of a group with ``project=False`` take a plain SGD step, so
-    that one optimizer can serve the backbone and the class weights. With a sparse gradient (of a loss with
-    ``sample_rate < 1`` and ``sparse=True``), the step changes only the gradient's rows and their momentum.
+    ``W <- normalize(W - lr * update)`` (RegularFace, CVPR 2019, sec. 3.4), for the (C, D) class weights of a margin
+    loss. Parameters of a group with ``project=False`` take a plain SGD step, so that one optimizer can serve the
+    backbone and the class weights. With a sparse gradient (of a loss with ``sample_rate < 1`` and ``sparse=True``), the
+    step changes only the gradient's rows and their momentum.
 
     Args:
         params: parameters or groups, as in ``torch.optim.SGD``.
@@ -61,6 +81,17 @@ class ProjectedSGD(torch.optim.SGD):
 
     Raises:
         ValueError: for a parameter to project that is not a matrix.
+
+    Examples:
+        >>> import torch, fused_margin
+        >>> backbone = torch.nn.Linear(8, 4)
+        >>> loss_fn = fused_margin.ArcFaceLoss(num_classes=10, embedding_size=4)
+        >>> backbone_group = {"params": backbone.parameters(), "project": False}
+        >>> optimizer = fused_margin.optim.ProjectedSGD([{"params": loss_fn.parameters()}, backbone_group], lr=0.1)
+        >>> loss_fn(backbone(torch.randn(3, 8)), torch.tensor([0, 3, 7])).backward()
+        >>> optimizer.step()
+        >>> torch.allclose(loss_fn.weight.norm(dim=1), torch.ones(10))
+        True
     """
 
     def __init__(self, params: Any, lr: float, momentum: float = 0.9, weight_decay: float = 0.0):

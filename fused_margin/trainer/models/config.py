@@ -11,12 +11,30 @@ Depth = Literal[4, 10, 20, 36, 64]
 
 
 class BackboneError(ValueError):
-    """A backbone cannot be made, or does not map images to embeddings."""
+    """A backbone cannot be made, or does not map images to embeddings.
+
+    Examples:
+        >>> from fused_margin.trainer.models import BackboneError, ModelConfig, ResNet
+        >>> try:
+        ...     ResNet(ModelConfig(widths=(8, 16)))
+        ... except BackboneError as error:
+        ...     print(error)
+        model.widths must be 4 numbers for this network, got (8, 16)
+    """
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Input and size of the network. Its stages and activations follow the papers."""
+    """Input and size of the network. Its stages and activations follow the papers.
+
+    Raises:
+        ValueError: for a value out of range.
+
+    Examples:
+        >>> from fused_margin.trainer.models import ModelConfig
+        >>> ModelConfig.of("paper").image_size
+        (112, 96)
+    """
 
     channels: int = 1
     """Image channels: 1 (grayscale) or 3 (RGB)."""

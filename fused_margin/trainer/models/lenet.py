@@ -10,9 +10,23 @@ WIDTHS = (32, 64, 128)
 
 
 class LeNet(nn.Module):
-    """Images (N, channels, H, W) to embeddings (N, embedding_size).
+    """LeNet++ of the center-loss paper, from images (N, channels, H, W) to embeddings (N, embedding_size).
 
-    Three stages of two 5x5 convolutions with PReLU and 2x2 max pooling, then one fully connected layer.
+    See Wen et al., ECCV 2016, table 1. Three stages of two 5x5 convolutions with PReLU and 2x2 max pooling, then one
+    fully connected layer.
+
+    Args:
+        config: input and width.
+
+    Raises:
+        BackboneError: ``config.widths`` does not have three numbers.
+
+    Examples:
+        >>> import torch
+        >>> from fused_margin.trainer.models import LeNet, ModelConfig
+        >>> backbone = LeNet(ModelConfig(image_size=(28, 28), width=0.1, embedding_size=2))
+        >>> backbone(torch.zeros(1, 1, 28, 28)).shape
+        torch.Size([1, 2])
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -30,6 +44,7 @@ class LeNet(nn.Module):
         self.apply(_initialise)
 
     def forward(self, images: Tensor) -> Tensor:
+        """Embeddings (N, embedding_size) of images (N, channels, H, W), whose pixels are (value - 127.5) / 127.5."""
         return self.embedding(self.features(images).flatten(1))
 
 

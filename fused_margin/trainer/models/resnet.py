@@ -31,7 +31,24 @@ class ResidualUnit(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Images (N, channels, H, W) to embeddings (N, embedding_size)."""
+    """The residual network of SphereFace and RegularFace, from images to embeddings, without batch norm.
+
+    See SphereFace, arXiv:1704.08063, table 2. Images are (N, channels, H, W), embeddings (N, embedding_size).
+
+    Args:
+        config: input, depth and width.
+
+    Raises:
+        BackboneError: ``config.widths`` does not have four numbers.
+
+    Examples:
+        >>> import torch
+        >>> from fused_margin.trainer.models import ModelConfig, ResNet
+        >>> config = ModelConfig(image_size=(24, 24), depth=4, width=0.1, embedding_size=16)
+        >>> backbone = ResNet(config)
+        >>> backbone(torch.zeros(2, 1, 24, 24)).shape
+        torch.Size([2, 16])
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -48,6 +65,7 @@ class ResNet(nn.Module):
         self.apply(_initialise)
 
     def forward(self, images: Tensor) -> Tensor:
+        """Embeddings (N, embedding_size) of images (N, channels, H, W), whose pixels are (value - 127.5) / 127.5."""
         return self.embedding(self.features(images).flatten(1))
 
 
