@@ -13,6 +13,7 @@ version = release = version_of("fused_margin")
 extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
     "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
@@ -21,13 +22,8 @@ extensions = [
 ]
 exclude_patterns = ["**/README.md"]
 nitpicky = True  # every reference in a docstring must have a target
-nitpick_ignore_regex = [  # other projects, whose inventories are on the network
-    ("py:.*", r"(torch|np|numpy|nn|dist|collections|pathlib|typing|os|pytorch_metric_learning)\b.*"),
-    (
-        "py:.*",
-        r"Tensor|Any|Path|Unpack|optional|integers|Module|Optimizer|Process|ProcessGroup|Iterable|Callable|Sequence",
-    ),
-]
+# Other projects and the standard library, whose inventories are on the network.
+nitpick_ignore_regex = [("py:class", r"(torch|numpy|np|collections|os|pathlib)\..*")]
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath", "attrs_block"]
 myst_fence_as_directive = ["math"]
@@ -37,10 +33,14 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
+copybutton_prompt_text = r">>> |\.\.\. "  # what the button leaves out
+copybutton_prompt_is_regexp = True
 python_maximum_signature_line_length = 88
 add_module_names = False
+toc_object_entries_show_parents = "hide"
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
+napoleon_attr_annotations = False
 napoleon_use_rtype = False
 napoleon_custom_sections = ["Shape"]
 
@@ -92,5 +92,11 @@ def read_page(app, docname, source):
     source[0] = re.sub(r"(!?\[[^]]*\])\(((?!\w+:|#)[^)#\s]+)\)", replace, source[0])
 
 
+def shorten_signature(app, what, name, obj, options, signature, return_annotation):
+    """Shows **options without their TypedDict: the docstring says where they are described."""
+    return signature and re.sub(r"(\*\*\w+): .*?Unpack\[[^]]*\]", r"\1", signature), return_annotation
+
+
 def setup(app):
+    app.connect("autodoc-process-signature", shorten_signature)
     app.connect("source-read", read_page)
