@@ -83,7 +83,8 @@ class NinjaBuild(build_ext):
         objects["dispatch.o"] = ("cxx", "cpu/dispatch.cpp", "-DFM_X86" if x86 else "")
 
         nvcc = find_nvcc()
-        link = f"{compiler} -shared $in -o $out {openmp}"
+        runtime = openmp_runtime(compiler)
+        link = f"{compiler} -shared $in -o $out {runtime}"
         if sys.platform == "darwin":
             link += " -undefined dynamic_lookup"
         if nvcc:
@@ -102,7 +103,7 @@ class NinjaBuild(build_ext):
             if "9.0a" in architectures:  # the only architecture that has its instructions
                 defines += " -DFM_SM90"
                 objects["cuda_sm90.o"] = ("nvcc", "cuda/sm90.cu", nvcc_flags(["9.0a"]))
-            link = f"{shlex.quote(nvcc)} -shared -cudart static -ccbin {compiler} $in -o $out -Xcompiler={openmp}"
+            link = f"{shlex.quote(nvcc)} -shared -cudart static -ccbin {compiler} $in -o $out {runtime and '-Xcompiler=' + runtime}"
         for name in ("module", "tensor") if "-DFM_SM80" in defines else ("module",):
             objects[f"bindings_{name}.o"] = ("cxx", f"bindings/{name}.cpp", f"{includes} {defines}")
 
@@ -123,6 +124,19 @@ class NinjaBuild(build_ext):
             lines += [f"build {name}: {rule} {escape((SOURCES / source).resolve())}", f"  flags = {flags}"]
         lines += [f"build {escape(target)}: link {' '.join(objects)}", f"default {escape(target)}", ""]
         return "\n".join(lines)
+
+
+def openmp_runtime(compiler: str) -> str:
+    """The option that links an OpenMP runtime: none for GCC on Linux, whose code uses the runtime that torch has loaded.
+
+    torch's wheels bundle libgomp, some under a name with a hash (2.7 on aarch64). An extension that names libgomp.so.1
+    could load a second one, whose threads compete with torch's for the cores, or find none. Its OpenMP symbols stay
+    undefined instead, and fused_margin/_openmp.py shares torch's. Other compilers' code needs a runtime of their own.
+    """
+    if sys.platform == "darwin":
+        return ""
+    version = subprocess.check_output([*shlex.split(compiler), "--version"], text=True)
+    return "" if "Free Software Foundation" in version else "-fopenmp"
 
 
 def escape(path: Path) -> str:

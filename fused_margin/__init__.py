@@ -4,11 +4,12 @@ import importlib as _importlib
 import sys as _sys
 from types import ModuleType as _ModuleType
 
-import torch as _torch  # noqa: F401 - before the extension, so that both share torch's OpenMP threads
+from fused_margin._openmp import share_runtime as _share_runtime
 
 try:
+    _share_runtime()
     from fused_margin import _C  # noqa: F401
-except ImportError as error:
+except (ImportError, OSError) as error:
     from pathlib import Path as _Path
 
     _folder = _Path(__file__).resolve().parents[1]

@@ -63,6 +63,19 @@ def test_wrong_cuda_home_and_wrong_architecture_are_errors():
         assert result.returncode != 0 and "expected entries like 8.0 or 9.0a+PTX, got 'hopper'" in result.stderr
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other builds use no OpenMP")
+@pytest.mark.parametrize(
+    "version, linked", [("Copyright (C) 2022 Free Software Foundation, Inc.", False), ("clang version 19.1.0", True)]
+)
+def test_openmp_runtime_is_torchs_unless_the_compiler_needs_its_own(tmp_path, version, linked):
+    compiler = tmp_path / "c++"
+    compiler.write_text(f"#!/bin/sh\necho '{version}'\n")
+    compiler.chmod(0o755)
+    rules = build_rules(CUDA_HOME="", CXX=str(compiler)).stdout
+    compile_command, link_command = re.findall(r"command = (.*)", rules)
+    assert "-fopenmp" in compile_command and ("-fopenmp" in link_command) == linked
+
+
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc")
 def test_architectures_come_from_torch_cuda_arch_list():
     rules = build_rules(TORCH_CUDA_ARCH_LIST="8.6;9.0a+PTX").stdout
