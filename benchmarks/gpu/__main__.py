@@ -21,9 +21,10 @@ HASH is the full hash of the commit; a result without it cannot switch anything 
 report of ncu and a figure; copy it back from the device.
 
 --prebuilt is the folder that `python3.12 -m benchmarks.gpu prebuild build/prebuilt` writes, with the Python version of the
-device and a glibc that is not newer (needs nvcc, setuptools, pybind11 and ninja; 13 MB for both builds). --wheels is a folder
-of wheels for a machine without a network: `pip download --no-deps` of tyro, docstring_parser and typeguard, and for `time` of
-pytorch-metric-learning, cut-cross-entropy and liger-kernel. git ignores build/, so copy these folders explicitly.
+device and a glibc that is not newer (needs nvcc, setuptools, pybind11 and ninja; 13 MB for both builds). setuptools-scm gives
+the version that the result names, 0.0.0 without it. --wheels is a folder of wheels for a machine without a network: `pip
+download --no-deps` of tyro, docstring_parser and typeguard, and for `time` of pytorch-metric-learning, cut-cross-entropy and
+liger-kernel. git ignores build/, so copy these folders explicitly.
 
 Exit code 0: everything that ran passed, and all requested tests ran. Times, profiles and sanitizers may be incomplete. The
 result is DEVICE.json in FOLDER, written after every step; commit it in benchmarks/results, switch on the kernels that passed
