@@ -143,4 +143,19 @@ def escape(path: Path) -> str:
     return re.sub(r"([$ :])", r"$\1", str(path))
 
 
-setup(ext_modules=[Extension("fused_margin._C", sources=[])], cmdclass={"build_ext": NinjaBuild})
+def readme() -> str:
+    """README.md with absolute links, for the page of the package on an index."""
+    files = "https://github.com/fused-margin/fused-margin/blob/main/"
+    images = "https://raw.githubusercontent.com/fused-margin/fused-margin/main/"
+    link = re.compile(r"(!?)(\[[^]]*\])\((?!\w+:)")
+    return link.sub(
+        lambda match: f"{match[0]}{images if match[1] else files}", Path("README.md").read_text(encoding="utf-8")
+    )
+
+
+setup(
+    ext_modules=[Extension("fused_margin._C", sources=[])],
+    cmdclass={"build_ext": NinjaBuild},
+    long_description=readme(),
+    long_description_content_type="text/markdown",
+)

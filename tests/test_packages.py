@@ -85,7 +85,10 @@ def test_sdist_has_every_source_and_the_version_of_the_tag(tmp_path, archived):
     metadata = source / "fused_margin.egg-info"
     listed = set((metadata / "SOURCES.txt").read_text().split("\n"))
     assert {name for name in listed if name and not name.startswith(metadata.name)} == names
-    assert "\nVersion: 1.2.3\n" in (metadata / "PKG-INFO").read_text()
+    information = (metadata / "PKG-INFO").read_text(encoding="utf-8")
+    assert "\nVersion: 1.2.3\n" in information and "\nDescription-Content-Type: text/markdown\n" in information
+    links = re.findall(r"\]\((.*?)\)", information)
+    assert len(links) > 10 and all(link.startswith("https://") for link in links)
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="git has filled in the file of an archive")
