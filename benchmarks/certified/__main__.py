@@ -24,7 +24,7 @@ from fused_margin.trainer.data.base import on_gray, to_input
 from fused_margin.trainer.data.glyphs import render_characters
 from fused_margin.trainer.models import ModelConfig, ResNet
 
-from ..common.environment import write_study
+from ..common.studies import write_study
 
 
 @dataclass(frozen=True)

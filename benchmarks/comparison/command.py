@@ -19,10 +19,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from ..common.environment import cpu_name
+from fused_margin.benchmark.environment import cpu_name
+from fused_margin.benchmark.memory import limit_to_available
+from fused_margin.benchmark.problems import Shape
+
 from ..common.files import RESULTS, device_slug
-from ..common.memory import limit_to_available
-from ..common.problems import Shape
 from ..kernels import comparisons
 from ..kernels import targets as kernel_targets
 from . import tables, targets

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 import fused_margin as fm
-
-from ..common.problems import SCALE, Answer, Shape, make_inputs, relative_error, truth
+from fused_margin.benchmark.problems import SCALE, Answer, Shape, make_inputs, relative_error, truth
 
 SHAPE = Shape(64, 128, 1000)
 MARGINS = {

@@ -8,13 +8,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
-from ..common.environment import hardware
-from ..common.timing import quartiles
+from fused_margin.benchmark.environment import machine_name
+from fused_margin.benchmark.figure import FLOOR, OURS, PEER
+from fused_margin.benchmark.timing import quartiles
+
 from ..kernels import names
 from . import peers
 from .report import Report, Section
 
-OURS, FLOOR, PEER = "#0b6e99", "#9aa5ad", "#e0a458"
 # The Okabe-Ito colors, which color-blind readers can distinguish.
 LINES = ("#d55e00", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#000000", "#8c6d31")
 MARKERS = "sD^vP*X"
@@ -44,13 +45,6 @@ def draw(report: Report, path: Path) -> None:
     only_fp32 = not any(section.suite in names.SUITES for section in report.sections)
     figure.suptitle(f"fused_margin on {machine_name(report.device, report.threads)}{', fp32' if only_fp32 else ''}")
     figure.savefig(path, dpi=130)
-
-
-def machine_name(device: str, threads: int) -> str:
-    facts = hardware(device)
-    if "gpu" in facts:
-        return facts["gpu"]
-    return f"{facts['cpu']}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def _measured(section: Section) -> bool:

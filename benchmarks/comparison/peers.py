@@ -10,9 +10,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fused_margin as fm
+from fused_margin.benchmark.contestants import Build, Contestant, Loss
+from fused_margin.benchmark.losses import WORKSPACE_MB, lean_arcface, selecting_arcface
+from fused_margin.benchmark.problems import MARGIN, SCALE, Inputs
 
-from ..common.contestants import Build, Contestant, Loss, LossStep, loss_step
-from ..common.problems import MARGIN, SCALE, Inputs
+from ..common.steps import LossStep, loss_step
 
 try:
     from pytorch_metric_learning.losses import ArcFaceLoss
@@ -32,7 +34,6 @@ LINEAR_CHUNKED = "F.linear_cross_entropy, chunked"
 PML = "PML ArcFaceLoss"
 PML_EXCLUSIVE = "PML RegularFaceRegularizer"
 
-WORKSPACE_MB = 256
 # Enough for one chunk of classes and no saved exponentials (CHUNK_BYTES of fused_margin._ops.inputs).
 SMALL_WORKSPACE_MB = {"cpu": 32, "cuda": 128}
 CHUNK_ROWS = 32
@@ -74,26 +75,6 @@ def textbook_arcface(embeddings: Tensor, weight: Tensor, labels: Tensor) -> Tens
     logits = one_hot * with_margin + (1.0 - one_hot) * cosine
     logits = logits * SCALE
     return F.cross_entropy(logits, labels)
-
-
-def _with_margin(logits: Tensor) -> Tensor:
-    """Target logits, (N,), with the margin."""
-    return SCALE * torch.cos(torch.acos((logits / SCALE).clamp(-1, 1)) + MARGIN)
-
-
-def lean_arcface(embeddings: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """ArcFace as a careful user writes it: the scale applied to (N, D), the margin to N numbers, in place."""
-    logits = F.linear(F.normalize(embeddings) * SCALE, F.normalize(weight))
-    target = torch.arange(len(labels), device=labels.device), labels
-    return F.cross_entropy(logits.index_put_(target, _with_margin(logits[target]).to(logits.dtype)), labels)
-
-
-def selecting_arcface(embeddings: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """The same with torch.where instead of a write, which a compiler can fuse into its loops."""
-    logits = F.linear(F.normalize(embeddings) * SCALE, F.normalize(weight))
-    target = _with_margin(logits[torch.arange(len(labels), device=labels.device), labels])
-    is_target = torch.arange(len(weight), device=weight.device) == labels[:, None]
-    return F.cross_entropy(torch.where(is_target, target[:, None], logits), labels)
 
 
 def _compiled(loss: Loss, mode: str) -> Build:

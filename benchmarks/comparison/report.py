@@ -6,11 +6,12 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..common.contestants import Contestant
-from ..common.environment import header
+from fused_margin.benchmark.contestants import Contestant
+from fused_margin.benchmark.environment import header
+from fused_margin.benchmark.problems import Shape
+from fused_margin.benchmark.timing import quartiles, ratio
+
 from ..common.files import write_json
-from ..common.problems import Shape
-from ..common.timing import quartiles, ratio
 from ..kernels import names
 from .edges import Check
 

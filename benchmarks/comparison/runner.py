@@ -9,10 +9,12 @@ from dataclasses import dataclass
 import torch
 from rich.progress import Progress, TaskID
 
-from ..common import memory, timing
-from ..common.contestants import Contestant, LossStep
-from ..common.problems import Answer, Inputs, Shape, make_inputs, relative_error, truth
-from ..common.timing import Step, Timer
+from fused_margin.benchmark import memory, timing
+from fused_margin.benchmark.contestants import Contestant
+from fused_margin.benchmark.problems import Answer, Inputs, Shape, make_inputs, relative_error, truth
+from fused_margin.benchmark.timing import Step, Timer
+
+from ..common.steps import LossStep
 from ..kernels import half, names
 from ..kernels.comparisons import Comparison
 from ..kernels.comparisons import peak_bytes as peak_bytes_here
@@ -140,22 +142,20 @@ class Runner:
 
     def _time(self, section: Section, steps: dict[str, Step], timer: Timer) -> None:
         """Fill the times of `section`. A contestant that runs out of memory is dropped; the others continue."""
-        total, done = self.warmup + self.rounds, 0
+
+        def drop(failed: timing.StepFailed) -> None:
+            if not memory.is_out_of_memory(failed.__cause__):
+                raise failed
+            entry = section.find(failed.name)
+            entry.seconds, entry.failure = [], memory.does_not_fit(failed.__cause__)
+
+        total = self.warmup + self.rounds
         with self._stage(f"{section.suite}, {section.label}: time", total) as task:
-            while steps and done < total:
-                try:
-                    for times in timing.interleaved(steps, total - done, self.device, seed=done, timer=timer):
-                        done += 1
-                        self.progress.advance(task)
-                        if done > self.warmup:
-                            for name, seconds in times.items():
-                                section.find(name).seconds.append(seconds)
-                except timing.StepFailed as failed:
-                    if not memory.is_out_of_memory(failed.__cause__):
-                        raise
-                    del steps[failed.name]
-                    entry = section.find(failed.name)
-                    entry.seconds, entry.failure = [], memory.does_not_fit(failed.__cause__)
+            for number, times in enumerate(timing.surviving(steps, total, self.device, timer, drop)):
+                self.progress.advance(task)
+                if number >= self.warmup:
+                    for name, seconds in times.items():
+                        section.find(name).seconds.append(seconds)
 
     def _choose(self, entry: Entry, contestant: Contestant, inputs: Inputs, timer: Timer) -> Step:
         """The fastest variant; the entry records the times of all."""
@@ -182,7 +182,7 @@ class Runner:
             if needed > memory.USABLE * memory.available_bytes(self.device):
                 entry.failure = f"does not fit: would need about {needed / 2**30:.0f} GiB"
                 return
-        job = peak_memory.Job(suite, entry.name, entry.variant, shape, self.device, self.report.threads)
+        job = peak_memory.Job(entry.name, entry.variant, shape, self.device, self.report.threads, suite)
         peak = peak_memory.measure(job)
         entry.peak_bytes, entry.failure = peak.bytes, peak.failure
 

@@ -4,20 +4,12 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from ..common.timing import quartiles
+from fused_margin.benchmark.tables import ABSENT, mebibytes, milliseconds
+from fused_margin.benchmark.timing import quartiles
+
 from ..kernels import names
 from .edges import Check
 from .report import Entry, Section, Verdict
-
-ABSENT = "–"
-
-
-def mebibytes(count: int | None) -> str:
-    return ABSENT if count is None else f"{count / 2**20:,.0f}"
-
-
-def milliseconds(value: float) -> str:
-    return f"{value:,.1f}" if value >= 10 else f"{value:.3f}"
 
 
 def _error(value: float | None) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..common.problems import Shape
+from fused_margin.benchmark.problems import Shape
+
 from . import peers
 from .report import Report, Section, Verdict
 

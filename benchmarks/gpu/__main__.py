@@ -65,7 +65,7 @@ NCU_SECTIONS = (
 FIND = "import importlib.util, sys; print(*(name for name in sys.argv[1:] if not importlib.util.find_spec(name)))"
 DESCRIBE = """
 import json
-from benchmarks.common.environment import hardware, versions
+from fused_margin.benchmark.environment import hardware, versions
 from benchmarks.kernels import comparisons
 if why := comparisons.missing("cuda"):
     raise SystemExit(why)

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import torch
 
 import fused_margin as fm
+from fused_margin.benchmark.problems import MARGIN, Shape, make_inputs
 
-from ..common.contestants import LossStep
-from ..common.problems import MARGIN, Shape, make_inputs
+from ..common.steps import LossStep
 from ..kernels import half, names, steps
 
 KERNELS = (

@@ -13,18 +13,22 @@ import torch
 import tyro
 from rich.console import Console
 
-from ..common.environment import header
+from fused_margin.benchmark.environment import header, machine_name
+from fused_margin.benchmark.figure import draw
+from fused_margin.benchmark.heads import Comparison
+from fused_margin.benchmark.measure import Measurement
+from fused_margin.benchmark.memory import limit_to_available
+from fused_margin.benchmark.problems import Shape
+from fused_margin.benchmark.results import Problem
+from fused_margin.benchmark.tables import step_table
+
 from ..common.files import write_json
-from ..common.memory import limit_to_available
-from ..common.problems import Shape
 from ..comparison.command import REUSE, TABLE_WIDTH, interrupted_by_sigterm, restart_with_malloc
-from ..comparison.figures import machine_name
 from ..comparison.report import Verdict
 from ..comparison.tables import target_table
 from . import documents, many, tables
-from .figure import draw
-from .measure import Measurement, step_in_backward_difference
-from .results import Problem, Study, judge
+from .measure import optimizers, step_in_backward_difference
+from .results import Study, judge
 
 
 @dataclass(frozen=True)
@@ -124,15 +128,15 @@ def say_on(console: Console) -> Callable[[str], None]:
 
 def run_comparison(options: Options, console: Console, save: Callable[[str, dict], None]) -> None:
     measurement = Measurement(
+        Comparison() if options.compiled else Comparison(modes=()),
         options.device,
         9 if options.rounds is None else options.rounds,
         2 if options.warmup is None else options.warmup,
-        options.compiled,
         say_on(console),
     )
     study = Study(difference=step_in_backward_difference(options.device))
     try:
-        study.optimizers = measurement.optimizers(options.classes, options.size)
+        study.optimizers = optimizers(measurement, options.classes, options.size)
         console.print(tables.optimizer_table(study))
         for samples in options.samples:
             problem = Problem(Shape(samples, options.size, options.classes))
@@ -140,14 +144,14 @@ def run_comparison(options: Options, console: Console, save: Callable[[str, dict
             measurement.times(problem)
             if options.memory:
                 measurement.memory(problem)
-            console.print(tables.step_table(problem))
+            console.print(step_table(problem))
             save(documents.COMPARISON, study.summary())
         study.complete = True
     except KeyboardInterrupt:
         console.print("[yellow]Interrupted. The measurements so far are saved.[/]")
     save(documents.COMPARISON, study.summary())
     if options.output is not None:
-        draw(study, options.output.with_suffix(".png"), machine_name(options.device, torch.get_num_threads()))
+        draw(study.problems, options.output.with_suffix(".png"), machine_name(options.device, torch.get_num_threads()))
     console.print(target_table(judge(study)))
 
 

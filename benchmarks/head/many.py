@@ -10,14 +10,15 @@ import torch
 from torch.nn import functional as F
 
 import fused_margin as fm
+from fused_margin.benchmark.heads import our_head
+from fused_margin.benchmark.losses import WORKSPACE_MB
+from fused_margin.benchmark.memory import USABLE, available_bytes, high_water, mark
+from fused_margin.benchmark.problems import MARGIN, SCALE, Inputs, Shape
+from fused_margin.benchmark.results import held_per_class
 
-from ..common.memory import USABLE, available_bytes, high_water, mark
-from ..common.problems import MARGIN, SCALE, Inputs, Shape
-from ..comparison import peers
 from ..comparison.report import Verdict
 from ..comparison.targets import mebibytes, memory_bound
-from .contestants import our_head
-from .results import at_most, held_per_class
+from .results import at_most
 
 BLOCK = 1 << 16  # classes initialized at a time
 LR = 0.3  # the loss falls within a few steps
@@ -72,7 +73,7 @@ def run(
         "shape": vars(shape),
         "dtype": str(dtype).removeprefix("torch."),
         "lr": LR,
-        "workspace_mb": peers.WORKSPACE_MB,
+        "workspace_mb": WORKSPACE_MB,
         "steps": [vars(step) for step in steps],
         "median_seconds": seconds[(len(seconds) - 1) // 2],
         "weight_bytes": weights,
@@ -97,7 +98,7 @@ def _head(shape: Shape, dtype: torch.dtype, device: str):
     """A head with random class weights of length 1. No copy of all weights in another dtype exists at any time."""
     generator = torch.Generator(device).manual_seed(0)
     loss_fn = fm.ArcFaceLoss(
-        shape.classes, shape.dim, margin=MARGIN, scale=SCALE, workspace_mb=peers.WORKSPACE_MB, device="meta", dtype=dtype
+        shape.classes, shape.dim, margin=MARGIN, scale=SCALE, workspace_mb=WORKSPACE_MB, device="meta", dtype=dtype
     ).to_empty(device=device)  # fmt: skip
     weight = loss_fn.weight.detach()
     for rows in weight.split(BLOCK):

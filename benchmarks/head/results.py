@@ -7,74 +7,19 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ..common.problems import Shape
-from ..common.timing import ratio
+from fused_margin.benchmark import heads
+from fused_margin.benchmark.heads import IN_BACKWARD
+from fused_margin.benchmark.results import FP32, Problem, Row, held_per_class
+from fused_margin.benchmark.timing import ratio
+
 from ..comparison.report import Verdict
 from ..comparison.targets import mebibytes, memory_bound
-from .contestants import ALONE, COMPILED, IN_BACKWARD, Phases
 
 PROJECTED, FUSED, THEN_PROJECTED = "ProjectedSGD", "SGD(fused=True)", "SGD(fused=True), then project_"
 FASTER, OVER_ALONE, OVER_FUSED = 1.8, 1.1, 2.0  # limits of the ratios of times
 EXACT = 1e-12  # relative difference of both ways in float64
-FP32, BF16 = 4, 2  # bytes
-
-
-@dataclass
-class Row:
-    """One contestant on one problem."""
-
-    name: str
-    variant: str = ""
-    variants: dict[str, float] = field(default_factory=dict)  # median seconds of each, when the fastest was chosen
-    rounds: list[Phases] = field(default_factory=list)
-    loss_error: float | None = None  # relative, against float64
-    peak_bytes: int | None = None  # above class weights, momentum and inputs
-    held_bytes: int | None = None  # class weights and momentum
-    failure: str | None = None
-
-    @property
-    def seconds(self) -> list[float]:
-        return [phases.whole for phases in self.rounds]
-
-    @property
-    def median(self) -> Phases | None:
-        """The round with the median time of the whole step, whose phases add up to it."""
-        seconds = self.seconds
-        return self.rounds[seconds.index(statistics.median_low(seconds))] if seconds else None
-
-
-@dataclass
-class Problem:
-    """All contestants on one problem."""
-
-    shape: Shape
-    rows: list[Row] = field(default_factory=list)
-    alone: Row = field(default_factory=lambda: Row(ALONE))
-
-    def find(self, name: str) -> Row:
-        return next((row for row in self.rows if row.name == name), Row(name))
-
-    def ratio(self, name: str, reference: str = IN_BACKWARD) -> float | None:
-        """Time of the whole step over that of `reference`, median over rounds; None unless both were timed."""
-        mine, theirs = self.find(name), self.find(reference)
-        return ratio(mine.seconds, theirs.seconds) if mine.rounds and theirs.rounds else None
-
-    def summary(self) -> dict[str, Any]:
-        return {
-            "shape": asdict(self.shape),
-            "contestants": [_summary(row) | {"ratio": self.ratio(row.name)} for row in self.rows],
-            "forward + backward alone": _summary(self.alone),
-            "partialfc_bytes": partialfc_bytes(self.shape),
-        }
-
-
-def _phases(phases: Phases) -> dict[str, float]:
-    return phases._asdict() | {"whole": phases.whole}
-
-
-def _summary(row: Row) -> dict[str, Any]:
-    median = row.median
-    return asdict(row) | {"rounds": [_phases(each) for each in row.rounds], "median": median and _phases(median)}
+BF16 = 2  # bytes
+COMPILED = heads.COMPILED.format("ArcFace")
 
 
 @dataclass
@@ -104,16 +49,6 @@ class Study:
         }
 
 
-def held_per_class(dim: int, itemsize: int) -> int:
-    """Bytes of one class between steps: its weights and their momentum."""
-    return 2 * itemsize * dim
-
-
-def partialfc_bytes(shape: Shape) -> int:
-    """The published memory of PartialFC without sampling: weights, momentum, gradient, and twice the logits, in fp32."""
-    return 3 * FP32 * shape.classes * shape.dim + 2 * FP32 * shape.rows * shape.classes
-
-
 def judge(study: Study) -> list[Verdict]:
     return list(_judge(study))
 
@@ -123,7 +58,8 @@ def _judge(study: Study) -> Iterator[Verdict]:
         goal = "step in backward against gradient stored, float64"
         yield at_most(goal, study.difference, EXACT, lambda value: f"{value:.1e}")
     for problem in study.problems:
-        label, ours = problem.shape.label, problem.find(IN_BACKWARD)
+        label = problem.shape.label
+        ours = next((row for row in problem.rows if row.name == IN_BACKWARD), Row(IN_BACKWARD))
         faster = problem.ratio(COMPILED)
         if faster is not None:
             yield at_least(f"{label}: faster than torch.compile", faster, FASTER)

@@ -11,11 +11,12 @@ import torch
 import fused_margin as fm
 from fused_margin._ops.backends import select
 from fused_margin._ops.backends.select import has_cuda_kernels
+from fused_margin.benchmark.contestants import Contestant
+from fused_margin.benchmark.problems import MARGIN, Inputs, Shape
+from fused_margin.benchmark.timing import Step
 
-from ..common import contestants as shared
-from ..common.contestants import Contestant, LossStep
-from ..common.problems import MARGIN, Inputs, Shape
-from ..common.timing import Step
+from ..common import steps as shared
+from ..common.steps import LossStep
 from . import half, names
 from .names import CUBLAS, ours
 from .steps import (

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from fused_margin._ops.backends import select
+from fused_margin.benchmark.problems import Shape
+from fused_margin.benchmark.timing import quartiles
 
 from ..common.files import RESULTS
-from ..common.problems import Shape
-from ..common.timing import quartiles
 from ..comparison.report import Section
 from . import names
 from .names import ours

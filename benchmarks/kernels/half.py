@@ -14,9 +14,10 @@ from torch.utils.checkpoint import checkpoint
 
 import fused_margin as fm
 from fused_margin._ops.backends import select
+from fused_margin.benchmark.contestants import Build, Contestant, Loss
+from fused_margin.benchmark.problems import MARGIN, SCALE, Answer, Inputs, Shape
 
-from ..common.contestants import Build, Contestant, Loss, LossStep, loss_step
-from ..common.problems import MARGIN, SCALE, Answer, Inputs, Shape
+from ..common.steps import LossStep, loss_step
 from ..comparison import peers
 from .names import (
     COMPILED,

@@ -3,7 +3,7 @@ these names."""
 
 from __future__ import annotations
 
-from ..common.problems import Shape
+from fused_margin.benchmark.problems import Shape
 
 MACHINE = "machine"
 EXPONENT_SUM, PROBABILITIES, NEAREST = "exponent sum", "probabilities", "nearest class"

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..common.problems import Shape
-from ..common.timing import duration
+from fused_margin.benchmark.problems import Shape
+from fused_margin.benchmark.timing import duration
+
 from . import names
 from .names import ours
 

@@ -13,8 +13,8 @@ from fused_margin._ops.backends import portable, select
 from fused_margin._ops.backends.select import kernels
 from fused_margin._ops.backends.tensor_cores import WIDTH_MULTIPLE
 from fused_margin._ops.inputs import LossInputs
+from fused_margin.benchmark.problems import MARGIN, SCALE, Inputs, relative_error, truth
 
-from ..common.problems import MARGIN, SCALE, Inputs, relative_error, truth
 from . import half
 
 CUBLAS_ROWS = 16_384  # rows of C×C at a time: all of it takes 20 GB at 100,000 classes

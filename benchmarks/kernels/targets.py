@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from fused_margin._ops.backends import select
+from fused_margin.benchmark.timing import duration, quartiles
 
-from ..common.timing import duration, quartiles
 from ..comparison.report import Report, Section, Verdict
 from ..comparison.targets import bounded_memory
 from . import names, predictions

@@ -14,10 +14,10 @@ import torch
 import tyro
 from torch.nn import functional as F
 
+from fused_margin.benchmark.memory import high_water, mark
 from fused_margin.losses.exclusive import ExclusiveRegularizer
 
-from ..common.environment import write_study
-from ..common.memory import high_water, mark
+from ..common.studies import write_study
 
 
 @dataclass(frozen=True)

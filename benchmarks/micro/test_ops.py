@@ -9,8 +9,8 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 import fused_margin as fm
-from benchmarks.common.problems import SCALE, Shape, make_inputs
-from benchmarks.common.timing import synchronize
+from fused_margin.benchmark.problems import SCALE, Shape, make_inputs
+from fused_margin.benchmark.timing import synchronize
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 SHAPE = Shape(64, 256, 4_096)

@@ -20,10 +20,10 @@ import tyro
 from torch import Tensor
 from torch.nn import functional as F
 
+from fused_margin.benchmark.environment import header
 from fused_margin.compat import insightface as ours
 from fused_margin.distributed import slice_of
 
-from ..common.environment import header
 from ..common.files import write_json
 from . import upstream
 

@@ -24,9 +24,9 @@ import tyro
 from pytorch_metric_learning import losses, regularizers
 from torch.nn.modules import module as hooks
 
+from fused_margin.benchmark.environment import header
 from fused_margin.compat import pytorch_metric_learning as compat
 
-from ..common.environment import header
 from ..common.files import ROOT, write_json
 from . import upstream
 

@@ -15,10 +15,10 @@ from pathlib import Path
 import tyro
 
 from fused_margin._ops.backends import select
+from fused_margin.benchmark.problems import Shape
+from fused_margin.benchmark.timing import duration
 
 from ..common.files import ROOT
-from ..common.problems import Shape
-from ..common.timing import duration
 from ..comparison.report import Section
 from ..comparison.tables import ABSENT, mebibytes
 from ..gpu import evidence

@@ -21,7 +21,7 @@ import fused_margin as fm
 from fused_margin._ops.divided import gather_counts
 from fused_margin.distributed import Shard, slice_of
 
-from ..common.environment import write_study
+from ..common.studies import write_study
 
 
 @dataclass(frozen=True)

@@ -21,14 +21,15 @@ pytest.importorskip("tyro")
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks.common import memory, timing
-from benchmarks.common.contestants import Contestant, LossStep
-from benchmarks.common.problems import Shape, make_inputs
+from benchmarks.common.steps import LossStep
 from benchmarks.comparison import peak_memory, peers, tables
 from benchmarks.comparison.command import interrupted_by_sigterm, main
 from benchmarks.comparison.report import Report, Section
 from benchmarks.comparison.runner import Runner
 from benchmarks.kernels import comparisons, names, steps
+from fused_margin.benchmark import memory, timing
+from fused_margin.benchmark.contestants import Contestant
+from fused_margin.benchmark.problems import Shape, make_inputs
 
 ROUNDS = 3
 

@@ -14,11 +14,11 @@ from forks import run_module
 from gpu_stand_in import COMMIT, StandIn
 
 from benchmarks.common.files import ROOT
-from benchmarks.common.problems import Shape
 from benchmarks.comparison.command import Options
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import builds, outcomes, profile, record, steps, testing
 from fused_margin._ops.backends import select
+from fused_margin.benchmark.problems import Shape
 
 
 @pytest.fixture

@@ -12,19 +12,21 @@ import torch
 pytest.importorskip("pytorch_metric_learning")
 pytest.importorskip("tyro")
 
-from benchmarks.common import timing
-from benchmarks.common.problems import Shape
-from benchmarks.comparison import peak_memory, tables, targets
-from benchmarks.comparison.peak_memory import Job, Peak
-from benchmarks.head import command, documents, measure, results
-from benchmarks.head import contestants as heads
+from benchmarks.comparison import tables, targets
+from benchmarks.head import command, documents, results
 from benchmarks.head.command import main
-from benchmarks.head.contestants import Phases
-from benchmarks.head.results import Problem, Row, Study
+from benchmarks.head.results import Study
 from benchmarks.publish import __main__ as publish
+from fused_margin.benchmark import heads, measure, peak_memory, timing
+from fused_margin.benchmark.heads import Phases
+from fused_margin.benchmark.losses import lean_arcface
+from fused_margin.benchmark.peak_memory import Peak
+from fused_margin.benchmark.problems import Shape
+from fused_margin.benchmark.results import Problem, Row, held_per_class, partialfc_bytes
 
 TINY = ["--classes", "200", "--size", "16", "--rounds", "3", "--warmup", "1", "--threads", "1"]
-EAGER = [each.name for each in heads.contestants(compiled=False)]
+UNCOMPILED = heads.Comparison(modes=())
+EAGER = [each.name for each in heads.contestants(UNCOMPILED)]
 
 
 def run(path: Path, *arguments: str) -> dict[str, Any]:
@@ -82,7 +84,7 @@ def test_many_classes(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("no_processes")
 def test_results_are_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(documents, "RESULTS", tmp_path)
-    monkeypatch.setattr(command, "draw", lambda study, path, machine: path.touch())
+    monkeypatch.setattr(command, "draw", lambda problems, path, machine: path.touch())
     assert documents.block() == documents.NO_RESULT
     run(tmp_path / "a-head.json", "--samples", "8", "--no-compiled")
     run(tmp_path / "a-head-many.json", "--samples", "8", "--dtype", "bfloat16", "--ours-only")
@@ -101,21 +103,23 @@ def test_memory_of_steps() -> None:
     shape = Shape(8, 64, 40_000)
     matrix = 4 * shape.classes * shape.dim
     peaks = {}
-    for name, variant in ((heads.IN_BACKWARD, "workspace_mb=256"), (heads.EAGER, "in place")):
-        peaks[name] = peak_memory.measure_apart(measure.peak_of_steps, Job("head", name, variant, shape, "cpu", 1))
+    for name, variant in ((heads.IN_BACKWARD, "workspace_mb=256"), (heads.EAGER.format("ArcFace"), "write")):
+        peaks[name] = peak_memory.measure_apart(
+            measure.peak_of_steps, measure.HeadJob(name, variant, shape, "cpu", 1, UNCOMPILED)
+        )
         assert peaks[name].failure is None
         assert peaks[name].held == pytest.approx(2 * matrix, rel=0.1)
-    assert peaks[heads.EAGER].bytes > 2 * matrix  # the gradient and the normalized weights
+    assert peaks[heads.EAGER.format("ArcFace")].bytes > 2 * matrix  # the gradient and the normalized weights
     assert peaks[heads.IN_BACKWARD].bytes < targets.memory_bound(shape)
 
 
 def test_wrong_loss_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    listed = heads.contestants(compiled=False)
-    wrong = heads._peer(lambda embeddings, weight, labels: 1.001 * heads.peers.lean_arcface(embeddings, weight, labels))
+    listed = heads.contestants(UNCOMPILED)
+    wrong = heads._peer(lambda embeddings, weight, labels: 1.001 * lean_arcface(embeddings, weight, labels))
     listed[-1] = heads.Contestant("wrong", "arcface", {"one": wrong})
-    monkeypatch.setattr(heads, "contestants", lambda compiled=True: listed)
+    monkeypatch.setattr(heads, "contestants", lambda comparison: listed)
     problem = Problem(Shape(8, 16, 200))
-    measure.Measurement("cpu", 2, 0, False, lambda text: None).times(problem)
+    measure.Measurement(UNCOMPILED, "cpu", 2, 0, lambda text: None).times(problem)
     *others, last = problem.rows
     assert last.failure.startswith("wrong: relative error 1.0e-03") and not last.rounds
     assert all(len(row.rounds) == 2 for row in [*others, problem.alone])
@@ -125,7 +129,7 @@ def test_targets() -> None:
     problem = Problem(Shape(256, 512, 100_000))
     problem.rows = [
         Row(heads.IN_BACKWARD, rounds=[Phases(1.0, 2.0, 0.0), Phases(2.0, 4.0, 0.0)], peak_bytes=2 << 30),
-        Row(heads.COMPILED, rounds=[Phases(2.0, 3.0, 1.0), Phases(4.0, 6.0, 2.0)], peak_bytes=1 << 30),
+        Row(results.COMPILED, rounds=[Phases(2.0, 3.0, 1.0), Phases(4.0, 6.0, 2.0)], peak_bytes=1 << 30),
     ]
     problem.alone.rounds = [Phases(1.0, 1.5, 0.0), Phases(2.0, 3.0, 0.0)]
     study = Study([problem], {results.PROJECTED: [1.5], results.FUSED: [1.0]}, difference=1e-16)
@@ -137,13 +141,13 @@ def test_targets() -> None:
         ("≤ 263 MiB", "2,048 MiB, missed by 678.6%", False),
         ("≤ 2.00×", "1.50×", True),
     ]
-    assert problem.find(heads.COMPILED).median == Phases(2.0, 3.0, 1.0)
+    assert problem.row(results.COMPILED).median == Phases(2.0, 3.0, 1.0)
     assert tables.target_table(verdicts).row_count == 5
 
 
 def test_counted_memory() -> None:
-    assert results.partialfc_bytes(Shape(256, 512, 100_000)) == 3 * 204_800_000 + 2 * 102_400_000
-    assert results.held_per_class(512, results.FP32) == 4096
+    assert partialfc_bytes(Shape(256, 512, 100_000)) == 3 * 204_800_000 + 2 * 102_400_000
+    assert held_per_class(512, results.FP32) == 4096
     assert targets.memory_bound(Shape(256, 512, 100_000)) == (256 << 20) + 32 * (256 * 512 + 100_000)
 
 

@@ -6,7 +6,6 @@ import pytest
 
 pytest.importorskip("tyro")
 
-from benchmarks.common.problems import Shape
 from benchmarks.comparison.report import Entry, Report
 from benchmarks.kernels import device_result, names
 from benchmarks.kernels.device_result import DeviceResult
@@ -14,6 +13,7 @@ from benchmarks.kernels.names import ours
 from benchmarks.publish import __main__ as publish
 from benchmarks.sharding import model
 from fused_margin._ops.backends import select
+from fused_margin.benchmark.problems import Shape
 
 LARGE = names.LARGE[0]
 H100 = "NVIDIA H100 80GB HBM3"

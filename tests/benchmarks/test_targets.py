@@ -5,11 +5,11 @@ import pytest
 pytest.importorskip("pytorch_metric_learning")
 pytest.importorskip("tyro")
 
-from benchmarks.common.problems import Shape
 from benchmarks.comparison import peers, tables, targets
 from benchmarks.comparison.report import Entry, Report
 from benchmarks.kernels import comparisons, names, predictions
 from benchmarks.kernels import targets as kernel_targets
+from fused_margin.benchmark.problems import Shape
 
 
 def test_targets() -> None:

@@ -24,10 +24,10 @@ from on_device import (
 )
 
 import fused_margin as fm
-from benchmarks.common.problems import Shape, make_inputs
 from benchmarks.kernels.steps import Operands, Probabilities
 from fused_margin import reference
 from fused_margin._ops.backends.select import kernels
+from fused_margin.benchmark.problems import Shape, make_inputs
 from fused_margin.margins import FilteredNegatives, HardNegatives
 
 pytestmark = needs_cuda

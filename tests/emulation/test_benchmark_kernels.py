@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from benchmarks.common.problems import Shape, make_inputs
 from benchmarks.kernels import comparisons, half, names, steps
 from fused_margin._ops.backends import select
 from fused_margin._ops.backends.select import Kernels
+from fused_margin.benchmark.problems import Shape, make_inputs
 
 SHAPE = Shape(130, 40, 403)
 

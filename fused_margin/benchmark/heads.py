@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -12,19 +13,43 @@ from torch.nn import functional as F
 
 import fused_margin as fm
 
-from ..common.contestants import Build, Contestant, Loss
-from ..common.problems import BLOCK, MARGIN, SCALE, Inputs, Shape, make_inputs
-from ..common.timing import moments
-from ..comparison import peers
+from .contestants import Contestant, Loss
+from .losses import OBJECTIVES, WORKSPACE_MB, LossName, Objective, has_peer
+from .problems import BLOCK, SCALE, Inputs, Shape, make_inputs
+from .timing import moments
 
 IN_BACKWARD = "ours, step in backward"
 STORED = "ours, gradient stored"
-COMPILED = "torch.compile lean ArcFace + SGD(fused=True)"
-EAGER = "eager lean ArcFace + SGD(fused=True)"
-PML = "pytorch-metric-learning ArcFaceLoss + SGD(fused=True)"
+COMPILED = "torch.compile lean {} + SGD(fused=True)"
+EAGER = "eager lean {} + SGD(fused=True)"
+PML = "pytorch-metric-learning {} + SGD(fused=True)"
 ALONE = "ours, forward + backward alone"  # not a contestant: it makes no step
+DEFAULT_MODE, TUNED_MODE = "default", "max-autotune-no-cudagraphs"  # of torch.compile
 
 LR, MOMENTUM, WEIGHT_DECAY = 0.1, 0.9, 5e-4
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared."""
+
+    loss: LossName = "arcface"
+    dtype: str = "float32"
+    modes: tuple[str, ...] = (DEFAULT_MODE, TUNED_MODE)  # of torch.compile; none: without it
+    peers: bool = True
+
+    @property
+    def objective(self) -> Objective:
+        return OBJECTIVES[self.loss]
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+    @property
+    def tolerance(self) -> float:
+        """Largest relative error of a loss: logits up to the scale are rounded in half precision."""
+        return 1e-5 if self.torch_dtype.itemsize >= 4 else 2e-2
 
 
 class Phases(NamedTuple):
@@ -94,20 +119,29 @@ class Head:
             self.handle.remove()
 
 
+BuildHead = Callable[[Inputs], Head]
+
+
 def time_phases(head: Head, turn: int, device: str) -> Phases:
     return head.phases(turn, device)
 
 
-def unit_inputs(shape: Shape, device: str, batches: int = 4) -> Inputs:
+def unit_inputs(shape: Shape, device: str, batches: int = 4, dtype: torch.dtype = torch.float32) -> Inputs:
     """The inputs of the comparison, with class weights of length 1, as after a projection."""
     inputs = make_inputs(shape, device, batches)
     for rows in inputs.weight.detach().split(BLOCK):
         rows.copy_(F.normalize(rows))
-    return inputs
+    if dtype == torch.float32:
+        return inputs
+
+    def convert(tensor: Tensor) -> Tensor:
+        return tensor.detach().to(dtype).requires_grad_()
+
+    return Inputs([convert(each) for each in inputs.embeddings], inputs.labels, convert(inputs.weight))
 
 
 def our_head(
-    loss_fn: fm.ArcFaceLoss, inputs: Inputs, *, in_backward: bool, lr: float = LR, optimizer: bool = True
+    loss_fn: fm.MarginLoss, inputs: Inputs, *, in_backward: bool, lr: float = LR, optimizer: bool = True
 ) -> Head:
     """The head of a loss of this library, whose class weights have their values."""
     if not optimizer:
@@ -117,12 +151,13 @@ def our_head(
     return Head(loss_fn, loss_fn.weight, sgd, inputs, handle)
 
 
-def _ours(in_backward: bool, optimizer: bool = True) -> Build:
+def _ours(objective: Objective, *, in_backward: bool, optimizer: bool = True) -> BuildHead:
     def build(inputs: Inputs) -> Head:
         weight = inputs.weight.detach()
-        loss_fn = fm.ArcFaceLoss(
-            *weight.shape, margin=MARGIN, scale=SCALE, workspace_mb=peers.WORKSPACE_MB, device=weight.device,
-            dtype=weight.dtype,
+        num_classes, embedding_size = weight.shape
+        loss_fn = objective.loss_class(
+            num_classes, embedding_size, scale=SCALE, workspace_mb=WORKSPACE_MB, device=weight.device,
+            dtype=weight.dtype, **objective.arguments,
         )  # fmt: skip
         loss_fn.weight.detach().copy_(weight)
         return our_head(loss_fn, inputs, in_backward=in_backward, optimizer=optimizer)
@@ -130,14 +165,15 @@ def _ours(in_backward: bool, optimizer: bool = True) -> Build:
     return build
 
 
-alone = _ours(in_backward=False, optimizer=False)
+def alone(comparison: Comparison, inputs: Inputs) -> Head:
+    return _ours(comparison.objective, in_backward=False, optimizer=False)(inputs)
 
 
 def fused_sgd(parameter: nn.Parameter) -> torch.optim.SGD:
     return torch.optim.SGD([parameter], lr=LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, fused=True)
 
 
-def _peer(loss: Loss, mode: str | None = None) -> Build:
+def _peer(loss: Loss, mode: str | None = None) -> BuildHead:
     """mode: of torch.compile; None for eager."""
 
     def build(inputs: Inputs) -> Head:
@@ -152,27 +188,39 @@ def _peer(loss: Loss, mode: str | None = None) -> Build:
     return build
 
 
-def _pml(inputs: Inputs) -> Head:
-    """The margin is in degrees; the class weights are a parameter (D, C) of the loss."""
-    classes, dim = inputs.weight.shape
-    head = peers.ArcFaceLoss(classes, dim, margin=math.degrees(MARGIN), scale=SCALE)
-    head.W = nn.Parameter(inputs.weight.detach().t().contiguous())
-    return Head(head, head.W, fused_sgd(head.W), inputs)
+def _pml(objective: Objective) -> BuildHead:
+    """The class weights are a parameter (D, C) of the loss."""
+
+    def build(inputs: Inputs) -> Head:
+        head = objective.make_peer(*inputs.weight.shape)
+        parameter = nn.Parameter(inputs.weight.detach().t().contiguous())
+        head.register_parameter("W", parameter)
+        return Head(head, parameter, fused_sgd(parameter), inputs)
+
+    return build
 
 
-def contestants(compiled: bool = True) -> list[Contestant]:
-    compilations = {
-        f"{form}, {mode}": _peer(loss, mode)
-        for form, loss in (("select", peers.selecting_arcface), ("write", peers.lean_arcface))
-        for mode in ("default", "max-autotune-no-cudagraphs")
+def contestants(comparison: Comparison) -> list[Contestant[Head]]:
+    objective = comparison.objective
+    workspace = f"workspace_mb={WORKSPACE_MB}"
+    variants: dict[str, dict[str, BuildHead]] = {
+        IN_BACKWARD: {workspace: _ours(objective, in_backward=True)},
+        STORED: {workspace: _ours(objective, in_backward=False)},
     }
-    workspace = f"workspace_mb={peers.WORKSPACE_MB}"
-    found = [
-        Contestant(IN_BACKWARD, "arcface", {workspace: _ours(in_backward=True)}, IN_BACKWARD),
-        Contestant(STORED, "arcface", {workspace: _ours(in_backward=False)}, IN_BACKWARD),
-        Contestant(COMPILED, "arcface", compilations, IN_BACKWARD, compiled=True),
-        Contestant(EAGER, "arcface", {"in place": _peer(peers.lean_arcface)}, IN_BACKWARD),
+    if comparison.peers:
+        form, eager = next(iter(objective.forms.items()))
+        variants |= {
+            COMPILED.format(objective.title): {
+                f"{form}, {mode}": _peer(loss, mode)
+                for form, loss in objective.forms.items()
+                for mode in comparison.modes
+            },
+            EAGER.format(objective.title): {form: _peer(eager)},
+        }
+        if has_peer():
+            variants[PML.format(objective.peer[0])] = {"defaults": _pml(objective)}
+    return [
+        Contestant(name, comparison.loss, builds, IN_BACKWARD, loss_tolerance=comparison.tolerance)
+        for name, builds in variants.items()
+        if builds
     ]
-    if peers.ArcFaceLoss is not None:
-        found.append(Contestant(PML, "arcface", {"defaults": _pml}, IN_BACKWARD))
-    return [each for each in found if compiled or not each.compiled]

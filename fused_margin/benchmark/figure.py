@@ -1,37 +1,40 @@
-"""Picture of the study: bars of the phases of a step, and bars of memory."""
+"""Picture of the benchmark: bars of the phases of a step, and bars of memory."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..comparison.figures import FLOOR, OURS, PEER
-from .contestants import IN_BACKWARD
-from .results import FP32, Problem, Study, partialfc_bytes
+from .heads import IN_BACKWARD
+from .results import FP32, Problem, partialfc_bytes
 
+OURS, FLOOR, PEER = "#0b6e99", "#9aa5ad", "#e0a458"
 PHASES = {"forward": FLOOR, "backward": OURS, "optimizer": PEER}
 WEIGHTS, MOMENTUM, REST = "#5b666e", FLOOR, "#d55e00"
 PARTIALFC = "PartialFC, published formula\n3 × weights + 2 × logits, not measured"
 
 
-def draw(study: Study, path: Path, machine: str) -> None:
-    """Write the picture, unless the run measured nothing."""
-    timed = [problem for problem in study.problems if any(row.rounds for row in problem.rows)]
-    measured = [problem for problem in study.problems if any(row.peak_bytes is not None for row in problem.rows)]
+def draw(problems: Sequence[Problem], path: Path, machine: str) -> None:
+    """Write the picture, unless nothing was measured."""
+    timed = [problem for problem in problems if any(row.rounds for row in problem.rows)]
+    measured = [problem for problem in problems if any(row.peak_bytes is not None for row in problem.rows)]
     panels = bool(timed) + bool(measured)
     if not panels:
         return
     bars = max(sum(len(problem.rows) + 1 for problem in timed), 8)
-    figure = Figure(figsize=(8.2 * panels, 1.8 + 0.48 * bars), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
+    figure = Figure(figsize=(8.2 * panels, 1.8 + 0.48 * bars))
+    figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.08)
     axes = list(figure.subplots(1, panels, squeeze=False).flat)
     if timed:
         _times(timed, axes[0])
     if measured:
         _memory(measured[-1], axes[-1])
-    figure.suptitle(f"Training step of a classification head on {machine}, fp32")
+    comparison = problems[0].comparison
+    title = f"Training step of a classification head on {machine}"
+    figure.suptitle(f"{title}, {comparison.objective.title}, {comparison.dtype}")
     figure.savefig(path, dpi=130)
 
 
@@ -86,9 +89,12 @@ def _times(problems: list[Problem], axis: Axes) -> None:
 def _memory(problem: Problem, axis: Axes) -> None:
     """Class weights, momentum, and everything else at the peak of a step."""
     shape = problem.shape
-    matrix = FP32 * shape.classes * shape.dim
-    bars = [(_lines(row.name), row.peak_bytes, None) for row in problem.rows if row.peak_bytes is not None]
-    bars.append((PARTIALFC, partialfc_bytes(shape) - 2 * matrix, "//"))
+    matrix = problem.itemsize * shape.classes * shape.dim
+    bars: list[tuple[str, int, str | None]] = [
+        (_lines(row.name), row.peak_bytes, None) for row in problem.rows if row.peak_bytes is not None
+    ]
+    if problem.itemsize == FP32:
+        bars.append((PARTIALFC, partialfc_bytes(shape) - 2 * matrix, "//"))
     parts = {"class weights": WEIGHTS, "momentum": MOMENTUM, "everything else at the peak": REST}
     for place, (_, rest, hatch) in enumerate(bars):
         begin = 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import re
 import resource
 from pathlib import Path
@@ -10,13 +11,21 @@ from pathlib import Path
 import torch
 
 USABLE = 0.9  # share of the available memory that a run may use; the rest is left to the machine
+PEAK_RESET = Path("/proc/self/clear_refs")  # of Linux
 
 
 def available_bytes(device: str) -> int:
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
-    text = Path("/proc/meminfo").read_text()
-    return 1024 * int(re.search(r"MemAvailable:\s+(\d+)", text)[1])
+    path = Path("/proc/meminfo")
+    if not path.exists():
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # all memory, on other systems than Linux
+    return 1024 * _number("MemAvailable", path)
+
+
+def measures_peaks(device: str) -> bool:
+    """Whether :func:`mark` and :func:`high_water` are supported."""
+    return device == "cuda" or PEAK_RESET.exists()
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -36,7 +45,7 @@ def limit_to_available(device: str) -> None:
 
     A GPU has its own limit, and its driver reserves address space that must not be counted.
     """
-    if device == "cpu":
+    if device == "cpu" and measures_peaks(device):
         usable = _status("VmData") + int(USABLE * available_bytes(device))
         _, hard = resource.getrlimit(resource.RLIMIT_DATA)
         resource.setrlimit(resource.RLIMIT_DATA, (usable, hard))
@@ -49,7 +58,7 @@ def mark(device: str) -> int:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
-    Path("/proc/self/clear_refs").write_text("5")
+    PEAK_RESET.write_text("5")
     return _status("VmRSS")
 
 
@@ -62,5 +71,10 @@ def high_water(device: str) -> int:
 
 
 def _status(field: str) -> int:
-    text = Path("/proc/self/status").read_text()
-    return 1024 * int(re.search(rf"{field}:\s+(\d+)", text)[1])
+    return 1024 * _number(field, Path("/proc/self/status"))
+
+
+def _number(field: str, path: Path) -> int:
+    found = re.search(rf"{field}:\s+(\d+)", path.read_text())
+    assert found is not None, f"{path} has no {field}"
+    return int(found[1])

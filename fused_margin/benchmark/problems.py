@@ -10,7 +10,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 MARGIN = 0.5  # radians
+COSINE_MARGIN = 0.35
 SCALE = 64.0
+MARGINS = {
+    "arcface": lambda cosine: (cosine.acos() + MARGIN).cos(),
+    "cosface": lambda cosine: cosine - COSINE_MARGIN,
+}  # of the target's cosine; NormFace has none
 BLOCK = 1 << 16  # rows converted to float64 at a time
 
 
@@ -61,11 +66,17 @@ def make_inputs(shape: Shape, device: str, batches: int = 4, seed: int = 0) -> I
     Steps rotate through the batches, so that embeddings and target rows are not in the cache.
     """
     generator = torch.Generator(device).manual_seed(seed)
-    options = {"device": device, "generator": generator}
-    weight = torch.randn(shape.classes, shape.dim, **options).mul_(0.01)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, device=device, generator=generator)
+
+    def labels() -> Tensor:
+        return torch.randint(shape.classes, (shape.rows,), device=device, generator=generator)
+
+    weight = normal(shape.classes, shape.dim).mul_(0.01)
     return Inputs(
-        embeddings=[torch.randn(shape.rows, shape.dim, **options).requires_grad_() for _ in range(batches)],
-        labels=[torch.randint(shape.classes, (shape.rows,), **options) for _ in range(batches)],
+        embeddings=[normal(shape.rows, shape.dim).requires_grad_() for _ in range(batches)],
+        labels=[labels() for _ in range(batches)],
         weight=weight.requires_grad_(),
     )
 
@@ -89,18 +100,18 @@ def truth(objective: str, embeddings: Tensor, weight: Tensor, labels: Tensor, sc
     total = x.new_zeros(())
     for rows in torch.arange(len(x), device=x.device).split(32):  # float64 (N, C) may not fit
         cosine = F.normalize(x[rows]) @ unit_w.t()
-        if objective == "arcface":
+        if objective in MARGINS:
             target = labels[rows, None]
-            angle = cosine.gather(1, target).acos() + MARGIN
-            cosine = cosine.scatter(1, target, angle.cos())
+            cosine = cosine.scatter(1, target, MARGINS[objective](cosine.gather(1, target)))
         loss = F.cross_entropy(scale * cosine, labels[rows], reduction="sum") / len(x)
         loss.backward()
         total += loss.detach()
     return Answer(total, x.grad, _before_normalization(weight, unit_w.grad))
 
 
-def _before_normalization(weight: Tensor, gradient: Tensor) -> Tensor:
+def _before_normalization(weight: Tensor, gradient: Tensor | None) -> Tensor:
     """Convert the gradient of the normalized rows into the gradient of `weight`, in place."""
+    assert gradient is not None
     for block, rows in zip(gradient.split(BLOCK), weight.detach().split(BLOCK), strict=True):
         rows = rows.double().requires_grad_()
         block.copy_(*torch.autograd.grad(F.normalize(rows), rows, block))

@@ -1,18 +1,14 @@
-"""A contestant of a comparison, and the step that is timed."""
+"""The step of a loss, forward and backward, and its memory."""
 
 from __future__ import annotations
-
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .memory import high_water, mark
-from .problems import Answer, Inputs
-from .timing import Step
-
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # (embeddings, weight, labels) -> scalar
+from fused_margin.benchmark.contestants import Build, Loss
+from fused_margin.benchmark.memory import high_water, mark
+from fused_margin.benchmark.problems import Answer, Inputs
+from fused_margin.benchmark.timing import Step
 
 
 class LossStep:
@@ -53,26 +49,8 @@ class LossStep:
             leaf.grad = torch.ones_like(leaf)
 
 
-Build = Callable[[Inputs], Step]
-
-
 def loss_step(loss: Loss) -> Build:
     return lambda inputs: LossStep(loss, inputs)
-
-
-@dataclass(frozen=True)
-class Contestant:
-    """One row of the tables. The fastest of its variants is reported, with its name."""
-
-    name: str
-    objective: str  # "arcface", "normface" or "exclusive"; "kernel"; "products" for bare matrix products
-    variants: Mapping[str, Build]
-    reference: str = "ours"  # contestant to which the ratio of times is taken
-    compiled: bool = False
-    # A contestant with a larger relative error computes something else, and is not timed.
-    loss_tolerance: float = 1e-5
-    tolerance: float = 1e-3  # of gradients, and of the results of kernels
-    work: float | None = None  # bytes or operations of one step, for contestants whose rate is reported
 
 
 def peak_bytes(step: Step, device: str) -> int:

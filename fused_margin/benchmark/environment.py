@@ -5,9 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import re
-import shlex
-import sys
-from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,8 +13,6 @@ from typing import Any
 import torch
 
 import fused_margin as fm
-
-from .files import write_json
 
 PEERS = ("pytorch-metric-learning", "triton", "cut-cross-entropy", "liger-kernel")
 
@@ -48,6 +43,13 @@ def hardware(device: str) -> dict[str, Any]:
     return facts
 
 
+def machine_name(device: str, threads: int) -> str:
+    facts = hardware(device)
+    if "gpu" in facts:
+        return facts["gpu"]
+    return f"{facts['cpu']}, {threads} thread{'s' if threads > 1 else ''}"
+
+
 def versions() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
@@ -74,15 +76,3 @@ def header(command: str, device: str = "cpu") -> dict[str, Any]:
         "hardware": hardware(device),
         "versions": versions(),
     }
-
-
-def write_study(module: str, config: Any, content: dict[str, Any], indent: int | None = 1) -> None:
-    """Write `content` to `config.output`, if there is one, with the other options as its problem.
-
-    Args:
-        module: the study, as in ``python -m module``.
-    """
-    if config.output is not None:
-        options = {name: value for name, value in asdict(config).items() if name != "output"}
-        command = shlex.join(["python", "-m", module, *sys.argv[1:]])
-        write_json(config.output, {**header(command), "problem": options, **content}, indent)

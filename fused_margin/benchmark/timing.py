@@ -82,9 +82,9 @@ def moments(device: str) -> tuple[Callable[[], None], Callable[[], list[float]]]
 
 
 def interleaved(
-    steps: Mapping[str, S], rounds: int, device: str, seed: int = 0, timer: Callable[[S, int, str], T] = time_once
+    steps: Mapping[str, S], rounds: int, device: str, timer: Callable[[S, int, str], T], seed: int = 0
 ) -> Iterator[dict[str, T]]:
-    """Yield what the timer returns of every contestant, seconds by default, round by round.
+    """Yield what the timer returns of every contestant, round by round.
 
     Contestants are timed in turns on the same batch, so that machine noise affects all alike. The order is shuffled in
     every round, so that no contestant always finds the caches as the same predecessor left them. Raises StepFailed at
@@ -101,6 +101,28 @@ def interleaved(
             except Exception as error:
                 raise StepFailed(name) from error
         yield times
+
+
+def surviving(
+    steps: dict[str, S],
+    rounds: int,
+    device: str,
+    timer: Callable[[S, int, str], T],
+    drop: Callable[[StepFailed], object],
+) -> Iterator[dict[str, T]]:
+    """As `interleaved`, but after a failed step, `drop` is called, and the other contestants continue.
+
+    The failed contestant is removed from `steps`. An error that `drop` raises ends the rounds.
+    """
+    done = 0
+    while steps and done < rounds:
+        try:
+            for times in interleaved(steps, rounds - done, device, timer, seed=done):
+                done += 1
+                yield times
+        except StepFailed as failed:
+            drop(failed)
+            del steps[failed.name]
 
 
 def fastest(variants: Mapping[str, Step], device: str, rounds: int = 3, timer: Timer = time_once) -> dict[str, float]:
