@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
-
-import tyro
 
 from fused_margin.evaluation import DataError
 from fused_margin.trainer.align.run import AlignConfig, align
 
-from .common import FAILED, INTERRUPTED, command_consoles, failed
+from .common import FAILED, INTERRUPTED, command_consoles, completion_parser, failed, parse_options
 
 PROG = "fused-margin align"
+EXAMPLE = "fused-margin align photographs landmarks.csv aligned"
+
+
+def make_parser() -> argparse.ArgumentParser:
+    return completion_parser(AlignConfig, PROG)
 
 
 def main(args: Sequence[str]) -> int:
     """Run the command; returns the exit code."""
     console, errors = command_consoles()
-    config = tyro.cli(AlignConfig, prog=PROG, args=args)
+    config = parse_options(AlignConfig, args, prog=PROG, example=EXAMPLE)
     try:
         outcome = align(config, console, errors)
     except KeyboardInterrupt:

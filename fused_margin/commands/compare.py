@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
-
-import tyro
 
 from fused_margin.evaluation import DataError
 from fused_margin.trainer.compare.config import CompareConfig
@@ -12,15 +11,20 @@ from fused_margin.trainer.compare.run import compare
 from fused_margin.trainer.train.checkpoint import CheckpointError
 from fused_margin.trainer.train.interrupts import Interrupted
 
-from .common import INTERRUPTED, command_consoles, failed, termination_as_interrupt
+from .common import INTERRUPTED, command_consoles, completion_parser, failed, parse_options, termination_as_interrupt
 
 PROG = "fused-margin compare"
+EXAMPLE = "fused-margin compare --losses arcface cosface arcface+exclusive --seeds 0 1"
+
+
+def make_parser() -> argparse.ArgumentParser:
+    return completion_parser(CompareConfig, PROG)
 
 
 def main(args: Sequence[str]) -> int:
     """Run the command; returns the exit code."""
     console, errors = command_consoles()
-    config = tyro.cli(CompareConfig, prog=PROG, args=args)
+    config = parse_options(CompareConfig, args, prog=PROG, example=EXAMPLE)
     try:
         with termination_as_interrupt():
             compare(config, console)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 from collections.abc import Sequence
-
-import tyro
 
 from fused_margin.evaluation import DataError
 from fused_margin.trainer.evaluate.config import EvaluateConfig
@@ -13,16 +12,29 @@ from fused_margin.trainer.evaluate.run import run_evaluation
 from fused_margin.trainer.models import BackboneError
 from fused_margin.trainer.train.checkpoint import CheckpointError
 
-from .common import INTERRUPTED, command_consoles, failed, find_latest_run, termination_as_interrupt
+from .common import (
+    INTERRUPTED,
+    command_consoles,
+    completion_parser,
+    failed,
+    find_latest_run,
+    parse_options,
+    termination_as_interrupt,
+)
 
 PROG = "fused-margin evaluate"
+EXAMPLE = "fused-margin evaluate --checkpoint runs/photographs --data lfw --protocol lfw"
+
+
+def make_parser() -> argparse.ArgumentParser:
+    return completion_parser(EvaluateConfig, PROG)
 
 
 def main(args: Sequence[str]) -> int:
     """Run the command; returns the exit code."""
     console, errors = command_consoles()
     try:
-        config = tyro.cli(EvaluateConfig, prog=PROG, args=args)
+        config = parse_options(EvaluateConfig, args, prog=PROG, example=EXAMPLE)
         if config.checkpoint is None and config.features is None:
             config = dataclasses.replace(config, checkpoint=find_latest_run("evaluate", "--checkpoint"))
         with termination_as_interrupt():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,11 +13,13 @@ import tyro
 
 from fused_margin.trainer.export import ExportError, export
 from fused_margin.trainer.models import BackboneError
+from fused_margin.trainer.options import none_means
 from fused_margin.trainer.train.checkpoint import FILE_NAME, CheckpointError
 
-from .common import INTERRUPTED, command_consoles, failed, find_latest_run
+from .common import INTERRUPTED, command_consoles, completion_parser, failed, find_latest_run, parse_options
 
 PROG = "fused-margin export"
+EXAMPLE = "fused-margin export runs/photographs --output exported"
 
 
 @dataclass(frozen=True)
@@ -31,22 +34,28 @@ class ExportConfig:
     identities.json.
     """
 
-    run: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="[RUN]")] = None
-    """Folder of the run, or its checkpoint. If not given, the latest run in runs/."""
-    output: Path | None = None
-    """Folder for the files. If not given, the folder of the checkpoint."""
-    backbone: str | None = None
+    run: Annotated[
+        Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="[RUN]"), none_means("the latest run in runs/")
+    ] = None
+    """Folder of the run, or its checkpoint."""
+    output: Annotated[Path | None, none_means("the folder of the checkpoint")] = None
+    """Folder for the files."""
+    backbone: Annotated[str | None, none_means("the --network of the training")] = None
     """The --backbone of the training, if it had one. Giving the same name confirms that its code
     may be imported and called."""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    return completion_parser(ExportConfig, PROG)
 
 
 def main(args: Sequence[str]) -> int:
     """Run the command; returns the exit code."""
     console, errors = command_consoles()
-    config = tyro.cli(ExportConfig, prog=PROG, args=args)
+    config = parse_options(ExportConfig, args, prog=PROG, example=EXAMPLE)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # its warnings are about optional packages
     try:
-        run = config.run or find_latest_run("export", "its path")
+        run = config.run or find_latest_run("export", f"{PROG} FOLDER")
         export(run / FILE_NAME if run.is_dir() else run, config.output, console, config.backbone)
     except KeyboardInterrupt:
         console.print("interrupted")

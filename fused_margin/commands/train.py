@@ -10,8 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import tyro
-
+from fused_margin import cli
 from fused_margin.evaluation import DataError
 from fused_margin.trainer.config import TrainConfig
 from fused_margin.trainer.config_values import ConfigError, overlay, read_file
@@ -23,9 +22,24 @@ from fused_margin.trainer.train.devices import is_first_process
 from fused_margin.trainer.train.interrupts import Interrupted
 from fused_margin.trainer.train.run import run
 
-from .common import INTERRUPTED, INVALID, RUNS, command_consoles, failed, find_latest_run, termination_as_interrupt
+from .common import (
+    INTERRUPTED,
+    INVALID,
+    RUNS,
+    command_consoles,
+    completion_parser,
+    failed,
+    find_latest_run,
+    parse_options,
+    termination_as_interrupt,
+)
 
 PROG = "fused-margin train"
+EXAMPLE = "fused-margin train --data photographs --loss.name cosface --output runs/photographs"
+
+
+def make_parser() -> argparse.ArgumentParser:
+    return completion_parser(TrainConfig, PROG)
 
 
 def main(args: Sequence[str]) -> int:
@@ -60,7 +74,7 @@ def parse(args: Sequence[str]) -> TrainConfig:
     file, values = _read_file(args)
     # The second pass prints the help, with the defaults for the given data and loss.
     first = [word for word in args if word not in ("-h", "--help")]
-    given = tyro.cli(TrainConfig, prog=PROG, args=first, default=_with_file(TrainConfig(), values, file))
+    given = _parse(first, _with_file(TrainConfig(), values, file))
     if given.resume and len(first) == len(args):
         output = given.output or find_latest_run("resume", "--output")
         try:
@@ -71,7 +85,7 @@ def parse(args: Sequence[str]) -> TrainConfig:
         default = started_with
     else:
         default = TrainConfig.defaults(given.data, given.network, given.loss.name)
-    config = tyro.cli(TrainConfig, prog=PROG, args=args, default=_with_file(default, values, file))
+    config = _parse(args, _with_file(default, values, file))
 
     data = config.data if config.data in EMBEDDED else str(Path(config.data).resolve())
     if not given.resume:
@@ -84,9 +98,13 @@ def parse(args: Sequence[str]) -> TrainConfig:
     return config
 
 
+def _parse(args: Sequence[str], default: TrainConfig) -> TrainConfig:
+    return parse_options(TrainConfig, args, prog=PROG, example=EXAMPLE, default=default)
+
+
 def _read_file(args: Sequence[str]) -> tuple[Path | None, dict[str, Any]]:
     """The configuration file of the arguments, and its values."""
-    finder = argparse.ArgumentParser(prog=PROG, add_help=False, allow_abbrev=False)
+    finder = cli.Parser(prog=PROG, add_help=False, allow_abbrev=False)
     finder.add_argument("--config", type=Path)
     finder.add_argument("--data")
     known = finder.parse_known_args(args)[0]

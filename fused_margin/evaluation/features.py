@@ -288,7 +288,9 @@ def _load_numpy(path: Path) -> np.ndarray | dict[str, np.ndarray]:
         zipfile.BadZipFile,
         zlib.error,
     ) as error:
-        raise DataError(f"{path} is not a file of arrays (.npy, .npz): {error}") from error
+        # numpy takes any file that it does not know for a pickle, and explains how to load it unsafely.
+        reason = "it has another format" if "If you trust the file" in str(error) else error
+        raise DataError(f"{path} is not a file of arrays (.npy, .npz): {reason}") from error
 
 
 def _read_matrix(path: Path) -> Features:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict
 
@@ -15,7 +15,7 @@ from .config_values import ConfigError, missing_options, overlay, to_plain
 from .data import EMBEDDED, find_reader
 from .data.augment import AugmentationConfig
 from .models import ModelConfig, Network
-from .options import NamedOptions
+from .options import NamedOptions, none_means
 from .train.named_losses import LossConfig
 
 MAX_SEED = 2**64 - 1  # of torch
@@ -63,12 +63,11 @@ class OptimizerConfig:
     ema: float = 0.0
     """Decay per step of an exponential moving average of the backbone's weights, such as 0.999.
     The average is then evaluated and exported. 0: no average."""
-    in_backward: bool | None = None
+    in_backward: Annotated[bool | None, none_means("True wherever it can be done")] = None
     """Whether the backward steps the class weights, so that their gradient is never stored.
     The results differ by rounding only. A resumed run may have another value.
     It cannot be done with --accumulate above 1, with --precision 16-mixed,
-    with the companions intra, inter and uniform, or with the exclusive term of softmax, l2-softmax and l-softmax.
-    None: wherever it can be done."""
+    with the companions intra, inter and uniform, or with the exclusive term of softmax, l2-softmax and l-softmax."""
     stochastic_rounding: bool = True
     """Whether class weights and momentum in bfloat16 are rounded up or down at random, without bias.
     It has an effect where the backward steps the class weights (--optimizer.in-backward).
@@ -118,7 +117,8 @@ class EvaluationConfig:
 class TrainConfig:
     """Train a network with a fused margin loss and verify it on identities that it was not trained on.
 
-    Without options: characters of matplotlib's fonts, in under three minutes on two CPU cores.
+    Without options: characters of matplotlib's fonts, in under three minutes on two CPU cores. The defaults of other
+    options depend on --data, --network and --loss.name: the help shows those for the given ones.
     """
 
     data: str = "glyphs"
@@ -127,12 +127,11 @@ class TrainConfig:
     A folder of identities: FOLDER/identity/image.jpg.
     A folder with InsightFace's train.rec and train.idx.
     A list (.txt, .lst) of a path and a label per line, or in the format of mxnet's im2rec."""
-    config: Path | None = None
+    config: Annotated[Path | None, none_means("no file")] = None
     """YAML file of options, such as the config.yaml of an earlier run.
     Options on the command line take precedence."""
-    output: Path | None = None
-    """Folder for checkpoint, configuration, logs, report, figure and page.
-    If not given, runs/<data>-<time>."""
+    output: Annotated[Path | None, none_means("runs/<data>-<time>")] = None
+    """Folder for checkpoint, configuration, logs, report, figure and page."""
     resume: bool = False
     """Continue the run in --output, or the latest run in runs/, with its options."""
     epochs: int = 5
@@ -152,15 +151,15 @@ class TrainConfig:
     small: ResNet of SphereFace and RegularFace, sized for two CPU cores.
     paper: the same ResNet as published, with 512-d embeddings.
     lenet: LeNet++ of the center-loss paper, with 2-d embeddings."""
-    backbone: str | None = None
+    backbone: Annotated[str | None, none_means("the --network")] = None
     """Your own network instead of --network, as package.module.factory.
     The factory takes --backbone-options and returns a module from images (N, channels, H, W) to embeddings (N, D).
     Repeat this option to resume, evaluate or export, because a checkpoint must not decide which code runs."""
     backbone_options: NamedOptions = field(default_factory=dict)
     """Keyword arguments of --backbone, such as model_name=resnet18 num_classes=128.
     Values are Python literals; other values are text."""
-    weights: Path | None = None
-    """Initial weights of the backbone; random by default.
+    weights: Annotated[Path | None, none_means("random")] = None
+    """Initial weights of the backbone.
     The folder or checkpoint of an earlier run, or a backbone.pt of fused-margin export.
     Class weights always start at random."""
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"

@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
+
+from .options import suggestion
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -62,10 +64,22 @@ def overlay(config: Config, values: Any) -> Config:
         (first, *_) = error.errors()
         if first["type"] == "value_error":
             raise first["ctx"]["error"] from None
-        reason = "no such option" if first["type"] == "unexpected_keyword_argument" else first["msg"]
-        raise ConfigError(f"{'.'.join(map(str, first['loc']))}: {reason}, got {first['input']!r}") from None
+        *section, name = first["loc"]
+        if first["type"] == "unexpected_keyword_argument":
+            reason, hint = "no such option", suggestion(name, _names_of(config, section))
+        else:
+            choices = [each for each in first.get("ctx", {}).get("expected", "").split("'") if each.isprintable()]
+            reason, hint = first["msg"], suggestion(first["input"], choices)
+        raise ConfigError(f"{'.'.join(map(str, first['loc']))}: {reason}, got {first['input']!r}{hint}") from None
     except TypeError as error:
         raise ConfigError(f"a value is neither number, text, list nor mapping: {error}") from None
+
+
+def _names_of(config: Any, section: Iterable[int | str]) -> list[str]:
+    """Names of the options of a section of a dataclass."""
+    for name in section:
+        config = getattr(config, str(name))
+    return [field.name for field in dataclasses.fields(config)]
 
 
 def _merged(config: Any, values: Any) -> Any:
@@ -99,7 +113,7 @@ def read_file(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"cannot read the configuration {path}: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected options with values, got {values!r}")
+        raise ConfigError(f"{path}: expected options with values, such as `epochs: 3`, got {values!r}")
     return values
 
 

@@ -1,14 +1,26 @@
-"""Options with free names: NAME=VALUE on the command line, which tyro does not have, and a mapping in files."""
+"""Options with free names, which are NAME=VALUE on the command line and a mapping in files, and texts about options."""
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Mapping, Sequence
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any
 
 import tyro
 from pydantic import AfterValidator
 from tyro.constructors import PrimitiveConstructorSpec
+
+
+def suggestion(word: object, choices: Iterable[str]) -> str:
+    """The end of an error message about an unknown `word`."""
+    close = difflib.get_close_matches(str(word), list(choices), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def none_means(rule: str) -> Any:
+    """Lets the help of an option show `rule` instead of the default None."""
+    return tyro.conf.arg(help_behavior_hint=lambda default: f"(default: {rule if default == 'None' else default})")
 
 
 def parse_options(words: Sequence[str]) -> dict[str, Any]:

@@ -1,8 +1,12 @@
 """The command line: usage, errors without a traceback, interruption and resumption of a process."""
 
 import ast
+import importlib
 import json
 import os
+import re
+import runpy
+import shlex
 import shutil
 import signal
 import subprocess
@@ -12,13 +16,14 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
 from forks import run_command
 
 import fused_margin as fm
 import fused_margin_command
 from fused_margin import cli
 from fused_margin.trainer.train.checkpoint import FILE_NAME
-from fused_margin.trainer.train.named_losses import options_by_loss
+from fused_margin.trainer.train.named_losses import LOSSES, options_by_loss
 
 pytestmark = pytest.mark.usefixtures("blank_pictures")
 
@@ -69,11 +74,114 @@ def test_names_are_printed_unchanged(face_folder, tmp_path, tiny_options, capsys
 
 def test_usage(capsys):
     assert cli.main([]) == 0
-    assert "usage: fused-margin" in capsys.readouterr().out
-    assert "unrecognized arguments: --verison" in fails(capsys, 2, "--verison")
-    assert "invalid choice: 'trian'" in fails(capsys, 2, "trian")
-    assert "unrecognized arguments: --verbose" in fails(capsys, 2, "info", "--verbose")
+    help_text = capsys.readouterr().out
+    assert "usage: fused-margin" in help_text and "examples:\n  fused-margin " in help_text
+    assert re.findall(r"^    ([a-z]+)\b", help_text, re.MULTILINE) == list(cli.COMMANDS)
     assert fails(capsys, 0, "--version") == f"fused-margin {fm.__version__}"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("trian", "no command 'trian'; did you mean 'train'? fused-margin --help lists the commands"),
+        ("nothing-like-it", "no command 'nothing-like-it' fused-margin --help lists the commands"),
+        ("--epochs 3", "expected a command before --epochs, as in `fused-margin train --epochs`"),
+        ("info --verbose", "unrecognized arguments: --verbose fused-margin info --help describes the options"),
+        ("consolidate folder", "required: file fused-margin consolidate --help describes the options"),
+        ("completion zhs", "invalid choice: 'zhs' (choose from"),
+        ("train --los.name arcface", "Perhaps you meant: --loss.name {softmax,"),
+        ("train --loss.options esy=True", "sub_centers, workspace_mb; did you mean 'easy'?"),
+        ("train --epochs 0", "error: epochs must be at least 1, got 0 fused-margin train --help describes the options"),
+        ("compare --losses arcfac", "got 'arcfac'; did you mean 'arcface'? fused-margin compare --help"),
+        ("compare --losses arcface+exclusiv", "got 'exclusiv'; did you mean 'exclusive'?"),
+        ("evaluate --protocol LFW", "Expected one of ('pairs', 'lfw', 'ytf', 'megaface')"),
+        ("align . landmarks.csv .", "the aligned faces would replace the photographs; name another folder"),
+    ],
+)
+def test_errors_name_the_next_step(words, message, capsys):
+    assert message in fails(capsys, 2, *words.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("evaluate", "no run to evaluate in runs/; name its folder with --checkpoint, or start one with fused-margin"),
+        ("evaluate --checkpoint no", "no checkpoint at no; expected the folder of a run of fused-margin train, or its"),
+        ("evaluate --features no.npz", "error: no.npz: No such file or directory"),
+        ("evaluate --features text.npz", "text.npz is not a file of arrays (.npy, .npz): it has another format"),
+        ("export", "name its folder with fused-margin export FOLDER, or start one with fused-margin train"),
+        (
+            "export other.pt",
+            "other.pt is not a checkpoint of this version of the trainer; expected the folder of a run",
+        ),
+        ("consolidate . merged.pt", "expected a folder with a file .metadata"),
+        ("consolidate saved no/merged.pt", "cannot write no/merged.pt: name a file in a folder that exists"),
+    ],
+)
+def test_errors_of_files_name_the_next_step(words, message, capsys):
+    torch.save({"weights": 1}, "other.pt")
+    Path("text.npz").write_text("text")
+    Path("saved").mkdir()
+    Path("saved/.metadata").write_bytes(b"damaged")
+    assert message in fails(capsys, 1, *words.split())
+
+
+def test_module_is_the_program(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["fused_margin", "--version"])
+    with pytest.raises(SystemExit) as exit_:
+        runpy.run_module("fused_margin", run_name="__main__")
+    assert not exit_.value.code and capsys.readouterr().out == f"fused-margin {fm.__version__}\n"
+
+
+def test_completion_in_bash(capsys):
+    """bash completes commands, options and choices without running a program."""
+    assert cli.main(["completion", "bash"]) == 0
+    script = capsys.readouterr().out
+    assert "python" not in script
+    lines = {
+        "fused-margin ": set(cli.COMMANDS),
+        "fused-margin tr": {"train"},
+        "fused-margin train --loss.na": {"--loss.name"},
+        "fused-margin train --loss.name ": set(LOSSES),
+        "fused-margin train --epochs 3 --loss.name arc": {"arcface"},
+        "fused-margin benchmark --dty": {"--dtype"},
+        "fused-margin benchmark --dtype b": {"bfloat16"},
+        "fused-margin evaluate --protocol y": {"ytf"},
+        "fused-margin completion z": {"zsh"},
+        "fused-margin export other": {"other.pt"},
+        "fused-margin train --output ot": {"other.pt"},
+    }
+    Path("other.pt").touch()
+    script += """
+for line in "${lines[@]}"; do
+    read -ra COMP_WORDS <<< "$line"
+    [[ $line == *" " ]] && COMP_WORDS+=("")
+    COMP_CWORD=$((${#COMP_WORDS[@]} - 1)) COMPREPLY=()
+    $(complete -p fused-margin | grep -o '_[^ ]*')
+    echo "${COMPREPLY[*]}"
+done
+"""
+    script = f"lines=({' '.join(map(shlex.quote, lines))})\n{script}"
+    done = subprocess.run(["bash", "--norc"], input=script, capture_output=True, text=True, check=True)
+    assert not done.stderr
+    assert dict(zip(lines, [set(line.split()) for line in done.stdout.splitlines()], strict=True)) == lines
+
+
+def test_completion_leaves_out_what_is_not_installed(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fused_margin.commands.train", None)
+    missing = ModuleNotFoundError("No module named 'lightning'", name="lightning")
+    load = importlib.import_module
+
+    def loaded(name):
+        if name.endswith(".train"):
+            raise missing
+        return load(name)
+
+    monkeypatch.setattr(importlib, "import_module", loaded)
+    assert cli.main(["completion", "zsh"]) == 0
+    streams = capsys.readouterr()
+    assert "without the options of train, which needs lightning" in streams.err
+    assert "--num-classes" in streams.out and "--loss.name" not in streams.out
 
 
 @pytest.mark.parametrize("chosen", [{}, {"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "active"}])
@@ -126,6 +234,7 @@ def test_info_needs_no_extra():
     ("command", "module"),
     [
         ("train", "lightning"),
+        pytest.param("benchmark", "tyro", marks=pytest.mark.slow),
         pytest.param("train", "yaml", marks=pytest.mark.slow),
         pytest.param("train", "tensorboard", marks=pytest.mark.slow),
         pytest.param("evaluate", "sklearn", marks=pytest.mark.slow),
@@ -137,7 +246,7 @@ def test_missing_extra(command, module):
         f"import sys; sys.modules[{module!r}] = None; from fused_margin.cli import main; sys.exit(main([{command!r}]))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    package, extra = cli.EXTRAS[module]
+    package, extra = cli.EXTRAS[module], cli.COMMANDS[command].extra
     assert done.returncode == 1
     assert done.stderr.strip() == f'fused-margin {command} needs {package}: pip install "fused_margin[{extra}]"'
 
@@ -164,6 +273,15 @@ def test_help_names_the_options_of_each_loss(capsys, monkeypatch):
     assert "l-softmax, sphereface: annealing=True" in help_text  # l-softmax refuses sub_centers and label_smoothing
     assert "(default: none)" in help_text and "(default: )" not in help_text
     assert "magface: margins=0.45,0.8" in help_text and "0.35 for cosface" in help_text
+
+
+@pytest.mark.parametrize("command", sorted(cli.COMMANDS))
+def test_help_has_an_example_and_the_defaults(command, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    help_text = capsys.readouterr().out
+    assert f"xample: fused-margin {command}" in help_text or f"  fused-margin {command} " in help_text
+    assert "default: None" not in help_text
 
 
 @pytest.mark.parametrize("command", sorted(cli.COMMANDS))

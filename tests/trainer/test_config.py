@@ -58,7 +58,9 @@ def test_file_of_a_run_starts_the_same_run(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("epoch: 3", "run.yaml: epoch: no such option, got 3"),
+        ("epoch: 3", "run.yaml: epoch: no such option, got 3; did you mean 'epochs'?"),
+        ("loss: {name: arcfac}", "got 'arcfac'; did you mean 'arcface'?"),
+        ("loss: {options: {esy: 1}}", "gradient, label_smoothing, sub_centers, workspace_mb; did you mean 'easy'?"),
         ("optimizer: {rate: 3}", "run.yaml: optimizer.rate: no such option, got 3"),
         ("optimizer: 3", "optimizer: Input should be an object, got 3"),
         ("epochs: many", "epochs: Input should be a valid integer, got 'many'"),
@@ -80,8 +82,8 @@ def test_file_of_a_run_starts_the_same_run(tmp_path):
             "run.yaml: a value is neither number, text, list nor mapping",
         ),
         ("resume: true", "run.yaml: resume: only on the command line"),
-        ("- 3", "run.yaml: expected options with values, got [3]"),
-        ("", "run.yaml: expected options with values, got None"),
+        ("- 3", "run.yaml: expected options with values, such as `epochs: 3`, got [3]"),
+        ("", "run.yaml: expected options with values, such as `epochs: 3`, got None"),
         ("a: [", "cannot read the configuration run.yaml"),
         ("a: !!python/object/apply:os.getcwd []", "cannot read the configuration run.yaml"),
     ],

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from ..config import TrainConfig
+from ..options import suggestion
 from ..train.auxiliary import ARGUMENTS
 from ..train.named_losses import LOSSES, LossConfig
 
@@ -88,7 +89,9 @@ def loss_config(text: str) -> LossConfig:
     if len(roundings) > 1:
         raise ValueError(f"losses: expected one of {', '.join(ROUNDINGS)} in {text}")
     if name not in LOSSES:
-        raise ValueError(f"losses: expected {RANDOM} or one of {', '.join(LOSSES)}, got {name!r}")
+        raise ValueError(
+            f"losses: expected {RANDOM} or one of {', '.join(LOSSES)}, got {name!r}{suggestion(name, LOSSES)}"
+        )
     weights: dict[str, Any] = {}  # keyword arguments: numbers
     for part in added:
         if part in ROUNDINGS:
@@ -97,9 +100,8 @@ def loss_config(text: str) -> LossConfig:
         if term in weights:
             raise ValueError(f"losses: expected {term} once in {text}")
         if term != EXCLUSIVE and term not in ARGUMENTS:
-            raise ValueError(
-                f"losses: expected {', '.join((EXCLUSIVE, *ARGUMENTS, *ROUNDINGS))} after the +, got {term!r}"
-            )
+            terms = (EXCLUSIVE, *ARGUMENTS, *ROUNDINGS)
+            raise ValueError(f"losses: expected {', '.join(terms)} after the +, got {term!r}{suggestion(term, terms)}")
         try:
             weights[term] = float(weight) if weight else ADDED.get(term, 1.0)
         except ValueError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import fused_margin as fm
 from fused_margin.evaluation import find_pair_list
@@ -12,6 +12,7 @@ from fused_margin.evaluation.protocols import LFW_FLIP, Flip, LfwVariant, Metric
 
 from ..config import EvaluationConfig
 from ..data import EMBEDDED, find_reader
+from ..options import none_means
 
 Protocol = Literal["pairs", "lfw", "ytf", "megaface"]
 
@@ -23,13 +24,12 @@ class EvaluateConfig:
     Writes <protocol>.json, <protocol>.png and <protocol>.html.
     """
 
-    checkpoint: Path | None = None
-    """Checkpoint of fused-margin train, or its folder.
-    If not given, the latest run in runs/."""
-    backbone: str | None = None
+    checkpoint: Annotated[Path | None, none_means("the latest run in runs/")] = None
+    """Checkpoint of fused-margin train, or its folder."""
+    backbone: Annotated[str | None, none_means("the --network of the training")] = None
     """The --backbone of the training, if it had one. Giving the same name
     confirms that its code may be imported and called."""
-    features: Path | None = None
+    features: Annotated[Path | None, none_means("evaluate a network")] = None
     """File (.npz) of features to evaluate instead of a network, with these arrays:
     features (n, D): of n images or frames. All protocols need it.
     mirrored (n, D): of the mirror images, for --protocol lfw and --flip sum or concat.
@@ -39,14 +39,14 @@ class EvaluateConfig:
     video (n,): video index of each frame, for ytf, whose pairs are then video indices.
     distractors (k, D), mirrored_distractors (k, D): of k distractors, for megaface.
     class_weight (C, D): of C classes, to report their separability."""
-    data: str | None = None
-    """Images to evaluate the network on. If not given, the test identities of its training.
-    Any other images that fused-margin train accepts: all of their identities are evaluated.
+    data: Annotated[str | None, none_means("the test identities of the training")] = None
+    """Images to evaluate the network on.
+    Any images that fused-margin train accepts: all of their identities are evaluated.
     A verification set is a folder with LFW's pairs.txt or YouTube Faces' splits.txt (for --protocol ytf),
     a list in such a format, as pairsDevTest.txt, or one of InsightFace's .bin files.
     Its images are in the folder of the list, or in the subfolder of the published archive:
     lfw, lfw_funneled, lfw-deepfunneled or aligned_images_DB."""
-    distractors: Path | None = None
+    distractors: Annotated[Path | None, none_means("those in --features, or the identities that are no probes")] = None
     """Features of distractors, for --protocol megaface with --features.
     A .npy, .npz or MegaFace's .bin file, or a folder of these.
     --features then has the probes: FOLDER/identity/..., or an .npz with features and labels."""
@@ -64,24 +64,21 @@ class EvaluateConfig:
     cosine: cosine of both features.
     weighted-l1: DeepFace's weighted absolute differences of the normalized features.
     A logistic regression on the other folds learns the weights."""
-    flip: Flip | None = None
-    """How to combine the features of an image and its mirror image (fixed for LFW).
-    If not given, as in the training; none for --features."""
-    far: float | None = None
-    """False accept rate at which the true accept rate is reported.
-    If not given, 1e-6 for megaface, otherwise as in the training; 1e-3 for --features."""
-    num_pairs: int | None = None
-    """Number of pairs to draw if none are given. Half of them are of one identity.
-    If not given, as in the training; 6,000 for --features."""
-    folds: int | None = None
-    """Number of folds if none are given, as for a pairs.txt whose first line is one number.
-    If not given, as in the training; 10 for --features."""
+    flip: Annotated[Flip | None, none_means("as in the training; none for --features")] = None
+    """How to combine the features of an image and its mirror image (fixed for LFW)."""
+    far: Annotated[float | None, none_means("1e-6 for megaface, otherwise as in the training; 1e-3 for --features")] = (
+        None
+    )
+    """False accept rate at which the true accept rate is reported."""
+    num_pairs: Annotated[int | None, none_means("as in the training; 6,000 for --features")] = None
+    """Number of pairs to draw if none are given. Half of them are of one identity."""
+    folds: Annotated[int | None, none_means("as in the training; 10 for --features")] = None
+    """Number of folds if none are given, as for a pairs.txt whose first line is one number."""
     probes: float = 0.5
     """Share of the identities that are megaface's probes if no distractors are given.
     The other identities are the distractors."""
-    output: Path | None = None
-    """Folder for report, figure and page.
-    If not given, the folder of the checkpoint or of the features."""
+    output: Annotated[Path | None, none_means("the folder of the checkpoint or of the features")] = None
+    """Folder for report, figure and page."""
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
     """Device. auto: a GPU, if there is one and the kernels are built for it."""
     workers: int = 0
@@ -114,7 +111,7 @@ class EvaluateConfig:
         if self.workers < 0:
             raise ValueError(f"workers must not be negative, got {self.workers}")
         if self.accelerator == "cuda" and not fm.build_info()["cuda"]["available"]:
-            raise ValueError("accelerator: there is no GPU, or the kernels are not built for it")
+            raise ValueError("accelerator: there is no GPU, or the kernels are not built for it; use auto or cpu")
 
     def protocol_options(self, trained: EvaluationConfig) -> ProtocolOptions:
         """The options of the protocol, with defaults from the training.

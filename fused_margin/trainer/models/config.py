@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from ..options import none_means
 
 Network = Literal["small", "paper", "lenet"]
 Depth = Literal[4, 10, 20, 36, 64]
@@ -45,7 +47,7 @@ class ModelConfig:
     width: float = 0.25
     """Factor on the published channels of the stages:
     64, 128, 256, 512 in the ResNet; 32, 64, 128 in LeNet++."""
-    widths: tuple[int, ...] | None = None
+    widths: Annotated[tuple[int, ...] | None, none_means("the published channels times --model.width")] = None
     """Channels of each stage. Overrides --model.width."""
     embedding_size: int = 128
     """Dimensions of the embedding. A --backbone ignores this and has its own."""

@@ -70,9 +70,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the file is missing, damaged or of another version.
     """
-    state = _load(path, "checkpoint")
+    expected = f"; expected the folder of a run of fused-margin train, or its {FILE_NAME}"
+    state = _load(path, "checkpoint", expected)
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is not a checkpoint of this version of the trainer")
+        raise CheckpointError(f"{path} is not a checkpoint of this version of the trainer{expected}")
     return state
 
 

@@ -33,7 +33,7 @@ class Devices:
         if accelerator == "auto":
             accelerator = "cuda" if has_gpu else "cpu"
         elif accelerator == "cuda" and not has_gpu:
-            raise DataError("--accelerator cuda: there is no GPU, or the kernels are not built for it")
+            raise DataError("--accelerator cuda: there is no GPU, or the kernels are not built for it; use auto or cpu")
         if config.precision == "16-mixed" and accelerator == "cpu":
             raise DataError("--precision 16-mixed needs a GPU; on the CPU use bf16-mixed or 32-true")
         if accelerator == "cuda" and config.devices > torch.cuda.device_count():

@@ -17,7 +17,7 @@ from fused_margin.losses.base import MarginLoss
 from fused_margin.losses.softmax import SoftmaxLoss
 from fused_margin.margins import CM1, CM2
 
-from ..options import NamedOptions
+from ..options import NamedOptions, none_means, suggestion
 from .auxiliary import ARGUMENTS, AuxiliaryConfig
 
 MainLoss = MarginLoss | SoftmaxLoss
@@ -92,8 +92,8 @@ class LossConfig:
 
     name: LossName = "arcface"
     """Name of the loss. The defaults of the other options depend on it."""
-    margin: Annotated[float | None, tyro.conf.arg(help=MARGIN_HELP)] = None
-    scale: Annotated[float | None, tyro.conf.arg(help=SCALE_HELP)] = None
+    margin: Annotated[float | None, tyro.conf.arg(help=MARGIN_HELP), none_means(OF_PAPER)] = None
+    scale: Annotated[float | None, tyro.conf.arg(help=SCALE_HELP), none_means(OF_PAPER)] = None
     exclusive_weight: float = 0.0
     """Weight of RegularFace's exclusive term, which pushes the nearest class weights apart. 0 disables it."""
     options: Annotated[NamedOptions, tyro.conf.arg(help=OPTIONS_HELP)] = field(default_factory=dict)
@@ -122,7 +122,9 @@ class LossConfig:
         for name, value in self.options.items():
             if name not in (known := options_of(named)):
                 names = ", ".join(sorted(known))
-                raise ValueError(f"loss.options: {self.name} has no option {name!r}; it has {names}")
+                raise ValueError(
+                    f"loss.options: {self.name} has no option {name!r}; it has {names}{suggestion(name, known)}"
+                )
             kinds = (kind_of(accepted[name].default), *OTHER_KINDS.get(name, ()))
             if kind_of(value) not in kinds:
                 raise ValueError(f"loss.options: {name} of {self.name} must be {' or '.join(kinds)}, got {value!r}")
@@ -242,6 +244,7 @@ def _papers_values(name: str) -> str:
     return "; ".join(f"{value} for {', '.join(losses)}" for value, losses in losses_by_value.items())
 
 
+OF_PAPER = "the value of the loss's paper"
 MARGIN_HELP = (
     "Margin of the loss: an angle in radians, a cosine for cosface, a factor on the angle for l-softmax and sphereface."
     f" None selects the value of the loss's paper: {_papers_values('margin')}."
