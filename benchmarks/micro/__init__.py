@@ -1,1 +1,1 @@
-"""Single operations, by pytest-benchmark: `pytest benchmarks/micro`."""
+"""Every loss and single operations beside plain PyTorch, by pytest-benchmark: `pytest benchmarks/micro`."""

@@ -230,6 +230,22 @@ def test_info_needs_no_extra():
     assert "version: " in done.stdout and "kernels:" in done.stdout
 
 
+@pytest.mark.slow
+def test_benchmark_needs_only_its_extra():
+    """The trainer's packages and the folder benchmarks/ are absent."""
+    absent = ["lightning", "pydantic", "yaml", "tensorboard", "onnx", "benchmarks"]
+    options = "--num-classes 50 --embedding-size 8 --batch-size 4 --compile none --rounds 1 --output result.json"
+    code = f"""
+import sys
+sys.modules.update(dict.fromkeys({absent!r}))
+from fused_margin.cli import main
+sys.exit(main(["benchmark", *{options.split()!r}]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert Path("result.json").exists() and Path("result.png").exists()
+
+
 @pytest.mark.parametrize(
     ("command", "module"),
     [
