@@ -7,8 +7,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from fused_margin.benchmark.heads import IN_BACKWARD, STORED
+
 from ..common.files import ROOT
-from .contestants import IN_BACKWARD, STORED
 
 PICTURE = ROOT / "docs" / "images" / "head.png"
 SAMPLES = 128
