@@ -26,7 +26,12 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 COPIED = runpy.run_path(str(DOCS / "conf.py"))["COPIED"]  # texts of pages, elsewhere in the repository
 API_PAGES = sorted((DOCS / "api").glob("*.md"))
-PROGRAM = {"cli", "commands", "trainer"}  # of the package: the command line, whose Python interface is not public
+PROGRAM = {
+    "benchmark",
+    "cli",
+    "commands",
+    "trainer",
+}  # of the package: the command line, whose Python interface is not public
 MARKDOWN = MarkdownIt().enable("table").use(dollarmath_plugin).use(myst_block_plugin).use(anchors_plugin, max_level=6)
 
 

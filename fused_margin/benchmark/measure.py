@@ -105,7 +105,7 @@ def peak_of_steps(job: HeadJob) -> Peak:
     contestant = next(each for each in heads.contestants(job.comparison) if each.name == job.contestant)
     inputs = unit_inputs(job.shape, job.device, batches=1, dtype=job.comparison.torch_dtype)
     head = contestant.variants[job.variant](inputs)
-    inputs.weight = torch.empty(0)  # the head has its own
+    inputs.weight = torch.empty(0, dtype=torch.float32, device="cpu")  # the head has its own
     for turn in range(2):
         head(turn)
     before = mark(job.device)

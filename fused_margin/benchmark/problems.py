@@ -68,7 +68,7 @@ def make_inputs(shape: Shape, device: str, batches: int = 4, seed: int = 0) -> I
     generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*size: int) -> Tensor:
-        return torch.randn(*size, device=device, generator=generator)
+        return torch.randn(*size, device=device, generator=generator, dtype=torch.float32)
 
     def labels() -> Tensor:
         return torch.randint(shape.classes, (shape.rows,), device=device, generator=generator)
