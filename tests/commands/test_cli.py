@@ -1,12 +1,10 @@
 """The command line: usage, errors without a traceback, interruption and resumption of a process."""
 
 import ast
-import importlib
 import json
 import os
 import re
 import runpy
-import shlex
 import shutil
 import signal
 import subprocess
@@ -23,19 +21,9 @@ import fused_margin as fm
 import fused_margin_command
 from fused_margin import cli
 from fused_margin.trainer.train.checkpoint import FILE_NAME
-from fused_margin.trainer.train.named_losses import LOSSES, options_by_loss
+from fused_margin.trainer.train.named_losses import options_by_loss
 
 pytestmark = pytest.mark.usefixtures("blank_pictures")
-
-
-@pytest.fixture(autouse=True)
-def own_folder(tmp_path, monkeypatch):
-    """Each test runs in its own folder, with its own runs/."""
-    root = str(Path(cli.__file__).parents[1])
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.chdir(tmp_path)
 
 
 def fails(capsys, code, *arguments):
@@ -131,57 +119,6 @@ def test_module_is_the_program(capsys, monkeypatch):
     with pytest.raises(SystemExit) as exit_:
         runpy.run_module("fused_margin", run_name="__main__")
     assert not exit_.value.code and capsys.readouterr().out == f"fused-margin {fm.__version__}\n"
-
-
-def test_completion_in_bash(capsys):
-    """bash completes commands, options and choices without running a program."""
-    assert cli.main(["completion", "bash"]) == 0
-    script = capsys.readouterr().out
-    assert "python" not in script
-    lines = {
-        "fused-margin ": set(cli.COMMANDS),
-        "fused-margin tr": {"train"},
-        "fused-margin train --loss.na": {"--loss.name"},
-        "fused-margin train --loss.name ": set(LOSSES),
-        "fused-margin train --epochs 3 --loss.name arc": {"arcface"},
-        "fused-margin benchmark --dty": {"--dtype"},
-        "fused-margin benchmark --dtype b": {"bfloat16"},
-        "fused-margin evaluate --protocol y": {"ytf"},
-        "fused-margin completion z": {"zsh"},
-        "fused-margin export other": {"other.pt"},
-        "fused-margin train --output ot": {"other.pt"},
-    }
-    Path("other.pt").touch()
-    script += """
-for line in "${lines[@]}"; do
-    read -ra COMP_WORDS <<< "$line"
-    [[ $line == *" " ]] && COMP_WORDS+=("")
-    COMP_CWORD=$((${#COMP_WORDS[@]} - 1)) COMPREPLY=()
-    $(complete -p fused-margin | grep -o '_[^ ]*')
-    echo "${COMPREPLY[*]}"
-done
-"""
-    script = f"lines=({' '.join(map(shlex.quote, lines))})\n{script}"
-    done = subprocess.run(["bash", "--norc"], input=script, capture_output=True, text=True, check=True)
-    assert not done.stderr
-    assert dict(zip(lines, [set(line.split()) for line in done.stdout.splitlines()], strict=True)) == lines
-
-
-def test_completion_leaves_out_what_is_not_installed(capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "fused_margin.commands.train", None)
-    missing = ModuleNotFoundError("No module named 'lightning'", name="lightning")
-    load = importlib.import_module
-
-    def loaded(name):
-        if name.endswith(".train"):
-            raise missing
-        return load(name)
-
-    monkeypatch.setattr(importlib, "import_module", loaded)
-    assert cli.main(["completion", "zsh"]) == 0
-    streams = capsys.readouterr()
-    assert "without the options of train, which needs lightning" in streams.err
-    assert "--num-classes" in streams.out and "--loss.name" not in streams.out
 
 
 @pytest.mark.parametrize("chosen", [{}, {"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "active"}])
