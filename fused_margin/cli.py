@@ -11,7 +11,7 @@ from importlib.metadata import version
 from typing import NamedTuple, NoReturn
 
 EXAMPLES = """examples:
-  fused-margin benchmark --num-classes 10000
+  fused-margin benchmark --num-classes 100000
   fused-margin train --data photographs --loss.name arcface
   fused-margin evaluate
 
