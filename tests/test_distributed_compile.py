@@ -60,7 +60,7 @@ def steps(group, name, backend):
     return results
 
 
-QUICK = {("exclusive", 2), ("adaface", 2), ("softmax", 2), ("sampled", 2)}
+QUICK = {("adaface", 2), ("sampled", 2)}
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,18 @@ LOSSES = {
 
 
 # Losses that reach the same code as others when they are compiled.
-ALIKE = ("arcface", "normface", "cosface", "combined", "l2softmax", "lsoftmax", "subcenter", "sphereface", "filtered")
+ALIKE = (
+    "arcface",
+    "normface",
+    "cosface",
+    "combined",
+    "l2softmax",
+    "lsoftmax",
+    "subcenter",
+    "sphereface",
+    "filtered",
+    "adaface",
+)
 
 
 @pytest.mark.parametrize(

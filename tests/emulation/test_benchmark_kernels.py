@@ -8,6 +8,8 @@ from fused_margin._ops.backends import select
 from fused_margin._ops.backends.select import Kernels
 from fused_margin.benchmark.problems import Shape, make_inputs
 
+pytestmark = pytest.mark.slow  # compiles the CUDA kernels for the host
+
 SHAPE = Shape(130, 40, 403)
 
 

@@ -22,6 +22,8 @@ from emulation.search_inputs import (
     tile,
 )
 
+pytestmark = pytest.mark.slow  # compiles the CUDA kernels for the host
+
 
 @ALL
 def test_codes_and_their_errors(backends, case):

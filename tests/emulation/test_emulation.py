@@ -14,6 +14,8 @@ from fused_margin._ops.backends.select import PORTABLE, Kernels
 from fused_margin._ops.inputs import LossInputs
 from fused_margin.margins import FilteredNegatives, HardNegatives
 
+pytestmark = pytest.mark.slow  # compiles the CUDA kernels for the host
+
 
 @pytest.fixture
 def compare(emulated, monkeypatch):

@@ -4,6 +4,10 @@ import os
 import subprocess
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.slow  # compiles the CUDA kernels for the host
+
 HERE = Path(__file__).parent
 
 

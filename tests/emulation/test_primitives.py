@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow  # compiles the CUDA kernels for the host
+
 SOURCE = Path(__file__).with_name("primitives.cpp")
 FOREVER = "wait for each other forever"
 

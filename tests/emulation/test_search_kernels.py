@@ -27,6 +27,8 @@ from fused_margin._ops.nearest import cache, search
 from fused_margin._ops.nearest import quantized as quantization
 from fused_margin.distributed import Shard
 
+pytestmark = pytest.mark.slow  # compiles the CUDA kernels for the host
+
 
 def compare_nearest(measured, expected):
     """Compare indices exactly and cosines up to rounding, because sums have another order."""

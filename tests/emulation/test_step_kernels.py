@@ -11,6 +11,8 @@ from fused_margin._ops.backends.select import Kernels
 from fused_margin._ops.row_update import NO_COMPLETION
 from fused_margin.optim import ProjectedSGD, step_in_backward
 
+pytestmark = pytest.mark.slow  # compiles the CUDA kernels for the host
+
 
 @pytest.fixture
 def run(emulated):

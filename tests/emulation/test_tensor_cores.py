@@ -16,6 +16,8 @@ from fused_margin._ops.backends import select, tensor_cores
 from fused_margin._ops.backends.select import Kernels
 from fused_margin._ops.inputs import LossInputs
 
+pytestmark = pytest.mark.slow  # compiles the CUDA kernels for the host
+
 
 @pytest.fixture(params=["sm90", "sm80"])
 def family(request, emulated, monkeypatch):
