@@ -5,6 +5,7 @@ import os
 import re
 from importlib.metadata import version as version_of
 from pathlib import Path
+from typing import get_type_hints
 
 project = "fused_margin"
 author = "The fused_margin authors"
@@ -51,6 +52,7 @@ html_title = f"fused_margin {release}"
 html_static_path = ["_static"]
 html_css_files = ["style.css"]
 html_show_sourcelink = False
+html_context = {"default_mode": "auto"}  # light or dark, as the system
 html_sidebars = {page: [] for page in ("index", "faq", "changelog", "contributing")}  # pages without sections of pages
 html_theme_options = {
     "github_url": "https://github.com/fused-margin/fused-margin",
@@ -101,6 +103,13 @@ def shorten_signature(app, what, name, obj, options, signature, return_annotatio
     return signature and re.sub(r"(\*\*\w+): .*?Unpack\[[^]]*\]", r"\1", signature), return_annotation
 
 
+def hide_option_texts(app, obj, bound_method):
+    """Shows the types of a configuration without what they say to the command line."""
+    if any("Annotated" in str(hint) for hint in getattr(obj, "__annotations__", {}).values()):
+        obj.__annotations__ = get_type_hints(obj)
+
+
 def setup(app):
+    app.connect("autodoc-before-process-signature", hide_option_texts)
     app.connect("autodoc-process-signature", shorten_signature)
     app.connect("source-read", read_page)

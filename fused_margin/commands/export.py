@@ -11,9 +11,9 @@ from typing import Annotated
 
 import tyro
 
+from fused_margin.trainer.defaults import none_means
 from fused_margin.trainer.export import ExportError, export
 from fused_margin.trainer.models import BackboneError
-from fused_margin.trainer.options import none_means
 from fused_margin.trainer.train.checkpoint import FILE_NAME, CheckpointError
 
 from .common import INTERRUPTED, command_consoles, completion_parser, failed, find_latest_run, parse_options

@@ -14,8 +14,9 @@ from pydantic import ConfigDict
 from .config_values import ConfigError, missing_options, overlay, to_plain
 from .data import EMBEDDED, find_reader
 from .data.augment import AugmentationConfig
+from .defaults import none_means
 from .models import ModelConfig, Network
-from .options import NamedOptions, none_means
+from .options import NamedOptions
 from .train.named_losses import LossConfig
 
 MAX_SEED = 2**64 - 1  # of torch

@@ -18,11 +18,6 @@ def suggestion(word: object, choices: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def none_means(rule: str) -> Any:
-    """Lets the help of an option show `rule` instead of the default None."""
-    return tyro.conf.arg(help_behavior_hint=lambda default: f"(default: {rule if default == 'None' else default})")
-
-
 def parse_options(words: Sequence[str]) -> dict[str, Any]:
     """NAME=VALUE words to a dictionary. Values are Python literals; other values are text."""
     options = {}

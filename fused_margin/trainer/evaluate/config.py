@@ -12,7 +12,7 @@ from fused_margin.evaluation.protocols import LFW_FLIP, Flip, LfwVariant, Metric
 
 from ..config import EvaluationConfig
 from ..data import EMBEDDED, find_reader
-from ..options import none_means
+from ..defaults import none_means
 
 Protocol = Literal["pairs", "lfw", "ytf", "megaface"]
 

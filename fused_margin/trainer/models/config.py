@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from ..options import none_means
+from ..defaults import none_means
 
 Network = Literal["small", "paper", "lenet"]
 Depth = Literal[4, 10, 20, 36, 64]

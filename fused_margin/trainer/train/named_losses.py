@@ -17,7 +17,8 @@ from fused_margin.losses.base import MarginLoss
 from fused_margin.losses.softmax import SoftmaxLoss
 from fused_margin.margins import CM1, CM2
 
-from ..options import NamedOptions, none_means, suggestion
+from ..defaults import none_means
+from ..options import NamedOptions, suggestion
 from .auxiliary import ARGUMENTS, AuxiliaryConfig
 
 MainLoss = MarginLoss | SoftmaxLoss
