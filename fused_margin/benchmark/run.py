@@ -157,9 +157,9 @@ def _require_memory(shape: Shape, comparison: Comparison, available: int) -> Non
     advice = "choose a smaller --num-classes, --batch-size or --embedding-size"
     if comparison.peers:
         alone = needed_bytes(shape, Comparison(comparison.loss, comparison.dtype, peers=False))
-        advice += f", or --ours-only, which needs about {alone:,} bytes ({alone / 1e9:.1f} GB)"
+        advice += f", or --ours-only, which needs about {alone:,} bytes ({alone / 1e9:,.1f} GB)"
     raise DoesNotFitError(
-        f"{shape.label} in {comparison.dtype} does not fit: it needs about {needed:,} bytes ({needed / 1e9:.1f} GB), and "
+        f"{shape.label} in {comparison.dtype} does not fit: it needs about {needed:,} bytes ({needed / 1e9:,.1f} GB), and "
         f"{available:,} bytes ({available / 1e9:.1f} GB) of memory are available; {advice}"
     )
 

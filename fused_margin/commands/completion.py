@@ -47,9 +47,10 @@ def main(args: Sequence[str]) -> int:
             print(f"without the options of {name}, which needs {cli.EXTRAS[error.name]}", file=sys.stderr)
         else:
             parsers[name] = command.make_parser()
-            parsers[name].description = cli.COMMANDS[name].help  # shells show it beside the name
             for action in parsers[name]._actions:
                 if not action.option_strings or "PATH" in str(action.metavar):
                     action.complete = shtab.FILE  # type: ignore[attr-defined]
+    for name, parser in parsers.items():
+        parser.description = cli.COMMANDS[name].help  # shells show it beside the name
     print(shtab.complete(cli.make_parser(parsers), given.shell))
     return 0

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from .plurals import counted
+
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
@@ -16,7 +18,9 @@ def check_features(name: str, features: np.ndarray, width: int | None = None, ch
         wanted = f"(rows, {width or 'D'}) floats, one row or more"
         raise ValueError(f"{name}: expected {wanted}, got {features.shape} {features.dtype}")
     if check_values and not (finite := np.isfinite(features).all(axis=1)).all():
-        raise ValueError(f"{name}: expected finite values, got NaN or infinity in {np.count_nonzero(~finite)} rows")
+        raise ValueError(
+            f"{name}: expected finite values, got NaN or infinity in {counted(int(np.count_nonzero(~finite)), 'row')}"
+        )
 
 
 def check_integers(name: str, values: np.ndarray, shape: tuple[int | None, ...]) -> None:

@@ -302,7 +302,7 @@ ROW_OF_NAN = np.where(np.arange(6)[:, None] == 3, np.nan, np.eye(6))
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("features", ROW_OF_NAN, "features: expected finite values, got NaN or infinity in 1 rows"),
+        ("features", ROW_OF_NAN, "features: expected finite values, got NaN or infinity in 1 row$"),
         ("mirrored", ROW_OF_NAN, "mirrored: expected finite values"),
         ("mirrored", np.eye(5), r"mirrored: expected the features' shape \(6, 6\), got \(5, 5\)"),
         ("features", np.empty((0, 6)), r"features: expected \(rows, D\) floats, one row or more, got \(0, 6\)"),
