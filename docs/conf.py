@@ -1,6 +1,5 @@
 """Configuration of the documentation: `sphinx-build -W docs build/docs`."""
 
-import inspect
 import os
 import re
 from importlib.metadata import version as version_of
@@ -96,10 +95,7 @@ def read_page(app, docname, source):
 
 
 def shorten_signature(app, what, name, obj, options, signature, return_annotation):
-    """Shows **options without their TypedDict, and no types where they have metadata: docstrings describe both."""
-    if signature and "Annotated[" in signature:
-        parameters = [each.replace(annotation=each.empty) for each in inspect.signature(obj).parameters.values()]
-        signature = str(inspect.Signature(parameters))
+    """Shows **options without their TypedDict: the docstring says where they are described."""
     return signature and re.sub(r"(\*\*\w+): .*?Unpack\[[^]]*\]", r"\1", signature), return_annotation
 
 
