@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -76,6 +77,10 @@ class BenchmarkConfig:
         for name, lowest in least.items():
             if (value := getattr(self, name)) is not None and value < lowest:
                 raise ValueError(f"{name.replace('_', '-')} must be at least {lowest}, got {value}")
+        if self.threads is not None and self.threads > (processors := os.cpu_count() or 1):
+            raise ValueError(
+                f"threads must be at most {processors}, the processors of this machine, got {self.threads}"
+            )
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device: torch finds no GPU; use --device cpu")
         if self.device == "cuda" and not fm.build_info()["cuda"]["available"]:

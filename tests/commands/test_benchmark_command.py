@@ -181,6 +181,7 @@ def test_other_systems_have_no_peaks(monkeypatch, tmp_path, capsys):
     [
         ("--batch-size 0", "batch-size must be at least 1, got 0"),
         ("--num-classes 1", "num-classes must be at least 2"),
+        ("--threads 99999", "the processors of this machine, got 99999"),
         ("--output result.txt", "output: expected the name of a .json file, got 'result.txt'"),
         ("--device cuda", "use --device cpu"),
         ("--loss arcfac", "Expected one of ('arcface', 'cosface', 'normface')"),
