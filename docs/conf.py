@@ -105,7 +105,24 @@ def hide_option_texts(app, obj, bound_method):
         obj.__annotations__ = get_type_hints(obj)
 
 
+def correct_back_links(app, pagename, templatename, context, doctree):
+    """Corrects links from sources to the reference: viewcode gives all names of a file the module of the first one."""
+    objects = app.env.get_domain("py").objects
+
+    def replace(match):
+        parts = match[3].split(".")
+        endings = [".".join(["", *parts[start:]]) for start in range(1, len(parts))]
+        names = [
+            name for end in endings for name in objects if name.endswith(end) and objects[name].docname == match[2]
+        ]
+        return match[1] + (match[3] if match[3] in objects or not names else names[0])
+
+    if pagename.startswith("_modules/"):
+        context["body"] = re.sub(r'("viewcode-back" href="[./]*([\w/-]+)\.html#)([\w.]+)', replace, context["body"])
+
+
 def setup(app):
+    app.connect("html-page-context", correct_back_links)
     app.connect("autodoc-before-process-signature", hide_option_texts)
     app.connect("autodoc-process-signature", shorten_signature)
     app.connect("source-read", read_page)
