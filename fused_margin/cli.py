@@ -34,7 +34,7 @@ COMMANDS = {
         "time a training step of a loss on this machine, beside PyTorch and other libraries", "benchmark"
     ),
     "align": Command("align faces to a template by their five landmarks", "trainer"),
-    "train": Command("train and verify a network; the defaults take minutes on two CPU cores", "trainer"),
+    "train": Command("train and verify a network; the defaults take about a minute on two CPU cores", "trainer"),
     "evaluate": Command("evaluate a trained network, or features from a file, under a named protocol", "trainer"),
     "compare": Command("train several losses with the same settings and write a table of their results", "trainer"),
     "figure": Command("draw the 2-d embeddings that losses learn for a few digits", "trainer"),
