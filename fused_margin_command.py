@@ -4,6 +4,7 @@ It is a separate module, because importing the package imports torch, and OpenMP
 """
 
 import os
+import sys
 
 SPIN_COUNT = "3000"  # tens of microseconds; by default it is 300,000, which is milliseconds
 
@@ -16,4 +17,8 @@ def main() -> int:
         os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
     from fused_margin.cli import main
 
-    return main()
+    try:
+        return main()
+    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout when it ends
+        return 1

@@ -142,6 +142,19 @@ sys.exit(fused_margin_command.main())
     assert variables == (chosen or {"GOMP_SPINCOUNT": fused_margin_command.SPIN_COUNT})
 
 
+def test_closed_pipe_gives_no_traceback():
+    program = (
+        "import sys, types; sys.modules['fused_margin'] = types.ModuleType('fused_margin')\n"
+        "cli = sys.modules['fused_margin.cli'] = types.ModuleType('cli'); cli.main = lambda: print('help', flush=True)\n"
+        "import fused_margin_command; sys.exit(fused_margin_command.main())"
+    )
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb") as pipe:
+        done = subprocess.run([sys.executable, "-c", program], stdout=pipe, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
 def test_installed_program_is_that_module():
     project = (Path(cli.__file__).parents[1] / "pyproject.toml").read_text()
     assert 'fused-margin = "fused_margin_command:main"' in project
