@@ -41,7 +41,8 @@ class EvaluateConfig:
     class_weight (C, D): of C classes, to report their separability."""
     data: Annotated[str | None, none_means("the test identities of the training")] = None
     """Images to evaluate the network on.
-    Any images that fused-margin train accepts: all of their identities are evaluated.
+    Any images that fused-margin train accepts: all of their identities are evaluated,
+    or only the test identities if the network was trained on the same images.
     A verification set is a folder with LFW's pairs.txt or YouTube Faces' splits.txt (for --protocol ytf),
     a list in such a format, as pairsDevTest.txt, or one of InsightFace's .bin files.
     Its images are in the folder of the list, or in the subfolder of the published archive:
