@@ -66,6 +66,8 @@ def command_consoles(*, quiet: bool = False) -> tuple[Console, Console]:
 
 def failed(errors: Console, error: Exception, code: int = FAILED) -> int:
     """Print an error; returns the exit code."""
+    if isinstance(error, BrokenPipeError):  # not a fault of the command: the program ends quietly
+        raise error
     if isinstance(error, OSError) and error.filename is not None:
         error = OSError(f"{error.filename}: {error.strerror}")  # without the number
     errors.print(f"error: {error}", style="red", highlight=False, soft_wrap=True)
