@@ -5,12 +5,22 @@ It is a separate module, because importing the package imports torch, and OpenMP
 
 import os
 import sys
+import warnings
 
 SPIN_COUNT = "3000"  # tens of microseconds; by default it is 300,000, which is milliseconds
 
 
+def format_warning(message: Warning | str, category: type[Warning], *position: object) -> str:
+    """One line for a warning about an option: its position in the source says nothing to a user of the program."""
+    return f"warning: {message}\n" if category is UserWarning else default_format(message, category, *position)
+
+
+default_format = warnings.formatwarning
+
+
 def main() -> int:
     """Run the command line; returns the exit code."""
+    warnings.formatwarning = format_warning
     # An OpenMP thread spins while it waits for other threads. If these need the same core, spinning delays them.
     # Sleeping at once (OMP_WAIT_POLICY=passive) is slower if the cores are free.
     if "OMP_WAIT_POLICY" not in os.environ:

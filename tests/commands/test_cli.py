@@ -349,6 +349,14 @@ def test_margin_in_degrees_warns_once(tiny_options):
         assert cli.main(["evaluate", "--checkpoint", "here"]) == 0
 
 
+def test_warnings_are_one_line(monkeypatch):
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    monkeypatch.setattr(cli, "main", lambda: 0)
+    assert fused_margin_command.main() == 0
+    assert warnings.formatwarning("scale is too small", UserWarning, "loop.py", 7) == "warning: scale is too small\n"
+    assert "loop.py:7: FutureWarning: moved" in warnings.formatwarning("moved", FutureWarning, "loop.py", 7, None)
+
+
 def test_folder_without_identities(capsys, tmp_path):
     (tmp_path / "empty").mkdir()
     assert "no identities in" in fails(capsys, 1, "train", "--data", "empty")
