@@ -196,7 +196,9 @@ def test_run_killed_at_random_moments_continues_exactly(forks, tiny_options, tmp
         if process.poll() is not None:
             break
         process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
+        if (code := process.wait()) != -signal.SIGKILL:
+            assert code == 0, process.output  # it ended before the signal came
+            break
         if (path := tmp_path / "killed" / FILE_NAME).exists():
             steps.append(load_checkpoint(path)["step"])
     assert len(set(steps)) > 1  # killed in the midst of training
