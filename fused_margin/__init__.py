@@ -8,7 +8,7 @@ from fused_margin._openmp import share_runtime as _share_runtime
 
 try:
     _share_runtime()
-    from fused_margin import _C  # noqa: F401
+    _importlib.import_module("fused_margin._C")  # its error, unlike that of `from`, says that there is no such file
 except (ImportError, OSError) as error:
     from pathlib import Path as _Path
 

@@ -176,7 +176,7 @@ class TrainConfig:
     checkpoint_every: int = 100
     """Steps between checkpoints. A checkpoint is also written at the end and on Ctrl-C."""
     log_every: int = 10
-    """Steps between rows of log.csv and points of TensorBoard's curves."""
+    """Steps between rows of log.csv and points of TensorBoard's curves, which begin with the first step."""
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

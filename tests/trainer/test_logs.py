@@ -129,12 +129,12 @@ def test_killed_and_resumed_run_logs_the_same_as_an_uninterrupted_one(tiny_confi
         )  # so that steps after the checkpoint are logged
         with pytest.raises(MemoryError):
             run(config, console)
-    assert [int(row["step"]) for row in rows_of(config.output)] == list(range(3, 28, 3))
+    assert [int(row["step"]) for row in rows_of(config.output)] == [1, *range(3, 28, 3)]
     run(dataclasses.replace(config, resume=True), console)
     run(dataclasses.replace(config, resume=True), console)  # a finished run verifies again
 
     expected, actual = rows_of(uninterrupted.output), rows_of(config.output)
-    assert [int(row["step"]) for row in actual] == [*range(3, 40, 3), 40]
+    assert [int(row["step"]) for row in actual] == [1, *range(3, 40, 3), 40]
     for row in (*expected, *actual):
         assert float(row.pop("images_per_second")) > 0
     assert actual == expected
@@ -142,7 +142,7 @@ def test_killed_and_resumed_run_logs_the_same_as_an_uninterrupted_one(tiny_confi
 
     last = actual[-1]
     assert float(last["loss/arcface"]) + float(last["loss/center"]) == pytest.approx(float(last["loss"]), rel=1e-5)
-    assert float(actual[0]["lr"]) == pytest.approx(config.optimizer.lr * 3 / 5)  # third of four warm-up steps
+    assert float(actual[1]["lr"]) == pytest.approx(config.optimizer.lr * 3 / 5)  # third of four warm-up steps
     assert float(last["verification/accuracy"]) == pytest.approx(report["verification"]["accuracy"], rel=1e-6)
     assert float(last["separability/mean"]) == pytest.approx(report["separability"]["mean"], rel=1e-6)
     assert all(float(row["gradient_norm"]) > 0 for row in actual)

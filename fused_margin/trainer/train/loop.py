@@ -200,7 +200,7 @@ class Trainer:
                 self.seconds = time.monotonic() - started
                 speed.count(len(batch.labels))
                 if result is not None:
-                    is_logged = self.step % config.log_every == 0 or self.step == self.total_steps
+                    is_logged = self.step % config.log_every == 0 or self.step in (1, self.total_steps)
                     known = {"lr": lr, "images_per_second": speed.since_last()} if is_logged else None
                     pending.append(LoggedStep(self.step, result, known))
                 # A whole epoch has had no readable image.
