@@ -114,7 +114,8 @@ def _training_text(report: Mapping[str, Any], config: TrainConfig) -> str:
         averaged = f"{training['averaged_steps']} steps" if training["averaged_steps"] > 1 else "step"
         text += f" Mean loss of the first and of the last {averaged}: "
         text += f"{training['first_loss']:.3f} and {training['last_loss']:.3f}."
-    text += f" The curves have a point for the first step and every {counted(config.log_every, 'step')}." if config.log_every > 1 else ""
+    if config.log_every > 1:
+        text += f" The curves have a point for the first step and every {counted(config.log_every, 'step')}."
     return text
 
 
