@@ -1,5 +1,6 @@
 """Class weights that the backward steps, in float32 and bfloat16: results, refused options, changes of both, and kills at random moments."""
 
+import contextlib
 import dataclasses
 import random
 import signal
@@ -185,22 +186,23 @@ def test_run_killed_at_random_moments_continues_exactly(forks, tiny_options, tmp
         resume = ["--resume"] if (tmp_path / name / FILE_NAME).exists() else options
         return forks.start(run_command, "train", *resume, "--output", str(tmp_path / name))
 
-    started = time.monotonic()
+    def saved_step():
+        path = tmp_path / "killed" / FILE_NAME
+        return load_checkpoint(path)["step"] if path.exists() else 0
+
     process = start("uninterrupted")
     assert process.wait() == 0, process.output
-    taken = time.monotonic() - started
     draw, steps = random.Random(dtype), []
-    for _ in range(8):
-        process = start("killed")
-        time.sleep(draw.uniform(0.2, 0.6) * taken)
-        if process.poll() is not None:
-            break
-        process.send_signal(signal.SIGKILL)
-        if (code := process.wait()) != -signal.SIGKILL:
-            assert code == 0, process.output  # it ended before the signal came
-            break
-        if (path := tmp_path / "killed" / FILE_NAME).exists():
-            steps.append(load_checkpoint(path)["step"])
+    for _ in range(6):
+        process, goal = start("killed"), saved_step() + draw.randrange(1, 7)
+        while saved_step() < goal and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(draw.uniform(0, 0.05))
+        with contextlib.suppress(ProcessLookupError):
+            process.send_signal(signal.SIGKILL)
+        if process.wait() != -signal.SIGKILL:
+            break  # it ended before
+        steps.append(saved_step())
     assert len(set(steps)) > 1  # killed in the midst of training
     process = start("killed")
     assert process.wait() == 0, process.output
