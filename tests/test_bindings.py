@@ -19,7 +19,7 @@ def rerank(**options):
     rows, double = torch.ones(3), torch.ones(3, dtype=torch.float64)
     arguments = {
         "query": (MATRIX, double, rows, None, rows, rows), "reference": (MATRIX, double, rows, None, rows, rows),
-        "candidates": (torch.zeros(3, 1, dtype=torch.int32), torch.zeros(3, 1), rows),
+        "candidates": (torch.zeros(3, 1, dtype=torch.int32), torch.zeros(3, 1), rows, None),
         "nearest": (torch.zeros(3, 1, dtype=torch.float64), torch.zeros(3, 1, dtype=torch.int64)), "reference_first_id": 0,
         "references": 3, "query_first_id": 0, "same_set": True, "queries": 0, "size": 4,
     } | options  # fmt: skip

@@ -208,7 +208,7 @@ inline void read(const Name& name, py::handle value, QuantizedRows& field) {
 inline void read(const Name& name, py::handle value, CandidateLists& field) {
     field = {};
     if (value.is_none()) return;
-    read_tuple(name, value, field.candidate, field.value, field.upper_bound);
+    read_tuple(name, value, field.candidate, field.value, field.upper_bound, field.count);
     field.capacity = shape_of(name, PyTuple_GetItem(value.ptr(), 0)).second;
 }
 

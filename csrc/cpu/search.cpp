@@ -1,4 +1,5 @@
 // The CPU kernels of the nearest-row search. Compiled once per instruction set, like loss.cpp.
+#include "candidates.h"
 #include "rows.h"
 
 #include "../math/nearest.h"
@@ -77,24 +78,6 @@ template <class T, class Code> void measure_quantization(const MeasureQuantizati
             store_measurements(p, r, inverse, squares, rest, codes_squares);
         }
     }
-}
-
-// Inserts a product above the upper bound into a list, behind its equals.
-inline void insert_candidate(const CandidateLists& lists, int64_t index, int64_t id, float value) {
-    int32_t* candidate = lists.candidate + index * lists.capacity;
-    float* values = lists.value + index * lists.capacity;
-    const int64_t last = lists.capacity - 1;
-    if (candidate[last] >= 0) { // full
-        lists.upper_bound[index] = raised_bound(lists.upper_bound[index], value, values[last]);
-        if (!(value > values[last])) return;
-    }
-    int64_t before = 0;
-#pragma omp simd reduction(+ : before)
-    for (int64_t c = 0; c < last; ++c) before += values[c] >= value ? 1 : 0;
-    memmove(values + before + 1, values + before, static_cast<size_t>(last - before) * sizeof(float));
-    memmove(candidate + before + 1, candidate + before, static_cast<size_t>(last - before) * sizeof(int32_t));
-    values[before] = value;
-    candidate[before] = static_cast<int32_t>(id);
 }
 
 // Calls visit(j), ascending, for the j < count <= kBlock that pass the test.
@@ -223,14 +206,12 @@ template <class T> void rerank_candidates(const RerankCandidates& p) {
             }
             compare.set_query(i);
             const double& smallest = smallest_cosine(p.nearest, i);
-            const int32_t* candidate = p.candidates.candidate + i * p.candidates.capacity;
-            const float* value = p.candidates.value + i * p.candidates.capacity;
-            for (int64_t c = 0; c < p.candidates.capacity && candidate[c] >= 0; ++c) {
-                int64_t index = candidate_row(p, candidate[c]);
-                if (index < 0) continue;
-                if (static_cast<double>(value[c]) + error_bound(p.query, i, p.reference, index) < smallest) continue;
-                insert_nearest(p.nearest, i, compare.cosine_with(index), candidate[c]);
-            }
+            for_each_candidate(p.candidates, i, p.nearest.count, [&](int32_t candidate, float value) {
+                int64_t index = candidate_row(p, candidate);
+                if (index < 0) return;
+                if (static_cast<double>(value) + error_bound(p.query, i, p.reference, index) < smallest) return;
+                insert_nearest(p.nearest, i, compare.cosine_with(index), candidate);
+            });
         }
     }
 }

@@ -28,10 +28,14 @@ struct QuantizedRows {
 };
 
 // The largest products of every query, in descending order. An empty entry has candidate -1 and value -inf.
+//
+// On the CPU the lists of a search may have numbers of entries instead: the entries are then in any order, and there are
+// no empty ones. A product is appended, and a full list loses its smaller half.
 struct CandidateLists {
     int32_t* candidate; // [Q, capacity], reference ids
     float* value;       // [Q, capacity]
     float* upper_bound; // [Q], of all products outside the list; -inf if there is none
+    int32_t* count;     // [Q], number of entries; or null for lists in descending order
     int64_t capacity;
 };
 

@@ -137,8 +137,8 @@ class SearchInputs:
                 products = code_products(self.query_code[row_begin : row_begin + chunk], columns)
                 run.update_candidates(
                     **tile(products, row_begin, column_begin, self.same_set), row_scale=self.query[2],
-                    column_scale=self.reference[2], row_candidates=candidates,
-                    column_candidates=candidates if self.same_set and row_begin != column_begin else None,
+                    column_scale=self.reference[2], row_candidates=(*candidates, None),
+                    column_candidates=(*candidates, None) if self.same_set and row_begin != column_begin else None,
                     refreshed=None,
                 )  # fmt: skip
         return candidates
@@ -147,7 +147,7 @@ class SearchInputs:
         nearest = nearest or empty_nearest(self.case.queries, self.case.k)
         run.rerank_candidates(
             **{
-                "query": self.query, "reference": self.reference, "candidates": candidates, "nearest": nearest,
+                "query": self.query, "reference": self.reference, "candidates": (*candidates, None), "nearest": nearest,
                 "reference_first_id": 0, "references": len(self.reference_code),
                 "query_first_id": 0, "same_set": self.same_set, "queries": self.case.queries, "size": self.case.size,
             }

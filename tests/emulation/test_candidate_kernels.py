@@ -111,8 +111,8 @@ def test_candidate_lists_with_row_numbers_and_places(backends):
             row_candidates, column_candidates = empty_lists(33, 4), empty_lists(257, 5)
             run.update_candidates(
                 **tile(products, 0, 40, same_set, row_index=place, row_id=number, column_first_id=1000),
-                row_scale=inputs.query[2], column_scale=inputs.reference[2], row_candidates=row_candidates,
-                column_candidates=column_candidates,
+                row_scale=inputs.query[2], column_scale=inputs.reference[2], row_candidates=(*row_candidates, None),
+                column_candidates=(*column_candidates, None),
                 refreshed=refreshed,
             )  # fmt: skip
             results.append((*row_candidates, *column_candidates))
@@ -133,8 +133,8 @@ def test_candidate_lists_of_equal_products(backends):
     for run in backends:
         row_candidates, column_candidates = empty_lists(33, 4), empty_lists(70, 40)
         run.update_candidates(
-            **tile(products), row_scale=torch.ones(33), column_scale=torch.ones(70), row_candidates=row_candidates,
-            column_candidates=column_candidates, refreshed=None,
+            **tile(products), row_scale=torch.ones(33), column_scale=torch.ones(70), row_candidates=(*row_candidates, None),
+            column_candidates=(*column_candidates, None), refreshed=None,
         )  # fmt: skip
         results.append((*row_candidates, *column_candidates))
     same(results[1], results[0])
@@ -151,7 +151,7 @@ def test_candidate_lists_of_ascending_products(backends):
         for run in backends:
             candidates = empty_lists(33, capacity)
             run.update_candidates(
-                **tile(products), row_scale=torch.ones(33), column_scale=torch.ones(257), row_candidates=candidates,
+                **tile(products), row_scale=torch.ones(33), column_scale=torch.ones(257), row_candidates=(*candidates, None),
                 column_candidates=None, refreshed=None,
             )  # fmt: skip
             results.append(candidates)
@@ -171,7 +171,7 @@ def test_removing_refreshed_rows_and_updating_again(backends, capacity):
             candidates[0][3, capacity // 2 :], candidates[1][3, capacity // 2 :] = -1, -math.inf  # not a full list
             before = [t.clone() for t in candidates]
             run.remove_refreshed(
-                candidates=candidates, refreshed_rows=refreshed, refreshed_candidates=refreshed, count=257
+                candidates=(*candidates, None), refreshed_rows=refreshed, refreshed_candidates=refreshed, count=257
             )
             removed = [t.clone() for t in candidates]
             # a list with empty places accepts only products above its upper bound
@@ -179,7 +179,7 @@ def test_removing_refreshed_rows_and_updating_again(backends, capacity):
             if refreshed.any():
                 scale = inputs.reference[2][refreshed]
                 run.update_candidates(
-                    **tile(products), row_scale=inputs.query[2], column_scale=scale, row_candidates=candidates,
+                    **tile(products), row_scale=inputs.query[2], column_scale=scale, row_candidates=(*candidates, None),
                     column_candidates=None,
                     refreshed=None,
                 )  # fmt: skip

@@ -204,7 +204,7 @@ def test_empty_tiles(backends):
         candidates, nearest = empty_lists(7, 4), empty_nearest(7, 1)
         products = torch.empty(7, 0)
         run.update_candidates(
-            **tile(products), row_scale=inputs.query[2], column_scale=inputs.reference[2], row_candidates=candidates,
+            **tile(products), row_scale=inputs.query[2], column_scale=inputs.reference[2], row_candidates=(*candidates, None),
             column_candidates=None,
             refreshed=None,
         )  # fmt: skip

@@ -19,6 +19,7 @@ from fused_margin._ops.normalization import unit_rows
 # Size of a tile of scores. On the CPU a tile stays in cache while it is read two to four times. On a GPU, the kernels of a
 # large tile take longer than their launches.
 SCORE_TILE_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}
+MAX_ORDERED = 24  # capacity of lists in descending order on the CPU: each insertion moves entries
 MAX_FLOAT32_LENGTH = 1e18  # maximum length of rows that are multiplied in float32 without normalization
 # Torch 2.13 does not write int8 products of rows of one element. Above the last size a product would overflow int32.
 INT8_SIZES = range(2, (2**31 - 1) // 127**2 + 1)
@@ -168,25 +169,30 @@ class CandidateLists:
     candidate: Tensor  # (Q, capacity) int32
     value: Tensor  # (Q, capacity) float32
     upper_bound: Tensor  # (Q,) float32, upper bound of the scores that are not in the list
+    count: Tensor | None = None  # (Q,) int32, number of entries in any order; None: in descending order
 
     @classmethod
-    def empty(cls, queries: int, capacity: int, device: torch.device) -> CandidateLists:
+    def empty(cls, queries: int, capacity: int, device: torch.device, *, ordered: bool = True) -> CandidateLists:
         result = cls(
             torch.empty(queries, capacity, dtype=torch.int32, device=device),
             torch.empty(queries, capacity, dtype=torch.float32, device=device),
-            torch.empty(queries, dtype=torch.float32, device=device),
+            torch.full((queries,), -math.inf, dtype=torch.float32, device=device),
         )
-        result.clear()
+        if ordered:
+            result.clear()
+        else:
+            result.count = torch.zeros(queries, dtype=torch.int32, device=device)
         return result
 
     def clear(self) -> None:
+        """Empties the lists, which must be in descending order."""
         self.candidate.fill_(-1)
         self.value.fill_(-math.inf)
         self.upper_bound.fill_(-math.inf)
 
-    def arguments(self) -> tuple[Tensor, ...]:
+    def arguments(self) -> tuple[Tensor | None, ...]:
         """The fields of the struct that kernels take."""
-        return self.candidate, self.value, self.upper_bound
+        return self.candidate, self.value, self.upper_bound, self.count
 
     def packed(self, selected: slice | Tensor) -> Tensor:
         """Lists of some rows as one float64 matrix (R, 1 + 2 capacity), to send to another rank."""
@@ -215,6 +221,20 @@ class CandidateLists:
 
 
 def capacity_of(number: int, references: int, int8: bool) -> int:
-    """Number of candidates in a list: enough for few uncertain answers, at most the number of references."""
-    capacity = number + (MIN_CHUNK // 4 if int8 else 4)
+    """Number of candidates in a list: enough for few uncertain answers, at most the number of references.
+
+    Among random directions, the number of references within the error of int8 codes of the k-th nearest grows nearly as k.
+    """
+    capacity = 3 * number + MIN_CHUNK // 4 - 2 if int8 else number + 4
     return max(1, min(capacity, references))
+
+
+def search_lists(
+    queries: int, number: int, references: int, int8: bool, device: torch.device, workspace_bytes: int
+) -> CandidateLists:
+    """Empty lists for a search on one rank. On the CPU long lists have no order, which makes insertion faster."""
+    capacity = capacity_of(number, references, int8)
+    if device.type != "cpu" or capacity <= MAX_ORDERED:
+        return CandidateLists.empty(queries, capacity, device)
+    available = workspace_bytes // (8 * max(1, queries))  # 8 bytes per entry
+    return CandidateLists.empty(queries, max(2 * number, min(2 * capacity, available)), device, ordered=False)

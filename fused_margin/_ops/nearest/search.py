@@ -16,7 +16,14 @@ from torch import Tensor
 
 from fused_margin._ops.backends.select import Kernels, supports_exact_search
 from fused_margin._ops.inputs import DTYPES, MIN_CHUNK, LossInputs, compute_dtype, whole_chunk
-from fused_margin._ops.nearest.quantized import CandidateLists, QuantizedRows, capacity_of, tile_bytes, uses_int8_codes
+from fused_margin._ops.nearest.quantized import (
+    CandidateLists,
+    QuantizedRows,
+    capacity_of,
+    search_lists,
+    tile_bytes,
+    uses_int8_codes,
+)
 from fused_margin._ops.nearest.tiles import find_by_tiles
 from fused_margin.distributed import Shard, named_shard
 
@@ -318,7 +325,7 @@ def find_nearest(
     int8 = uses_int8_codes(rows, workspace_bytes)
     quantized = QuantizedRows.of(run, query, int8, inner_product)
     others = quantized if reference is None else QuantizedRows.of(run, reference, int8, inner_product)
-    lists = CandidateLists.empty(len(query), capacity_of(number, len(rows), int8), query.device)
+    lists = search_lists(len(query), number, len(rows), int8, query.device, workspace_bytes)
     search = NearestSearch(run, quantized, others, lists, number, workspace_bytes)
     search.full_search()
     if is_scaled:
