@@ -190,6 +190,14 @@ def test_forgotten_forward_warns_once(monkeypatch):
     )
 
 
+def test_center_loss_keeps_the_state_of_eight_forwards():
+    """The state of a forward has the size of its embeddings."""
+    loss_fn = fm.CenterLoss(50, 32)
+    for _ in range(9):
+        loss_fn(torch.randn(16, 32), labels())
+    assert len(loss_fn._pending) == 8
+
+
 @pytest.mark.parametrize("name", [*LOSSES, "CenterLoss"])
 def test_compiled_and_checkpointed(name):
     """The state is updated once per step; the gradient uses the current state, with a warning."""

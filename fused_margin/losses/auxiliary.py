@@ -90,7 +90,7 @@ class CenterLoss(RunningState, AuxiliaryLoss):
 
     SETTINGS: ClassVar[dict[str, settings.Check]] = {"alpha": settings.number(0.0, 1.0)}
     RUNNING_BUFFERS = ("centers",)
-    REMEMBERED = 8  # forwards, each with a state of (N, D)
+    MAX_PENDING = 8  # each has a state of (N, D)
     alpha: float
     centers: Tensor
 
