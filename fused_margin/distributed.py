@@ -8,6 +8,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -46,13 +47,13 @@ def slice_sizes(num_classes: int, world_size: int) -> list[int]:
     return [end - begin for begin, end in slices]
 
 
-def averaging_module(parameter: Tensor) -> DistributedDataParallel | None:
-    """The DistributedDataParallel that averages the gradient of a parameter, if its forward is running."""
+def averaging_module(tensor: Tensor) -> DistributedDataParallel | None:
+    """The DistributedDataParallel that makes a parameter or buffer equal on all ranks, if its forward is running."""
     wrapper = DistributedDataParallel._get_active_ddp_module()
     if wrapper is None:
         return None
-    named = wrapper.module.named_parameters()
-    averages = any(p is parameter and name not in wrapper.parameters_to_ignore for name, p in named)
+    named = chain(wrapper.module.named_parameters(), wrapper.module.named_buffers())
+    averages = any(t is tensor and name not in wrapper.parameters_to_ignore for name, t in named)
     return wrapper if averages else None
 
 
@@ -122,9 +123,9 @@ class Shard:
     def __deepcopy__(self, memo: dict[int, Any]) -> Shard:
         return self  # a process group cannot be copied
 
-    def is_averaged(self, parameter: Tensor) -> bool:
-        """Whether DistributedDataParallel gives several ranks of the group one parameter, although their classes differ."""
-        if self.group is None or torch.compiler.is_compiling() or (wrapper := averaging_module(parameter)) is None:
+    def is_averaged(self, tensor: Tensor) -> bool:
+        """Whether DistributedDataParallel gives ranks of the group one parameter or buffer, although their classes differ."""
+        if self.group is None or torch.compiler.is_compiling() or (wrapper := averaging_module(tensor)) is None:
             return False
         own, averaged = (set(dist.get_process_group_ranks(g)) for g in (self.group, wrapper.process_group))
         return len(own & averaged) > 1
@@ -162,6 +163,11 @@ class Shard:
         if self.group is not None:
             dist.all_reduce(value, dist.ReduceOp.MAX, group=self.group)
         return value
+
+    def reduce_sum(self, value: Tensor, target: int) -> None:
+        """Sums over ranks, in place on rank `target`. On the other ranks the values become undefined."""
+        if self.group is not None:
+            dist.reduce(value, dist.get_global_rank(self.group, target), group=self.group)
 
     def broadcast(self, rows: Tensor, source: int) -> dist.Work | None:
         """Starts to copy the rows of rank `source` over those of all other ranks."""

@@ -44,7 +44,7 @@ all_reduce_backward = register(
 
 
 def _gather_rows(rows: Tensor, counts: list[int], group: str) -> Tensor:
-    """The rows (R, D) of all ranks, in the order of the ranks; `counts` has the number of rows of every rank."""
+    """The rows (R, ...) of all ranks, in the order of the ranks; `counts` has the number of rows of every rank."""
     gathered = named_shard(group, 1).all_gather(padded(rows, max(counts)))
     return torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)])
 
@@ -63,7 +63,7 @@ def _scattered_gradient(ctx, gradient):
 
 
 def _scatter_rows(rows: Tensor, counts: list[int], group: str) -> Tensor:
-    """The sum over the ranks of their rows (sum(counts), D) for this rank: the derivative of `gather_rows`."""
+    """The sum over the ranks of their rows (sum(counts), ...) for this rank."""
     shard = named_shard(group, 1)
     parts = torch.stack([padded(part, max(counts)) for part in rows.split(counts)])
     return shard.reduce_scatter(parts)[: counts[shard.rank]].clone()
@@ -73,11 +73,19 @@ def _scatter_rows_fake(rows, counts, group):
     return rows.new_empty(counts[named_shard(group, 1).rank], *rows.shape[1:])
 
 
+def _gathered_gradient(ctx, gradient):
+    refuse_batched_gradients([gradient])
+    return gather_rows(gradient, ctx.counts, ctx.group), None, None
+
+
 # Every rank differentiates its own part of a loss by the rows of all ranks, so the gradient of a row is the sum of theirs.
 gather_rows = register(
     "gather_rows", _gather_rows, _gather_rows_fake, backward=_scattered_gradient, setup_context=_gather_context
 )
-scatter_rows = register("scatter_rows", _scatter_rows, _scatter_rows_fake)
+# Each derivative is the other op: a sum over ranks becomes a part of the result of one rank, which has its gradient.
+scatter_rows = register(
+    "scatter_rows", _scatter_rows, _scatter_rows_fake, backward=_gathered_gradient, setup_context=_gather_context
+)
 
 
 def gather_batch(embeddings: Tensor, labels: Tensor, shard: Shard | None) -> tuple[Tensor, Tensor, int]:

@@ -34,24 +34,22 @@ class GatheredSamples:
     drawn_rows: Tensor | None  # rows of weight that take part, or None for all rows
 
 
-def gather_counts(shard: Shard, embeddings: Tensor, needs_gradient: bool) -> list[int]:
-    """Number of samples of every rank.
+def gather_counts(shard: Shard, rows: Tensor, needs_gradient: bool, name: str = "embeddings") -> list[int]:
+    """Number of rows (R, D) of every rank.
 
     Raises:
-        ValueError: on every rank, if the embeddings of one differ from those of rank 0, so that no rank waits forever.
+        ValueError: on every rank, if the rows of one differ from those of rank 0, so that no rank waits forever.
     """
-    own = [embeddings.shape[0], embeddings.shape[1], DTYPES.index(embeddings.dtype), needs_gradient]
-    gathered = shard.all_gather(torch.tensor(own, device=embeddings.device)).tolist()
+    own = [rows.shape[0], rows.shape[1], DTYPES.index(rows.dtype), needs_gradient]
+    gathered = shard.all_gather(torch.tensor(own, device=rows.device)).tolist()
     for rank, (_, *other) in enumerate(gathered):
         if other != gathered[0][1:]:
             first, second = (
                 f"embedding_size {size}, {DTYPES[dtype]}, {'with' if needs else 'without'} gradient"
                 for _, size, dtype, needs in (gathered[0], gathered[rank])
             )
-            raise ValueError(
-                f"embeddings: expected the same on all ranks, got {first} on rank 0, {second} on rank {rank}"
-            )
-    return [samples for samples, *_ in gathered]
+            raise ValueError(f"{name}: expected the same on all ranks, got {first} on rank 0, {second} on rank {rank}")
+    return [count for count, *_ in gathered]
 
 
 def gather_samples(inputs: LossInputs, ignore_index: int, needs_gradient: bool) -> GatheredSamples:

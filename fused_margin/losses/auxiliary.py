@@ -1,4 +1,4 @@
-"""Auxiliary losses, to be added to a margin loss: center, ring, intra, inter and uniform loss."""
+"""Auxiliary losses, to be added to a margin loss: ring, intra, inter and uniform loss; center loss is in center.py."""
 
 from __future__ import annotations
 
@@ -6,150 +6,26 @@ import math
 from typing import ClassVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fused_margin import _checks
-from fused_margin._cross_entropy import mean_over
 from fused_margin._ops.class_pair_sums import other_class_sums
-from fused_margin._ops.inputs import compute_dtype
+from fused_margin._ops.collectives import all_reduce_backward, all_reduce_forward, scatter_rows
+from fused_margin._ops.divided_pair_sums import divided_pair_sums
+from fused_margin._ops.divided_samples import class_shard, gather_labels, target_class_sums
+from fused_margin._ops.inputs import MIB, compute_dtype
 from fused_margin._ops.normalization import unit_rows
 from fused_margin._ops.row_update import refuse_stepped
+from fused_margin.distributed import Shard
 from fused_margin.losses import settings
+from fused_margin.losses.auxiliary_base import AuxiliaryLoss
+from fused_margin.losses.center import CenterLoss
 from fused_margin.losses.running_state import RunningState, once_per_step
 
-
-class AuxiliaryLoss(settings.Settings):
-    """Base class of the auxiliary losses: ignored samples and the reduction. Arguments may be set between steps."""
-
-    SETTINGS: ClassVar[dict[str, settings.Check]] = {
-        "reduction": settings.REDUCTION,
-        "ignore_index": settings.integer,
-        "workspace_mb": settings.WORKSPACE_MB,
-    }
-    reduction: str
-    ignore_index: int
-    workspace_mb: float
-
-    def __init__(self, reduction: str, ignore_index: int):
-        super().__init__()
-        self.reduction, self.ignore_index = reduction, ignore_index
-
-    def classes(self, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-        """int64 labels (N,) with 0 for ignored samples, and flags (N,) of the samples that are not ignored."""
-        labels = labels.to(torch.int64)
-        _checks.label_values(labels, num_classes, self.ignore_index)
-        valid = labels != self.ignore_index
-        return labels.masked_fill(~valid, 0), valid
-
-    def reduce(self, values: Tensor, valid: Tensor) -> Tensor:
-        """The reduction of values (N,) over the samples that are not ignored."""
-        values = values.masked_fill(~valid, 0.0)
-        if self.reduction == "none":
-            return values
-        return mean_over(values.sum(), valid.sum()) if self.reduction == "mean" else values.sum()
-
-
-class CenterLoss(RunningState, AuxiliaryLoss):
-    """Center loss: half the squared distance of an embedding to the center of its class.
-
-    Every forward in training mode moves the centers after computing its loss (Wen et al., ECCV 2016, eq. 2 and 4)::
-
-        loss_i = |x_i - c_{y_i}|^2 / 2
-        c_j   <- c_j - alpha * sum_{i: y_i = j} (c_j - x_i) / (1 + n_j)         n_j: samples of class j in the batch
-
-    The paper sums over the batch; the default here is the mean. Embeddings are not normalized. The centers get no
-    gradient. A sample with NaN does not move its center.
-
-    Args:
-        num_classes: number of classes, C.
-        embedding_size: length of an embedding, D.
-        alpha: step size of the centers, in [0, 1].
-        reduction, ignore_index: as in ``torch.nn.CrossEntropyLoss``.
-        device: device of ``centers``.
-        dtype: dtype of ``centers``, float32 or float64. Half precision becomes float32, because it would round small
-            moves to 0.
-
-    Shape:
-        embeddings (N, D), labels (N,) -> scalar, or (N,) with ``reduction="none"``; float64 if an input is, else float32.
-
-    Attributes:
-        centers: (C, D) buffer, initially 0.
-
-    Raises:
-        ValueError, TypeError: for an invalid argument. The message names the argument, the expected and the given value.
-
-    Examples:
-        >>> import torch, fused_margin
-        >>> center_loss = fused_margin.CenterLoss(num_classes=10, embedding_size=2)
-        >>> center_loss(torch.tensor([[3.0, 4.0]]), torch.tensor([7])).item()  # the center was 0
-        12.5
-        >>> center_loss.centers[7]  # alpha / (1 + 1) = 0.25 of the way
-        tensor([0.7500, 1.0000])
-    """
-
-    SETTINGS: ClassVar[dict[str, settings.Check]] = {"alpha": settings.number(0.0, 1.0)}
-    RUNNING_BUFFERS = ("centers",)
-    MAX_PENDING = 8  # each has a state of (N, D)
-    alpha: float
-    centers: Tensor
-
-    def __init__(
-        self,
-        num_classes: int,
-        embedding_size: int,
-        alpha: float = 0.5,
-        *,
-        reduction: str = "mean",
-        ignore_index: int = -100,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ):
-        super().__init__(reduction, ignore_index)
-        num_classes = _checks.positive_index("num_classes", num_classes)
-        embedding_size = _checks.positive_index("embedding_size", embedding_size)
-        self.alpha = alpha
-        dtype = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
-        self.register_buffer("centers", torch.zeros(num_classes, embedding_size, device=device, dtype=dtype))
-
-    def state_before(self, labels: Tensor | None) -> list[Tensor]:
-        assert labels is not None
-        return [self.centers[self.classes(labels, len(self.centers))[0]]]
-
-    @torch.no_grad()
-    def restore_state(self, labels: Tensor | None, state: list[Tensor]) -> None:
-        assert labels is not None
-        self.centers[self.classes(labels, len(self.centers))[0]] = state[0]
-
-    @once_per_step
-    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        """The loss of embeddings (N, D) with labels (N,). In training mode it moves the centers."""
-        _checks.batch(embeddings, self.centers, labels)
-        classes, valid = self.classes(labels, len(self.centers))
-        dtype = compute_dtype(embeddings, self.centers)
-        difference = F.embedding(classes, self.centers).to(dtype) - embeddings.to(dtype)
-        loss = self.reduce(difference.square().sum(1) / 2, valid)
-        if self.training:  # after the loss, so that a call that raises moves nothing
-            self.move_centers(difference.detach(), classes, valid)
-        return loss
-
-    @torch.no_grad()
-    def move_centers(self, difference: Tensor, classes: Tensor, valid: Tensor) -> None:
-        valid = (valid & difference.isfinite().all(1)).unsqueeze(1)
-        # The sums of a class go to the position of its first sample in the sorted batch.
-        ordered = classes.sort().values
-        position = torch.searchsorted(ordered, classes)
-        # index_put_ in float64 adds in a fixed order on every device, so that results are reproducible bit for bit.
-        count = torch.zeros(len(classes), 1, dtype=torch.float64, device=classes.device)
-        total = torch.zeros_like(difference, dtype=torch.float64)
-        count.index_put_((position,), valid.double(), accumulate=True)
-        total.index_put_((position,), difference.double().masked_fill(~valid, 0.0), accumulate=True)
-        move = -self.alpha * total / (1.0 + count)  # 0 in positions without a class's first sample
-        self.update_state("centers", move.to(self.centers.dtype), ordered)
-
-    def extra_repr(self) -> str:
-        num_classes, embedding_size = self.centers.shape
-        return f"num_classes={num_classes}, embedding_size={embedding_size}, alpha={self.alpha}"
+# Version 0.1 had all auxiliary losses in this module, and its pickles name it.
+__all__ = ["AuxiliaryLoss", "CenterLoss", "InterLoss", "IntraLoss", "RingLoss", "UniformLoss"]
 
 
 class RingLoss(RunningState, AuxiliaryLoss):
@@ -161,6 +37,8 @@ class RingLoss(RunningState, AuxiliaryLoss):
     Args:
         radius: initial radius. None uses the mean norm of the first batch in training mode, as in the published code.
         reduction, ignore_index: as in ``torch.nn.CrossEntropyLoss``.
+        process_group: group whose ranks have different samples. Every rank gets the loss of the samples of all ranks (its
+            own losses with ``reduction="none"``), and ``radius`` the same value and gradient on every rank. Default: None.
         device: device of ``radius``.
         dtype: dtype of ``radius``.
 
@@ -193,10 +71,11 @@ class RingLoss(RunningState, AuxiliaryLoss):
         *,
         reduction: str = "mean",
         ignore_index: int = -100,
+        process_group: dist.ProcessGroup | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        super().__init__(reduction, ignore_index)
+        super().__init__(reduction, ignore_index, process_group)
         if radius is not None:
             _checks.number("radius", radius, 0.0)
         self.radius = nn.Parameter(torch.tensor(float(radius or 0.0), device=device, dtype=dtype))
@@ -214,16 +93,21 @@ class RingLoss(RunningState, AuxiliaryLoss):
             valid = labels.to(torch.int64) != self.ignore_index
         mean = self.mean_norm(norm, valid)
         # The derivative by the radius is 0 at the mean norm, so the first batch's gradient of 0 is exact.
-        loss = self.reduce((norm - self.radius.where(self.initialised.clone(), mean.nan_to_num())).square() / 2, valid)
+        radius = self.radius if self.shard is None else all_reduce_backward(self.radius, self.shard.name)
+        loss = self.reduce((norm - radius.where(self.initialised.clone(), mean.nan_to_num())).square() / 2, valid)
         if self.training:  # after the loss, so that a call that raises changes nothing
             self.initialise(mean)
         return loss
 
     @torch.no_grad()
     def mean_norm(self, norm: Tensor, valid: Tensor) -> Tensor:
-        """Mean of the finite norms of samples that are not ignored; NaN if there is none."""
+        """Mean of the finite norms of samples that are not ignored, of all ranks; NaN if there is none."""
         valid = valid & norm.isfinite()
-        return norm.masked_fill(~valid, 0.0).sum() / valid.sum()
+        total, count = norm.masked_fill(~valid, 0.0).sum(), valid.sum()
+        if self.shard is not None:
+            sums = torch.stack([total.double(), count.double()])
+            total, count = all_reduce_forward(sums, self.shard.name).unbind()
+        return (total / count).to(norm.dtype)
 
     @torch.no_grad()
     def initialise(self, radius: Tensor) -> None:
@@ -241,6 +125,9 @@ class IntraLoss(AuxiliaryLoss):
 
     Args:
         reduction, ignore_index: as in ``torch.nn.CrossEntropyLoss``.
+        process_group: group whose ranks have different samples and classes: ``weight`` is this rank's slice of the class
+            weights, as in :class:`fused_margin.MarginLoss`. Every rank gets the loss of the samples of all ranks (its own
+            losses with ``reduction="none"``) and the gradients of that loss. Default: None.
 
     Shape:
         embeddings (N, D), weight (C, D), labels (N,) -> scalar, or (N,) with ``reduction="none"``; float64 if an input
@@ -256,21 +143,28 @@ class IntraLoss(AuxiliaryLoss):
         0.5
     """
 
-    def __init__(self, *, reduction: str = "mean", ignore_index: int = -100):
-        super().__init__(reduction, ignore_index)
+    def __init__(
+        self,
+        *,
+        reduction: str = "mean",
+        ignore_index: int = -100,
+        process_group: dist.ProcessGroup | None = None,
+    ):
+        super().__init__(reduction, ignore_index, process_group)
 
     def forward(self, embeddings: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         """The loss of embeddings (N, D) with labels (N,), by class weights (C, D)."""
-        _checks.batch(embeddings, weight, labels)
+        _checks.batch(embeddings, weight, labels, at_least=1 if self.shard is None else 0)
         refuse_stepped(weight)
-        classes, valid = self.classes(labels, len(weight))
+        shard = None if self.shard is None else class_shard(weight, self.shard)
+        samples = self.at_classes(embeddings, labels, len(weight), shard)
         dtype = compute_dtype(embeddings, weight)
         # Converted first, so that gradients of one class are added in this dtype.
-        target = unit_rows(F.embedding(classes, weight.to(dtype)), dtype)[0]
-        sample = unit_rows(embeddings, dtype)[0]
+        target = unit_rows(F.embedding(samples.classes, weight.to(dtype)), dtype)[0]
+        sample = unit_rows(samples.embeddings, dtype)[0]
         # The ratio of the rhombus's diagonals is the tangent of half the angle. arccos would be inaccurate near 0.
         across, along = (torch.linalg.vector_norm(diagonal, dim=1) for diagonal in (sample - target, sample + target))
-        return self.reduce(2.0 / math.pi * torch.atan2(across, along), valid)
+        return self.reduce_samples(2.0 / math.pi * torch.atan2(across, along), samples, labels)
 
 
 class InterLoss(AuxiliaryLoss):
@@ -282,6 +176,7 @@ class InterLoss(AuxiliaryLoss):
 
     Args:
         reduction, ignore_index: as in ``torch.nn.CrossEntropyLoss``.
+        process_group: group whose ranks have different samples and classes, as in :class:`fused_margin.IntraLoss`.
         workspace_mb: bound on scratch memory in MiB, for any C.
 
     Shape:
@@ -298,20 +193,39 @@ class InterLoss(AuxiliaryLoss):
         -1.0
     """
 
-    def __init__(self, *, reduction: str = "mean", ignore_index: int = -100, workspace_mb: float = 256):
-        super().__init__(reduction, ignore_index)
+    def __init__(
+        self,
+        *,
+        reduction: str = "mean",
+        ignore_index: int = -100,
+        process_group: dist.ProcessGroup | None = None,
+        workspace_mb: float = 256,
+    ):
+        super().__init__(reduction, ignore_index, process_group)
         self.workspace_mb = workspace_mb
 
     def forward(self, weight: Tensor, labels: Tensor) -> Tensor:
         """The loss of class weights (C, D), of which the classes in labels (N,) count."""
-        _checks.class_weights(weight, at_least=2)
+        _checks.class_weights(weight, at_least=2 if self.shard is None else 0)
         _checks.labels(labels, weight)
         refuse_stepped(weight)
+        if self.shard is not None:
+            return self.divided(weight, labels, class_shard(weight, self.shard, at_least=2))
         classes, valid = self.classes(labels, len(weight))
         weight = weight.to(compute_dtype(weight))
         rows = F.embedding(classes, weight)
         angles = other_class_sums(rows, weight, classes, "angle", workspace_mb=self.workspace_mb)
         return self.reduce(-angles / (math.pi * (len(weight) - 1)), valid).to(weight.dtype)
+
+    def divided(self, weight: Tensor, labels: Tensor, shard: Shard) -> Tensor:
+        """The loss of the samples of all ranks. Every rank adds the angles to its own classes."""
+        weight = weight.to(compute_dtype(weight))
+        gathered = gather_labels(labels.to(torch.int64), shard, self.ignore_index)
+        classes, index = gathered.labels[gathered.counted].unique(return_inverse=True)
+        sums, _ = target_class_sums(weight, classes, shard, "angle", int(self.workspace_mb * MIB))
+        angles = gathered.to_ranks(sums[index], gathered.counted)
+        values = -angles / (math.pi * (shard.num_classes - 1))
+        return self.reduce(values, labels != self.ignore_index).to(weight.dtype)
 
 
 class UniformLoss(AuxiliaryLoss):
@@ -328,6 +242,9 @@ class UniformLoss(AuxiliaryLoss):
     Args:
         batch_classes: i runs only over the classes of the batch, each once, and their number replaces C as a divisor.
         ignore_index: label of samples without a class.
+        process_group: group whose ranks have different classes, and samples, as in :class:`fused_margin.IntraLoss`. The
+            ranks exchange their class weights, of which at most two blocks of other ranks are resident; with
+            ``batch_classes`` only those of the batch's classes.
         workspace_mb: bound on scratch memory in MiB, for any C.
 
     Shape:
@@ -347,14 +264,23 @@ class UniformLoss(AuxiliaryLoss):
     SETTINGS: ClassVar[dict[str, settings.Check]] = {"batch_classes": settings.boolean}
     batch_classes: bool
 
-    def __init__(self, *, batch_classes: bool = False, ignore_index: int = -100, workspace_mb: float = 256):
-        super().__init__("mean", ignore_index)
+    def __init__(
+        self,
+        *,
+        batch_classes: bool = False,
+        ignore_index: int = -100,
+        process_group: dist.ProcessGroup | None = None,
+        workspace_mb: float = 256,
+    ):
+        super().__init__("mean", ignore_index, process_group)
         self.batch_classes, self.workspace_mb = batch_classes, workspace_mb
 
     def forward(self, weight: Tensor, labels: Tensor | None = None) -> Tensor:
         """The loss of class weights (C, D). Labels (N,) are needed with ``batch_classes``."""
-        _checks.class_weights(weight, at_least=2)
+        _checks.class_weights(weight, at_least=2 if self.shard is None else 0)
         refuse_stepped(weight)
+        if self.shard is not None:
+            return self.divided(weight, labels, class_shard(weight, self.shard, at_least=2))
         weight = weight.to(compute_dtype(weight))
         rows = classes = None
         valid = torch.ones(len(weight), dtype=torch.bool, device=weight.device)
@@ -366,3 +292,17 @@ class UniformLoss(AuxiliaryLoss):
             rows = F.embedding(classes, weight)
         potentials = other_class_sums(rows, weight, classes, "potential", workspace_mb=self.workspace_mb)
         return self.reduce(potentials / (len(weight) - 1), valid).to(weight.dtype)
+
+    def divided(self, weight: Tensor, labels: Tensor | None, shard: Shard) -> Tensor:
+        """The loss of the classes of all ranks."""
+        weight, workspace_bytes = weight.to(compute_dtype(weight)), int(self.workspace_mb * MIB)
+        if self.batch_classes:
+            labels = _checks.labels(labels, weight)
+            gathered = gather_labels(labels.to(torch.int64), shard, self.ignore_index)
+            classes = gathered.labels[gathered.counted].unique()
+            sums, counts = target_class_sums(weight, classes, shard, "potential", workspace_bytes)
+            potentials = scatter_rows(sums, counts, shard.name)
+        else:
+            potentials = divided_pair_sums(weight, "potential", workspace_bytes, shard.name, shard.num_classes)
+        every = torch.ones_like(potentials, dtype=torch.bool)
+        return self.reduce(potentials / (shard.num_classes - 1), every).to(weight.dtype)

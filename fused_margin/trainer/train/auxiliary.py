@@ -7,12 +7,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+import torch.distributed as dist
 from pytorch_metric_learning.distances import LpDistance
 from pytorch_metric_learning.losses import ContrastiveLoss, TripletMarginLoss
 from pytorch_metric_learning.miners import TripletMarginMiner
 from torch import Tensor, nn
 
 import fused_margin as fm
+from fused_margin.losses.auxiliary_base import AuxiliaryLoss
+
+ONE_PROCESS = ("triplet", "contrastive")  # auxiliary losses that cannot compare samples of several processes
 
 # Arguments of each auxiliary loss. Its weight in AuxiliaryConfig has the same name.
 ARGUMENTS = {
@@ -76,19 +80,35 @@ class AuxiliaryConfig:
 class AuxiliaryLosses(nn.Module):
     """Embeddings (N, D), class weights (C, D) and labels (N,) to the weighted auxiliary losses, by name."""
 
-    def __init__(self, config: AuxiliaryConfig, num_classes: int, embedding_size: int, workspace_mb: float) -> None:
+    def __init__(
+        self,
+        config: AuxiliaryConfig,
+        num_classes: int,
+        embedding_size: int,
+        workspace_mb: float,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
         super().__init__()
         make: dict[str, Callable[[], nn.Module]] = {
-            "center": lambda: fm.CenterLoss(num_classes, embedding_size),
-            "ring": fm.RingLoss,
-            "intra": fm.IntraLoss,
-            "inter": lambda: fm.InterLoss(workspace_mb=workspace_mb),
-            "uniform": lambda: fm.UniformLoss(workspace_mb=workspace_mb),
+            "center": lambda: fm.CenterLoss(num_classes, embedding_size, process_group=process_group),
+            "ring": lambda: fm.RingLoss(process_group=process_group),
+            "intra": lambda: fm.IntraLoss(process_group=process_group),
+            "inter": lambda: fm.InterLoss(workspace_mb=workspace_mb, process_group=process_group),
+            "uniform": lambda: fm.UniformLoss(workspace_mb=workspace_mb, process_group=process_group),
             "triplet": lambda: TripletLoss(config.triplet_margin, config.triplet_mining),
             "contrastive": lambda: PairLoss(*config.contrastive_margins),
         }
         self.weights = config.weights()
         self.losses = nn.ModuleDict({name: make[name]() for name in self.weights})
+
+    def class_buffers(self) -> list[str]:
+        """Names of the buffers with a row per class, in the state dict."""
+        return [
+            f"losses.{name}.{buffer}"
+            for name, loss_fn in self.losses.items()
+            if isinstance(loss_fn, AuxiliaryLoss)
+            for buffer in loss_fn.class_buffers()
+        ]
 
     def forward(self, embeddings: Tensor, class_weight: Tensor, labels: Tensor) -> dict[str, Tensor]:
         given = {"embeddings": embeddings.float(), "class_weight": class_weight, "labels": labels}

@@ -31,7 +31,7 @@ class Criterion(nn.Module):
         overrides = {} if process_group is None else {"process_group": process_group}
         self.loss_fn = make_loss(config, num_classes, embedding_size, **overrides)
         workspace_mb = config.options.get("workspace_mb", 256)
-        self.companions = AuxiliaryLosses(config.companions, num_classes, embedding_size, workspace_mb)
+        self.companions = AuxiliaryLosses(config.companions, num_classes, embedding_size, workspace_mb, process_group)
         self.last_parts: dict[str, Tensor] = {}
         for weight in self.projected_parameters():
             fm.optim.project_(weight)

@@ -36,7 +36,8 @@ MODEL_STREAM = 3  # of the random numbers of network and loss; 2 is the evaluati
 ROUNDING_STREAM = 4  # of the random bits that round class weights
 RECENT_STEPS = 20  # number of steps that the shown loss is averaged over
 STOP_EVERY = 5  # steps between checks of several processes for a stop request
-LOSS_PREFIX = "criterion.loss_fn."  # of the loss's names in the model's state dict
+# Of the names of the losses' tensors in the model's state dict.
+LOSS_PREFIX, AUXILIARY_PREFIX = "criterion.loss_fn.", "criterion.companions."
 
 
 class Recognizer(nn.Module):
@@ -290,6 +291,8 @@ class Trainer:
             model[name] = self.shard.gather_to_first(model[name])
             if own := optimizer["state"].get(number):
                 optimizer["state"][number] = _map_rows(self.shard.gather_to_first, own)
+        for name in self._sharded_buffers():
+            model[name] = self.shard.gather_to_first(model[name])
         if self.devices.rank:
             return None
         return {
@@ -319,6 +322,10 @@ class Trainer:
         numbers = {parameter: number for number, parameter in enumerate(parameters)}
         return {LOSS_PREFIX + name: numbers[p] for name, p in self.criterion.loss_fn.class_parameters().items()}
 
+    def _sharded_buffers(self) -> list[str]:
+        """Names of per-class buffers in the model's state dict."""
+        return [AUXILIARY_PREFIX + name for name in self.criterion.companions.class_buffers()]
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a state of `state_dict`.
 
@@ -335,6 +342,8 @@ class Trainer:
             model[name] = self.shard.local_part(model[name])
             if all_classes := optimizer["state"].get(number):
                 optimizer["state"][number] = _map_rows(self.shard.local_part, all_classes)
+        for name in self._sharded_buffers():
+            model[name] = self.shard.local_part(model[name])
         try:
             self.model.load_state_dict(model)
         except RuntimeError as error:
