@@ -1,6 +1,7 @@
 """Inputs and comparisons that the tests share."""
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_margin as fm
 from fused_margin import reference
@@ -79,3 +80,16 @@ def in_layout(matrix, layout):
         memory = matrix.new_full((rows, columns // 16 * 16 + 32), float("nan"))
         memory = memory[:, 1 : columns + 1] if layout == "sliced" else memory[:, :columns]
     return memory.copy_(matrix)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the number of elements of the largest tensor created."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result

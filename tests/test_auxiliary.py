@@ -4,10 +4,9 @@ import math
 
 import pytest
 import torch
-from loss_inputs import leaf, problem, relative_error
+from loss_inputs import LargestTensor, leaf, problem, relative_error
 from torch.autograd import gradcheck
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_margin as fm
 from fused_margin import reference
@@ -133,19 +132,6 @@ def test_tiling_changes_only_rounding(samples, function, dtype):
             lambda b: plain(b.double(), b.double(), torch.arange(333)) * upstream,
             tolerance,
         )(w)
-
-
-class LargestTensor(TorchDispatchMode):
-    """Records the number of elements of the largest tensor created."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(tensor, torch.Tensor):
-                self.elements = max(self.elements, tensor.numel())
-        return result
 
 
 @pytest.mark.parametrize("symmetric", [False, True])

@@ -8,7 +8,7 @@ import torch.distributed.checkpoint as dcp
 from divided_classes import check_losses, draw_division
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loss_inputs import leaf, problem
+from loss_inputs import LargestTensor, leaf, problem
 from ranks import MAX_RANKS, RankError
 from torch.utils.checkpoint import checkpoint
 
@@ -146,6 +146,24 @@ def test_each_pair_is_computed_once(ranks, world_size):
     assert torch.equal(seen + seen.t(), (owner.unsqueeze(1) != owner).float())
 
 
+def largest_tensors(group, num_classes, workspace):
+    """The elements of the largest tensors of forward and backward."""
+    shard = Shard(num_classes, group)
+    weight = torch.randn(shard.size, 4)
+    with LargestTensor() as forward:
+        sums = divided_pair_sums.forward(weight, "potential", workspace, shard)
+    with LargestTensor() as backward:
+        divided_pair_sums.backward(sums, weight, "potential", workspace, shard)
+    return forward.elements, backward.elements
+
+
+def test_cosine_matrix_is_never_materialized(ranks):
+    num_classes, workspace = 3000, 1 << 18
+    for elements in ranks.run(largest_tensors, [(num_classes, workspace)] * 2):
+        for most in elements:
+            assert num_classes // 2 * 4 <= most <= max(num_classes // 2 * 4, workspace // 12) < num_classes**2 // 400
+
+
 def half_precision(group, name, x, w, y):
     make, takes = LOSSES[name]
     tensors = {"x": leaf(x), "w": leaf(w), "y": y}
@@ -270,6 +288,26 @@ def test_refusals(ranks):
         assert fixed.startswith("process_group: cannot be changed")
         assert all("another term of the loss uses the class weights" in error for error in stepped)
         assert "the transforms of torch.func are not supported" in transformed
+
+
+def compiled_center_loss(group, x, y):
+    """Losses, gradients and centers of two steps, eager and compiled."""
+    results = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        loss_fn, a = fm.CenterLoss(10, SIZE, process_group=group), leaf(x.float())
+        step = torch.compile(loss_fn, backend="aot_eager") if compiled else loss_fn
+        losses = [step(a, y) for _ in range(2)]
+        sum(losses).backward()
+        results.append([*losses, a.grad, loss_fn.centers])
+    return [[tensor.detach() for tensor in result] for result in results]
+
+
+@pytest.mark.slow
+def test_compiled_center_loss(ranks):
+    x, _, y = problem(9, 10, SIZE)
+    for eager, compiled in ranks.run(compiled_center_loss, [(x[:2], y[:2]), (x[2:], y[2:])]):
+        torch.testing.assert_close(compiled, eager)
 
 
 def run_opcheck(group):

@@ -76,6 +76,17 @@ def test_class_weights_inside_are_refused(ranks, name):
         assert message.startswith("weight: expected class weights outside of DistributedDataParallel")
 
 
+def center_loss_inside(group):
+    """DistributedDataParallel would copy the centers of the first rank to all ranks."""
+    wrapped = DistributedDataParallel(Model(fm.CenterLoss(C, D, process_group=group)), process_group=group)
+    with pytest.raises(ValueError, match="centers: expected class weights outside of DistributedDataParallel"):
+        wrapped(torch.randn(4, D), torch.randint(C, (4,)))
+
+
+def test_centers_inside_are_refused(ranks):
+    ranks.run(center_loss_inside, [()] * 2)
+
+
 @pytest.mark.parametrize("in_backward", [False, True])
 @pytest.mark.parametrize("name", LOSSES)
 def test_ignored_class_weights_train(ranks, name, in_backward):

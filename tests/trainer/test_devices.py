@@ -20,6 +20,7 @@ from fused_margin.trainer.config import TrainConfig
 from fused_margin.trainer.data import load_splits
 from fused_margin.trainer.data.augment import AugmentationConfig
 from fused_margin.trainer.data.base import DataError
+from fused_margin.trainer.train.auxiliary import AuxiliaryConfig
 from fused_margin.trainer.train.checkpoint import FILE_NAME, load_checkpoint, save_checkpoint
 from fused_margin.trainer.train.loop import Trainer
 from fused_margin.trainer.train.named_losses import LossConfig
@@ -63,6 +64,12 @@ DIVIDED = {
     "arcface": LossConfig("arcface", margin=0.2, scale=16.0, exclusive_weight=1.0),
     "l2-softmax": LossConfig("l2-softmax"),  # has a bias and a learned scale
     "bfloat16": LossConfig("arcface", margin=0.2, scale=16.0, weight_dtype="bfloat16"),
+    "companions": LossConfig(
+        "arcface",
+        margin=0.2,
+        scale=16.0,
+        companions=AuxiliaryConfig(center=0.01, ring=0.01, intra=1.0, inter=1.0, uniform=1.0),
+    ),
 }
 
 
@@ -89,14 +96,16 @@ def partial_run(tiny_config, tmp_path, name):
     return config.output
 
 
-@pytest.mark.parametrize("name", ["arcface", pytest.param("l2-softmax", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["arcface", *(pytest.param(name, marks=pytest.mark.slow) for name in ("l2-softmax", "companions"))]
+)
 def test_two_processes_match_one(forks, partial_run, tmp_path, name):
-    """One of them steps the class weights in the backward, the other by their gradient."""
+    """The two step the class weights in the backward, where the companions allow it, and the one by their gradient."""
     states = []
     for devices in (1, 2):
         output = tmp_path / str(devices)
         shutil.copytree(partial_run, output)
-        in_backward = "--optimizer.in-backward", devices == 2
+        in_backward = "--optimizer.in-backward", devices == 2 and name != "companions"
         printed = train(forks, "--resume", "--output", output, *in_backward, devices=devices)
         assert printed.count("Verification on 3 identities") == 1  # only one process prints
         assert (output / "report.json").exists()
@@ -106,6 +115,22 @@ def test_two_processes_match_one(forks, partial_run, tmp_path, name):
     torch.testing.assert_close(two["losses"], one["losses"], rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(two["model"], one["model"], rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(two["optimizer"]["state"], one["optimizer"]["state"], rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["companions"])
+def test_one_process_goes_on_with_the_centers_of_two(forks, partial_run, tmp_path, name):
+    output = tmp_path / "two"
+    shutil.copytree(partial_run, output)
+    train(forks, "--resume", "--output", output)
+    state = load_checkpoint(output / FILE_NAME)
+    centers = state["model"]["criterion.companions.losses.center.centers"]
+    before = load_checkpoint(partial_run / FILE_NAME)["model"]["criterion.companions.losses.center.centers"]
+    assert centers.shape == (7, 8) and (centers != before).any(dim=1).all()
+    config = dataclasses.replace(TrainConfig.from_dict(state["config"]), devices=1)
+    trainer = Trainer(config, load_splits("digits", (8, 8), 1, config.test_fraction, seed=0))
+    trainer.load_state_dict(state)
+    assert_same_state(trainer.state_dict()["model"], state["model"])
 
 
 @pytest.mark.slow
@@ -228,8 +253,8 @@ def test_softmax_losses_in_two_processes(forks, tiny_options, tmp_path, name):
         assert model["criterion.loss_fn.bias"].shape == (7,) and model["criterion.loss_fn.bias"].abs().min() > 0
 
 
-def test_center_loss_is_not_supported_on_several_devices(tiny_config):
-    loss = dataclasses.replace(LossConfig(), companions=dataclasses.replace(LossConfig().companions, center=0.1))
+def test_triplet_loss_is_not_supported_on_several_devices(tiny_config):
+    loss = LossConfig(companions=AuxiliaryConfig(center=0.1, triplet=0.1))
     config = dataclasses.replace(tiny_config, devices=2, loss=loss)
-    with pytest.raises(DataError, match="--devices 2: "):
+    with pytest.raises(DataError, match="--devices 2: --loss.companions.triplet supports one process only"):
         Trainer(config, load_splits("digits", (8, 8), 1, 0.3, seed=0))
