@@ -45,13 +45,14 @@ def steps(group, name, num_classes, batches, options):
     return results, dict(loss_fn.state_dict()), gradients
 
 
-def compare(ranks, name, counts, num_classes, *, seed=0, **options):
+def compare(ranks, name, counts, num_classes, *, seed=0, labels=None, **options):
     """Compare ranks with one device for two steps; `counts` has the number of samples of each rank."""
     bounds = [slice_of(num_classes, rank, len(counts)) for rank in range(len(counts))]
     batches = []
     for step in range(2):
         x, w, y = problem(sum(counts), num_classes, SIZE, seed=seed + step)
         y[3:4] = -100
+        y = y if labels is None else labels
         batches.append((x, w, y, torch.rand(len(x), dtype=torch.float64)))
     arguments = []
     for rank, (begin, end) in enumerate(bounds):
@@ -86,6 +87,12 @@ def test_ranks_match_one_device(ranks, name, reduction):
 def test_ranks_without_classes_or_samples(ranks, name):
     compare(ranks, name, [2, 0, 1, 3], 3)
     compare(ranks, name, [0, 0], 5)
+
+
+@pytest.mark.parametrize("name", [name for name, (_, takes) in LOSSES.items() if "y" in takes])
+def test_unsigned_labels(ranks, name):
+    """A label is not the ignored one because it equals it after conversion to its dtype."""
+    compare(ranks, name, [2, 2], 203, labels=torch.tensor([156, 3, 3, 200], dtype=torch.uint8))
 
 
 @pytest.mark.slow

@@ -62,7 +62,7 @@ def class_shard(weight: Tensor, ranks: Shard, at_least: int = 1) -> Shard:
     return shard
 
 
-def gather_samples(
+def gather_own_samples(
     embeddings: Tensor, labels: Tensor, shard: Shard, ignore_index: int
 ) -> tuple[Tensor, Tensor, GatheredLabels]:
     """The embeddings (S, D) of all ranks' samples whose class this rank has, their positions (S,), and all labels.

@@ -220,7 +220,8 @@ class InterLoss(AuxiliaryLoss):
     def divided(self, weight: Tensor, labels: Tensor, shard: Shard) -> Tensor:
         """The loss of the samples of all ranks. Every rank adds the angles to its own classes."""
         weight = weight.to(compute_dtype(weight))
-        gathered = gather_labels(labels.to(torch.int64), shard, self.ignore_index)
+        labels = labels.to(torch.int64)
+        gathered = gather_labels(labels, shard, self.ignore_index)
         classes, index = gathered.labels[gathered.counted].unique(return_inverse=True)
         sums, _ = target_class_sums(weight, classes, shard, "angle", int(self.workspace_mb * MIB))
         angles = gathered.to_ranks(sums[index], gathered.counted)

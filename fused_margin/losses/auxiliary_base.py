@@ -11,7 +11,7 @@ from torch import Tensor
 from fused_margin import _checks
 from fused_margin._cross_entropy import mean_over
 from fused_margin._ops.collectives import all_reduce_forward
-from fused_margin._ops.divided_samples import GatheredLabels, gather_samples
+from fused_margin._ops.divided_samples import GatheredLabels, gather_own_samples
 from fused_margin.distributed import Shard
 from fused_margin.losses import settings
 
@@ -92,7 +92,7 @@ class AuxiliaryLoss(settings.Settings):
         """
         if shard is None:
             return ClassSamples(embeddings, *self.classes(labels, num_rows), None, None)
-        own, positions, gathered = gather_samples(embeddings, labels.to(torch.int64), shard, self.ignore_index)
+        own, positions, gathered = gather_own_samples(embeddings, labels.to(torch.int64), shard, self.ignore_index)
         classes = gathered.labels[positions] - shard.begin
         return ClassSamples(own, classes, torch.ones_like(classes, dtype=torch.bool), positions, gathered)
 
@@ -100,7 +100,8 @@ class AuxiliaryLoss(settings.Settings):
         """The reduction of values (S,) of the samples of `at_classes`, of which this rank passed `labels`."""
         if samples.gathered is None or samples.positions is None:
             return self.reduce(values, samples.valid)
-        return self.reduce(samples.gathered.to_ranks(values, samples.positions), labels != self.ignore_index)
+        valid = labels.to(torch.int64) != self.ignore_index
+        return self.reduce(samples.gathered.to_ranks(values, samples.positions), valid)
 
     def reduce(self, values: Tensor, valid: Tensor) -> Tensor:
         """The reduction of values (N,) over the samples that are not ignored, of all ranks."""
