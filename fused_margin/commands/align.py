@@ -6,12 +6,23 @@ import argparse
 from collections.abc import Sequence
 
 from fused_margin.evaluation import DataError
-from fused_margin.trainer.align.run import AlignConfig, align
+from fused_margin.trainer.align.config import AlignConfig
+from fused_margin.trainer.align.detectors import DetectorError
+from fused_margin.trainer.align.photographs import align_photographs
+from fused_margin.trainer.align.run import align
 
-from .common import FAILED, INTERRUPTED, command_consoles, completion_parser, failed, parse_options
+from .common import (
+    FAILED,
+    INTERRUPTED,
+    command_consoles,
+    completion_parser,
+    failed,
+    parse_options,
+    termination_as_interrupt,
+)
 
 PROG = "fused-margin align"
-EXAMPLE = "fused-margin align photographs landmarks.csv aligned"
+EXAMPLE = "fused-margin align photographs aligned --detector mtcnn"
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -23,13 +34,16 @@ def main(args: Sequence[str]) -> int:
     console, errors = command_consoles()
     config = parse_options(AlignConfig, args, prog=PROG, example=EXAMPLE)
     try:
-        outcome = align(config, console, errors)
+        with termination_as_interrupt():
+            outcome = (align if config.detector is None else align_photographs)(config, console, errors)
     except KeyboardInterrupt:
         console.print("interrupted; the same command continues")
         return INTERRUPTED
-    except (DataError, OSError) as error:
+    except (DataError, DetectorError, OSError) as error:
         return failed(errors, error)
     console.print(
         f"{outcome.aligned:,} aligned, {outcome.present:,} already existed, {outcome.failed:,} failed", highlight=False
     )
+    for note in outcome.notes:
+        console.print(note, highlight=False, soft_wrap=True)
     return 0 if outcome.aligned or outcome.present else FAILED

@@ -1,4 +1,7 @@
-"""Reads landmark files: CSV rows `path, x1, y1, ..., x5, y5`, or a JSON object from paths to points."""
+"""Reads landmark files: CSV rows `path, x1, y1, ..., x5, y5`, or a JSON object from paths to points.
+
+The columns of a CSV may be in another order, among others, if the first line names them.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,9 @@ import numpy as np
 
 from fused_margin.evaluation.errors import DataError
 from fused_margin.evaluation.files import text_lines
+
+POINT_COLUMNS = tuple(f"{axis}{number}" for number in range(1, 6) for axis in "xy")
+COLUMNS = ("path", *POINT_COLUMNS)
 
 
 class Row(NamedTuple):
@@ -32,6 +38,8 @@ class Row(NamedTuple):
         except (TypeError, ValueError):
             points = np.empty(0)
         if points.shape not in ((10,), (5, 2)) or not np.isfinite(points).all():
+            if isinstance(self.values, list) and self.values and not any(self.values):
+                raise ValueError("it has no landmarks")
             shown = ", ".join(map(str, self.values)) if isinstance(self.values, list) else repr(self.values)
             raise ValueError(f"expected ten numbers, x and y of five points, got {shown[:100]}")
         return points.reshape(5, 2)
@@ -48,7 +56,7 @@ def read_rows(path: Path) -> tuple[int, Iterator[Row]]:
         with open(path, "rb") as lines:
             return sum(1 for _ in lines), _csv_rows(path)
     if suffix != ".json":
-        raise DataError(f"{path}: expected landmarks in a .csv or .json file")
+        raise DataError(f"{path}: expected landmarks in a .csv or .json file, or a --detector that finds them")
     try:
         entries = json.loads(path.read_bytes())
     except ValueError as error:
@@ -60,10 +68,15 @@ def read_rows(path: Path) -> tuple[int, Iterator[Row]]:
 
 def _csv_rows(path: Path) -> Iterator[Row]:
     lines = csv.reader(text_lines(path, newline=""))
+    columns = None  # places of path and points in a line, if the first one names them
     try:
         for fields in lines:
-            if fields and not (lines.line_num == 1 and _names_columns(fields)):
-                yield Row(f"{path}, line {lines.line_num}", fields[0], fields[1:])
+            if lines.line_num == 1 and set(COLUMNS) <= set(fields):
+                columns = [fields.index(name) for name in COLUMNS]
+            elif fields and not (lines.line_num == 1 and _names_columns(fields)):
+                if columns is not None:
+                    fields = [fields[column] for column in columns if column < len(fields)]
+                yield Row(f"{path}, line {lines.line_num}", fields[0] if fields else "", fields[1:])
     except csv.Error as error:
         raise DataError(f"{path}, line {lines.line_num}: {error}") from error
 
