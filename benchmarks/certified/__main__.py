@@ -19,8 +19,9 @@ from torch import Tensor
 
 import fused_margin as fm
 from fused_margin.losses.exclusive import ExclusiveRegularizer
-from fused_margin.trainer.data.augment import AugmentationConfig, augment
+from fused_margin.trainer.data.augment import augment
 from fused_margin.trainer.data.base import on_gray, to_input
+from fused_margin.trainer.data.config import AugmentationConfig
 from fused_margin.trainer.data.glyphs import render_characters
 from fused_margin.trainer.models import ModelConfig, ResNet
 

@@ -13,7 +13,7 @@ from pydantic import ConfigDict
 
 from .config_values import ConfigError, missing_options, overlay, to_plain
 from .data import EMBEDDED, find_reader
-from .data.augment import AugmentationConfig
+from .data.config import AugmentationConfig
 from .defaults import none_means
 from .models import ModelConfig, Network
 from .options import NamedOptions
@@ -26,7 +26,11 @@ RUNTIME_FIELDS = (
     "optimizer.in_backward",
 )  # fmt: skip
 # Options that early checkpoints do not have; they get their defaults.
-LATER_OPTIONS = ("weights", "loss.weight_dtype", "optimizer.in_backward", "optimizer.stochastic_rounding")
+LATER_OPTIONS = (
+    "weights", "loss.weight_dtype", "optimizer.in_backward", "optimizer.stochastic_rounding",
+    "augmentation.occlusion", "augmentation.brightness", "augmentation.contrast", "augmentation.saturation",
+    "augmentation.resolution", "augmentation.jpeg",
+)  # fmt: skip
 # Options that the configuration file of a run omits, so that it can start another run.
 LAUNCH_FIELDS = ("output", "config", "resume")
 

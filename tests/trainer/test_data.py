@@ -8,8 +8,7 @@ import torch
 from PIL import Image
 
 from fused_margin.trainer.data import DataError, glyphs, load_splits
-from fused_margin.trainer.data.augment import AugmentationConfig, augment, gaussian_blur
-from fused_margin.trainer.data.base import TrainingBatches, data_loader, seeded_generator, to_input
+from fused_margin.trainer.data.base import TrainingBatches, data_loader, to_input
 
 
 @pytest.fixture
@@ -156,51 +155,6 @@ def test_order_depends_on_seed_and_step():
     resumed = TrainingBatches(50, 8, epochs=3, seed=5, start_step=10)
     assert list(resumed) == full[10:] and len(resumed) == 11
     assert list(TrainingBatches(50, 8, epochs=3, seed=6)) != full
-
-
-def test_augmentation_depends_on_the_generator():
-    images = torch.rand(6, 3, 16, 12)
-    everything = AugmentationConfig(mirror=True)
-    first = augment(images, everything, seeded_generator(0, 1))
-    assert first.shape == images.shape and torch.isfinite(first).all()
-    assert torch.equal(first, augment(images, everything, seeded_generator(0, 1)))
-    assert not torch.equal(first, augment(images, everything, seeded_generator(0, 2)))
-    same = images[:1].expand(6, -1, -1, -1)
-    assert len(torch.unique(augment(same, everything, seeded_generator(0)), dim=0)) == 6
-    nothing = AugmentationConfig(rotation=0, scale=0, shear=0, shift=0, blur=0, noise=0)
-    assert torch.equal(augment(images, nothing, seeded_generator(0)), images)
-
-
-def test_each_augmentation():
-    nothing = dict.fromkeys(("rotation", "scale", "shear", "shift", "blur", "noise"), 0)
-    images = torch.rand(200, 1, 12, 12)
-    mirrored = augment(images, AugmentationConfig(**nothing, mirror=True), seeded_generator(0))
-    flipped = (mirrored == images.flip(-1)).flatten(1).all(1)
-    assert ((mirrored == images).flatten(1).all(1) ^ flipped).all() and 60 < flipped.sum() < 140
-
-    point = torch.zeros(400, 1, 33, 33)
-    point[:, :, 16, 16] = 1
-    moved = augment(point, AugmentationConfig(**{**nothing, "shift": 0.2}), seeded_generator(0)).flatten(2)
-    offsets = torch.cartesian_prod(torch.arange(33.0), torch.arange(33.0)) - 16
-    center = (moved @ offsets).squeeze(1) / moved.sum(2)
-    assert 5 < center.abs().max() < 0.2 * 33 + 1 and center.mean(0).abs().max() < 0.6
-
-    rotated = augment(images, AugmentationConfig(**{**nothing, "rotation": 45}), seeded_generator(0))
-    assert (rotated[..., 5:7, 5:7].mean() - images.mean()).abs() < 0.05 and not torch.equal(rotated, images)
-    noisy = augment(torch.zeros(100, 1, 12, 12), AugmentationConfig(**{**nothing, "noise": 0.5}), seeded_generator(0))
-    assert 0.2 < noisy.std(dim=(1, 2, 3)).mean() < 0.3  # uniform up to 0.5
-
-
-def test_blur_keeps_the_sum_and_has_the_given_width():
-    point = torch.zeros(3, 2, 21, 21)
-    point[:, :, 10, 10] = 1
-    blurred = gaussian_blur(point, torch.tensor([0.0, 1.0, 2.0]), 2.0)
-    torch.testing.assert_close(blurred.sum(dim=(2, 3)), torch.ones(3, 2))
-    torch.testing.assert_close(blurred[0], point[0])
-    rows = (torch.arange(21.0) - 10) ** 2
-    variance = (blurred.sum(dim=3) * rows).sum(dim=2)
-    torch.testing.assert_close(variance[1], torch.ones(2), rtol=0.02, atol=0)
-    assert (variance[2] > 3).all()  # four, up to the truncated tails
 
 
 @pytest.mark.parametrize("fraction", [0.9, 0.95])

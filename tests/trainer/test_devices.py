@@ -18,8 +18,8 @@ from training_runs import assert_same_state, fit, train_and_die
 
 from fused_margin.trainer.config import TrainConfig
 from fused_margin.trainer.data import load_splits
-from fused_margin.trainer.data.augment import AugmentationConfig
 from fused_margin.trainer.data.base import DataError
+from fused_margin.trainer.data.config import AugmentationConfig
 from fused_margin.trainer.train.auxiliary import AuxiliaryConfig
 from fused_margin.trainer.train.checkpoint import FILE_NAME, load_checkpoint, save_checkpoint
 from fused_margin.trainer.train.loop import Trainer

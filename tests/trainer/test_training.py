@@ -17,7 +17,7 @@ import fused_margin as fm
 from fused_margin.commands.train import parse
 from fused_margin.trainer.config import OptimizerConfig, TrainConfig
 from fused_margin.trainer.data import DataError, load_splits
-from fused_margin.trainer.data.augment import AugmentationConfig
+from fused_margin.trainer.data.config import AugmentationConfig
 from fused_margin.trainer.evaluate.config import EvaluateConfig
 from fused_margin.trainer.evaluate.run import run_evaluation
 from fused_margin.trainer.models import ModelConfig

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from fused_margin.evaluation.errors import DataError
 from fused_margin.evaluation.plurals import counted_identities
 
-from .augment import AugmentationConfig
+from .config import AugmentationConfig
 
 T = TypeVar("T")
 

@@ -17,8 +17,8 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 from torch.nn import functional as F
 
-from .augment import AugmentationConfig
 from .base import Splits, TensorImages, on_gray, split_identities
+from .config import AugmentationConfig
 
 FACES = (
     "DejaVuSans",

@@ -26,8 +26,9 @@ from fused_margin.evaluation import (
 from fused_margin.evaluation.plurals import counted_identities
 
 from ..config import TrainConfig
-from ..data.augment import AugmentationConfig, augment
+from ..data.augment import augment
 from ..data.base import ImageSet, Splits, data_loader, from_input, seeded_generator, to_input, to_picture
+from ..data.config import AugmentationConfig
 
 TEST_STREAM = 2  # of the random distortion of test images
 BATCH_SIZE = 256

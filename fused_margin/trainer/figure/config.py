@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from fused_margin.margins import minimum_scale
 
 from ..config import OptimizerConfig, TrainConfig
-from ..data.augment import AugmentationConfig
+from ..data.config import AugmentationConfig
 from ..data.digits import NAMES
 from ..models import ModelConfig
 from ..train.auxiliary import AuxiliaryConfig
