@@ -33,7 +33,7 @@ COMMANDS = {
     "benchmark": Command(
         "time a training step of a loss on this machine, beside PyTorch and other libraries", "benchmark"
     ),
-    "align": Command("align faces to a template by their five landmarks", "trainer"),
+    "align": Command("align faces to a template by five landmarks, from a file or a face detector", "trainer"),
     "train": Command("train and verify a network; the defaults take about a minute on two CPU cores", "trainer"),
     "evaluate": Command("evaluate a trained network, or features from a file, under a named protocol", "trainer"),
     "compare": Command("train several losses with the same settings and write a table of their results", "trainer"),

@@ -161,6 +161,26 @@ def test_folder_tree_is_aligned(photographs, tmp_path, capsys, kind, name):
             assert np.hypot(*(centroid(pixels, point) - point)) < 0.5
 
 
+def test_heading_names_columns_in_any_order(photographs, tmp_path, capsys):
+    images, landmarks = photographs
+    names = ["y5", "x5", "y4", "x4", "y3", "x3", "y2", "x2", "score", "y1", "x1", "path", "note"]
+    lines = [",".join(names)]
+    for path, points in landmarks.items():
+        row = {
+            f"{axis}{n}": value for n, point in enumerate(points, 1) for axis, value in zip("xy", point, strict=True)
+        }
+        lines.append(",".join(str({**row, "path": path, "score": 0.9, "note": "good"}[name]) for name in names))
+    lines += ["," * 11 + "none.png,", "," * 9 + "1,2,short.png"]
+    (tmp_path / "landmarks.csv").write_text("\n".join(lines))
+    plain = write_csv(tmp_path / "plain.csv", landmarks)
+    code, out, err = run(capsys, images, tmp_path / "landmarks.csv", tmp_path / "out")
+    assert code == 0 and "3 aligned, 0 already existed, 2 failed" in out
+    assert "line 5: none.png: it has no landmarks" in err and "line 6: short.png: expected ten numbers" in err
+    assert run(capsys, images, plain, tmp_path / "plain")[0] == 0
+    for path in landmarks:
+        assert (tmp_path / "out" / path).read_bytes() == (tmp_path / "plain" / path).read_bytes()
+
+
 def test_existing_outputs_are_kept(photographs, tmp_path, capsys):
     images, landmarks = photographs
     file, out = write_csv(tmp_path / "landmarks.csv", landmarks), tmp_path / "out"

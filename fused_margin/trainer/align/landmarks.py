@@ -75,8 +75,8 @@ def _csv_rows(path: Path) -> Iterator[Row]:
                 columns = [fields.index(name) for name in COLUMNS]
             elif fields and not (lines.line_num == 1 and _names_columns(fields)):
                 if columns is not None:
-                    fields = [fields[column] for column in columns if column < len(fields)]
-                yield Row(f"{path}, line {lines.line_num}", fields[0] if fields else "", fields[1:])
+                    fields = [fields[column] if column < len(fields) else "" for column in columns]
+                yield Row(f"{path}, line {lines.line_num}", fields[0], fields[1:])
     except csv.Error as error:
         raise DataError(f"{path}, line {lines.line_num}: {error}") from error
 
