@@ -6,7 +6,7 @@ Takes features from any model, as NumPy arrays, and needs scikit-learn but not t
 from .errors import DataError
 from .features import Features, FeatureSet, MegafaceSet, read_arrays, read_features, read_megaface
 from .folds import stratified_folds, unshuffled_folds
-from .identification import MegafaceResult, megaface
+from .megaface import MegafaceResult, megaface
 from .metrics import (
     FoldAccuracy,
     RocCurve,
