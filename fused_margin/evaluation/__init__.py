@@ -6,6 +6,10 @@ Takes features from any model, as NumPy arrays, and needs scikit-learn but not t
 from .errors import DataError
 from .features import Features, FeatureSet, MegafaceSet, read_arrays, read_features, read_megaface
 from .folds import stratified_folds, unshuffled_folds
+from .gallery import Gallery, enroll
+from .gallery_search import Ranking, Recognition, recognize, search_gallery
+from .identification import DirAtFar, IdentificationResult, OperatingCurve, ThresholdAtFpir, identification
+from .identification_by_verification import VerifiedIdentities, identify_by_verification
 from .megaface import MegafaceResult, megaface
 from .metrics import (
     FoldAccuracy,
@@ -26,23 +30,34 @@ from .weighted_l1 import WeightedL1Head, fit_head
 
 __all__ = [
     "DataError",
+    "DirAtFar",
     "FeatureSet",
     "Features",
     "FoldAccuracy",
     "FoldTar",
+    "Gallery",
+    "IdentificationResult",
     "MegafaceResult",
     "MegafaceSet",
+    "OperatingCurve",
     "PairResult",
     "Pairs",
+    "Ranking",
+    "Recognition",
     "RocCurve",
     "ScoreSummary",
     "TarAtFar",
+    "ThresholdAtFpir",
     "VerificationSet",
+    "VerifiedIdentities",
     "WeightedL1Head",
     "cosine_pairs",
+    "enroll",
     "equal_error_rate",
     "find_pair_list",
     "fit_head",
+    "identification",
+    "identify_by_verification",
     "join_mirror",
     "kfold_accuracy",
     "lfw",
@@ -54,7 +69,9 @@ __all__ = [
     "read_lfw",
     "read_megaface",
     "read_ytf",
+    "recognize",
     "roc",
+    "search_gallery",
     "stratified_folds",
     "summarize",
     "summarize_pairs",

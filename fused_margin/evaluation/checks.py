@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from .plurals import counted
+
+BLOCK_ROWS = 2**14  # rows checked at a time
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -17,10 +21,33 @@ def check_features(name: str, features: np.ndarray, width: int | None = None, ch
     if not fits or not np.issubdtype(features.dtype, np.floating):
         wanted = f"(rows, {width or 'D'}) floats, one row or more"
         raise ValueError(f"{name}: expected {wanted}, got {features.shape} {features.dtype}")
-    if check_values and not (finite := np.isfinite(features).all(axis=1)).all():
-        raise ValueError(
-            f"{name}: expected finite values, got NaN or infinity in {counted(int(np.count_nonzero(~finite)), 'row')}"
-        )
+    if not check_values:
+        return
+    blocks = (features[begin : begin + BLOCK_ROWS] for begin in range(0, len(features), BLOCK_ROWS))
+    if bad := sum(int(np.count_nonzero(~np.isfinite(block).all(axis=1))) for block in blocks):
+        raise ValueError(f"{name}: expected finite values, got NaN or infinity in {counted(bad, 'row')}")
+
+
+def check_unit_rows(name: str, rows: np.ndarray) -> None:
+    """Raise ValueError unless each row has length 1, within rounding, or is zero."""
+    for begin in range(0, len(rows), BLOCK_ROWS):
+        block = np.asarray(rows[begin : begin + BLOCK_ROWS], np.float64)
+        norm = np.sqrt(np.einsum("ij,ij->i", block, block))
+        if not (fits := (np.abs(norm - 1) < 1e-3) | (norm == 0)).all():
+            row = int(np.argmin(fits))
+            raise ValueError(f"{name}: expected rows of length 1, got length {norm[row]:.4g} in row {begin + row}")
+
+
+def check_labels(name: str, labels: np.ndarray | Sequence[str] | Sequence[int], rows: int | None = None) -> np.ndarray:
+    """The labels as an array of texts or of int64; raise ValueError if they are neither or have a wrong shape."""
+    array = np.asarray(labels)
+    if array.dtype == object and all(isinstance(label, str) for label in array.flat):
+        array = array.astype(str)
+    fits = array.ndim == 1 and array.size and rows in (None, len(array))
+    if not fits or not (array.dtype.kind == "U" or np.can_cast(array.dtype, np.int64) and array.dtype.kind in "iu"):
+        wanted = f"({'n' if rows is None else rows},) texts or integers, one or more"
+        raise ValueError(f"{name}: expected {wanted}, got {array.shape} {array.dtype}")
+    return array if array.dtype.kind == "U" else array.astype(np.int64)
 
 
 def check_integers(name: str, values: np.ndarray, shape: tuple[int | None, ...]) -> None:
@@ -53,3 +80,13 @@ def check_folds(same: np.ndarray, fold: np.ndarray, num_pairs: int) -> None:
     for number in numbers:
         if len(np.unique(same[fold != number])) < 2:
             raise ValueError(f"same: expected genuine and impostor pairs outside fold {number}, got one kind")
+
+
+def check_threshold(threshold: float) -> None:
+    if np.isnan(threshold):
+        raise ValueError("threshold: expected a number, got NaN")
+
+
+def check_workspace(workspace_mb: float) -> None:
+    if not workspace_mb > 0:
+        raise ValueError(f"workspace_mb: expected a positive number of MiB, got {workspace_mb}")
