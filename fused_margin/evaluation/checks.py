@@ -82,6 +82,14 @@ def check_folds(same: np.ndarray, fold: np.ndarray, num_pairs: int) -> None:
             raise ValueError(f"same: expected genuine and impostor pairs outside fold {number}, got one kind")
 
 
+def check_count(name: str, value: int, largest: int | None = None, meaning: str = "") -> None:
+    """Raise ValueError unless the value is an integer from 1 to `largest`, which the message explains."""
+    is_integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not is_integer or value < 1 or (largest is not None and value > largest):
+        wanted = "a positive integer" if largest is None else f"an integer from 1 to {largest}, {meaning}"
+        raise ValueError(f"{name}: expected {wanted}, got {value}")
+
+
 def check_threshold(threshold: float) -> None:
     if np.isnan(threshold):
         raise ValueError("threshold: expected a number, got NaN")

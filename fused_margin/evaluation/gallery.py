@@ -9,6 +9,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from .checks import check_choice, check_features, check_integers, check_labels, check_unit_rows
+from .cosines import normalized, unit_rows
 from .plurals import counted
 
 Template = Literal["mean", "all"]
@@ -147,7 +148,7 @@ class Gallery:
         sum_norm = np.concatenate([self.sum_norm, new.sum_norm[is_new]])
         known = index[~is_new]
         total = templates[known] * sum_norm[known, None] + new.templates[~is_new] * new.sum_norm[~is_new, None]
-        templates[known], sum_norm[known] = _normalized(total)
+        templates[known], sum_norm[known] = normalized(total)
         return Gallery(templates, np.arange(len(names)), names, "mean", sum_norm)
 
     def remove(self, names: str | int | np.ndarray | Sequence[str] | Sequence[int]) -> Gallery:
@@ -229,31 +230,12 @@ def enroll(
         unit = unit_rows(features[order[rows]])
         if is_mean:
             total = np.add.reduceat(unit, first[begin:end] - first[begin], axis=0)
-            templates[begin:end], sum_norm[begin:end] = _normalized(total)
+            templates[begin:end], sum_norm[begin:end] = normalized(total)
         else:
             templates[rows] = unit
     if is_mean:
         return Gallery(templates, np.arange(len(names)), names, "mean", sum_norm)
     return Gallery(templates, identity, names)
-
-
-def unit_rows(rows: np.ndarray) -> np.ndarray:
-    """The rows (n, D) divided by their norms, in float64; zero rows stay."""
-    return _normalized(scaled_rows(rows))[0]
-
-
-def scaled_rows(rows: np.ndarray) -> np.ndarray:
-    """float64 rows divided by powers of two, so that no square overflows or underflows; other rows as they are."""
-    if rows.dtype.itemsize < 8:
-        return rows
-    _, exponent = np.frexp(np.abs(rows).max(axis=1, keepdims=True))
-    return np.ldexp(np.asarray(rows, np.float64), -exponent)
-
-
-def _normalized(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    rows = np.asarray(rows, np.float64)
-    norm = np.sqrt(np.einsum("ij,ij->i", rows, rows))
-    return rows / np.where(norm > 0, norm, 1)[:, None], norm
 
 
 def identity_blocks(first: np.ndarray, rows: int) -> Iterator[tuple[int, int]]:

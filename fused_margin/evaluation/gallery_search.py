@@ -7,9 +7,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from .checks import check_features, check_threshold, check_workspace
-from .gallery import Gallery, unit_rows
-from .identity_scores import best_identities, pair_cosines, probe_blocks
+from .checks import check_count, check_features, check_threshold, check_workspace
+from .cosines import unit_rows
+from .gallery import Gallery
+from .identity_scores import best_identities, probe_blocks
 from .nearest_rows import MAX_ROWS, Progress, search_rows
 
 WORKSPACE_MB = 256.0
@@ -97,8 +98,7 @@ def search_gallery(
     """
     count = len(gallery.names)
     check_features("probes", probes, gallery.templates.shape[1])
-    if not isinstance(k, int | np.integer) or isinstance(k, bool) or not 1 <= k <= count:
-        raise ValueError(f"k: expected an integer from 1 to the {count} identities of the gallery, got {k}")
+    check_count("k", k, count, "the number of identities in the gallery")
     check_workspace(workspace_mb)
     score = np.full((len(probes), k), -np.inf)
     identity = np.zeros((len(probes), k), np.int64)
@@ -106,12 +106,12 @@ def search_gallery(
     rows = min(MAX_ROWS, (k - 1) * most + 1, len(gallery.templates))  # as many always have k identities, but for 32
     pending = np.arange(len(probes))
     if rows >= k:
-        found = search_rows(probes, gallery.templates, rows, device, workspace_mb, progress)
-        for block in probe_blocks(len(probes)):
-            score[block], identity[block] = _first_of_identities(unit_rows(probes[block]), gallery, found[block], k)
+        cosine, row = search_rows(probes, gallery.templates, rows, device, workspace_mb, progress)
+        for block in probe_blocks(len(probes), gallery, workspace_mb):
+            score[block], identity[block] = _first_of_identities(cosine[block], gallery.identity[row[block]], k)
         pending = np.flatnonzero(np.isneginf(score[:, -1]))
     searched = len(probes) if rows >= k else 0
-    for block in probe_blocks(len(pending)):
+    for block in probe_blocks(len(pending), gallery, workspace_mb):
         selected = pending[block]
         score[selected], identity[selected] = best_identities(
             unit_rows(probes[selected]), gallery, k, device, workspace_mb
@@ -121,24 +121,23 @@ def search_gallery(
     return Ranking(score, identity)
 
 
-def _first_of_identities(unit: np.ndarray, gallery: Gallery, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Scores (P, k) and identities of the first k identities in lists (P, n) of templates; -inf where there are fewer.
+def _first_of_identities(cosine: np.ndarray, listed: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Scores (P, k) and identities of the first k identities in lists; -inf where there are fewer.
 
     Args:
-        unit: (P, D) float64 probes of unit length.
-        rows: (P, n) templates in descending order of their cosines.
+        cosine: (P, n) cosines of templates, descending but for rounding errors.
+        listed: (P, n) the identities of these templates.
     """
-    listed = gallery.identity[rows]
     order = np.argsort(listed, axis=1, kind="stable")
     grouped = np.take_along_axis(listed, order, axis=1)
     is_first = np.ones(listed.shape, bool)
     np.put_along_axis(is_first, order[:, 1:], grouped[:, 1:] != grouped[:, :-1], axis=1)
-    probe, place = np.nonzero(is_first & (np.cumsum(is_first, axis=1) <= k))
-    rank = np.cumsum(is_first, axis=1)[probe, place] - 1
-    score, identity = np.full((len(unit), k), -np.inf), np.zeros((len(unit), k), np.int64)
-    score[probe, rank] = pair_cosines(unit, probe, gallery.templates, rows[probe, place])
-    identity[probe, rank] = listed[probe, place]
-    order = np.lexsort((identity, -score), axis=1)  # of equal scores in pair_cosines, the lowest identity is first
+    rank = np.cumsum(is_first, axis=1) - 1
+    probe, place = np.nonzero(is_first & (rank < k))
+    score, identity = np.full((len(listed), k), -np.inf), np.zeros((len(listed), k), np.int64)
+    score[probe, rank[probe, place]] = cosine[probe, place]
+    identity[probe, rank[probe, place]] = listed[probe, place]
+    order = np.lexsort((identity, -score), axis=1)  # rounding errors may have another order
     return np.take_along_axis(score, order, axis=1), np.take_along_axis(identity, order, axis=1)
 
 

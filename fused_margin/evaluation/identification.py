@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from .checks import check_features, check_labels, check_threshold
-from .gallery import Gallery, unit_rows
+from .checks import check_count, check_features, check_labels, check_threshold
+from .gallery import Gallery
 from .gallery_search import WORKSPACE_MB, search_gallery
 from .identity_scores import mate_ranks, mate_scores, probe_blocks
 from .metrics import false_accepts
@@ -281,8 +281,7 @@ class IdentificationResult:
         return ~self.is_mated
 
     def _checked_rank(self, rank: int) -> int:
-        if not 1 <= rank <= self.max_rank:
-            raise ValueError(f"rank: expected 1 to {self.max_rank}, the max_rank of this result, got {rank}")
+        check_count("rank", rank, self.max_rank, "the max_rank of this result")
         return rank
 
     def _is_ranked(self, mated: np.ndarray, rank: int | None) -> np.ndarray:
@@ -333,8 +332,8 @@ def identification(
     mate = gallery.index_of(check_labels("labels", labels, len(probes)))
     is_mated = mate >= 0
     count = len(gallery.names)
-    if max_rank is not None and max_rank < 1:
-        raise ValueError(f"max_rank: expected a positive number, or None for all, got {max_rank}")
+    if max_rank is not None:
+        check_count("max_rank", max_rank)
     limit = count if max_rank is None else min(max_rank, count)
     k = 1 if max_rank is None else limit
     mated = np.flatnonzero(is_mated)
@@ -345,18 +344,16 @@ def identification(
             progress(done, total + later)
 
     ranking = search_gallery(probes, gallery, k, device=device, workspace_mb=workspace_mb, progress=report)
-    mate_score = mate_scores(probes, gallery, mate)
-    rank = np.zeros(len(probes), np.int64)
+    is_mate = ranking.identity == mate[:, None]
+    place, is_ranked = is_mate.argmax(axis=1), is_mate.any(axis=1)
+    mate_score = mate_scores(probes, gallery, np.where(is_ranked, -1, mate), workspace_mb)
+    mate_score[is_ranked] = ranking.score[is_ranked, place[is_ranked]]
+    rank = np.where(is_ranked, place + 1, np.where(is_mated, limit + 1, 0))
     if max_rank is None:
-        for block in probe_blocks(len(mated)):
+        for block in probe_blocks(len(mated), gallery, workspace_mb):
             rows = mated[block]
-            rank[rows] = mate_ranks(
-                unit_rows(probes[rows]), gallery, mate[rows], mate_score[rows], device, workspace_mb
-            )
+            rank[rows] = mate_ranks(probes[rows], gallery, mate[rows], device, workspace_mb)
             report(len(probes) + block.stop, len(probes))
-    else:
-        is_mate = ranking.identity[mated] == mate[mated, None]
-        rank[mated] = np.where(is_mate.any(axis=1), is_mate.argmax(axis=1) + 1, limit + 1)
     return IdentificationResult(
         gallery.names, mate, mate_score, rank, ranking.identity[:, 0], ranking.score[:, 0], limit
     )

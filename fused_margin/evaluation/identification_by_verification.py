@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from .checks import check_features, check_labels, check_threshold, check_workspace
-from .gallery import Gallery, unit_rows
+from .cosines import unit_rows
+from .gallery import Gallery
 from .gallery_search import WORKSPACE_MB
 from .identity_scores import probe_blocks, score_blocks
 from .nearest_rows import Progress
@@ -148,7 +149,7 @@ def identify_by_verification(
     check_workspace(workspace_mb)
     accepted = np.zeros(len(probes), np.int64)
     is_mate_accepted = np.zeros(len(probes), bool)
-    for rows in probe_blocks(len(probes)):
+    for rows in probe_blocks(len(probes), gallery, workspace_mb):
         unit = unit_rows(probes[rows])
         bound = np.full(len(unit), threshold, np.float64)
         for block in score_blocks(unit, gallery, device, workspace_mb):

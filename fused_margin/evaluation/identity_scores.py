@@ -9,58 +9,45 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .gallery import Gallery, identity_blocks, unit_rows
+from .cosines import pair_cosines, unit_rows
+from .gallery import Gallery, identity_blocks
 
-PROBES = 1024  # in a block
-PAIR_ELEMENTS = 2**18  # of the templates of pairs in memory at a time: they stay in cache
+PROBES = 1024  # in a block, at most
 MIB = 2**20
 
 
-def probe_blocks(count: int) -> Iterator[slice]:
-    return (slice(begin, min(begin + PROBES, count)) for begin in range(0, count, PROBES))
+def probe_blocks(count: int, gallery: Gallery, workspace_mb: float) -> Iterator[slice]:
+    """Blocks of probes, so small that their cosines to the templates of one identity fit into the workspace."""
+    size = int(min(PROBES, max(1, workspace_mb * MIB // (64 * np.diff(gallery.first_template).max()))))
+    return (slice(begin, min(begin + size, count)) for begin in range(0, count, size))
 
 
-def pair_cosines(unit: np.ndarray, probe: np.ndarray, templates: np.ndarray, row: np.ndarray) -> np.ndarray:
-    """Cosines (n,) of pairs of a probe and a template, in float64.
-
-    A pair has the same cosine, bit for bit, in whichever call it is, which matrix products do not promise. Thus equal
-    templates tie, and a threshold taken from one result means the same to another.
-
-    Args:
-        unit: (P, D) float64 probes of unit length.
-        probe: (n,) rows of ``unit``.
-        templates: (T, D).
-        row: (n,) rows of ``templates``.
-    """
-    cosine = np.empty(len(probe))
-    size = max(1, PAIR_ELEMENTS // unit.shape[1])
-    for begin in range(0, len(probe), size):
-        part = slice(begin, begin + size)
-        cosine[part] = np.einsum("ij,ij->i", unit[probe[part]], unit_rows(templates[row[part]]))
-    return np.clip(cosine, -1, 1)
-
-
-def mate_scores(probes: np.ndarray, gallery: Gallery, mate: np.ndarray) -> np.ndarray:
+def mate_scores(probes: np.ndarray, gallery: Gallery, mate: np.ndarray, workspace_mb: float) -> np.ndarray:
     """Scores (P,) of probes to an identity each, float64; NaN where `mate` (P,) is -1."""
     score = np.full(len(probes), np.nan)
     first = gallery.first_template
-    for block in probe_blocks(len(probes)):
-        probe = np.flatnonzero(mate[block] >= 0)
-        if len(probe):
-            identity = mate[block][probe]
-            score[block.start + probe] = _identity_scores(unit_rows(probes[block]), probe, gallery, identity, first)
+    mated = np.flatnonzero(mate >= 0)
+    for block in probe_blocks(len(mated), gallery, workspace_mb):
+        rows = mated[block]
+        pair, template = _template_pairs(mate[rows], first)
+        score[rows] = _largest_cosines(unit_rows(probes[rows]), pair, pair, gallery.templates, template)
     return score
 
 
-def _identity_scores(
-    unit: np.ndarray, probe: np.ndarray, gallery: Gallery, identity: np.ndarray, first: np.ndarray
+def _largest_cosines(
+    unit: np.ndarray, probe: np.ndarray, group: np.ndarray, templates: np.ndarray, row: np.ndarray
 ) -> np.ndarray:
-    """Scores (n,) of pairs of a probe and an identity: the largest cosine of its templates."""
+    """The largest of :func:`pair_cosines` in each group; `group` ascends from 0 without gaps."""
+    cosine = pair_cosines(unit, probe, templates, row)
+    return np.maximum.reduceat(cosine, np.flatnonzero(np.diff(group, prepend=-1)))
+
+
+def _template_pairs(identity: np.ndarray, first: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The templates of each of the identities (n,): indices into `identity`, ascending, and rows of templates."""
     count = first[identity + 1] - first[identity]
     begin = np.cumsum(count) - count
     row = np.arange(count.sum()) + np.repeat(first[identity] - begin, count)
-    cosine = pair_cosines(unit, np.repeat(probe, count), gallery.templates, row)
-    return np.maximum.reduceat(cosine, begin)
+    return np.repeat(np.arange(len(identity)), count), row
 
 
 class IdentityScores(NamedTuple):
@@ -68,8 +55,9 @@ class IdentityScores(NamedTuple):
 
     Attributes:
         begin: the first identity.
-        scores: (P, identities) float64, within `tolerance` of :func:`pair_cosines`.
-        tolerance: bound on the rounding errors of both.
+        scores: (P, identities) float64.
+        cosines: (T, P) float64 cosines of the templates of these identities, on the device.
+        tolerance: twice the rounding errors of `scores` and `cosines`, beside :func:`pair_cosines`, are below it.
         unit: (P, D) float64 probes of unit length.
         gallery: where the identities are.
         first: the first template of each identity of the gallery.
@@ -77,6 +65,7 @@ class IdentityScores(NamedTuple):
 
     begin: int
     scores: np.ndarray
+    cosines: Tensor
     tolerance: float
     unit: np.ndarray
     gallery: Gallery
@@ -85,17 +74,29 @@ class IdentityScores(NamedTuple):
     def exact(self, probe: np.ndarray, column: np.ndarray) -> np.ndarray:
         """Scores (n,) of pairs of a row and a column of `scores`, from :func:`pair_cosines`."""
         score = np.empty(len(probe))
-        most = int(np.diff(self.first[self.begin : self.begin + self.scores.shape[1] + 1]).max())
-        size = max(1, self.scores.size // most)  # the pairs with templates take as much memory as the scores
+        identity = self.begin + column
+        most = np.diff(self.first[self.begin : self.begin + self.scores.shape[1] + 1]).max()
+        size = max(1, self.cosines.numel() // int(most))  # no more templates at a time than there are cosines
         for begin in range(0, len(probe), size):
             part = slice(begin, begin + size)
-            score[part] = _identity_scores(self.unit, probe[part], self.gallery, self.begin + column[part], self.first)
+            score[part] = self._exact(probe[part], identity[part], self.scores[probe[part], column[part]])
         return score
+
+    def _exact(self, probe: np.ndarray, identity: np.ndarray, score: np.ndarray) -> np.ndarray:
+        pair, row = _template_pairs(identity, self.first)
+        if len(pair) > len(probe):  # of several templates, those that may have the largest cosine
+            device = self.cosines.device
+            at = (row - self.first[self.begin], probe[pair])
+            cosine = self.cosines[tuple(torch.from_numpy(index).to(device) for index in at)].cpu().numpy()
+            near = cosine >= score[pair] - self.tolerance
+            pair, row = pair[near], row[near]
+        return _largest_cosines(self.unit, probe[pair], pair, self.gallery.templates, row)
 
     def settle(self, bound: np.ndarray) -> None:
         """Makes scores exact that a rounding error could move across the bound (P,) of their probe."""
         probe, column = np.nonzero(np.abs(self.scores - bound[:, None]) <= self.tolerance)
-        self.scores[probe, column] = self.exact(probe, column)
+        if len(probe):
+            self.scores[probe, column] = self.exact(probe, column)
 
 
 @torch.no_grad()
@@ -111,10 +112,11 @@ def score_blocks(
     query = torch.from_numpy(unit).to(device)
     for begin, end in identity_blocks(first, rows):
         templates = torch.from_numpy(unit_rows(gallery.templates[first[begin] : first[end]])).to(device)
-        scores = templates @ query.T
-        if len(scores) > end - begin:
-            scores = _largest_of_groups(scores, np.diff(first[begin : end + 1]))
-        yield IdentityScores(begin, scores.T.cpu().numpy(), tolerance, unit, gallery, first)
+        cosines = templates @ query.T
+        scores = cosines
+        if len(cosines) > end - begin:
+            scores = _largest_of_groups(cosines, np.diff(first[begin : end + 1]))
+        yield IdentityScores(begin, scores.T.cpu().numpy(), cosines, tolerance, unit, gallery, first)
 
 
 def _largest_of_groups(scores: Tensor, count: np.ndarray) -> Tensor:
@@ -147,21 +149,17 @@ def best_identities(
         first = np.searchsorted(probe[order], np.arange(count))
         order = order[np.arange(len(order)) - first[probe[order]] < k]
         probe, identity, score = probe[order], identity[order], score[order]
-        full = np.bincount(probe, minlength=count) == k
-        bound = np.where(full, score[np.searchsorted(probe, np.arange(count), side="right") - 1], -np.inf)
+        is_full = np.bincount(probe, minlength=count) == k
+        bound[is_full] = score[np.searchsorted(probe, np.flatnonzero(is_full), side="right") - 1]
     return score.reshape(count, k), identity.reshape(count, k)
 
 
 def mate_ranks(
-    unit: np.ndarray,
-    gallery: Gallery,
-    mate: np.ndarray,
-    score: np.ndarray,
-    device: torch.device | str,
-    workspace_mb: float,
+    probes: np.ndarray, gallery: Gallery, mate: np.ndarray, device: torch.device | str, workspace_mb: float
 ) -> np.ndarray:
-    """Ranks (P,) of an identity `mate` (P,) of each probe, with its `score` (P,): 1 plus the identities before it."""
-    rank = np.ones(len(unit), np.int64)
+    """Ranks (P,) of an identity `mate` (P,) of each probe of a block: 1 plus the number of identities before it."""
+    rank = np.ones(len(probes), np.int64)
+    unit, score = unit_rows(probes), mate_scores(probes, gallery, mate, workspace_mb)
     for block in score_blocks(unit, gallery, device, workspace_mb):
         block.settle(score)
         before = block.begin + np.arange(block.scores.shape[1]) < mate[:, None]

@@ -1,0 +1,50 @@
+"""Rows of unit length, and cosines of pairs of rows, in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+
+PAIR_ELEMENTS = 2**17  # of the templates of pairs in memory at a time: they stay in cache
+
+
+def unit_rows(rows: np.ndarray) -> np.ndarray:
+    """The rows (n, D) divided by their norms, in float64; zero rows stay."""
+    return normalized(scaled_rows(rows))[0]
+
+
+def scaled_rows(rows: np.ndarray) -> np.ndarray:
+    """float64 rows divided by powers of two, so that no square overflows or underflows; other rows as they are."""
+    if rows.dtype.itemsize < 8:
+        return rows
+    _, exponent = np.frexp(np.abs(rows).max(axis=1, keepdims=True))
+    return np.ldexp(np.asarray(rows, np.float64), -exponent)
+
+
+def normalized(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The rows (n, D) divided by their norms, and the norms (n,), in float64."""
+    rows = np.asarray(rows, np.float64)
+    norm = np.sqrt(np.einsum("ij,ij->i", rows, rows))
+    return rows / np.where(norm > 0, norm, 1)[:, None], norm
+
+
+def pair_cosines(unit: np.ndarray, probe: np.ndarray, templates: np.ndarray, row: np.ndarray) -> np.ndarray:
+    """Cosines (n,) of pairs of a probe and a template, in float64.
+
+    A pair has the same cosine, bit for bit, in whichever call it is, which matrix products do not promise. Thus equal
+    templates tie.
+
+    Args:
+        unit: (P, D) float64 probes of unit length.
+        probe: (n,) rows of ``unit``.
+        templates: (T, D), of a norm near 1 or zero rows.
+        row: (n,) rows of ``templates``.
+    """
+    cosine = np.empty(len(probe))
+    size = max(1, PAIR_ELEMENTS // unit.shape[1])
+    for begin in range(0, len(probe), size):
+        part = slice(begin, begin + size)
+        right = np.asarray(templates[row[part]], np.float64)
+        square = np.einsum("ij,ij->i", right, right)
+        product = np.einsum("ij,ij->i", unit[probe[part]], right)
+        cosine[part] = product / np.sqrt(np.where(square > 0, square, 1))
+    return np.clip(cosine, -1, 1)
