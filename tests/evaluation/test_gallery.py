@@ -69,8 +69,8 @@ def test_large_and_small_float64_features(template):
     gallery = enroll(features, [0, 1], template)
     np.testing.assert_allclose(gallery.templates, [[0.6, 0.8], [5 / 13, -12 / 13]], rtol=1e-15)
     assert_exact(features / np.array([[1e200], [1e-300]]), gallery, 2)
-    found = search_gallery(features, gallery, 2)
-    np.testing.assert_allclose(found.score, [[1, -33 / 65], [1, -33 / 65]], rtol=1e-15)
+    assert search_gallery(features, gallery).identity.tolist() == [[0], [1]]
+    np.testing.assert_allclose(search_gallery(features, gallery, 2).score, [[1, -33 / 65], [1, -33 / 65]], rtol=1e-15)
 
 
 @pytest.mark.parametrize("template", ["mean", "all"])
@@ -81,6 +81,8 @@ def test_gallery_grows_as_if_enrolled_at_once(template):
     # Identities that are enrolled first keep their index; the others follow.
     grown = enroll(features[first], name[first], template).add(features[~first], name[~first])
     assert grown.names.tolist() == sorted(set(name[first])) + sorted(set(name[~first]) - set(name[first]))
+    index = grown.index_of(["c", "z", "b"])
+    assert index[1] == -1 and grown.names[index[[0, 2]]].tolist() == ["c", "b"]
     at_once = enroll(features, name, template)
     order = np.argsort(grown.names[grown.identity], kind="stable")
     np.testing.assert_array_equal(grown.names[grown.identity][order], at_once.names[at_once.identity])
@@ -149,6 +151,12 @@ def test_lowest_identity_wins_a_tie(each):
     assert len(set(found.score[0, :4])) == 1 and found.score[2].tolist() == [0.0] * 5
     if each == 1:
         assert found.identity[1].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_scores_are_cosines():
+    features = images(50, 1, 0, size=33)[0]
+    score = search_gallery(features, enroll(features, np.arange(50))).score
+    assert score.max() == 1 and score.min() > 1 - 1e-6  # of templates that are rounded
 
 
 def test_one_identity():
