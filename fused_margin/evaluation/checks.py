@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from .cosines import BLOCK_ELEMENTS
 from .plurals import counted
-
-BLOCK_ROWS = 2**14  # rows checked at a time
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -23,19 +22,22 @@ def check_features(name: str, features: np.ndarray, width: int | None = None, ch
         raise ValueError(f"{name}: expected {wanted}, got {features.shape} {features.dtype}")
     if not check_values:
         return
-    blocks = (features[begin : begin + BLOCK_ROWS] for begin in range(0, len(features), BLOCK_ROWS))
-    if bad := sum(int(np.count_nonzero(~np.isfinite(block).all(axis=1))) for block in blocks):
+    if bad := sum(int(np.count_nonzero(~np.isfinite(block).all(axis=1))) for block in _blocks(features)):
         raise ValueError(f"{name}: expected finite values, got NaN or infinity in {counted(bad, 'row')}")
 
 
 def check_unit_rows(name: str, rows: np.ndarray) -> None:
     """Raise ValueError unless each row has length 1, within rounding, or is zero."""
-    for begin in range(0, len(rows), BLOCK_ROWS):
-        block = np.asarray(rows[begin : begin + BLOCK_ROWS], np.float64)
-        norm = np.sqrt(np.einsum("ij,ij->i", block, block))
-        if not (fits := (np.abs(norm - 1) < 1e-3) | (norm == 0)).all():
-            row = int(np.argmin(fits))
-            raise ValueError(f"{name}: expected rows of length 1, got length {norm[row]:.4g} in row {begin + row}")
+    norm = np.concatenate([np.linalg.norm(np.asarray(block, np.float64), axis=1) for block in _blocks(rows)])
+    if not (fits := (np.abs(norm - 1) < 1e-3) | (norm == 0)).all():
+        row = int(np.argmin(fits))
+        raise ValueError(f"{name}: expected rows of length 1, got length {norm[row]:.4g} in row {row}")
+
+
+def _blocks(rows: np.ndarray) -> Iterator[np.ndarray]:
+    """Blocks of the rows, so that checks of a memory map need little memory."""
+    size = max(1, BLOCK_ELEMENTS // rows.shape[1])
+    return (rows[begin : begin + size] for begin in range(0, len(rows), size))
 
 
 def check_labels(name: str, labels: np.ndarray | Sequence[str] | Sequence[int], rows: int | None = None) -> np.ndarray:

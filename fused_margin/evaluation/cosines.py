@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-PAIR_ELEMENTS = 2**17  # of the templates of pairs in memory at a time: they stay in cache
+BLOCK_ELEMENTS = 2**17  # float64 elements at a time, which stay in cache
 
 
 def unit_rows(rows: np.ndarray) -> np.ndarray:
@@ -40,7 +40,7 @@ def pair_cosines(unit: np.ndarray, probe: np.ndarray, templates: np.ndarray, row
         row: (n,) rows of ``templates``.
     """
     cosine = np.empty(len(probe))
-    size = max(1, PAIR_ELEMENTS // unit.shape[1])
+    size = max(1, BLOCK_ELEMENTS // unit.shape[1])
     for begin in range(0, len(probe), size):
         part = slice(begin, begin + size)
         right = np.asarray(templates[row[part]], np.float64)

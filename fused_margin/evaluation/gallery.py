@@ -9,11 +9,10 @@ from typing import Literal, get_args
 import numpy as np
 
 from .checks import check_choice, check_features, check_integers, check_labels, check_unit_rows
-from .cosines import normalized, unit_rows
+from .cosines import BLOCK_ELEMENTS, normalized, unit_rows
 from .plurals import counted
 
 Template = Literal["mean", "all"]
-BLOCK_ELEMENTS = 2**22  # float64 elements of features in memory at a time, unless one identity has more
 
 
 @dataclass(frozen=True, eq=False)

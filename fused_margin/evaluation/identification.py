@@ -158,7 +158,7 @@ class IdentificationResult:
     def fpir(self, threshold: float) -> float:
         """The false-positive identification rate: the share of non-mated probes with a candidate at or above a threshold.
 
-        See ISO/IEC 19795-1, and NIST's reports on one-to-many face recognition, whose thresholds it has.
+        See ISO/IEC 19795-1. A score at the threshold counts, as in NIST's evaluations of one-to-many face recognition.
 
         Raises:
             ValueError: all probes are mated, or ``threshold`` is NaN.
@@ -251,7 +251,7 @@ class IdentificationResult:
 
         Args:
             rank: of :meth:`fnir`.
-            max_points: largest number of points, at least 2; evenly many thresholds are between two points. None: all.
+            max_points: largest number of points, at least 2, chosen evenly among all thresholds. None: all.
 
         Raises:
             ValueError: no probe or every probe is mated, or an argument is out of range.
@@ -307,9 +307,9 @@ def identification(
         labels: (P,) texts or integers, as the names of the gallery are: the identity of each probe. Probes of
             identities outside the gallery are the unknown of the open set.
         gallery: the enrolled identities.
-        max_rank: largest rank of a mate to find, at most that of all identities. Up to 32, with one template per
-            identity, the exact search of :func:`search_gallery` has them. None finds every rank, which needs all scores
-            of the mated probes in float64, in blocks.
+        max_rank: largest rank of a mate to find; the number of identities, if that is smaller. None finds every rank by
+            matrix products in float64 of the mated probes with all templates, in blocks. These are slower than the
+            search of :func:`search_gallery` for up to 32 templates.
         device, workspace_mb: as for :func:`search_gallery`.
         progress: called with the number of probes that are done and the number of all. With ``max_rank=None``, mated
             probes count twice.

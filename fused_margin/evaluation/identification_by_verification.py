@@ -27,6 +27,9 @@ class VerifiedIdentities:
         accepted: (P,) int64, number of identities that each probe is accepted as.
         is_mate_accepted: (P,) bool, whether its own identity is one of them.
 
+    Raises:
+        ValueError: a share of mated or of non-mated probes is read, and there is no such probe.
+
     Examples:
         >>> import numpy as np
         >>> from fused_margin.evaluation import enroll, identify_by_verification

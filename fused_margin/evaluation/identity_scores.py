@@ -105,7 +105,8 @@ def score_blocks(
 ) -> Iterator[IdentityScores]:
     """Scores of a block of unit-length probes (P, D) float64 to all identities, in blocks of identities."""
     probes, width = unit.shape
-    # Of a template: its float64 copies on both devices, its scores, and those of its identity with their flags.
+    # Each template has three float64 copies (as read, of unit length, on the device) and four numbers per probe: its
+    # cosine, the score of its identity, and copies that comparisons make of it.
     rows = max(1, int(workspace_mb * MIB) // (8 * (3 * width + 4 * probes)))
     tolerance = 8 * (width + 4) * 2.0**-53
     first = gallery.first_template
