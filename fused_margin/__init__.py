@@ -28,8 +28,11 @@ from fused_margin._checks import set_debug
 from fused_margin.info import __version__, build_info
 from fused_margin.losses import (
     AdaFaceLoss,
+    AMSoftmaxLoss,
     ArcFaceLoss,
+    CenterInvariantLoss,
     CenterLoss,
+    CoCoLoss,
     CombinedMarginLoss,
     CosFaceLoss,
     CurricularFaceLoss,
@@ -40,14 +43,17 @@ from fused_margin.losses import (
     L2SoftmaxLoss,
     LSoftmaxLoss,
     MagFaceLoss,
+    MarginalLoss,
     MarginLoss,
     ModifiedSoftmaxLoss,
     NormFaceLoss,
+    RangeLoss,
     RingLoss,
     SoftmaxLoss,
     SphereFaceLoss,
     SubCenterArcFaceLoss,
     UniformLoss,
+    VMFLoss,
 )
 from fused_margin.margins import Margin
 
@@ -62,9 +68,12 @@ for _old, _new in {
     _sys.modules[f"{__name__}.{_old}"] = _sys.modules[f"{__name__}.{_new}"]
 
 __all__ = [
+    "AMSoftmaxLoss",
     "AdaFaceLoss",
     "ArcFaceLoss",
+    "CenterInvariantLoss",
     "CenterLoss",
+    "CoCoLoss",
     "CombinedMarginLoss",
     "CosFaceLoss",
     "CurricularFaceLoss",
@@ -77,13 +86,16 @@ __all__ = [
     "MagFaceLoss",
     "Margin",
     "MarginLoss",
+    "MarginalLoss",
     "ModifiedSoftmaxLoss",
     "NormFaceLoss",
+    "RangeLoss",
     "RingLoss",
     "SoftmaxLoss",
     "SphereFaceLoss",
     "SubCenterArcFaceLoss",
     "UniformLoss",
+    "VMFLoss",
     "__version__",
     "build_info",
     "functional",

@@ -3,6 +3,7 @@
 from fused_margin.losses.adaptive import AdaFaceLoss, CurricularFaceLoss, ElasticFaceLoss, MagFaceLoss
 from fused_margin.losses.auxiliary import CenterLoss, InterLoss, IntraLoss, RingLoss, UniformLoss
 from fused_margin.losses.base import ClassificationLoss, MarginLoss
+from fused_margin.losses.center_invariant import CenterInvariantLoss
 from fused_margin.losses.exclusive import ExclusiveRegularizer
 from fused_margin.losses.margin import (
     ArcFaceLoss,
@@ -13,13 +14,18 @@ from fused_margin.losses.margin import (
     SphereFaceLoss,
     SubCenterArcFaceLoss,
 )
+from fused_margin.losses.ranges import MarginalLoss, RangeLoss
 from fused_margin.losses.softmax import L2SoftmaxLoss, LSoftmaxLoss, SoftmaxLoss
+from fused_margin.losses.synonyms import AMSoftmaxLoss, CoCoLoss, VMFLoss
 
 __all__ = [
+    "AMSoftmaxLoss",
     "AdaFaceLoss",
     "ArcFaceLoss",
+    "CenterInvariantLoss",
     "CenterLoss",
     "ClassificationLoss",
+    "CoCoLoss",
     "CombinedMarginLoss",
     "CosFaceLoss",
     "CurricularFaceLoss",
@@ -31,11 +37,14 @@ __all__ = [
     "LSoftmaxLoss",
     "MagFaceLoss",
     "MarginLoss",
+    "MarginalLoss",
     "ModifiedSoftmaxLoss",
     "NormFaceLoss",
+    "RangeLoss",
     "RingLoss",
     "SoftmaxLoss",
     "SphereFaceLoss",
     "SubCenterArcFaceLoss",
     "UniformLoss",
+    "VMFLoss",
 ]

@@ -113,10 +113,14 @@ class CenterLoss(RunningState, AuxiliaryLoss):
         samples = self.at_classes(embeddings, labels, len(self.centers), self.shard)
         dtype = compute_dtype(embeddings, self.centers)
         difference = F.embedding(samples.classes, self.centers).to(dtype) - samples.embeddings.to(dtype)
-        loss = self.reduce_samples(difference.square().sum(1) / 2, samples, labels)
+        loss = self.reduce_samples(self.sample_losses(difference, samples.classes), samples, labels)
         if self.training:  # after the loss, so that a call that raises moves nothing
             self.move_centers(difference.detach(), samples.classes, samples.valid)
         return loss
+
+    def sample_losses(self, difference: Tensor, classes: Tensor) -> Tensor:
+        """The losses (S,) of samples, by the centers of their classes (S,) minus their embeddings, (S, D)."""
+        return difference.square().sum(1) / 2
 
     @torch.no_grad()
     def move_centers(self, difference: Tensor, classes: Tensor, valid: Tensor) -> None:
