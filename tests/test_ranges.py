@@ -27,7 +27,7 @@ def valid_rows(x, y, ignore_index=-100):
 
 
 def plain_range(x, y, k, margin, alpha, beta, reduction="mean"):
-    """arXiv:1611.08976, eq. 3 to 5."""
+    """arXiv:1611.08976, in loops over all pairs."""
     classes = {}
     for row, label in valid_rows(x, y):
         classes.setdefault(label, []).append(row)

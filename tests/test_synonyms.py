@@ -19,7 +19,7 @@ def unit(row):
 
 
 def am_softmax(x, w, y, s=30.0, m=0.35):
-    """arXiv:1801.05599, eq. 6."""
+    """arXiv:1801.05599."""
     total = 0.0
     for row, label in zip(x, y.tolist(), strict=True):
         cosine = [float(unit(row) @ unit(center)) for center in w]

@@ -50,6 +50,9 @@ CASES = {
         fm.MarginLoss, stateless(naive.general), settings={"numbers": {"m1": 0.9, "m2": 0.4, "m3": 0.15}, "scale": 64.0}
     ),
     "ArcFaceLoss": Case(fm.ArcFaceLoss, stateless(naive.arcface)),
+    "AMSoftmaxLoss": Case(fm.AMSoftmaxLoss, stateless(naive.am_softmax)),
+    "CoCoLoss": Case(fm.CoCoLoss, stateless(naive.coco), settings={"alpha": 16.0}),
+    "VMFLoss": Case(fm.VMFLoss, stateless(naive.vmf)),
     "CosFaceLoss": Case(fm.CosFaceLoss, stateless(naive.cosface)),
     "NormFaceLoss": Case(fm.NormFaceLoss, stateless(naive.normface)),
     "CombinedMarginLoss": Case(fm.CombinedMarginLoss, stateless(naive.combined)),
@@ -68,6 +71,14 @@ CASES = {
     "IntraLoss": Case(fm.IntraLoss, stateless(naive.intra)),
     "InterLoss": Case(fm.InterLoss, stateless(naive.inter), "WL"),
     "UniformLoss": Case(fm.UniformLoss, stateless(naive.uniform), "W"),
+    "RangeLoss": Case(fm.RangeLoss, stateless(naive.range_loss), "EL"),
+    "MarginalLoss": Case(fm.MarginalLoss, stateless(naive.marginal), "EL"),
+    "CenterInvariantLoss": Case(
+        fm.CenterInvariantLoss,
+        lambda inputs: naive.CenterInvariant(torch.zeros_like(inputs.weight)),
+        "EL",
+        {"center_weight": 0.1},
+    ),
     "ExclusiveRegularizer": Case(fm.ExclusiveRegularizer, stateless(naive.exclusive), "W"),
 }
 

@@ -54,6 +54,9 @@ def margin_loss(margin: Target | None = None, scale: float | None = SCALE, sub_c
 arcface = margin_loss(lambda cosine: (angle(cosine) + 0.5).cos())
 cosface = margin_loss(lambda cosine: cosine - 0.35)
 normface = margin_loss()
+am_softmax = margin_loss(lambda cosine: cosine - 0.35, scale=30.0)
+coco = margin_loss(scale=16.0)
+vmf = margin_loss(scale=16.0)
 modified_softmax = margin_loss(scale=None)
 sphereface = margin_loss(lambda cosine: multiple_angle(cosine, 4), scale=None)
 combined = margin_loss(lambda cosine: (angle(cosine) + 0.3).cos() - 0.2)
@@ -131,11 +134,27 @@ class Center:
 
     def __call__(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         difference = self.centers[labels] - embeddings
-        with torch.no_grad():
-            total = torch.zeros_like(self.centers).index_add_(0, labels, difference)
-            count = torch.bincount(labels, minlength=len(self.centers))
-            self.centers -= 0.5 * total / (1 + count[:, None])
+        self.move(difference, labels)
         return difference.square().sum(dim=1).mean() / 2
+
+    @torch.no_grad()
+    def move(self, difference: Tensor, labels: Tensor) -> None:
+        total = torch.zeros_like(self.centers).index_add_(0, labels, difference)
+        count = torch.bincount(labels, minlength=len(self.centers))
+        self.centers -= 0.5 * total / (1 + count[:, None])
+
+
+class CenterInvariant(Center):
+    """Center loss with a weight of 0.1, and the norms of the centers."""
+
+    def __call__(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        squares = self.centers.square().sum(dim=1)
+        deviation = squares[labels] - squares.mean()
+        # A sample moves the mean of its class, and with it the mean of all classes.
+        follow = (self.centers[labels] * (embeddings - embeddings.detach())).sum(dim=1)
+        surrogate = deviation * (1 - 1 / len(self.centers)) * follow
+        invariant = deviation.square() / 4 + surrogate - surrogate.detach()
+        return invariant.mean() + 0.1 * super().__call__(embeddings, labels)
 
 
 def ring(embeddings: Tensor, radius: Tensor) -> Tensor:
@@ -157,6 +176,26 @@ def uniform(weight: Tensor) -> Tensor:
     unit = F.normalize(weight)
     potentials = 1 / (1 + torch.cdist(unit, unit))
     return potentials.fill_diagonal_(0).sum() / (len(weight) * (len(weight) - 1))
+
+
+def range_loss(embeddings: Tensor, labels: Tensor) -> Tensor:
+    ranges, means = [], []
+    for label in labels.unique():
+        rows = embeddings[labels == label]
+        means.append(rows.mean(dim=0))
+        if len(rows) > 1:
+            largest = F.pdist(rows).square().sort(descending=True).values[:2]
+            ranges.append(len(largest) / largest.reciprocal().sum())
+    intra = torch.stack(ranges).mean() if ranges else embeddings.new_zeros(())
+    return 1e-4 * intra + 1e-3 * F.relu(2e4 - F.pdist(torch.stack(means)).min().square())
+
+
+def marginal(embeddings: Tensor, labels: Tensor) -> Tensor:
+    unit = F.normalize(embeddings)
+    distance = (unit[:, None] - unit).square().sum(dim=2)
+    sign = torch.where(labels[:, None] == labels, 1.0, -1.0)
+    hinge = F.relu(0.3 - sign * (1.2 - distance))
+    return (hinge.sum() - hinge.diagonal().sum()) / (len(labels) * (len(labels) - 1))
 
 
 def exclusive(weight: Tensor) -> Tensor:

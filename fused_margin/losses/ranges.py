@@ -55,15 +55,15 @@ class RangeLoss(PairLoss):
     """Range loss: the largest distances within classes, and the smallest distance between class means.
 
     For every class of the batch, the harmonic mean of its k largest squared distances; for the whole batch, a hinge on the
-    smallest squared distance of two class means (Zhang et al., ICCV 2017, arXiv:1611.08976, eq. 3 to 5)::
+    smallest squared distance of two class means (Zhang, Fang, Wen, Li and Qiao, ICCV 2017, arXiv:1611.08976)::
 
         loss  = alpha * sum_c k / sum_{r=1}^k (1 / D_r)  +  beta * max(0, margin - |m_p - m_q|^2)
 
     D_r is the r-th largest ``|x_i - x_j|^2`` of two samples of class c. m_p and m_q are the means of the embeddings of the
-    two classes whose means are nearest. Embeddings are not normalized. Two things the paper leaves open: a class with
-    fewer than k pairs uses all of its pairs, and a class of one sample has no range, but its mean counts. The paper sums
-    over classes; the default here is the mean over the classes that have a range. A class with a distance of 0 among its k
-    largest has a harmonic mean of 0, with a gradient of 0.
+    two classes whose means are nearest. Embeddings are not normalized. The paper sums over
+    classes; the default here is the mean over the classes that have a range. A class with fewer than k pairs uses all of
+    its pairs. A class of one sample has no range, but its mean counts. A class with a distance of 0 among its k largest
+    has a harmonic mean of 0, with a gradient of 0.
 
     Args:
         k: number of distances per class. The paper recommends 2.
@@ -162,7 +162,8 @@ class RangeLoss(PairLoss):
             position = torch.arange(len(rows), device=rows.device)
             is_first = same.diagonal() & (first == position)
             is_pair = (is_first.unsqueeze(1) & is_first).triu(1)
-            distance = squared_distances(weights @ rows).masked_fill(~is_pair, torch.inf)
+            means = weights @ rows
+            distance = squared_distances(means, means).masked_fill(~is_pair, torch.inf)
             nearest = distance.flatten().argmin()  # NaN is the smallest
             at = torch.stack([nearest // len(rows), nearest % len(rows)])
         one, other = (weights[at] @ rows).unbind()
@@ -189,7 +190,7 @@ def largest_pairs(rows: Tensor, same: Tensor, first: Tensor, k: int) -> Pairs:
     They are among the k largest of each sample. So there are N * k candidates, which are sorted by class and distance.
     """
     samples = len(rows)
-    distance = squared_distances(rows).masked_fill(~same.triu(1), -1.0)
+    distance = squared_distances(rows, rows).clamp_(min=0.0).masked_fill_(~same.triu(1), -1.0)
     distance, other = (values.flatten() for values in distance.topk(min(k, samples), dim=1))
     one = torch.arange(samples, device=rows.device).repeat_interleave(min(k, samples))
     order = distance.argsort(descending=True, stable=True)
@@ -200,10 +201,13 @@ def largest_pairs(rows: Tensor, same: Tensor, first: Tensor, k: int) -> Pairs:
     return Pairs(one, other, of_class, (rank < k) & (distance != -1.0))
 
 
-def squared_distances(rows: Tensor) -> Tensor:
-    """Squared distances (N, N) of rows (N, D). Rounding may make them slightly negative."""
-    squares = rows.square().sum(1)
-    return (squares.unsqueeze(1) + squares).addmm(rows, rows.t(), alpha=-2.0)
+def squared_distances(rows: Tensor, others: Tensor) -> Tensor:
+    """Squared distances (N, M) of float64 rows (N, D) and (M, D). Rounding may make them slightly negative.
+
+    They are computed from inner products, in float64: autocast would round float32 to half precision.
+    """
+    squares = rows.square().sum(1, keepdim=True) + others.square().sum(1)
+    return squares.addmm(rows, others.t(), alpha=-2.0)
 
 
 class MarginalLoss(PairLoss):
@@ -262,15 +266,14 @@ class MarginalLoss(PairLoss):
         """The loss of embeddings (N, D) with labels (N,)."""
         samples = self.gather(embeddings, labels)
         dtype, valid, own = samples.embeddings.dtype, samples.valid, samples.own
-        unit = unit_rows(samples.embeddings, dtype)[0]
-        square = unit.square().sum(1)  # 1, or 0 for a zero row
-        distance = (square[own].unsqueeze(1) + square).addmm(unit[own], unit.t(), alpha=-2.0)
+        unit = unit_rows(samples.embeddings, torch.float64)[0]
+        distance = squared_distances(unit[own], unit)
         is_same = labels.to(torch.int64).unsqueeze(1) == samples.labels
         hinge = F.relu(self.xi + torch.where(is_same, distance - self.theta, self.theta - distance))
         position = torch.arange(len(unit), device=unit.device)
         is_pair = valid[own].unsqueeze(1) & valid & (position[own].unsqueeze(1) != position)
         count = valid.sum()
-        losses = hinge.masked_fill(~is_pair, 0.0).sum(1, dtype=torch.float64) / (count - 1).clamp(min=1)
+        losses = hinge.masked_fill(~is_pair, 0.0).sum(1) / (count - 1).clamp(min=1)
         if self.reduction == "none":
             return losses.to(dtype)
         total = self.over_ranks(losses.sum())

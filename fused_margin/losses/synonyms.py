@@ -23,7 +23,7 @@ class AMSoftmaxLoss(CosFaceLoss):
         loss_i = -log(exp(s (cos_{y_i} - m)) / (exp(s (cos_{y_i} - m)) + sum_{j != y_i} exp(s cos_j)))
 
     Wang, Cheng, Liu and Liu, "Additive Margin Softmax for Face Verification", IEEE Signal Processing Letters 2018
-    (arXiv:1801.05599, eq. 6). CosFace was published at the same time, with the same formula.
+    (arXiv:1801.05599). CosFace was published at the same time, with the same formula.
 
     Args:
         num_classes: number of classes, C.
@@ -71,9 +71,8 @@ class CoCoLoss(NormFaceLoss):
         num_classes: number of classes, C.
         embedding_size: length of an embedding, D.
         alpha: length of the embeddings, which is the scale of the cosines. None is ``log((C - 1) / (exp(1e-4) - 1))``, at
-            which the loss is 1e-4 for an embedding at its centroid if all centroids are orthogonal. This rule is ours: the
-            paper has one value for each data set. For the 87,020 classes of the authors' published face network, which
-            uses 21.475, the rule gives 20.6.
+            which the loss is 1e-4 for an embedding at its centroid if all centroids are orthogonal. This rule is ours.
+            For 87,020 classes, as in the authors' published face network, it gives 20.6, and they use 21.475.
         **options: see :class:`fused_margin.MarginLoss`.
 
     Shape:

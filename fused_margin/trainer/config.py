@@ -27,9 +27,11 @@ RUNTIME_FIELDS = (
 )  # fmt: skip
 # Options that early checkpoints do not have; they get their defaults.
 LATER_OPTIONS = (
-    "weights", "loss.weight_dtype", "optimizer.in_backward", "optimizer.stochastic_rounding",
-    "augmentation.occlusion", "augmentation.brightness", "augmentation.contrast", "augmentation.saturation",
-    "augmentation.resolution", "augmentation.jpeg",
+    "weights", "loss.weight_dtype", "loss.companions.range", "loss.companions.range_k", "loss.companions.range_margin",
+    "loss.companions.range_alpha", "loss.companions.range_beta", "loss.companions.marginal",
+    "loss.companions.marginal_theta", "loss.companions.marginal_xi", "loss.companions.center_invariant",
+    "optimizer.in_backward", "optimizer.stochastic_rounding", "augmentation.occlusion", "augmentation.brightness",
+    "augmentation.contrast", "augmentation.saturation", "augmentation.resolution", "augmentation.jpeg",
 )  # fmt: skip
 # Options that the configuration file of a run omits, so that it can start another run.
 LAUNCH_FIELDS = ("output", "config", "resume")

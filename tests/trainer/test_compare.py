@@ -184,6 +184,7 @@ def test_help_names_auxiliary_losses(capsys):
         main(["--help"])
     printed = " ".join(capsys.readouterr().out.replace("\u2502", " ").split())
     assert "subcenter-arcface" in printed and "contrastive=1" in printed and "center=0.003" in printed
+    assert "am-softmax, coco, vmf" in printed and "center-invariant=1e-05" in printed
 
 
 def test_names():
@@ -192,6 +193,8 @@ def test_names():
     assert loss_config("arcface+exclusive=0.5").exclusive_weight == 0.5
     both = loss_config("cosface+exclusive+center=0.01")
     assert both.exclusive_weight == 1.0 and both.companions.center == 0.01
+    added = loss_config("am-softmax+range=0.5+center-invariant").companions
+    assert added.range == 0.5 and added.center_invariant == 1e-5
     assert both.weight_dtype == "float32" and loss_config("cosface+bfloat16").weight_dtype == "bfloat16"
     config = CompareConfig(("arcface+exclusive+bfloat16", "arcface+exclusive+bfloat16-nearest"))
     stochastic, nearest = (config.training(loss, 0) for loss in config.losses)

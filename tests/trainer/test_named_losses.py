@@ -33,6 +33,9 @@ PAPERS = {
     "normface": (fm.NormFaceLoss, {"m1": 1, "m2": 0, "m3": 0, "scale": 64}),
     "sphereface": (fm.SphereFaceLoss, {"m1": 4, "m2": 0, "m3": 0, "scale": None, "annealing": True}),
     "cosface": (fm.CosFaceLoss, {"m1": 1, "m2": 0, "m3": 0.35, "scale": 64}),
+    "am-softmax": (fm.AMSoftmaxLoss, {"m1": 1, "m2": 0, "m3": 0.35, "scale": 30}),
+    "coco": (fm.CoCoLoss, {"m1": 1, "m2": 0, "m3": 0, "scale": math.log(29 / math.expm1(1e-4))}),
+    "vmf": (fm.VMFLoss, {"m1": 1, "m2": 0, "m3": 0, "kappa": 16, "scale": 16}),
     "arcface": (fm.ArcFaceLoss, {"m1": 1, "m2": 0.5, "m3": 0, "scale": 64}),
     "combined": (fm.CombinedMarginLoss, {"m1": 1, "m2": 0.3, "m3": 0.2, "scale": 64}),
     "adaface": (fm.AdaFaceLoss, {"margin": 0.4, "concentration": 0.333, "momentum": 0.01, "scale": 64}),
@@ -124,7 +127,17 @@ STATEFUL = {
     "auxiliary": LossConfig(
         margin=0.2,
         scale=16.0,
-        companions=AuxiliaryConfig(center=0.01, ring=0.01, inter=0.1, uniform=0.1, triplet=0.1, contrastive=0.1),
+        companions=AuxiliaryConfig(
+            center=0.01,
+            ring=0.01,
+            inter=0.1,
+            uniform=0.1,
+            triplet=0.1,
+            contrastive=0.1,
+            range=0.1,
+            marginal=0.1,
+            center_invariant=0.001,
+        ),
     ),
 }
 
@@ -167,6 +180,9 @@ def test_sum_of_parts():
         "intra": 0.3 * fm.IntraLoss()(x, weight, y),
         "inter": 0.4 * fm.InterLoss()(weight, y),
         "uniform": 0.5 * fm.UniformLoss()(weight),
+        "range": 0.6 * fm.RangeLoss()(x, y),
+        "marginal": 0.7 * fm.MarginalLoss()(x, y),
+        "center_invariant": torch.tensor(0.0),  # all centers have a norm of 0
     }
     for name, value in expected.items():
         torch.testing.assert_close(parts[name], value.detach(), msg=name)
@@ -228,6 +244,27 @@ def test_pairs(margins):
     criterion = Criterion(LossConfig(companions=auxiliary), 6, 8)
     criterion(x, y).backward()
     torch.testing.assert_close(criterion.last_parts["contrastive"], 0.05 * expected)
+
+
+def test_settings_of_range_and_marginal_loss():
+    x, y = batch(24, 6, 8)
+    settings = {"range_k": 3, "range_margin": 30.0, "range_alpha": 0.2, "range_beta": 0.1}
+    settings |= {"marginal_theta": 1.0, "marginal_xi": 0.1}
+    criterion = Criterion(LossConfig(companions=AuxiliaryConfig(range=2.0, marginal=1.0, **settings)), 6, 8)
+    criterion(x, y)
+    torch.testing.assert_close(criterion.last_parts["range"], 2 * fm.RangeLoss(3, 30.0, 0.2, 0.1)(x, y).detach())
+    torch.testing.assert_close(criterion.last_parts["marginal"], fm.MarginalLoss(1.0, 0.1)(x, y).detach())
+
+
+def test_images_of_each_class_are_counted(tiny_config, splits):
+    companions = AuxiliaryConfig(center=0.01, center_invariant=1.0)
+    trainer = Trainer(dataclasses.replace(tiny_config, loss=LossConfig(companions=companions)), splits)
+    loss_fn = trainer.criterion.companions.losses["center_invariant"]
+    assert loss_fn.class_counts.sum() == len(splits.train)
+    assert torch.equal(loss_fn.class_counts, splits.train.labels.bincount())
+    for _ in range(2):
+        trainer.train_step(splits.train.images[:64], splits.train.labels[:64])
+    assert trainer.criterion.last_parts["center_invariant"] > 0
 
 
 def test_batch_without_pairs_has_zero_loss():
@@ -316,6 +353,9 @@ def test_wrong_configurations(values, message):
     [
         ({"center": -0.1}, "loss.companions.center must be finite"),
         ({"triplet_margin": math.nan}, "loss.companions.triplet_margin must be finite"),
+        ({"range_k": 0}, "loss.companions.range_k must be at least 1, got 0"),
+        ({"range_beta": -1.0}, "loss.companions.range_beta must be finite and not negative, got -1.0"),
+        ({"marginal_xi": math.inf}, "loss.companions.marginal_xi must be finite"),
         ({"contrastive_margins": (1.0, 0.5)}, "contrastive_margins must be two ascending numbers, got 1.0 0.5"),
     ],
 )

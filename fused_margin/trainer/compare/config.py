@@ -19,12 +19,13 @@ EXCLUSIVE = "exclusive"
 # Terms that choose the class weights in bfloat16, and their stochastic rounding.
 ROUNDINGS = {"bfloat16": True, "bfloat16-nearest": False}
 # Default weights of added terms, from their papers if possible.
-ADDED = {EXCLUSIVE: 1.0, "center": 0.003, "ring": 0.01, "intra": 1.0, "inter": 1.0, "uniform": 1.0, "triplet": 1.0}
+ADDED = {EXCLUSIVE: 1.0, "center": 0.003, "ring": 0.01, "center-invariant": 1e-5}
+TERMS = tuple(name.replace("_", "-") for name in ARGUMENTS)
 LOSSES_HELP = (
     "Losses to compare: " + ", ".join(LOSSES) + f".\n {RANDOM} is the network before training."
     "\n + adds a term, = sets its weight: arcface+exclusive, softmax+center=0.003."
     "\n Terms and their default weights: "
-    + ", ".join(f"{name}={ADDED.get(name, 1.0):g}" for name in (EXCLUSIVE, *ARGUMENTS))
+    + ", ".join(f"{name}={ADDED.get(name, 1.0):g}" for name in (EXCLUSIVE, *TERMS))
     + "."
     "\n +bfloat16 has class weights in bfloat16, rounded stochastically; +bfloat16-nearest rounds them to nearest."
 )
@@ -99,8 +100,8 @@ def loss_config(text: str) -> LossConfig:
         term, _, weight = part.partition("=")
         if term in weights:
             raise ValueError(f"losses: expected {term} once in {text}")
-        if term != EXCLUSIVE and term not in ARGUMENTS:
-            terms = (EXCLUSIVE, *ARGUMENTS, *ROUNDINGS)
+        if term != EXCLUSIVE and term not in TERMS:
+            terms = (EXCLUSIVE, *TERMS, *ROUNDINGS)
             raise ValueError(f"losses: expected {', '.join(terms)} after the +, got {term!r}{suggestion(term, terms)}")
         try:
             weights[term] = float(weight) if weight else ADDED.get(term, 1.0)
@@ -109,4 +110,5 @@ def loss_config(text: str) -> LossConfig:
     config = dataclasses.replace(LossConfig.small_data(name), exclusive_weight=weights.pop(EXCLUSIVE, 0.0))
     if roundings:
         config = dataclasses.replace(config, weight_dtype="bfloat16")
-    return dataclasses.replace(config, companions=dataclasses.replace(config.companions, **weights))
+    companions = {name.replace("-", "_"): weight for name, weight in weights.items()}
+    return dataclasses.replace(config, companions=dataclasses.replace(config.companions, **companions))

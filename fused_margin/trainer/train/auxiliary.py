@@ -25,9 +25,14 @@ ARGUMENTS = {
     "intra": ("embeddings", "class_weight", "labels"),
     "inter": ("class_weight", "labels"),
     "uniform": ("class_weight",),
+    "range": ("embeddings", "labels"),
+    "marginal": ("embeddings", "labels"),
+    "center_invariant": ("embeddings", "labels"),
     "triplet": ("embeddings", "labels"),
     "contrastive": ("embeddings", "labels"),
 }
+# Settings of the range and marginal loss: finite numbers that are not negative.
+PAIR_SETTINGS = ("range_margin", "range_alpha", "range_beta", "marginal_theta", "marginal_xi")
 
 
 # These options are called `companions` on the command line, in files and in the names of a checkpoint's tensors.
@@ -46,6 +51,15 @@ class AuxiliaryConfig:
     ArcFace's paper: 1."""
     uniform: float = 0.0
     """Weight of uniform loss, which pushes all class weights apart."""
+    range: float = 0.0
+    """Weight of range loss, on the largest distances within a class and the smallest distance between class means.
+    It needs several images of an identity in a batch."""
+    marginal: float = 0.0
+    """Weight of marginal loss, on the distances of all pairs of unit-length embeddings of the batch. Paper: 1,
+    with softmax."""
+    center_invariant: float = 0.0
+    """Weight of center-invariant loss, which pulls the norms of the class centers to their mean, so that classes with
+    few images become like the others. Published example: 0.00001. The paper adds center loss too."""
     triplet: float = 0.0
     """Weight of triplet loss on the squared distances of unit-length embeddings (FaceNet).
     Its memory grows with the cube of the batch size."""
@@ -61,11 +75,25 @@ class AuxiliaryConfig:
     contrastive_margins: tuple[float, float] = (0.0, 1.0)
     """Margins of the contrastive loss: the distance below which genuine pairs have no loss,
     and the distance above which impostor pairs have none."""
+    range_k: int = 2
+    """Number of largest distances within a class that the range loss uses."""
+    range_margin: float = 2e4
+    """Squared distance of class means beyond which the range loss does not push them apart."""
+    range_alpha: float = 1e-4
+    """Weight of the distances within classes in the range loss."""
+    range_beta: float = 1e-3
+    """Weight of the distance between class means in the range loss."""
+    marginal_theta: float = 1.2
+    """Squared distance that separates genuine from impostor pairs in the marginal loss."""
+    marginal_xi: float = 0.3
+    """Error margin of the marginal loss on both sides of --loss.companions.marginal-theta."""
 
     def __post_init__(self) -> None:
-        for name in (*ARGUMENTS, "triplet_margin"):
+        for name in (*ARGUMENTS, "triplet_margin", *PAIR_SETTINGS):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"loss.companions.{name} must be finite and not negative, got {getattr(self, name)}")
+        if self.range_k < 1:
+            raise ValueError(f"loss.companions.range_k must be at least 1, got {self.range_k}")
         positive, negative = self.contrastive_margins
         if not 0 <= positive <= negative < math.inf:
             raise ValueError(
@@ -95,11 +123,28 @@ class AuxiliaryLosses(nn.Module):
             "intra": lambda: fm.IntraLoss(process_group=process_group),
             "inter": lambda: fm.InterLoss(workspace_mb=workspace_mb, process_group=process_group),
             "uniform": lambda: fm.UniformLoss(workspace_mb=workspace_mb, process_group=process_group),
+            "range": lambda: fm.RangeLoss(
+                config.range_k,
+                config.range_margin,
+                config.range_alpha,
+                config.range_beta,
+                process_group=process_group,
+            ),
+            "marginal": lambda: fm.MarginalLoss(config.marginal_theta, config.marginal_xi, process_group=process_group),
+            "center_invariant": lambda: fm.CenterInvariantLoss(
+                num_classes, embedding_size, process_group=process_group
+            ),
             "triplet": lambda: TripletLoss(config.triplet_margin, config.triplet_mining),
             "contrastive": lambda: PairLoss(*config.contrastive_margins),
         }
         self.weights = config.weights()
         self.losses = nn.ModuleDict({name: make[name]() for name in self.weights})
+
+    def count_images(self, labels: Tensor) -> None:
+        """Tells the center-invariant loss how many training images each class has, from the labels of them all."""
+        for loss_fn in self.losses.values():
+            if isinstance(loss_fn, fm.CenterInvariantLoss):
+                loss_fn.class_counts = labels.bincount(minlength=loss_fn.num_classes)
 
     def class_buffers(self) -> list[str]:
         """Names of the buffers with a row per class, in the state dict."""

@@ -87,6 +87,7 @@ class Trainer:
         if self.devices.rank:  # all ranks have the same backbone, but different classes
             torch.manual_seed(self._seed(MODEL_STREAM))
         criterion = Criterion(config.loss, num_classes, embedding_size(backbone, config.model), self.devices.group)
+        criterion.companions.count_images(splits.train.labels)
         self.model = Recognizer(channels_last(backbone), criterion).to(self.devices.device)
         self.num_parameters = sum(p.numel() for p in backbone.parameters())
         self.batches = TrainingBatches(

@@ -42,6 +42,9 @@ LOSSES = {
     "l-softmax": NamedLoss(fm.LSoftmaxLoss, projected=False, refused=frozenset({"sub_centers", "label_smoothing"})),
     "sphereface": NamedLoss(fm.SphereFaceLoss),
     "cosface": NamedLoss(fm.CosFaceLoss),
+    "am-softmax": NamedLoss(fm.AMSoftmaxLoss),
+    "coco": NamedLoss(fm.CoCoLoss),
+    "vmf": NamedLoss(fm.VMFLoss),
     "arcface": NamedLoss(fm.ArcFaceLoss),
     "combined": NamedLoss(fm.CombinedMarginLoss),
     "cm1": NamedLoss(fm.CombinedMarginLoss, CM1),
@@ -66,6 +69,7 @@ SMALL_DATA: dict[str, dict[str, Any]] = {
     "l-softmax": {"margin": 1.35},
     "sphereface": {"margin": 1.35},
     "cosface": {"margin": 0.15, "scale": 16.0},
+    "am-softmax": {"margin": 0.15, "scale": 16.0},
     "arcface": {"margin": 0.2, "scale": 16.0, "exclusive_weight": 1.0},
     "combined": {"scale": 16.0},
     "cm1": {"scale": 16.0},
@@ -196,7 +200,9 @@ def described_settings(config: LossConfig) -> list[tuple[str, str]]:
         described.append(("exclusive weight", f"{config.exclusive_weight:g}"))
     options = {**named.settings, **config.options}
     described += [(name, str(value)) for name, value in options.items() if name not in ("margin", "scale")]
-    described += [(f"{name} loss", f"{weight:g}") for name, weight in config.companions.weights().items()]
+    described += [
+        (f"{name.replace('_', '-')} loss", f"{weight:g}") for name, weight in config.companions.weights().items()
+    ]
     return [*described, ("class weights", config.weight_dtype)]
 
 
@@ -247,7 +253,7 @@ def _papers_values(name: str) -> str:
 
 OF_PAPER = "the value of the loss's paper"
 MARGIN_HELP = (
-    "Margin of the loss: an angle in radians, a cosine for cosface, a factor on the angle for l-softmax and sphereface."
+    "Margin of the loss: an angle in radians, a cosine for cosface and am-softmax, a factor on the angle for l-softmax and sphereface."
     f" None selects the value of the loss's paper: {_papers_values('margin')}."
 )
 SCALE_HELP = (
