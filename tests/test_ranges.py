@@ -5,8 +5,7 @@ import math
 
 import pytest
 import torch
-from loss_inputs import leaf, relative_error
-from test_auxiliary import LargestTensor
+from loss_inputs import LargestTensor, leaf, relative_error
 from torch.autograd import gradcheck
 
 import fused_margin as fm

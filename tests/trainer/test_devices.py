@@ -68,7 +68,9 @@ DIVIDED = {
         "arcface",
         margin=0.2,
         scale=16.0,
-        companions=AuxiliaryConfig(center=0.01, ring=0.01, intra=1.0, inter=1.0, uniform=1.0),
+        companions=AuxiliaryConfig(
+            center=0.01, ring=0.01, intra=1.0, inter=1.0, uniform=1.0, range=1.0, marginal=1.0, center_invariant=1e-3
+        ),
     ),
 }
 

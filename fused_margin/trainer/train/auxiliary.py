@@ -53,13 +53,14 @@ class AuxiliaryConfig:
     """Weight of uniform loss, which pushes all class weights apart."""
     range: float = 0.0
     """Weight of range loss, on the largest distances within a class and the smallest distance between class means.
-    It needs several images of an identity in a batch."""
+    It needs several images of an identity in a batch. While two class means are nearer than --loss.companions.range-margin,
+    the loss is large: up to range-beta times range-margin."""
     marginal: float = 0.0
-    """Weight of marginal loss, on the distances of all pairs of unit-length embeddings of the batch. Paper: 1,
-    with softmax."""
+    """Weight of marginal loss, on the distances of all pairs of unit-length embeddings of the batch.
+    Paper: 1, with softmax."""
     center_invariant: float = 0.0
-    """Weight of center-invariant loss, which pulls the norms of the class centers to their mean, so that classes with
-    few images become like the others. Published example: 0.00001. The paper adds center loss too."""
+    """Weight of center-invariant loss, which pulls the norms of the class centers to their mean.
+    Published example: 0.00001. The paper adds center loss too."""
     triplet: float = 0.0
     """Weight of triplet loss on the squared distances of unit-length embeddings (FaceNet).
     Its memory grows with the cube of the batch size."""
