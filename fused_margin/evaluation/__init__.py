@@ -11,6 +11,14 @@ from .gallery_search import Ranking, Recognition, recognize, search_gallery
 from .identification import DirAtFar, IdentificationResult, OperatingCurve, ThresholdAtFpir, identification
 from .identification_by_verification import VerifiedIdentities, identify_by_verification
 from .megaface import MegafaceResult, megaface
+from .megaface_lists import (
+    Gallery,
+    GalleryResults,
+    MegafaceLists,
+    megaface_galleries,
+    read_listed_features,
+    read_megaface_lists,
+)
 from .metrics import (
     FoldAccuracy,
     RocCurve,
@@ -37,6 +45,8 @@ __all__ = [
     "FoldTar",
     "Gallery",
     "IdentificationResult",
+    "GalleryResults",
+    "MegafaceLists",
     "MegafaceResult",
     "MegafaceSet",
     "OperatingCurve",
@@ -63,11 +73,14 @@ __all__ = [
     "lfw",
     "make_pairs",
     "megaface",
+    "megaface_galleries",
     "read_arrays",
     "read_bin",
     "read_features",
     "read_lfw",
+    "read_listed_features",
     "read_megaface",
+    "read_megaface_lists",
     "read_ytf",
     "recognize",
     "roc",

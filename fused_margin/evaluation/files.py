@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 
 from .errors import DataError
@@ -23,6 +23,7 @@ SYSTEM_NAMES = {
     "desktop.ini",
 }
 HIDDEN = "hidden or system files and folders"
+MAX_LISTED = 10  # missing files that an error lists
 
 
 def is_hidden(name: str) -> bool:
@@ -60,6 +61,16 @@ def skip_reason(name: str) -> str:
 def describe_skipped(skipped: Mapping[str, int]) -> str:
     """One line with the number of skipped files, folders or lines of each kind."""
     return "skipped: " + ", ".join(f"{kind} ({count:,})" for kind, count in sorted(skipped.items()))
+
+
+def check_found(missing: Sequence[str], total: int, kind: str, source: str, root: Path) -> None:
+    """Raise DataError if there are `missing` ones among the `total` files of a `kind` that `source` lists."""
+    if missing:
+        more = f" and {len(missing) - MAX_LISTED} more" if len(missing) > MAX_LISTED else ""
+        raise DataError(
+            f"{len(missing)} of the {total} {kind} listed in {source} have no file in {root}: "
+            f"{', '.join(missing[:MAX_LISTED])}{more}"
+        )
 
 
 def text_lines(path: Path, newline: str | None = None) -> Iterator[str]:

@@ -13,11 +13,10 @@ from typing import Any
 import numpy as np
 
 from .errors import DataError
-from .files import SUFFIXES, image_names, read_fields
+from .files import SUFFIXES, check_found, image_names, read_fields
 from .folds import stratified_folds, unshuffled_folds
 from .safe_pickle import load_plain
 
-MAX_LISTED = 10  # missing items that an error lists
 LFW_LIST, YTF_LIST = "pairs.txt", "splits.txt"
 # Image folders of the published archives, next to the lists.
 LFW_FOLDERS = ("lfw", "lfw_funneled", "lfw-deepfunneled")
@@ -298,12 +297,8 @@ def _with_files(
     numbers: dict[str, int] = {}
     pairs = [[numbers.setdefault(name, len(numbers)) for name in names] for names in listed]
     files_of_items = [files_of(name) for name in numbers]
-    if missing := [name for name, files in zip(numbers, files_of_items, strict=True) if not files]:
-        more = f" and {len(missing) - MAX_LISTED} more" if len(missing) > MAX_LISTED else ""
-        raise DataError(
-            f"{len(missing)} of the {len(numbers)} images or videos listed in {source} have no file in {root}: "
-            f"{', '.join(missing[:MAX_LISTED])}{more}"
-        )
+    missing = [name for name, files in zip(numbers, files_of_items, strict=True) if not files]
+    check_found(missing, len(numbers), "images or videos", str(source), root)
     images = [file for files in files_of_items for file in files]
     item = np.repeat(np.arange(len(numbers)), [len(files) for files in files_of_items])
     return VerificationSet(str(source), np.array(pairs), np.array(same), np.array(fold), images, item)
