@@ -51,6 +51,12 @@ class EvaluateConfig:
     """Features of distractors, for --protocol megaface with --features.
     A .npy, .npz or MegaFace's .bin file, or a folder of these.
     --features then has the probes: FOLDER/identity/..., or an .npz with features and labels."""
+    lists: Annotated[Path | None, none_means("no lists")] = None
+    """MegaFace's templatelists, for --protocol megaface, or its list of other probes than FaceScrub's.
+    --features and --distractors are then the folders that the listed paths are relative to.
+    For a network these are --data and --distractors, folders of images."""
+    suffix: str = ""
+    """Appended to the paths in --lists, as _vgg.bin: Name/Name_1.png_vgg.bin."""
     protocol: Protocol = "pairs"
     """pairs: accuracy over folds, at the best threshold of the other folds.
     lfw: LFW's protocol in one of its variants (--variant).
@@ -88,10 +94,14 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         if self.features is not None and not (self.checkpoint is None and self.data is None):
             raise ValueError("features: cannot be combined with checkpoint or data")
-        if self.data is not None and self.data not in EMBEDDED and find_pair_list(self.data) is None:
+        if self.lists is not None:
+            self._check_lists()
+        elif self.suffix:
+            raise ValueError("suffix: only with --lists")
+        elif self.distractors is not None and (self.protocol != "megaface" or self.features is None):
+            raise ValueError("distractors: only for the protocol megaface with --features or --lists")
+        elif self.data is not None and self.data not in EMBEDDED and find_pair_list(self.data) is None:
             find_reader(self.data)
-        if self.distractors is not None and (self.protocol != "megaface" or self.features is None):
-            raise ValueError("distractors: only for the protocol megaface with --features")
         if self.protocol == "lfw" and self.flip not in (None, LFW_FLIP[self.variant]):
             raise ValueError(f"flip: lfw's variant {self.variant} prescribes {LFW_FLIP[self.variant]}")
         if self.metric != "cosine" and self.protocol == "lfw":
@@ -113,6 +123,15 @@ class EvaluateConfig:
             raise ValueError(f"workers must not be negative, got {self.workers}")
         if self.accelerator == "cuda" and not fm.build_info()["cuda"]["available"]:
             raise ValueError("accelerator: there is no GPU, or the kernels are not built for it; use auto or cpu")
+
+    def _check_lists(self) -> None:
+        if self.protocol != "megaface":
+            raise ValueError("lists: only for the protocol megaface")
+        probes = ("data", self.data) if self.features is None else ("features", self.features)
+        for name, folder in (probes, ("distractors", self.distractors)):
+            if folder is None or not Path(folder).is_dir():
+                given = "nothing" if folder is None else repr(str(folder))
+                raise ValueError(f"{name}: expected the folder that the paths in --lists are relative to, got {given}")
 
     def protocol_options(self, trained: EvaluationConfig) -> ProtocolOptions:
         """The options of the protocol, with defaults from the training.

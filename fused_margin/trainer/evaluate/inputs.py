@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from fused_margin.evaluation import (
     DataError,
     FeatureSet,
+    Gallery,
     VerificationSet,
     find_pair_list,
+    read_listed_features,
     read_megaface,
+    read_megaface_lists,
     stratified_folds,
 )
 from fused_margin.evaluation.plurals import counted
@@ -23,6 +27,7 @@ from fused_margin.evaluation.plurals import counted
 from ..config import TrainConfig
 from ..data import EMBEDDED, load_splits
 from ..data.base import ImageSet
+from ..data.megaface_images import MegafaceImages
 from ..data.verification_images import VerificationImages
 from ..models.build import channels_last, require_named, restore_backbone
 from ..train.checkpoint import CheckpointError, criterion_state, identities_before, load_run, trained_identities
@@ -40,6 +45,8 @@ class EvaluationInput:
     shown: ShownImages | None = None  # the images of the rows; None: the features are from a file
     unreadable: list[str] = field(default_factory=list)  # skipped images
     skipped: Mapping[str, int] = field(default_factory=dict)  # number of skipped files, folders or lines by kind
+    galleries: Sequence[Gallery] = ()  # of the distractors; none: they are one gallery
+    shown_distractors: ShownImages | None = None
 
 
 def read_probes(probes: Path, distractors: Path) -> EvaluationInput:
@@ -47,6 +54,15 @@ def read_probes(probes: Path, distractors: Path) -> EvaluationInput:
     megaface = read_megaface(probes, distractors)
     features = FeatureSet(features=megaface.probes, labels=megaface.identity, distractors=megaface.distractors)
     return EvaluationInput(features, f"features of {probes}", str(probes), skipped=megaface.skipped)
+
+
+def read_listed_probes(lists: Path, probes: Path, distractors: Path, suffix: str) -> EvaluationInput:
+    """Features that MegaFace's lists name. Raises DataError as the readers of `evaluation`."""
+    listed = read_megaface_lists(lists)
+    data = read_listed_features(listed, probes, distractors, suffix)
+    features = FeatureSet(features=data.probes, labels=data.identity, distractors=data.distractors)
+    description = f"features of {probes} listed in {listed.source}"
+    return EvaluationInput(features, description, str(probes), galleries=listed.galleries)
 
 
 @dataclass(frozen=True)
@@ -58,6 +74,7 @@ class TrainedNetwork:
     same_data: bool  # the images are those of the training, so only its test identities are evaluated
     path: Path
     verification_set: VerificationSet | None = None  # replaces the images of `data`
+    megaface: MegafaceImages | None = None  # replaces the images of `data`
 
     def features(self, device: torch.device, *, mirror: bool, workers: int, folds: int | None) -> EvaluationInput:
         """Features of the test identities, or of the verification set. `folds` is used if the set defines none.
@@ -71,6 +88,8 @@ class TrainedNetwork:
         class_weight = stored_class_weight(config.loss, criterion_state(self.state)).numpy()
         backbone = restore_backbone(config, self.state, self.path)
         backbone = channels_last(backbone).to(device)
+        if self.megaface is not None:
+            return self._megaface_features(self.megaface, backbone, class_weight, device, mirror, workers)
         images: ImageSet
         if self.verification_set is not None:
             images = VerificationImages(self.verification_set, config.model.image_size, config.model.channels)
@@ -119,6 +138,38 @@ class TrainedNetwork:
             splits.skipped,
         )
 
+    def _megaface_features(
+        self,
+        images: MegafaceImages,
+        backbone: nn.Module,
+        class_weight: np.ndarray,
+        device: torch.device,
+        mirror: bool,
+        workers: int,
+    ) -> EvaluationInput:
+        sets = images.sets(self.config.model.image_size, self.config.model.channels)
+        probes, distractors = (embed(backbone, part, device, mirror=mirror, workers=workers) for part in sets)
+        source = images.lists.source
+        if unreadable := [*probes.unreadable, *distractors.unreadable]:
+            raise DataError(
+                f"{len(unreadable)} of the images that {source} lists cannot be read: {', '.join(unreadable[:5])}"
+            )
+        return EvaluationInput(
+            FeatureSet(
+                probes.features,
+                probes.mirrored,
+                probes.labels,
+                distractors=distractors.features,
+                mirrored_distractors=distractors.mirrored,
+                class_weight=class_weight,
+            ),
+            f"images of {images.probes} listed in {source}",
+            str(images.probes),
+            probes.shown,
+            galleries=images.lists.galleries,
+            shown_distractors=distractors.shown,
+        )
+
 
 def verification_features(
     verification_set: VerificationSet, embedded: Embedded, class_weight: np.ndarray, folds: int | None = None
@@ -153,12 +204,20 @@ def verification_features(
     )
 
 
-def read_checkpoint(path: Path, data: str | None, backbone: str | None, *, videos: bool = False) -> TrainedNetwork:
+def read_checkpoint(
+    path: Path,
+    data: str | None,
+    backbone: str | None,
+    *,
+    videos: bool = False,
+    megaface: MegafaceImages | None = None,
+) -> TrainedNetwork:
     """Read a checkpoint to evaluate on `data`, by default the images of its training.
 
     Args:
         backbone: a user's own backbone, named to allow its import.
         videos: whether to prefer videos if `data` has lists of images and of videos.
+        megaface: images to evaluate on instead of `data`.
 
     Raises:
         CheckpointError: it cannot be read, its options are not of this version, or it has another backbone.
@@ -168,11 +227,11 @@ def read_checkpoint(path: Path, data: str | None, backbone: str | None, *, video
     try:
         values = state["config"]
         reader = find_pair_list(data, videos=videos) if data is not None and data not in EMBEDDED else None
-        config = TrainConfig.from_dict({**values, "data": data or values["data"]}, reads_data=reader is None)
+        reads_data = reader is None and megaface is None
+        config = TrainConfig.from_dict({**values, "data": data or values["data"]}, reads_data=reads_data)
     except (KeyError, ValueError) as error:
         raise CheckpointError(f"cannot evaluate {path}: {error}") from error
     require_named(config, backbone, path)
     verification_set = reader() if reader else None
-    return TrainedNetwork(
-        state, config, same_data=config.data == values["data"], path=path, verification_set=verification_set
-    )
+    same_data = config.data == values["data"]
+    return TrainedNetwork(state, config, same_data, path, verification_set, megaface)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from rich.console import Console
 
 import fused_margin as fm
 from fused_margin import evaluation
-from fused_margin.evaluation import DataError, FeatureSet, ScoreSummary, join_mirror
+from fused_margin.evaluation import DataError, FeatureSet, Gallery, ScoreSummary, join_mirror
 from fused_margin.evaluation.checks import check_features, check_integers
 from fused_margin.evaluation.files import describe_skipped
 from fused_margin.evaluation.plurals import counted
@@ -21,11 +22,18 @@ from fused_margin.evaluation.protocols import COMPARE, INSIGHTFACE_FAR
 
 from ..config import EvaluationConfig
 from ..data import EMBEDDED
+from ..data.megaface_images import MegafaceImages
 from ..pages.evaluate import EvaluationContent, write_evaluation_page
 from ..train.checkpoint import FILE_NAME
 from .config import EvaluateConfig, Protocol, ProtocolOptions
 from .figures import draw_evaluation
-from .inputs import EvaluationInput, TrainedNetwork, read_checkpoint, read_probes
+from .inputs import (
+    EvaluationInput,
+    TrainedNetwork,
+    read_checkpoint,
+    read_listed_probes,
+    read_probes,
+)
 from .mistakes import Miss, ScoredPairs, scored_pairs, worst_misses
 from .network import separation
 from .reports import SCORE_UNIT, results_table, score_rows, score_values, versions
@@ -59,7 +67,11 @@ def run_evaluation(config: EvaluateConfig, console: Console) -> dict[str, Any]:
     elif config.checkpoint is not None:
         path = config.checkpoint / FILE_NAME if config.checkpoint.is_dir() else config.checkpoint
         data = config.data if config.data is None or config.data in EMBEDDED else str(Path(config.data).resolve())
-        network = read_checkpoint(path, data, config.backbone, videos=config.protocol == "ytf")
+        megaface = None
+        if config.lists is not None and config.data is not None and config.distractors is not None:
+            megaface = MegafaceImages.read(config.lists, Path(config.data), config.distractors, config.suffix)
+            data = None
+        network = read_checkpoint(path, data, config.backbone, videos=config.protocol == "ytf", megaface=megaface)
     else:
         raise ValueError("checkpoint, features: expected one of them, got neither")
     try:
@@ -75,14 +87,16 @@ def run_evaluation(config: EvaluateConfig, console: Console) -> dict[str, Any]:
             inputs = network.features(device, mirror=options.flip != "none", workers=config.workers, folds=config.folds)
         elif config.distractors is None:
             inputs = EvaluationInput(evaluation.read_arrays(path), f"features of {path}", str(path))
-        else:
+        elif config.lists is None:
             inputs = read_probes(path, config.distractors)
+        else:
+            inputs = read_listed_probes(config.lists, path, config.distractors, config.suffix)
     arrays, description = inputs.features, inputs.description
     if not network:
         _refuse_unused(config, arrays.pairs, arrays.fold, inputs.source)
     with console.status(f"evaluating {options.name}"):
         try:
-            measured = _measure(options, arrays, network.config.seed if network else 0, device)
+            measured = _measure(options, inputs, network.config.seed if network else 0, device)
             nearest_cosine, separability = _separation(arrays, device)
         except DataError:
             raise
@@ -149,10 +163,11 @@ def _refuse_unused(given: EvaluateConfig, pairs: np.ndarray | None, fold: np.nda
         raise DataError(f"folds: {source} gives {folds} folds, not {given.folds}; leave out the option")
 
 
-def _measure(options: ProtocolOptions, arrays: FeatureSet, seed: int, device: torch.device) -> Measured:
+def _measure(options: ProtocolOptions, inputs: EvaluationInput, seed: int, device: torch.device) -> Measured:
     """Apply the protocol; raises ValueError if the arrays do not allow it."""
+    arrays = inputs.features
     if options.protocol == "megaface":
-        return _measure_megaface(options, arrays, seed, device)
+        return _measure_megaface(options, arrays, inputs.galleries, seed, device)
     if arrays.video is not None and arrays.pairs is not None and options.protocol != "ytf":
         raise DataError(
             "video: with this array, `pairs` are video indices, which --protocol ytf evaluates; if they are rows of "
@@ -206,7 +221,9 @@ def _measure(options: ProtocolOptions, arrays: FeatureSet, seed: int, device: to
     return Measured(numbers, headline, summary, scored_pairs(result, pairs, same, fold, options.name))
 
 
-def _measure_megaface(options: ProtocolOptions, arrays: FeatureSet, seed: int, device: torch.device) -> Measured:
+def _measure_megaface(
+    options: ProtocolOptions, arrays: FeatureSet, galleries: Sequence[Gallery], seed: int, device: torch.device
+) -> Measured:
     (labels,) = arrays.require("labels")
     check_integers("labels", labels, (len(arrays.features),))
     features = join_mirror(arrays.features, arrays.mirrored, options.flip)
@@ -225,16 +242,27 @@ def _measure_megaface(options: ProtocolOptions, arrays: FeatureSet, seed: int, d
         probe_rows, distractor_rows = np.arange(len(features)), np.arange(len(arrays.distractors))
         probes = features
         distractors = join_mirror(arrays.distractors, arrays.mirrored_distractors, options.flip)
-    measured = evaluation.megaface(probes, labels, distractors, far=options.far, device=device)
+    by_gallery = []
+    if galleries:
+        results = evaluation.megaface_galleries(probes, labels, distractors, galleries, options.far, device)
+        measured = results.mean
+        by_gallery = [
+            {"distractors": gallery.size, "set": gallery.number, "rank1": rank1, "tar_at_far": tar}
+            for gallery, rank1, tar in zip(galleries, results.rank1.tolist(), results.tar.tolist(), strict=True)
+        ]
+    else:
+        measured = evaluation.megaface(probes, labels, distractors, far=options.far, device=device)
     rows = zip(measured.sizes.tolist(), measured.rank1.tolist(), strict=True)
+    largest = int(measured.sizes[-1])
     numbers = {
         "probes": len(probes),
         "probe_identities": len(np.unique(labels)),
-        "distractors": len(distractors),
+        "distractors": largest,
         "searches": 2 * len(measured.genuine),
         "rank1": [{"distractors": size, "rate": rate} for size, rate in rows],
+        **({"galleries": by_gallery} if by_gallery else {}),
     }
-    headline = f"megaface: rank-1 {measured.rank1[-1]:.2%} among {counted(len(distractors), 'distractor')}"
+    headline = f"megaface: rank-1 {measured.rank1[-1]:.2%} among {counted(largest, 'distractor')}"
     summary = evaluation.summarize(measured.genuine, measured.impostor, measured.tar, measured.impostor_count)
     misses = [
         miss._replace(

@@ -18,7 +18,15 @@ from ..evaluate.config import EvaluateConfig, ProtocolOptions
 from ..evaluate.inputs import EvaluationInput
 from ..evaluate.mistakes import Miss, ScoredPairs
 from ..evaluate.reports import SCORE_UNIT
-from .mistakes import MistakeGroup, describe_inputs, describe_rows, pair_mistakes, picture_note, search_mistakes
+from .mistakes import (
+    MistakeGroup,
+    describe_images,
+    describe_inputs,
+    describe_rows,
+    pair_mistakes,
+    picture_note,
+    search_mistakes,
+)
 from .plots import rank_chart, roc_chart, score_chart, separability_chart
 from .render import Command, Facts, Result, command_line, percent, version_facts, write_page
 from .results import duration, fold_table, score_results, separability_result, short_path, skipped_lines
@@ -114,7 +122,10 @@ def _mistakes(result: Mapping[str, Any], content: EvaluationContent) -> list[Mis
         return pair_mistakes(content.pairs, describe, SCORE_UNIT[content.options.metric])
     assert content.misses is not None
     searches, rate = result["searches"], result["rank1"][-1]["rate"]
-    distractor = describe if arrays.distractors is None else describe_rows(None, "of the distractors")
+    if (images := content.inputs.shown_distractors) is not None:
+        distractor = describe_images(images)
+    else:
+        distractor = describe if arrays.distractors is None else describe_rows(None, "of the distractors")
     return search_mistakes(content.misses, round(searches * (1 - rate)), searches, describe, distractor)
 
 
