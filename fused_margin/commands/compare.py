@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from fused_margin.evaluation import DataError
 from fused_margin.trainer.compare.config import CompareConfig
 from fused_margin.trainer.compare.run import compare
+from fused_margin.trainer.models import BackboneError
 from fused_margin.trainer.train.checkpoint import CheckpointError
 from fused_margin.trainer.train.interrupts import Interrupted
 
@@ -31,6 +32,6 @@ def main(args: Sequence[str]) -> int:
     except (Interrupted, KeyboardInterrupt):
         console.print("interrupted; the same command continues")
         return INTERRUPTED
-    except (CheckpointError, DataError, FloatingPointError, OSError) as error:
+    except (BackboneError, CheckpointError, DataError, FloatingPointError, OSError) as error:
         return failed(errors, error)
     return 0

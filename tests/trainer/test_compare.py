@@ -10,9 +10,9 @@ from rich.console import Console
 
 from fused_margin.commands.compare import main
 from fused_margin.trainer.compare import run as module
-from fused_margin.trainer.compare.config import RANDOM, CompareConfig, loss_config
+from fused_margin.trainer.compare.config import CompareConfig, loss_config
 from fused_margin.trainer.compare.run import compare
-from fused_margin.trainer.compare.table import clear_best, markdown, table
+from fused_margin.trainer.compare.table import RANDOM, clear_best, markdown, table
 from fused_margin.trainer.config import TrainConfig
 from fused_margin.trainer.models import ModelConfig
 from fused_margin.trainer.train.checkpoint import CheckpointError
@@ -32,7 +32,8 @@ def config(tmp_path, monkeypatch):
         return dataclasses.replace(defaults(*arguments), model=model, evaluation=evaluation)
 
     monkeypatch.setattr(TrainConfig, "defaults", tiny)
-    return CompareConfig((RANDOM, "normface+exclusive"), (3, 4), 1, "digits", tmp_path / "out", "cpu")
+    losses = RANDOM, "normface+exclusive"
+    return CompareConfig(losses, (3, 4), 1, "digits", output=tmp_path / "out", accelerator="cpu")
 
 
 def test_interrupted_comparison_continues(config, monkeypatch):
@@ -124,7 +125,7 @@ def test_page_marks_the_best(config, monkeypatch):
     accuracy = {"arcface": (0.9, 0.92), "cosface": (0.7, 0.72)}
     config = dataclasses.replace(config, losses=tuple(accuracy))
 
-    def measured(training, **_):
+    def measured(training, *_, **__):
         return {**values, "accuracy": accuracy[training.loss.name][training.seed - 3]}
 
     monkeypatch.setattr(module, "measure", measured)

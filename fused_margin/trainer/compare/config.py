@@ -4,26 +4,37 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
+from fused_margin.evaluation.protocols import LfwVariant
+
 from ..config import TrainConfig
+from ..config_values import ConfigError, overlay, read_file
+from ..data import EMBEDDED
+from ..defaults import none_means
+from ..models import Network
 from ..options import suggestion
 from ..train.auxiliary import ARGUMENTS
 from ..train.named_losses import LOSSES, LossConfig
+from .benchmarks import TEST_IDENTITIES, split_word
+from .table import RANDOM
 
-RANDOM = "random-weights"  # the network before training
 EXCLUSIVE = "exclusive"
+EPOCHS = 5  # of the images that need no download
 # Terms that choose the class weights in bfloat16, and their stochastic rounding.
 ROUNDINGS = {"bfloat16": True, "bfloat16-nearest": False}
 # Default weights of added terms, from their papers if possible.
 ADDED = {EXCLUSIVE: 1.0, "center": 0.003, "ring": 0.01, "center-invariant": 1e-5}
 TERMS = tuple(name.replace("_", "-") for name in ARGUMENTS)
+# Options of a configuration file that the command line has.
+COMMAND_OPTIONS = ("config", "output", "resume")
 LOSSES_HELP = (
     "Losses to compare: " + ", ".join(LOSSES) + f".\n {RANDOM} is the network before training."
-    "\n + adds a term, = sets its weight: arcface+exclusive, softmax+center=0.003."
+    "\n = sets the margin: arcface=0.45. + adds a term, = sets its weight: arcface+exclusive, softmax+center=0.003."
     "\n Terms and their default weights: "
     + ", ".join(f"{name}={ADDED.get(name, 1.0):g}" for name in (EXCLUSIVE, *TERMS))
     + "."
@@ -44,10 +55,26 @@ class CompareConfig:
     )  # fmt: skip
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of the runs of each loss. A seed determines test identities, initial weights, order and augmentation."""
-    epochs: int = 5
+    epochs: Annotated[int | None, none_means("that of --config, or 5 for glyphs and digits, or 30")] = None
     """Passes over the training images."""
-    data: Literal["glyphs", "digits"] = "glyphs"
-    """Images to train on. Both need no download. Margins and scales of the losses suit them."""
+    data: Annotated[str | None, none_means("that of --config, or glyphs")] = None
+    """Images to train on, as for fused-margin train.
+    glyphs and digits need no download, and the losses have margins and scales that suit them.
+    On other images they have those of their papers."""
+    benchmarks: Annotated[tuple[str, ...], tyro.conf.arg(help_behavior_hint="(default: test identities)")] = ()
+    """What to evaluate each network on, as NAME=PATH, instead of test identities. The table has its columns.
+    A verification set (as for --data of fused-margin evaluate): the accuracy under LFW's or YouTube Faces' protocol.
+    LISTS,PROBES,DISTRACTORS: MegaFace's templatelists and two folders of images; rank-1, and TAR at FAR = 1e-6.
+    Images that fused-margin train accepts: accuracy and TAR on pairs, and rank-1 among half of the identities.
+    test-identities: the same for identities that are kept out of the training.
+    Without these, all identities are trained on, unless --config has a test_fraction."""
+    variant: LfwVariant = "insightface"
+    """Variant of LFW's protocol, as for fused-margin evaluate."""
+    network: Annotated[Network | None, none_means("that of --config, or small")] = None
+    """Network, as for fused-margin train."""
+    config: Annotated[Path | None, none_means("no file")] = None
+    """YAML file of options of fused-margin train, such as the config.yaml of a run.
+    Its loss, seed and accelerator are replaced."""
     output: Path = Path("runs/compare")
     """Folder for the runs, compare.json, compare.md and compare.html."""
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
@@ -57,35 +84,85 @@ class CompareConfig:
         for name, given in (("losses", self.losses), ("seeds", self.seeds)):
             if not given:
                 raise ValueError(f"{name}: expected at least one")
+        names = tuple(split_word(word)[0] for word in self.benchmarks)
+        for name, given in (("losses", self.losses), ("seeds", self.seeds), ("benchmarks", names)):
             if len(set(given)) < len(given):
                 raise ValueError(f"{name}: expected each once, got {' '.join(map(str, given))}")
         for loss in self.losses:
             for seed in self.seeds:
-                self.training(loss, seed)  # raises ValueError for invalid settings
+                training = self.training(loss, seed)  # raises ValueError for invalid settings
+        if training.devices > 1:
+            raise ValueError(f"devices: compare trains in one process, got {training.devices} in {self.config}")
+        if self.uses_test_identities and not training.test_fraction:
+            raise ValueError(
+                "test_fraction: with 0 there are no test identities to evaluate; name other benchmarks with "
+                f"--benchmarks, or raise it in {self.config}"
+            )
+
+    @property
+    def images(self) -> str:
+        """Images to train on: their path, or the name of those that need no download."""
+        return self.data or self._file_values.get("data", "glyphs")
+
+    @property
+    def uses_test_identities(self) -> bool:
+        """Whether identities are kept out of the training, to evaluate on them."""
+        return not self.benchmarks or TEST_IDENTITIES in (split_word(word)[1] for word in self.benchmarks)
+
+    @cached_property
+    def _file_values(self) -> dict[str, Any]:
+        if self.config is None:
+            return {}
+        values = read_file(self.config)
+        if misplaced := sorted(set(COMMAND_OPTIONS) & set(values)):
+            raise ConfigError(f"{self.config}: {', '.join(misplaced)}: not in the file of a comparison")
+        values.pop("loss", None)
+        return values
 
     def training(self, loss: str, seed: int) -> TrainConfig:
         """The training of one loss with one seed."""
-        chosen = LossConfig() if loss == RANDOM else loss_config(loss)
-        defaults = TrainConfig.defaults(self.data, "small", chosen.name)
+        embedded = self.images in EMBEDDED
+        chosen = LossConfig() if loss == RANDOM else loss_config(loss, small_data=embedded)
+        base = self._base(chosen.name)
         stochastic = all(ROUNDINGS.get(term, True) for term in loss.split("+"))
         return dataclasses.replace(
-            defaults,
+            base,
+            data=base.data if embedded else str(Path(base.data).resolve()),
+            weights=None if base.weights is None else base.weights.resolve(),
             loss=chosen,
-            optimizer=dataclasses.replace(defaults.optimizer, stochastic_rounding=stochastic),
-            epochs=self.epochs,
+            optimizer=dataclasses.replace(base.optimizer, stochastic_rounding=stochastic),
+            epochs=base.epochs if self.epochs is None else self.epochs,
             seed=seed,
             output=self.output / f"{loss}-{seed}",
             accelerator=self.accelerator,
         )
 
+    def _base(self, loss: str) -> TrainConfig:
+        """The options of the trainings that this command has no options for."""
+        values = self._file_values
+        network = self.network or values.get("network", "small")
+        config = TrainConfig.defaults(self.images, network, loss)
+        if self.images in EMBEDDED:
+            config = dataclasses.replace(config, epochs=EPOCHS)
+        if not self.uses_test_identities:
+            config = dataclasses.replace(config, test_fraction=0.0)
+        try:
+            return overlay(config, {**values, "data": self.images, "network": network})
+        except ConfigError as error:
+            raise ConfigError(f"{self.config}: {error}") from error
 
-def loss_config(text: str) -> LossConfig:
-    """The configuration of a name such as "arcface+exclusive=0.5+bfloat16".
+
+def loss_config(text: str, *, small_data: bool = True) -> LossConfig:
+    """The configuration of a name such as "arcface=0.45+exclusive=0.5+bfloat16".
+
+    Args:
+        small_data: whether the settings are those for images that need no download, instead of the papers'.
 
     Raises:
-        ValueError: the loss or an added term does not exist.
+        ValueError: the loss or an added term does not exist, or a number is expected.
     """
-    name, *added = text.split("+")
+    first, *added = text.split("+")
+    name, equals, margin = first.partition("=")
     roundings = [part for part in added if part in ROUNDINGS]
     if len(roundings) > 1:
         raise ValueError(f"losses: expected one of {', '.join(ROUNDINGS)} in {text}")
@@ -103,12 +180,19 @@ def loss_config(text: str) -> LossConfig:
         if term != EXCLUSIVE and term not in TERMS:
             terms = (EXCLUSIVE, *TERMS, *ROUNDINGS)
             raise ValueError(f"losses: expected {', '.join(terms)} after the +, got {term!r}{suggestion(term, terms)}")
-        try:
-            weights[term] = float(weight) if weight else ADDED.get(term, 1.0)
-        except ValueError:
-            raise ValueError(f"losses: expected a number after {term}=, got {weight!r}") from None
-    config = dataclasses.replace(LossConfig.small_data(name), exclusive_weight=weights.pop(EXCLUSIVE, 0.0))
+        weights[term] = _number(term, weight) if weight else ADDED.get(term, 1.0)
+    config = LossConfig.small_data(name) if small_data else LossConfig(name)
+    config = dataclasses.replace(config, exclusive_weight=weights.pop(EXCLUSIVE, 0.0))
+    if equals:
+        config = dataclasses.replace(config, margin=_number(name, margin))
     if roundings:
         config = dataclasses.replace(config, weight_dtype="bfloat16")
     companions = {name.replace("-", "_"): weight for name, weight in weights.items()}
     return dataclasses.replace(config, companions=dataclasses.replace(config.companions, **companions))
+
+
+def _number(name: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"losses: expected a number after {name}=, got {text!r}") from None

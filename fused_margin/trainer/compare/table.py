@@ -3,40 +3,61 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from .config import RANDOM
-
+RANDOM = "random-weights"  # the network before training
 FAR = 1e-3
-MEASURES = {
-    "accuracy": "verification accuracy, %",
-    "tar": "TAR at FAR = 1e-3, %",
-    "rank1": "rank-1, %",
-    "sep_mean": "Sep mean",
-    "sep_std": "Sep std",
-}
-# 1: higher is better. -1: lower is better, because class weights are further apart.
-BETTER = {"accuracy": 1, "tar": 1, "rank1": 1, "sep_mean": -1}
-PERCENT = ("accuracy", "tar", "rank1")
+
+
+class Measure(NamedTuple):
+    """A column of the table."""
+
+    key: str  # in the results of a run
+    heading: str
+    title: str = ""  # of its chart; empty: none
+    label: str = ""  # of the values in the chart
+    better: int = 1  # 1: higher is better. -1: lower is better. 0: neither
+    is_percent: bool = True
+
+    def text(self, value: float) -> str:
+        """A mean or a standard deviation as in the table."""
+        return f"{100 * value:.2f}" if self.is_percent else f"{value:.3f}"
+
+
+MEASURES = (
+    Measure("accuracy", "verification accuracy, %", "Verification accuracy", "%, higher is better"),
+    Measure("tar", "TAR at FAR = 1e-3, %", "TAR at FAR = 1e-3", "%, higher is better"),
+    Measure("rank1", "rank-1, %", "Rank-1 rate", "%, higher is better"),
+    # Lower is better, because class weights are further apart.
+    Measure("sep_mean", "Sep mean", "Sep mean", "cosine to the nearest other class, lower is further apart", -1, False),
+    Measure("sep_std", "Sep std", better=0, is_percent=False),
+)  # of test identities, if there are no benchmarks
 STEP_TIME = "ms per step"
 HEADING_WIDTH = 12  # longer column headings are wrapped
+Rows = Mapping[str, Sequence[Mapping[str, float]]]  # results of each seed by loss
 
 
 def table(
-    rows: dict[str, list[dict[str, float]]], step_ms: dict[str, float | None]
+    rows: Rows, step_ms: Mapping[str, float | None] | None, measures: Sequence[Measure] = MEASURES
 ) -> tuple[list[str], list[list[str]]]:
-    """Header and lines. Numbers are means over the seeds, with standard deviations if there are several seeds."""
+    """Header and lines. Numbers are means over the seeds, with standard deviations if there are several seeds.
+
+    Args:
+        step_ms: milliseconds of a step by loss; None: no such column.
+    """
     lines = []
     for loss, seeds in rows.items():
         line = [loss]
-        for name in MEASURES:
-            factor, digits = (100, 2) if name in PERCENT else (1, 3)
-            mean, std = mean_std([factor * measured[name] for measured in seeds])
-            line.append(f"{mean:.{digits}f}" + ("" if std is None else f" ± {std:.{digits}f}"))
-        lines.append([*line, "" if step_ms[loss] is None else f"{step_ms[loss]:.1f}"])
-    return ["loss", *MEASURES.values(), STEP_TIME], lines
+        for measure in measures:
+            mean, std = mean_std([measured[measure.key] for measured in seeds])
+            line.append(measure.text(mean) + ("" if std is None else f" ± {measure.text(std)}"))
+        if step_ms is not None:
+            line.append("" if step_ms[loss] is None else f"{step_ms[loss]:.1f}")
+        lines.append(line)
+    return ["loss", *(measure.heading for measure in measures), *([] if step_ms is None else [STEP_TIME])], lines
 
 
 def mean_std(values: Sequence[float]) -> tuple[float, float | None]:
@@ -44,23 +65,25 @@ def mean_std(values: Sequence[float]) -> tuple[float, float | None]:
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
-def clear_best(rows: dict[str, list[dict[str, float]]]) -> dict[str, str]:
-    """The best loss of a measure, by the measure, where the difference to every other loss is beyond the spread.
+def clear_best(rows: Rows, measures: Sequence[Measure] = MEASURES) -> dict[str, str]:
+    """The best loss of a measure, by the measure's key, where the difference to every other loss is beyond the spread.
 
     Beyond the spread: larger than the sum of both standard deviations over the seeds, so with several seeds only. The
     untrained network is not ranked, and neither are measures without a better direction.
     """
     best = {}
-    for measure, direction in BETTER.items():
+    for measure in measures:
+        if not measure.better:
+            continue
         results = {
-            loss: mean_std([direction * measured[measure] for measured in seeds])
+            loss: mean_std([measure.better * measured[measure.key] for measured in seeds])
             for loss, seeds in rows.items()
             if loss != RANDOM
         }
         for loss, (mean, std) in results.items():
             others = [result for name, result in results.items() if name != loss]
             if others and all(_is_beyond_spread(mean - other, std, other_std) for other, other_std in others):
-                best[measure] = loss
+                best[measure.key] = loss
     return best
 
 
@@ -81,14 +104,18 @@ def screen_table(header: list[str], lines: list[list[str]]) -> str:
     return "\n".join(f"{name}\n{row}" if name else row for name, row in zip(names, written, strict=True))
 
 
-def unresolved_note(rows: dict[str, list[dict[str, float]]]) -> str:
-    """A note if there are too few impostors for the FAR of the table; otherwise empty."""
-    # Results of older versions have no such entries.
-    few = {run["impostors"] for seeds in rows.values() for run in seeds if not run.get("far_resolved", True)}
-    if not few:
-        return ""
-    pairs = " or ".join(f"{number:,}" for number in sorted(few))
-    return f"TAR at FAR = {FAR:g} allows no false accept, because there are only {pairs} impostor pairs."
+def unresolved_note(rows: Rows, measures: Sequence[Measure] = MEASURES) -> str:
+    """A note if there are too few impostors for a FAR of the table; otherwise empty."""
+    notes = []
+    for benchmark in (measure.key.removesuffix("tar") for measure in measures if measure.key.endswith("tar")):
+        # Results of older versions have no such entries.
+        resolved, impostors = f"{benchmark}far_resolved", f"{benchmark}impostors"
+        few = {run[impostors] for seeds in rows.values() for run in seeds if not run.get(resolved, True)}
+        if few:
+            pairs = " or ".join(f"{number:,}" for number in sorted(few))
+            rate = f"The TAR of {benchmark.removesuffix('/')}" if benchmark else f"TAR at FAR = {FAR:g}"
+            notes.append(f"{rate} allows no false accept, because there are only {pairs} impostor pairs.")
+    return " ".join(notes)
 
 
 def markdown(header: list[str], lines: list[list[str]]) -> str:

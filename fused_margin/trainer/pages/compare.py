@@ -11,20 +11,14 @@ from urllib.parse import quote
 
 from fused_margin.evaluation.plurals import counted
 
-from ..compare.config import RANDOM, CompareConfig
-from ..compare.table import MEASURES, PERCENT, STEP_TIME, clear_best, mean_std, unresolved_note
+from ..compare.benchmarks import Benchmark
+from ..compare.config import CompareConfig
+from ..compare.table import RANDOM, STEP_TIME, Measure, Rows, clear_best, mean_std, unresolved_note
 from ..train.named_losses import described_settings
 from .charts import Chart
 from .plots import Measurements, rows_chart
 from .render import Command, Facts, Number, Result, Table, command_line, version_facts, write_page
-
-CHARTS = {
-    "accuracy": ("Verification accuracy", "%, higher is better"),
-    "tar": ("TAR at FAR = 1e-3", "%, higher is better"),
-    "rank1": ("Rank-1 rate", "%, higher is better"),
-    "sep_mean": ("Sep mean", "cosine to the nearest other class, lower is further apart"),
-}  # Title and label of a measure's chart
-PAGES = {"report.html": "training", "pairs.html": "pairs", "megaface.html": "search"}  # of a run, with their names
+from .results import short_path
 
 
 class RunLinks(NamedTuple):
@@ -34,39 +28,42 @@ class RunLinks(NamedTuple):
     links: list[tuple[str, str]]  # relative address, and name
 
 
-def write_comparison_page(path: Path, report: Mapping[str, Any], config: CompareConfig) -> None:
+def write_comparison_page(
+    path: Path, report: Mapping[str, Any], config: CompareConfig, benchmarks: Sequence[Benchmark]
+) -> None:
     """Write the page of a comparison; `report` has the values of compare.json."""
     rows = {loss: values["seeds"] for loss, values in report["losses"].items()}
-    step_ms = {loss: values["step_ms"] for loss, values in report["losses"].items()}
-    best = clear_best(rows)
+    times = {loss: values["step_ms"] for loss, values in report["losses"].items()}
+    step_ms = None if config.benchmarks else times
+    measures = [measure for benchmark in benchmarks for measure in benchmark.measures]
+    best = clear_best(rows, measures)
     seeds = counted(len(config.seeds), "seed")
     over = "mean ± standard deviation over the seeds" if len(config.seeds) > 1 else "one seed"
-    note = unresolved_note(rows)
+    note = unresolved_note(rows, measures)
+    evaluated = (
+        f"evaluated on {', '.join(benchmark.name for benchmark in benchmarks)}."
+        if config.benchmarks
+        else "verified on pairs of images of identities not trained on, and searched among them."
+    )
     write_page(
         path,
         "compare.html",
         {
             "kind": "comparison",
-            "title": f"{counted(len(rows), 'loss', 'losses')} on {config.data}",
-            "lead": f"Each trained for {counted(config.epochs, 'epoch')} with {seeds} and the same other options, then verified "
-            "on pairs of images of identities not trained on, and searched among them.",
-            "results": _results(rows, best),
+            "title": f"{counted(len(rows), 'loss', 'losses')} on {short_path(config.images)}",
+            "lead": f"Each trained for {counted(report['epochs'], 'epoch')} with {seeds} and the same other options, then "
+            f"{evaluated}",
+            "results": _results(rows, measures, best),
             "notes": [note] if note else [],
-            "table": _table(rows, step_ms, best, over),
+            "table": _table(rows, measures, step_ms, best, over),
             "marked": _marked(len(config.seeds), best),
-            "charts": _charts(rows, step_ms),
+            "charts": _charts(rows, measures, step_ms),
             "settings": _settings(config),
-            "runs": _runs(path.parent, config),
+            "runs": _runs(path.parent, config, benchmarks),
             "settings_title": "How it was measured",
             "facts": [
-                Facts(
-                    "Data",
-                    [
-                        ("images", config.data),
-                        ("distractors", ", ".join(f"{n:,} (seed {seed})" for seed, n in report["distractors"].items())),
-                    ],
-                ),
-                Facts("Training", [("epochs", f"{config.epochs:,}"), ("seeds", ", ".join(map(str, config.seeds)))]),
+                Facts("Data", [("images", config.images), *_data_facts(report)]),
+                Facts("Training", [("epochs", f"{report['epochs']:,}"), ("seeds", ", ".join(map(str, config.seeds)))]),
                 Facts("Machine", [("processor", report["machine"]), ("threads", report["threads"])]),
                 Facts("Versions", version_facts(report["versions"])),
             ],
@@ -76,38 +73,54 @@ def write_comparison_page(path: Path, report: Mapping[str, Any], config: Compare
     )
 
 
-def _results(rows: Mapping[str, Sequence[Mapping[str, float]]], best: Mapping[str, str]) -> list[Result]:
+def _data_facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    if "benchmarks" in report:
+        return [
+            (
+                name,
+                f"{settings['path']} ({', '.join([*settings['protocols'], settings.get('variant', '')]).strip(', ')})",
+            )
+            for name, settings in report["benchmarks"].items()
+        ]
+    return [("distractors", ", ".join(f"{n:,} (seed {seed})" for seed, n in report["distractors"].items()))]
+
+
+def _results(rows: Rows, measures: Sequence[Measure], best: Mapping[str, str]) -> list[Result]:
     """The measures with a clearly best loss, and its value."""
     results = []
-    for measure, loss in best.items():
-        number = _number([measured[measure] for measured in rows[loss]], measure)
-        results.append(Result(MEASURES[measure], number, f"{loss}, the best beyond the spread"))
+    for measure in measures:
+        if (loss := best.get(measure.key)) is not None:
+            number = _number([measured[measure.key] for measured in rows[loss]], measure)
+            results.append(Result(measure.heading, number, f"{loss}, the best beyond the spread"))
     return results
 
 
-def _number(values: Sequence[float], measure: str, *, best: bool = False) -> Number:
+def _number(values: Sequence[float], measure: Measure, *, best: bool = False) -> Number:
     """Mean and deviation as in the other tables of the comparison."""
-    factor, digits = (100, 2) if measure in PERCENT else (1, 3)
-    mean, std = mean_std([factor * value for value in values])
-    return Number(mean, f"{mean:.{digits}f}", "" if std is None else f"± {std:.{digits}f}", best)
+    mean, std = mean_std(values)
+    note = "" if std is None else f"± {measure.text(std)}"
+    return Number(100 * mean if measure.is_percent else mean, measure.text(mean), note, best)
 
 
 def _table(
-    rows: Mapping[str, Sequence[Mapping[str, float]]],
-    step_ms: Mapping[str, float | None],
+    rows: Rows,
+    measures: Sequence[Measure],
+    step_ms: Mapping[str, float | None] | None,
     best: Mapping[str, str],
     over: str,
 ) -> Table:
     lines: list[list[str | Number]] = []
     for loss, seeds in rows.items():
-        numbers = [
-            _number([measured[measure] for measured in seeds], measure, best=best.get(measure) == loss)
-            for measure in MEASURES
-        ]
-        milliseconds = step_ms[loss]
-        time = "" if milliseconds is None else Number(milliseconds, f"{milliseconds:.1f}")
-        lines.append([loss, *numbers, time])
-    return Table(f"{over[:1].upper()}{over[1:]}.", ["loss", *MEASURES.values(), STEP_TIME], lines)
+        line: list[str | Number] = [loss]
+        for measure in measures:
+            values = [measured[measure.key] for measured in seeds]
+            line.append(_number(values, measure, best=best.get(measure.key) == loss))
+        if step_ms is not None:
+            milliseconds = step_ms[loss]
+            line.append("" if milliseconds is None else Number(milliseconds, f"{milliseconds:.1f}"))
+        lines.append(line)
+    header = ["loss", *(measure.heading for measure in measures), *([] if step_ms is None else [STEP_TIME])]
+    return Table(f"{over[:1].upper()}{over[1:]}.", header, lines)
 
 
 def _marked(num_seeds: int, best: Mapping[str, str]) -> str:
@@ -119,16 +132,17 @@ def _marked(num_seeds: int, best: Mapping[str, str]) -> str:
     return f"No value is marked: in no column is one {rule}."
 
 
-def _charts(rows: Mapping[str, Sequence[Mapping[str, float]]], step_ms: Mapping[str, float | None]) -> list[Chart]:
+def _charts(rows: Rows, measures: Sequence[Measure], step_ms: Mapping[str, float | None] | None) -> list[Chart]:
     charts = []
-    for measure, (title, label) in CHARTS.items():
-        factor, digits = (100, 2) if measure in PERCENT else (1, 3)
+    for measure in measures:
+        if not measure.title:
+            continue
         measured = []
         for loss, seeds in rows.items():
-            values = [factor * seed[measure] for seed in seeds]
+            values = [(100 if measure.is_percent else 1) * seed[measure.key] for seed in seeds]
             measured.append(Measurements(loss, *mean_std(values), values))
-        charts.append(rows_chart(title, label, measured, f".{digits}f"))
-    timed = [Measurements(loss, time, None, [time]) for loss, time in step_ms.items() if time is not None]
+        charts.append(rows_chart(measure.title, measure.label, measured, ".2f" if measure.is_percent else ".3f"))
+    timed = [Measurements(loss, time, None, [time]) for loss, time in (step_ms or {}).items() if time is not None]
     if timed:
         charts.append(rows_chart("Time of a step", "milliseconds, median, lower is faster", timed, ".1f"))
     return charts
@@ -146,13 +160,16 @@ def _settings(config: CompareConfig) -> Table:
     return Table("Settings that a loss does not have are empty.", ["loss", *names], rows)
 
 
-def _runs(folder: Path, config: CompareConfig) -> list[RunLinks]:
+def _runs(folder: Path, config: CompareConfig, benchmarks: Sequence[Benchmark]) -> list[RunLinks]:
     """The runs that have pages, with addresses relative to the page of the comparison."""
+    pages = {"report.html": "training"}
+    for benchmark in benchmarks:
+        pages |= benchmark.pages
     runs = []
     for loss in config.losses:
         for seed in config.seeds:
             run = config.training(loss, seed).output_folder.name
-            links = [(quote(f"{run}/{page}"), name) for page, name in PAGES.items() if (folder / run / page).is_file()]
+            links = [(quote(f"{run}/{page}"), name) for page, name in pages.items() if (folder / run / page).is_file()]
             if links:
                 runs.append(RunLinks(run, links))
     return runs
