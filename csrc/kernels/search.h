@@ -29,8 +29,8 @@ struct QuantizedRows {
 
 // The largest products of every query, in descending order. An empty entry has candidate -1 and value -inf.
 //
-// On the CPU the lists of a search may have numbers of entries instead: the entries are then in any order, and there are
-// no empty ones. A product is appended, and a full list loses its smaller half.
+// On the CPU the lists of a search may have numbers of entries instead: the entries are then in any order, and there
+// are no empty ones. A product is appended, and a full list loses its smaller half.
 struct CandidateLists {
     int32_t* candidate; // [Q, capacity], reference ids
     float* value;       // [Q, capacity]

@@ -12,8 +12,8 @@ from .identification import DirAtFar, IdentificationResult, OperatingCurve, Thre
 from .identification_by_verification import VerifiedIdentities, identify_by_verification
 from .megaface import MegafaceResult, megaface
 from .megaface_lists import (
-    Gallery,
-    GalleryResults,
+    MegafaceGallery,
+    MegafaceGalleryResults,
     MegafaceLists,
     megaface_galleries,
     read_listed_features,
@@ -45,7 +45,8 @@ __all__ = [
     "FoldTar",
     "Gallery",
     "IdentificationResult",
-    "GalleryResults",
+    "MegafaceGallery",
+    "MegafaceGalleryResults",
     "MegafaceLists",
     "MegafaceResult",
     "MegafaceSet",

@@ -155,7 +155,9 @@ def read_megaface_lists(lists: Path) -> MegafaceLists:
         paths = _read_list(path, "path")
         if len(paths) != size:
             raise DataError(f"{path} lists {len(paths):,} distractors, and its name says {size:,}: rename it")
-        galleries.append(MegafaceGallery(size, number, np.array([numbers.setdefault(name, len(numbers)) for name in paths])))
+        galleries.append(
+            MegafaceGallery(size, number, np.array([numbers.setdefault(name, len(numbers)) for name in paths]))
+        )
     return MegafaceLists(
         str(probe_list),
         probes,

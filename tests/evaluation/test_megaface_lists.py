@@ -9,7 +9,7 @@ from written_files import put
 
 from fused_margin.evaluation import (
     DataError,
-    Gallery,
+    MegafaceGallery,
     megaface_galleries,
     read_listed_features,
     read_megaface_lists,
@@ -108,7 +108,7 @@ def test_results_are_means_over_the_sets_of_a_size():
     identity = np.repeat(np.arange(6), 3)
     probes = RNG.normal(size=(6, 8))[identity] + 0.9 * RNG.normal(size=(18, 8))
     distractors = RNG.normal(size=(40, 8))
-    galleries = [Gallery(s, n, RNG.permutation(40)[:s]) for s, n in ((20, 2), (5, 1), (20, 1), (5, 3))]
+    galleries = [MegafaceGallery(s, n, RNG.permutation(40)[:s]) for s, n in ((20, 2), (5, 1), (20, 1), (5, 3))]
     results = megaface_galleries(probes, identity, distractors, galleries, far=0.05)
 
     unit, others = (rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (probes, distractors))

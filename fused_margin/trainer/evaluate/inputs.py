@@ -14,7 +14,7 @@ from torch import nn
 from fused_margin.evaluation import (
     DataError,
     FeatureSet,
-    Gallery,
+    MegafaceGallery,
     VerificationSet,
     find_pair_list,
     read_listed_features,
@@ -45,7 +45,7 @@ class EvaluationInput:
     shown: ShownImages | None = None  # the images of the rows; None: the features are from a file
     unreadable: list[str] = field(default_factory=list)  # skipped images
     skipped: Mapping[str, int] = field(default_factory=dict)  # number of skipped files, folders or lines by kind
-    galleries: Sequence[Gallery] = ()  # of the distractors; none: they are one gallery
+    galleries: Sequence[MegafaceGallery] = ()  # of the distractors; none: they are one gallery
     shown_distractors: ShownImages | None = None
 
 

@@ -14,7 +14,7 @@ from rich.console import Console
 
 import fused_margin as fm
 from fused_margin import evaluation
-from fused_margin.evaluation import DataError, FeatureSet, Gallery, ScoreSummary, join_mirror
+from fused_margin.evaluation import DataError, FeatureSet, MegafaceGallery, ScoreSummary, join_mirror
 from fused_margin.evaluation.checks import check_features, check_integers
 from fused_margin.evaluation.files import describe_skipped
 from fused_margin.evaluation.plurals import counted
@@ -222,7 +222,7 @@ def _measure(options: ProtocolOptions, inputs: EvaluationInput, seed: int, devic
 
 
 def _measure_megaface(
-    options: ProtocolOptions, arrays: FeatureSet, galleries: Sequence[Gallery], seed: int, device: torch.device
+    options: ProtocolOptions, arrays: FeatureSet, galleries: Sequence[MegafaceGallery], seed: int, device: torch.device
 ) -> Measured:
     (labels,) = arrays.require("labels")
     check_integers("labels", labels, (len(arrays.features),))
