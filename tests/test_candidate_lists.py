@@ -5,6 +5,7 @@ import torch
 
 import fused_margin.functional as F
 from fused_margin import _C
+from fused_margin._ops.nearest.index import NearestIndex
 from fused_margin._ops.nearest.quantized import CandidateLists, search_lists
 
 CPU = torch.device("cpu")
@@ -67,6 +68,23 @@ def test_search_with_long_lists_is_exact(k, same_set):
     torch.testing.assert_close(found.cosine.double(), cosine.topk(k).values, rtol=0, atol=2e-7)
     torch.testing.assert_close(cosine.gather(1, found.index), cosine.topk(k).values, rtol=0, atol=1e-12)
     assert all(len(row.unique()) == k for row in found.index)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_index_of_blocks_of_queries(dtype):
+    generator = torch.Generator().manual_seed(0)
+    reference, query = (torch.randn(n, 40, generator=generator, dtype=dtype) for n in (700, 90))
+    reference[13] = reference[400]
+    query[2] = reference[13]
+    index = NearestIndex(reference, workspace_mb=1.0)
+    found = [index.search(block, 5) for block in query.split(37)]
+    cosine, row = (torch.cat(parts) for parts in zip(*found, strict=True))
+    unit = [torch.nn.functional.normalize(rows.double(), dim=1) for rows in (query, reference)]
+    expected = (unit[0] @ unit[1].t()).topk(5)
+    torch.testing.assert_close(cosine, expected.values, rtol=0, atol=1e-14)
+    assert row[2, :2].tolist() == [13, 400] and cosine[2, 0] == cosine[2, 1]
+    others = torch.arange(90) != 2
+    assert torch.equal(row[others], expected.indices[others])
 
 
 def test_lists_fit_in_the_workspace():

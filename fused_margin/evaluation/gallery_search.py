@@ -70,7 +70,7 @@ def search_gallery(
     The score of an identity is the largest cosine of its templates. An identity is in a ranking once, and of equal
     scores the identity with the lowest index is first. Scores are computed in float64.
 
-    The nearest templates are found by :func:`fused_margin.functional.nearest_class`, up to 32. If they have fewer than
+    The nearest templates are found as by :func:`fused_margin.functional.nearest_class`, up to 32. If they have fewer than
     k identities, which needs several templates per identity or k > 32, matrix products in float64 with all templates
     find the others.
 
@@ -79,8 +79,8 @@ def search_gallery(
         gallery: the enrolled identities. Its templates may be a memory map.
         k: number of identities, 1 to the number in the gallery.
         device: of the search.
-        workspace_mb: bound on scratch memory in MiB, beside a copy of the templates in their dtype or that of the
-            probes if it is float64.
+        workspace_mb: bound on scratch memory in MiB, beside int8 codes of the templates, if they are fastest on this
+            processor, and a copy of the templates, if they are read-only or less precise than the probes.
         progress: called with the number of probes that are done and the number of all, after each block of probes.
             Probes that need all templates count twice.
 
@@ -125,7 +125,7 @@ def _first_of_identities(cosine: np.ndarray, listed: np.ndarray, k: int) -> tupl
     """Scores (P, k) and identities of the first k identities in lists; -inf where there are fewer.
 
     Args:
-        cosine: (P, n) cosines of templates, descending but for rounding errors.
+        cosine: (P, n) cosines of templates, descending.
         listed: (P, n) the identities of these templates.
     """
     order = np.argsort(listed, axis=1, kind="stable")
@@ -137,8 +137,7 @@ def _first_of_identities(cosine: np.ndarray, listed: np.ndarray, k: int) -> tupl
     score, identity = np.full((len(listed), k), -np.inf), np.zeros((len(listed), k), np.int64)
     score[probe, rank[probe, place]] = cosine[probe, place]
     identity[probe, rank[probe, place]] = listed[probe, place]
-    order = np.lexsort((identity, -score), axis=1)  # rounding errors may have another order
-    return np.take_along_axis(score, order, axis=1), np.take_along_axis(identity, order, axis=1)
+    return score, identity
 
 
 def recognize(

@@ -346,8 +346,7 @@ def identification(
     ranking = search_gallery(probes, gallery, k, device=device, workspace_mb=workspace_mb, progress=report)
     is_mate = ranking.identity == mate[:, None]
     place, is_ranked = is_mate.argmax(axis=1), is_mate.any(axis=1)
-    mate_score = mate_scores(probes, gallery, np.where(is_ranked, -1, mate), workspace_mb)
-    mate_score[is_ranked] = ranking.score[is_ranked, place[is_ranked]]
+    mate_score = mate_scores(probes, gallery, mate, workspace_mb)
     rank = np.where(is_ranked, place + 1, np.where(is_mated, limit + 1, 0))
     if max_rank is None:
         for block in probe_blocks(len(mated), gallery, workspace_mb):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from fused_margin import functional
+from fused_margin._ops.nearest.index import NearestIndex
 
 from .cosines import pair_cosines, scaled_rows, unit_rows
 
@@ -34,20 +34,22 @@ def search_rows(
         progress: called with the number of probes that are done, and P.
 
     Returns:
-        (P, k) float64 cosines, and (P, k) int64 rows of ``references``.
+        (P, k) float64 cosines, and (P, k) int64 rows of ``references``. The first cosine is that of `pair_cosines`.
     """
     dtype = np.float64 if max(probes.dtype.itemsize, references.dtype.itemsize) >= 8 else np.float32
     # PyTorch warns of arrays that cannot be written, which read-only memory maps are; these are copied.
     searched = torch.from_numpy(np.require(references, dtype, ["C", "W"])).to(device)
-    cosine, index = np.empty((len(probes), k)), np.empty((len(probes), k), np.int64)
+    index = NearestIndex(searched, workspace_mb)
+    cosine, row = np.empty((len(probes), k)), np.empty((len(probes), k), np.int64)
     for begin in range(0, len(probes), BLOCK_PROBES):
         part = slice(begin, min(begin + BLOCK_PROBES, len(probes)))
         query = torch.from_numpy(np.require(scaled_rows(probes[part]), dtype, ["C", "W"])).to(device)
-        found = functional.nearest_class(query, searched, k=k, workspace_mb=workspace_mb).index
-        index[part] = found.view(-1, k).cpu().numpy()
-        # The search compares in float64 but returns the cosines of float32 rows in float32.
-        pairs = np.repeat(np.arange(len(query)), k), index[part].ravel()
-        cosine[part] = pair_cosines(unit_rows(probes[part]), pairs[0], references, pairs[1]).reshape(-1, k)
+        for result, found in zip((cosine, row), index.search(query, k), strict=True):
+            result[part] = found.cpu().numpy()
+        # Thresholds are taken from the largest cosines, and must mean the same to every comparison of a pair.
+        first = pair_cosines(unit_rows(probes[part]), np.arange(len(query)), references, row[part, 0])
+        cosine[part, 0] = first
+        np.minimum(cosine[part], first[:, None], out=cosine[part])  # rounding errors may have another order
         if progress is not None:
             progress(part.stop, len(probes))
-    return cosine, index
+    return cosine, row

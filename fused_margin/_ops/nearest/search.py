@@ -325,12 +325,21 @@ def find_nearest(
     int8 = uses_int8_codes(rows, workspace_bytes)
     quantized = QuantizedRows.of(run, query, int8, inner_product)
     others = quantized if reference is None else QuantizedRows.of(run, reference, int8, inner_product)
-    lists = search_lists(len(query), number, len(rows), int8, query.device, workspace_bytes)
-    search = NearestSearch(run, quantized, others, lists, number, workspace_bytes)
-    search.full_search()
+    search = search_quantized(run, quantized, others, number, workspace_bytes)
     if is_scaled:
         half = sum(exponents) // 2  # the power of two itself can overflow float64
         search.cosine.mul_(2.0**half).mul_(2.0 ** (sum(exponents) - half))
+    return search
+
+
+def search_quantized(
+    run: Kernels, query: QuantizedRows, reference: QuantizedRows, number: int, workspace_bytes: int
+) -> NearestSearch:
+    """The finished search for the `number` nearest references of every query, on one rank."""
+    rows, int8 = reference.rows, reference.codes.dtype == torch.int8
+    lists = search_lists(len(query.rows), number, len(rows), int8, rows.device, workspace_bytes)
+    search = NearestSearch(run, query, reference, lists, number, workspace_bytes)
+    search.full_search()
     return search
 
 
