@@ -1,0 +1,1 @@
+"""Exact search of galleries beside FAISS."""
