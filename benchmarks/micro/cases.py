@@ -26,6 +26,7 @@ class Case:
     naive: Callable[[Inputs], Loss]
     takes: str = "EWL"  # arguments of the naive form: embeddings, class weights, labels, other parameters
     settings: dict[str, Any] = field(default_factory=dict)
+    identities: int | None = None  # labels modulo this number, so that a batch has samples of one class
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,10 @@ CASES = {
         "EL",
         {"center_weight": 0.1},
     ),
+    "TripletLoss": Case(fm.TripletLoss, stateless(naive.triplet), "EL", identities=4),
+    "AngularTripletLoss": Case(fm.AngularTripletLoss, stateless(naive.angular_triplet), "EL", identities=4),
+    "ContrastiveLoss": Case(fm.ContrastiveLoss, stateless(naive.contrastive), "EL", identities=4),
+    "DeepID2Loss": Case(fm.DeepID2Loss, stateless(naive.deepid2), "EL", {"margin": 20.0}, identities=4),
     "ExclusiveRegularizer": Case(fm.ExclusiveRegularizer, stateless(naive.exclusive), "W"),
 }
 
@@ -93,7 +98,8 @@ def make_calls(name: str, shape: Shape, device: str) -> dict[str, Call]:
     module = case.loss(**{key: size for key, size in sizes.items() if key in accepted}, **case.settings).to(device)
     parameters = dict(module.named_parameters())
     has_weight = "weight" in parameters
-    values = {"E": inputs.embeddings[0], "W": parameters.pop("weight", inputs.weight), "L": inputs.labels[0]}
+    labels = inputs.labels[0] % (case.identities or shape.classes)
+    values = {"E": inputs.embeddings[0], "W": parameters.pop("weight", inputs.weight), "L": labels}
 
     def call(loss: Loss, takes: str, values: dict[str, Tensor], others: list[Tensor]) -> Call:
         arguments = [values[letter] for letter in takes if letter != "P"]

@@ -198,6 +198,44 @@ def marginal(embeddings: Tensor, labels: Tensor) -> Tensor:
     return (hinge.sum() - hinge.diagonal().sum()) / (len(labels) * (len(labels) - 1))
 
 
+def squared_distances(rows: Tensor) -> Tensor:
+    return (rows[:, None] - rows).square().sum(dim=2)
+
+
+def hardest_triplets(distance: Tensor, labels: Tensor, margin: float) -> Tensor:
+    """The mean over anchors that have a positive and a negative."""
+    same = labels[:, None] == labels
+    positive = distance.masked_fill(~same, -math.inf).fill_diagonal_(-math.inf).amax(dim=1)
+    negative = distance.masked_fill(same, math.inf).amin(dim=1)
+    used = positive.isfinite() & negative.isfinite()
+    return (positive - negative + margin)[used].relu().mean()
+
+
+def triplet(embeddings: Tensor, labels: Tensor) -> Tensor:
+    return hardest_triplets(squared_distances(F.normalize(embeddings)), labels, 0.2)
+
+
+def angular_triplet(embeddings: Tensor, labels: Tensor) -> Tensor:
+    unit = F.normalize(embeddings)
+    cosine = (unit @ unit.t()).fill_diagonal_(0)  # arccos has no derivative at 1
+    return hardest_triplets(angle(cosine), labels, 0.35)
+
+
+def contrastive_of(distance: Tensor, labels: Tensor, margin: float) -> Tensor:
+    """The mean over the pairs (P,) of a batch."""
+    first, second = torch.triu_indices(len(labels), len(labels), 1, device=labels.device)
+    return torch.where(labels[first] == labels[second], distance, (margin - distance).relu()).square().mean() / 2
+
+
+def contrastive(embeddings: Tensor, labels: Tensor) -> Tensor:
+    return contrastive_of(F.pdist(F.normalize(embeddings)), labels, 1.0)
+
+
+def deepid2(embeddings: Tensor, labels: Tensor) -> Tensor:
+    """Before the first update of the margin."""
+    return contrastive_of(F.pdist(embeddings), labels, 20.0)
+
+
 def exclusive(weight: Tensor) -> Tensor:
     return nearest_class(weight)[0].mean()
 

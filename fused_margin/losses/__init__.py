@@ -14,21 +14,26 @@ from fused_margin.losses.margin import (
     SphereFaceLoss,
     SubCenterArcFaceLoss,
 )
+from fused_margin.losses.pairs import ContrastiveLoss, DeepID2Loss
 from fused_margin.losses.ranges import MarginalLoss, RangeLoss
 from fused_margin.losses.softmax import L2SoftmaxLoss, LSoftmaxLoss, SoftmaxLoss
 from fused_margin.losses.synonyms import AMSoftmaxLoss, CoCoLoss, VMFLoss
+from fused_margin.losses.triplet import AngularTripletLoss, TripletLoss
 
 __all__ = [
     "AMSoftmaxLoss",
     "AdaFaceLoss",
+    "AngularTripletLoss",
     "ArcFaceLoss",
     "CenterInvariantLoss",
     "CenterLoss",
     "ClassificationLoss",
     "CoCoLoss",
     "CombinedMarginLoss",
+    "ContrastiveLoss",
     "CosFaceLoss",
     "CurricularFaceLoss",
+    "DeepID2Loss",
     "ElasticFaceLoss",
     "ExclusiveRegularizer",
     "InterLoss",
@@ -45,6 +50,7 @@ __all__ = [
     "SoftmaxLoss",
     "SphereFaceLoss",
     "SubCenterArcFaceLoss",
+    "TripletLoss",
     "UniformLoss",
     "VMFLoss",
 ]
