@@ -20,6 +20,7 @@ from .options import NamedOptions
 from .train.named_losses import LossConfig
 
 MAX_SEED = 2**64 - 1  # of torch
+IMAGES_PER_IDENTITY = 4  # of a batch, for losses without class weights
 # Options that may differ in a resumed run.
 RUNTIME_FIELDS = (
     "output", "config", "resume", "accelerator", "devices", "workers", "checkpoint_every", "log_every",
@@ -27,11 +28,14 @@ RUNTIME_FIELDS = (
 )  # fmt: skip
 # Options that early checkpoints do not have; they get their defaults.
 LATER_OPTIONS = (
-    "weights", "loss.weight_dtype", "loss.companions.range", "loss.companions.range_k", "loss.companions.range_margin",
-    "loss.companions.range_alpha", "loss.companions.range_beta", "loss.companions.marginal",
-    "loss.companions.marginal_theta", "loss.companions.marginal_xi", "loss.companions.center_invariant",
-    "optimizer.in_backward", "optimizer.stochastic_rounding", "augmentation.occlusion", "augmentation.brightness",
-    "augmentation.contrast", "augmentation.saturation", "augmentation.resolution", "augmentation.jpeg",
+    "weights", "images_per_identity", "loss.weight_dtype", "loss.companions.angular_triplet",
+    "loss.companions.angular_triplet_margin", "loss.companions.contrastive_form",
+    "loss.companions.contrastive_normalize", "loss.companions.deepid2", "loss.companions.range",
+    "loss.companions.range_k", "loss.companions.range_margin", "loss.companions.range_alpha",
+    "loss.companions.range_beta", "loss.companions.marginal", "loss.companions.marginal_theta",
+    "loss.companions.marginal_xi", "loss.companions.center_invariant", "optimizer.in_backward",
+    "optimizer.stochastic_rounding", "augmentation.occlusion", "augmentation.brightness", "augmentation.contrast",
+    "augmentation.saturation", "augmentation.resolution", "augmentation.jpeg",
 )  # fmt: skip
 # Options that the configuration file of a run omits, so that it can start another run.
 LAUNCH_FIELDS = ("output", "config", "resume")
@@ -147,7 +151,11 @@ class TrainConfig:
     """Images per step."""
     accumulate: int = 1
     """Gradient-accumulation micro-batches per step. More of them need less memory.
-    Batch norm, mined triplets and adaptive margins see one micro-batch at a time, which changes their results."""
+    Batch norm, pairs and triplets, and adaptive margins see one micro-batch at a time, which changes their results."""
+    images_per_identity: int = 0
+    """Images of one identity that are together in a batch, for losses that compare the samples of a batch.
+    A batch of B images has B / K groups of K images. Each epoch has every image, in new groups in a new order.
+    With --accumulate and --devices each part has whole groups. 0: all images in random order."""
     seed: int = 0
     """Seed of the split of identities, the initial weights, the order of images and the augmentation."""
     test_fraction: float = 0.2
@@ -202,9 +210,15 @@ class TrainConfig:
                 raise ValueError(f"{name} must be at most batch_size ({self.batch_size}), got {getattr(self, name)}")
         if self.backbone_options and self.backbone is None:
             raise ValueError("backbone_options need a --backbone")
-        for name in ("workers", "seed"):
+        for name in ("workers", "seed", "images_per_identity"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        images = self.images_per_identity
+        if images == 1 or 2 * images * self.accumulate > self.batch_size:
+            raise ValueError(
+                "images_per_identity must be 0, or from 2 to half of the images of a micro-batch "
+                f"({self.batch_size // (2 * self.accumulate)}), got {images}"
+            )
         if self.seed > MAX_SEED:
             raise ValueError(f"seed must be at most {MAX_SEED}, got {self.seed}")
         if not 0 <= self.test_fraction < 1:
@@ -221,6 +235,8 @@ class TrainConfig:
 
     def _in_backward_obstacle(self) -> str | None:
         """An option with which the backward cannot step the class weights, and its value."""
+        if not self.loss.has_class_weights:
+            return f"loss.name {self.loss.name}, which has none"
         if self.accumulate > 1:
             return f"accumulate {self.accumulate}"
         if self.precision == "16-mixed":  # scales the loss
@@ -243,7 +259,8 @@ class TrainConfig:
         """Default options for a source of images, a network and a loss."""
         model = ModelConfig.of(network)
         settings = LossConfig.small_data(loss) if data in EMBEDDED else LossConfig(loss)
-        config = cls(data=data, network=network, model=model, loss=settings)
+        images = 0 if settings.has_class_weights else IMAGES_PER_IDENTITY
+        config = cls(data=data, network=network, model=model, loss=settings, images_per_identity=images)
         if data == "glyphs":
             return config
         if data == "digits":

@@ -73,10 +73,14 @@ def export(checkpoint: Path, output: Path | None, console: Console, own_backbone
 
 
 def _write_classes(output: Path, config: TrainConfig, state: dict[str, Any]) -> str:
-    """Write the class weights and the identities of their rows; return a description."""
-    weight = stored_class_weight(config.loss, criterion_state(state)).float().numpy()
-    np.save(output / CLASSES_NAME, weight)
-    description = f"{output / CLASSES_NAME}: class weights {weight.shape}"
+    """Write the class weights, if there are any, and the identities of their rows; return a description."""
+    weight = stored_class_weight(config.loss, criterion_state(state))
+    if weight is None:
+        for name in (CLASSES_NAME, IDENTITIES_NAME):
+            (output / name).unlink(missing_ok=True)  # a file of another export is of another network
+        return f"{config.loss.name} has no class weights"
+    np.save(output / CLASSES_NAME, weight.float().numpy())
+    description = f"{output / CLASSES_NAME}: class weights {tuple(weight.shape)}"
     if "identities" not in state:
         (output / IDENTITIES_NAME).unlink(missing_ok=True)  # a file of another export has other rows
         return f"{description}; the checkpoint of an older version has no names of the identities"

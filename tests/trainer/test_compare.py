@@ -105,6 +105,17 @@ def test_table():
     assert markdown(["x", "y"], [["1", "2"]]) == "| x | y |\n| --- | ---: |\n| 1 | 2 |\n"
 
 
+def test_losses_without_class_weights_have_no_sep(config):
+    config = dataclasses.replace(config, losses=("arcface", "triplet"), seeds=(3,))
+    report = compare(config, Console(quiet=True))
+    assert report["losses"]["triplet"]["seeds"][0]["sep_mean"] is None
+    lines = (config.output / "compare.md").read_text().splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert cells[3][0] == "triplet" and cells[3][4:6] == ["", ""] and all(cells[2]) and cells[3][6]
+    assert "triplet" in read_page(config.output / "compare.html").text
+    assert clear_best({name: [*loss["seeds"]] * 2 for name, loss in report["losses"].items()}).get("sep_mean") is None
+
+
 def test_best_is_marked_beyond_the_spread():
     def seeds(*accuracies, **others):
         return [

@@ -18,7 +18,6 @@ from training_runs import assert_same_state, fit, train_and_die
 
 from fused_margin.trainer.config import TrainConfig
 from fused_margin.trainer.data import load_splits
-from fused_margin.trainer.data.base import DataError
 from fused_margin.trainer.data.config import AugmentationConfig
 from fused_margin.trainer.train.auxiliary import AuxiliaryConfig
 from fused_margin.trainer.train.checkpoint import FILE_NAME, load_checkpoint, save_checkpoint
@@ -72,6 +71,7 @@ DIVIDED = {
             center=0.01, ring=0.01, intra=1.0, inter=1.0, uniform=1.0, range=1.0, marginal=1.0, center_invariant=1e-3
         ),
     ),
+    "triplet": LossConfig("triplet", companions=AuxiliaryConfig(angular_triplet=0.1, contrastive=0.1, deepid2=0.01)),
 }
 
 
@@ -85,6 +85,7 @@ def partial_run(tiny_config, tmp_path, name):
         checkpoint_every=39 if name == "bfloat16" else 25,
         output=tmp_path / "partial_run",
         loss=DIVIDED[name],
+        images_per_identity=0 if DIVIDED[name].has_class_weights else 4,
     )
     trainer = Trainer(config, load_splits("digits", (8, 8), 1, 0.3, seed=0))
     config.output.mkdir()
@@ -99,15 +100,18 @@ def partial_run(tiny_config, tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    "name", ["arcface", *(pytest.param(name, marks=pytest.mark.slow) for name in ("l2-softmax", "companions"))]
+    "name",
+    ["arcface", *(pytest.param(name, marks=pytest.mark.slow) for name in ("l2-softmax", "companions", "triplet"))],
 )
 def test_two_processes_match_one(forks, partial_run, tmp_path, name):
-    """The two step the class weights in the backward, where the companions allow it, and the one by their gradient."""
+    """The two step the class weights in the backward, if they can, and the one by their gradient."""
     states = []
     for devices in (1, 2):
         output = tmp_path / str(devices)
         shutil.copytree(partial_run, output)
-        in_backward = "--optimizer.in-backward", devices == 2 and name != "companions"
+        in_backward: tuple[object, ...] = ("--optimizer.in-backward", devices == 2 and name != "companions")
+        if not DIVIDED[name].has_class_weights:
+            in_backward = ()
         printed = train(forks, "--resume", "--output", output, *in_backward, devices=devices)
         assert printed.count("Verification on 3 identities") == 1  # only one process prints
         assert (output / "report.json").exists()
@@ -253,10 +257,3 @@ def test_softmax_losses_in_two_processes(forks, tiny_options, tmp_path, name):
     assert model["criterion.loss_fn.weight"].shape == (7, 8)
     if name == "softmax":
         assert model["criterion.loss_fn.bias"].shape == (7,) and model["criterion.loss_fn.bias"].abs().min() > 0
-
-
-def test_triplet_loss_is_not_supported_on_several_devices(tiny_config):
-    loss = LossConfig(companions=AuxiliaryConfig(center=0.1, triplet=0.1))
-    config = dataclasses.replace(tiny_config, devices=2, loss=loss)
-    with pytest.raises(DataError, match="--devices 2: --loss.companions.triplet supports one process only"):
-        Trainer(config, load_splits("digits", (8, 8), 1, 0.3, seed=0))

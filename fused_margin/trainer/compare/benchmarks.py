@@ -136,7 +136,8 @@ def _values(report: Mapping[str, Any]) -> dict[str, float]:
         values |= {"rank1": last["rate"], "distractors": last["distractors"]}
     else:
         values["accuracy"] = result["accuracy"]
-    return values | {"sep_mean": report["separability"]["mean"], "sep_std": report["separability"]["std"]}
+    separability = report["separability"] or {}  # some losses have no class weights
+    return values | {"sep_mean": separability.get("mean"), "sep_std": separability.get("std")}
 
 
 def split_word(word: str) -> tuple[str, str]:

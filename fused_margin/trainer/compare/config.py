@@ -28,7 +28,7 @@ EPOCHS = 5  # of the images that need no download
 # Terms that choose the class weights in bfloat16, and their stochastic rounding.
 ROUNDINGS = {"bfloat16": True, "bfloat16-nearest": False}
 # Default weights of added terms, from their papers if possible.
-ADDED = {EXCLUSIVE: 1.0, "center": 0.003, "ring": 0.01, "center-invariant": 1e-5}
+ADDED = {EXCLUSIVE: 1.0, "center": 0.003, "ring": 0.01, "center-invariant": 1e-5, "deepid2": 0.05}
 TERMS = tuple(name.replace("_", "-") for name in ARGUMENTS)
 # Options of a configuration file that the command line has.
 COMMAND_OPTIONS = ("config", "output", "resume")

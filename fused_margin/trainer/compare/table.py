@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -37,7 +37,7 @@ MEASURES = (
 )  # of test identities, if there are no benchmarks
 STEP_TIME = "ms per step"
 HEADING_WIDTH = 12  # longer column headings are wrapped
-Rows = Mapping[str, Sequence[Mapping[str, float]]]  # results of each seed by loss
+Rows = Mapping[str, Sequence[Mapping[str, Any]]]  # results of each seed by loss
 
 
 def table(
@@ -52,12 +52,20 @@ def table(
     for loss, seeds in rows.items():
         line = [loss]
         for measure in measures:
-            mean, std = mean_std([measured[measure.key] for measured in seeds])
+            if not (values := measured_values(seeds, measure)):
+                line.append("")
+                continue
+            mean, std = mean_std(values)
             line.append(measure.text(mean) + ("" if std is None else f" ± {measure.text(std)}"))
         if step_ms is not None:
             line.append("" if step_ms[loss] is None else f"{step_ms[loss]:.1f}")
         lines.append(line)
     return ["loss", *(measure.heading for measure in measures), *([] if step_ms is None else [STEP_TIME])], lines
+
+
+def measured_values(seeds: Sequence[Mapping[str, Any]], measure: Measure) -> list[float]:
+    """The values of a measure that are known. Losses without class weights have no Sep."""
+    return [value for measured in seeds if (value := measured[measure.key]) is not None]
 
 
 def mean_std(values: Sequence[float]) -> tuple[float, float | None]:
@@ -76,9 +84,9 @@ def clear_best(rows: Rows, measures: Sequence[Measure] = MEASURES) -> dict[str, 
         if not measure.better:
             continue
         results = {
-            loss: mean_std([measure.better * measured[measure.key] for measured in seeds])
+            loss: mean_std([measure.better * value for value in values])
             for loss, seeds in rows.items()
-            if loss != RANDOM
+            if loss != RANDOM and (values := measured_values(seeds, measure))
         }
         for loss, (mean, std) in results.items():
             others = [result for name, result in results.items() if name != loss]

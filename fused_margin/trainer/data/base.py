@@ -131,10 +131,18 @@ class TrainingBatches(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         first_epoch, skip = divmod(self.start_step, self.steps_per_epoch)
         for epoch in range(first_epoch, self.epochs):
-            order = torch.randperm(self.num_images, generator=seeded_generator(self.seed, epoch))
-            for indices in order.tensor_split(self.steps_per_epoch)[skip:]:
-                yield indices.tensor_split(self.parts)[self.number].tolist()
+            for indices in self.epoch_batches(epoch)[skip:]:
+                yield self.own_part(indices).tolist()
             skip = 0
+
+    def epoch_batches(self, epoch: int) -> Sequence[Tensor]:
+        """The indices of each batch of an epoch, over all parts."""
+        order = torch.randperm(self.num_images, generator=seeded_generator(self.seed, epoch))
+        return order.tensor_split(self.steps_per_epoch)
+
+    def own_part(self, indices: Tensor) -> Tensor:
+        """This process's part of a batch."""
+        return indices.tensor_split(self.parts)[self.number]
 
 
 def data_loader(images: ImageSet, batches: Sampler[list[int]], workers: int) -> DataLoader[Batch]:

@@ -34,13 +34,14 @@ STYLE = matplotlib.RcParams(
 
 
 def draw_report(path: Path, title: str, evaluation: Evaluation, losses: list[float], epochs: int) -> None:
-    """Write the figure of a training to `path`: ROC curve (if verified), separability and loss."""
-    verified = evaluation.verification
+    """Write the figure of a training to `path`: ROC curve (if verified), separability (if known) and loss."""
+    verified, nearest_cosine = evaluation.verification, evaluation.nearest_cosine
     with matplotlib.rc_context(STYLE):
-        figure, axes = _panels(2 if verified is None else 3)
+        figure, axes = _panels(1 + (verified is not None) + (nearest_cosine is not None))
         if verified is not None:
             _draw_roc(axes[0], verified.summary)
-        _draw_separability(axes[-2], evaluation.nearest_cosine)
+        if nearest_cosine is not None:
+            _draw_separability(axes[-2], nearest_cosine)
         _draw_loss(axes[-1], losses, epochs)
         _save(figure, path, title)
 
@@ -60,7 +61,7 @@ def draw_evaluation(
 
 def _panels(number: int) -> tuple[Figure, np.ndarray]:
     figure = Figure(figsize=(5 * number, 4.8), layout="constrained")
-    return figure, figure.subplots(1, number)
+    return figure, figure.subplots(1, number, squeeze=False)[0]
 
 
 def _save(figure: Figure, path: Path, title: str) -> None:

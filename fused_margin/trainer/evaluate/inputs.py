@@ -85,7 +85,8 @@ class TrainedNetwork:
             DataError: the images have changed since the training, or cannot be read.
         """
         config = self.config
-        class_weight = stored_class_weight(config.loss, criterion_state(self.state)).numpy()
+        weight = stored_class_weight(config.loss, criterion_state(self.state))
+        class_weight = None if weight is None else weight.numpy()
         backbone = restore_backbone(config, self.state, self.path)
         backbone = channels_last(backbone).to(device)
         if self.megaface is not None:
@@ -172,7 +173,7 @@ class TrainedNetwork:
 
 
 def verification_features(
-    verification_set: VerificationSet, embedded: Embedded, class_weight: np.ndarray, folds: int | None = None
+    verification_set: VerificationSet, embedded: Embedded, class_weight: np.ndarray | None, folds: int | None = None
 ) -> FeatureSet:
     """Features of a verification set. Unreadable frames of videos are skipped; unreadable images are an error.
 

@@ -111,8 +111,10 @@ class Evaluation:
     """Results on the test identities, and of the class weights."""
 
     verification: Verification | None  # None: there are no test identities
-    nearest_cosine: np.ndarray  # (num_classes,) cosine of each class weight to its nearest other
-    separability: tuple[float, float]  # mean and standard deviation of nearest_cosine
+    nearest_cosine: (
+        np.ndarray | None
+    )  # (num_classes,) cosine of each class weight to its nearest other, if there are any
+    separability: tuple[float, float] | None  # mean and standard deviation of nearest_cosine
     unreadable: list[str]
 
 
@@ -160,13 +162,13 @@ def embed(
 
 def evaluate(
     backbone: nn.Module,
-    class_weight: Tensor,
+    class_weight: Tensor | None,
     splits: Splits,
     config: TrainConfig,
     device: torch.device,
 ) -> Evaluation:
-    """Verify the backbone on pairs of test images, if any, and measure the separability of the class weights."""
-    nearest_cosine, separability = separation(class_weight)
+    """Verify the backbone on pairs of test images, and measure the separability of the class weights, if any."""
+    nearest_cosine, separability = (None, None) if class_weight is None else separation(class_weight)
     if not len(splits.test):
         return Evaluation(None, nearest_cosine, separability, [])
     options = config.evaluation

@@ -110,9 +110,11 @@ def _panel(title: str, trainer: Trainer, splits: Splits) -> DrawnPanel:
     train, test = (
         embed(trainer.backbone, images, trainer.fabric.device, mirror=False) for images in (splits.train, splits.test)
     )
+    loss_fn, weight = trainer.model.criterion.loss_fn, trainer.class_weight
+    assert isinstance(loss_fn, fm.MarginLoss | fm.SoftmaxLoss) and weight is not None  # as all losses of PANELS
     with torch.no_grad():
-        logits = trainer.model.criterion.loss_fn.logits(torch.from_numpy(test.features))
-    class_weight = trainer.class_weight.numpy()
+        logits = loss_fn.logits(torch.from_numpy(test.features))
+    class_weight = weight.numpy()
     geometry = measure(test.features, test.labels, class_weight, logits.argmax(dim=1).numpy())
     return DrawnPanel(title, train.features, train.labels, test.features, test.labels, class_weight, geometry)
 

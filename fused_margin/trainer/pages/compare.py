@@ -13,7 +13,7 @@ from fused_margin.evaluation.plurals import counted
 
 from ..compare.benchmarks import Benchmark
 from ..compare.config import CompareConfig
-from ..compare.table import RANDOM, STEP_TIME, Measure, Rows, clear_best, mean_std, unresolved_note
+from ..compare.table import RANDOM, STEP_TIME, Measure, Rows, clear_best, mean_std, measured_values, unresolved_note
 from ..train.named_losses import described_settings
 from .charts import Chart
 from .plots import Measurements, rows_chart
@@ -90,7 +90,7 @@ def _results(rows: Rows, measures: Sequence[Measure], best: Mapping[str, str]) -
     results = []
     for measure in measures:
         if (loss := best.get(measure.key)) is not None:
-            number = _number([measured[measure.key] for measured in rows[loss]], measure)
+            number = _number(measured_values(rows[loss], measure), measure)
             results.append(Result(measure.heading, number, f"{loss}, the best beyond the spread"))
     return results
 
@@ -113,8 +113,8 @@ def _table(
     for loss, seeds in rows.items():
         line: list[str | Number] = [loss]
         for measure in measures:
-            values = [measured[measure.key] for measured in seeds]
-            line.append(_number(values, measure, best=best.get(measure.key) == loss))
+            values = measured_values(seeds, measure)
+            line.append(_number(values, measure, best=best.get(measure.key) == loss) if values else "")
         if step_ms is not None:
             milliseconds = step_ms[loss]
             line.append("" if milliseconds is None else Number(milliseconds, f"{milliseconds:.1f}"))
@@ -139,9 +139,11 @@ def _charts(rows: Rows, measures: Sequence[Measure], step_ms: Mapping[str, float
             continue
         measured = []
         for loss, seeds in rows.items():
-            values = [(100 if measure.is_percent else 1) * seed[measure.key] for seed in seeds]
-            measured.append(Measurements(loss, *mean_std(values), values))
-        charts.append(rows_chart(measure.title, measure.label, measured, ".2f" if measure.is_percent else ".3f"))
+            values = [(100 if measure.is_percent else 1) * value for value in measured_values(seeds, measure)]
+            if values:
+                measured.append(Measurements(loss, *mean_std(values), values))
+        if measured:
+            charts.append(rows_chart(measure.title, measure.label, measured, ".2f" if measure.is_percent else ".3f"))
     timed = [Measurements(loss, time, None, [time]) for loss, time in (step_ms or {}).items() if time is not None]
     if timed:
         charts.append(rows_chart("Time of a step", "milliseconds, median, lower is faster", timed, ".1f"))

@@ -46,14 +46,14 @@ def write_training_page(
     """
     data, verification = report["data"], evaluation.verification
     source = short_path(config.data)
-    separability = separability_result(report["separability"])
+    separability = [] if report["separability"] is None else [separability_result(report["separability"])]
     values = {
         "kind": "training",
         "title": f"{config.loss.name} on {source}",
         "lead": _lead(report, config),
-        "results": [separability],
+        "results": separability,
         "notes": [NOT_VERIFIED],
-        "charts": [separability_chart(evaluation.nearest_cosine)],
+        "charts": [] if evaluation.nearest_cosine is None else [separability_chart(evaluation.nearest_cosine)],
         "folds": None,
         "mistakes": [],
         "pictures": "",
@@ -78,7 +78,7 @@ def write_training_page(
         verified = report["verification"]
         accuracy = percent(verified["accuracy"], verified["accuracy_std"])
         over = f"mean ± standard deviation over {counted(len(verified['fold_accuracy']), 'fold')}"
-        values["results"] = [Result("Verification accuracy", accuracy, over), *score_results(verified), separability]
+        values["results"] = [Result("Verification accuracy", accuracy, over), *score_results(verified), *separability]
         values["notes"] = []
         values["charts"] = [*_verification_charts(verification), *values["charts"]]
         values["folds"] = fold_table(verified, "cosine")
@@ -154,16 +154,21 @@ def _network_facts(report: Mapping[str, Any], config: TrainConfig) -> list[tuple
 
 def _optimizer_facts(config: TrainConfig) -> list[tuple[str, Any]]:
     optimizer = config.optimizer
+    class_lr, stepped = (
+        f"{optimizer.class_lr:g}",
+        "in the backward" if config.steps_in_backward else "after the backward",
+    )
+    has_class_weights = config.loss.has_class_weights
     return [
         ("optimizer", "SGD"),
         ("learning rate", f"{optimizer.lr:g}"),
-        ("of class weights", f"{optimizer.class_lr:g}"),
+        *([("of class weights", class_lr)] if has_class_weights else []),
         ("schedule", _schedule(optimizer)),
         ("momentum", f"{optimizer.momentum:g}"),
         ("weight decay", f"{optimizer.weight_decay:g}"),
         ("gradient clipped to", f"{optimizer.clip_norm:g}"),
         ("moving average", f"decay {optimizer.ema:g}" if optimizer.ema else "none"),
-        ("class weights stepped", "in the backward" if config.steps_in_backward else "after the backward"),
+        *([("class weights stepped", stepped)] if has_class_weights else []),
     ]
 
 
@@ -181,6 +186,7 @@ def _run_facts(report: Mapping[str, Any], config: TrainConfig) -> list[tuple[str
         ("epochs", f"{config.epochs:,}"),
         ("steps", f"{report['training']['steps']:,}"),
         ("batch size", f"{config.batch_size:,}{micro_batches}"),
+        ("images per identity", config.images_per_identity or "in random order"),
         ("seed", config.seed),
         ("resumed", "yes" if config.resume else "no"),
         ("device", f"{report['device']}, {counted(config.devices, 'process', 'processes')}"),

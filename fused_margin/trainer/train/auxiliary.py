@@ -8,15 +8,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch.distributed as dist
-from pytorch_metric_learning.distances import LpDistance
-from pytorch_metric_learning.losses import ContrastiveLoss, TripletMarginLoss
-from pytorch_metric_learning.miners import TripletMarginMiner
 from torch import Tensor, nn
 
 import fused_margin as fm
 from fused_margin.losses.auxiliary_base import AuxiliaryLoss
-
-ONE_PROCESS = ("triplet", "contrastive")  # auxiliary losses that cannot compare samples of several processes
 
 # Arguments of each auxiliary loss. Its weight in AuxiliaryConfig has the same name.
 ARGUMENTS = {
@@ -29,7 +24,9 @@ ARGUMENTS = {
     "marginal": ("embeddings", "labels"),
     "center_invariant": ("embeddings", "labels"),
     "triplet": ("embeddings", "labels"),
+    "angular_triplet": ("embeddings", "labels"),
     "contrastive": ("embeddings", "labels"),
+    "deepid2": ("embeddings", "labels"),
 }
 # Settings of the range and marginal loss: finite numbers that are not negative.
 PAIR_SETTINGS = ("range_margin", "range_alpha", "range_beta", "marginal_theta", "marginal_xi")
@@ -62,20 +59,34 @@ class AuxiliaryConfig:
     """Weight of center-invariant loss, which pulls the norms of the class centers to their mean.
     Published example: 0.00001. The paper adds center loss too."""
     triplet: float = 0.0
-    """Weight of triplet loss on the squared distances of unit-length embeddings (FaceNet).
-    Its memory grows with the cube of the batch size."""
+    """Weight of triplet loss on the squared distances of unit-length embeddings (FaceNet)."""
+    angular_triplet: float = 0.0
+    """Weight of triplet loss on angles (ArcFace's comparison)."""
     contrastive: float = 0.0
-    """Weight of contrastive loss on the distances of unit-length embeddings. DeepID2: 0.05, with softmax."""
+    """Weight of contrastive loss on the distances of embeddings."""
+    deepid2: float = 0.0
+    """Weight of DeepID2's verification loss, whose margin is the threshold of recent pairs. Paper: 0.05, with softmax."""
     triplet_margin: float = 0.2
     """Margin of the triplet loss, between an anchor's squared distances to the negative and to the positive."""
-    triplet_mining: Literal["all", "hard", "semihard"] = "semihard"
-    """Which of the triplets that violate the margin are used.
+    angular_triplet_margin: float = 0.35
+    """Margin of the angular triplet loss, in radians."""
+    triplet_mining: Literal["all", "hard", "semihard", "nearest-semihard", "batch-hard"] = "semihard"
+    """Which of the triplets that violate the margin are used, by both triplet losses.
     all: every triplet.
     hard: negative closer than the positive.
-    semihard: negative farther than the positive."""
+    semihard: negative farther than the positive.
+    nearest-semihard: the nearest of these, for each anchor and positive.
+    batch-hard: the farthest positive and the nearest negative, for each anchor."""
     contrastive_margins: tuple[float, float] = (0.0, 1.0)
     """Margins of the contrastive loss: the distance below which genuine pairs have no loss,
     and the distance above which impostor pairs have none."""
+    contrastive_form: Literal["hadsell", "squared-distance", "double-margin"] = "hadsell"
+    """Form of the contrastive loss, with the distance D and its margins p and n.
+    hadsell: max(0, D - p)^2 / 2 and max(0, n - D)^2 / 2.
+    squared-distance: max(0, D^2 - p) / 2 and max(0, n - D^2) / 2.
+    double-margin: max(0, D - p) and max(0, n - D)."""
+    contrastive_normalize: bool = True
+    """Whether the contrastive loss scales embeddings to unit length."""
     range_k: int = 2
     """Number of largest distances within a class that the range loss uses."""
     range_margin: float = 2e4
@@ -90,7 +101,7 @@ class AuxiliaryConfig:
     """Error margin of the marginal loss on both sides of --loss.companions.marginal-theta."""
 
     def __post_init__(self) -> None:
-        for name in (*ARGUMENTS, "triplet_margin", *PAIR_SETTINGS):
+        for name in (*ARGUMENTS, "triplet_margin", "angular_triplet_margin", *PAIR_SETTINGS):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"loss.companions.{name} must be finite and not negative, got {getattr(self, name)}")
         if self.range_k < 1:
@@ -107,7 +118,7 @@ class AuxiliaryConfig:
 
 
 class AuxiliaryLosses(nn.Module):
-    """Embeddings (N, D), class weights (C, D) and labels (N,) to the weighted auxiliary losses, by name."""
+    """Embeddings (N, D), class weights (C, D) or None, and labels (N,) to the weighted auxiliary losses, by name."""
 
     def __init__(
         self,
@@ -118,6 +129,8 @@ class AuxiliaryLosses(nn.Module):
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
+        mining = config.triplet_mining
+        positive_margin, margin = config.contrastive_margins
         make: dict[str, Callable[[], nn.Module]] = {
             "center": lambda: fm.CenterLoss(num_classes, embedding_size, process_group=process_group),
             "ring": lambda: fm.RingLoss(process_group=process_group),
@@ -135,8 +148,19 @@ class AuxiliaryLosses(nn.Module):
             "center_invariant": lambda: fm.CenterInvariantLoss(
                 num_classes, embedding_size, process_group=process_group
             ),
-            "triplet": lambda: TripletLoss(config.triplet_margin, config.triplet_mining),
-            "contrastive": lambda: PairLoss(*config.contrastive_margins),
+            "triplet": lambda: fm.TripletLoss(config.triplet_margin, mining=mining, process_group=process_group),
+            "angular_triplet": lambda: fm.AngularTripletLoss(
+                config.angular_triplet_margin, mining=mining, process_group=process_group
+            ),
+            "contrastive": lambda: fm.ContrastiveLoss(
+                margin,
+                positive_margin,
+                form=config.contrastive_form,
+                normalize=config.contrastive_normalize,
+                average="separate-nonzero",  # most pairs of a batch are impostors beyond the margin
+                process_group=process_group,
+            ),
+            "deepid2": lambda: fm.DeepID2Loss(process_group=process_group),
         }
         self.weights = config.weights()
         self.losses = nn.ModuleDict({name: make[name]() for name in self.weights})
@@ -156,39 +180,9 @@ class AuxiliaryLosses(nn.Module):
             for buffer in loss_fn.class_buffers()
         ]
 
-    def forward(self, embeddings: Tensor, class_weight: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def forward(self, embeddings: Tensor, class_weight: Tensor | None, labels: Tensor) -> dict[str, Tensor]:
         given = {"embeddings": embeddings.float(), "class_weight": class_weight, "labels": labels}
         return {
             name: weight * self.losses[name](*(given[argument] for argument in ARGUMENTS[name]))
             for name, weight in self.weights.items()
         }
-
-
-class TripletLoss(nn.Module):
-    """``max(0, |a - p|^2 - |a - n|^2 + margin)`` of unit-length embeddings (FaceNet, arXiv:1503.03832, eq. 2).
-
-    The mean over the mined triplets with a loss above 0. Memory is O(N^3) for N embeddings.
-    """
-
-    def __init__(self, margin: float, mining: str) -> None:
-        super().__init__()
-        distance = LpDistance(normalize_embeddings=True, p=2, power=2)
-        self.miner = TripletMarginMiner(margin, type_of_triplets=mining, distance=distance)
-        self.loss_fn = TripletMarginLoss(margin, distance=distance)
-
-    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        return self.loss_fn(embeddings, labels, self.miner(embeddings, labels))
-
-
-class PairLoss(ContrastiveLoss):
-    """DeepID2's verification loss (arXiv:1406.4773, eq. 2) on the distances d of unit-length embeddings.
-
-    ``max(0, d - positive)^2 / 2`` for genuine pairs and ``max(0, negative - d)^2 / 2`` for impostor pairs. The result
-    is the sum of both means, each over the pairs with a loss above 0.
-    """
-
-    def __init__(self, positive: float, negative: float) -> None:
-        super().__init__(positive, negative, distance=LpDistance(normalize_embeddings=True, p=2, power=1))
-
-    def get_per_pair_loss(self, pair_dists: Tensor, pos_or_neg: str) -> Tensor:
-        return super().get_per_pair_loss(pair_dists, pos_or_neg).square() / 2

@@ -1,4 +1,4 @@
-"""The training criterion: the main loss, auxiliary losses, and the class weights."""
+"""The training criterion: the main loss, auxiliary losses, and the class weights, if the loss has any."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fused_margin as fm
+from fused_margin.losses.base import ClassificationLoss
 
 from .auxiliary import AuxiliaryLosses
 from .named_losses import LOSSES, LossConfig, make_loss, make_small_loss
 
 
 class Criterion(nn.Module):
-    """Embeddings (N, D) and labels (N,) to the loss. It has the class weights.
+    """Embeddings (N, D) and labels (N,) to the loss. It has the class weights, if the loss has any.
 
     Attributes:
         last_parts: the main loss and the auxiliary losses of the last call, by name, detached.
@@ -36,14 +37,16 @@ class Criterion(nn.Module):
         for weight in self.projected_parameters():
             fm.optim.project_(weight)
         if config.weight_dtype != "float32":  # last, so that the same weights are drawn, and are rounded once
+            assert isinstance(self.loss_fn, ClassificationLoss)
             self.loss_fn.weight = nn.Parameter(self.loss_fn.weight.detach().to(getattr(torch, config.weight_dtype)))
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         parts = {self.name: self.loss_fn(embeddings, labels)}
         if self.companions.weights:
-            parts |= self.companions(
-                embeddings, class_directions(self.loss_fn.weight, self.loss_fn.sub_centers), labels
-            )
+            weight = None
+            if isinstance(self.loss_fn, ClassificationLoss):
+                weight = class_directions(self.loss_fn.weight, self.loss_fn.sub_centers)
+            parts |= self.companions(embeddings, weight, labels)
         self.last_parts = {name: part.detach() for name, part in parts.items()}
         return functools.reduce(torch.add, parts.values())
 
@@ -54,16 +57,22 @@ class Criterion(nn.Module):
 
     def projected_parameters(self) -> list[nn.Parameter]:
         """Class weights whose rows are kept at unit norm."""
-        return [self.loss_fn.weight] if self.projected else []
+        return [self.class_parameters()["weight"]] if self.projected else []
+
+    def class_parameters(self) -> dict[str, nn.Parameter]:
+        """Parameters with rows of classes, by their names in `loss_fn`."""
+        return self.loss_fn.class_parameters() if isinstance(self.loss_fn, ClassificationLoss) else {}
 
     def plain_parameters(self) -> list[nn.Parameter]:
-        """All other parameters: class weights with a norm, biases, learned scales and radii."""
+        """All other parameters: class weights with a norm, biases, learned scales, radii and weights of features."""
         projected = {id(weight) for weight in self.projected_parameters()}
         return [parameter for parameter in self.parameters() if id(parameter) not in projected]
 
     @property
-    def class_weight(self) -> Tensor:
-        """Class weights (C, D) in float32, detached; with sub-centers as `class_directions`."""
+    def class_weight(self) -> Tensor | None:
+        """Class weights (C, D) in float32, detached; with sub-centers as `class_directions`. None: there are none."""
+        if not isinstance(self.loss_fn, ClassificationLoss):
+            return None
         return class_directions(self.loss_fn.weight.detach().float(), self.loss_fn.sub_centers)
 
 
@@ -74,6 +83,9 @@ def class_directions(weight: Tensor, sub_centers: int) -> Tensor:
     return F.normalize(F.normalize(weight, dim=1).unflatten(0, (-1, sub_centers)).mean(1), dim=1)
 
 
-def stored_class_weight(config: LossConfig, criterion_state: Mapping[str, Tensor]) -> Tensor:
-    """Class weights (C, D) in float32, from the state dict of a `Criterion`."""
-    return class_directions(criterion_state["loss_fn.weight"].float(), make_small_loss(config).sub_centers)
+def stored_class_weight(config: LossConfig, criterion_state: Mapping[str, Tensor]) -> Tensor | None:
+    """Class weights (C, D) in float32, from the state dict of a `Criterion`. None: the loss has none."""
+    loss_fn = make_small_loss(config)
+    if not isinstance(loss_fn, ClassificationLoss):
+        return None
+    return class_directions(criterion_state["loss_fn.weight"].float(), loss_fn.sub_centers)

@@ -14,7 +14,6 @@ import fused_margin as fm
 from fused_margin.evaluation.errors import DataError
 
 from ..config import TrainConfig
-from .auxiliary import ONE_PROCESS
 
 
 def is_first_process() -> bool:
@@ -40,8 +39,6 @@ class Devices:
         if accelerator == "cuda" and config.devices > torch.cuda.device_count():
             raise DataError(f"--devices {config.devices}: there are {torch.cuda.device_count()} GPUs")
         several = config.devices > 1
-        if several and (alone := [name for name in config.loss.companions.weights() if name in ONE_PROCESS]):
-            raise DataError(f"--devices {config.devices}: --loss.companions.{alone[0]} supports one process only")
         self.fabric = Fabric(
             accelerator=accelerator,
             devices=config.devices,

@@ -19,10 +19,12 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import fused_margin as fm
 from fused_margin.distributed import Shard
 from fused_margin.evaluation.errors import DataError
+from fused_margin.losses.base import ClassificationLoss
 
 from ..config import TrainConfig
 from ..data.augment import augment
 from ..data.base import Splits, TrainingBatches, data_loader, seeded_generator, to_input
+from ..data.identity_batches import IdentityBatches, split_between_identities
 from ..models.build import build_backbone, channels_last, embedding_size
 from .checkpoint import CheckpointError, StartingWeights, identities_before, save_checkpoint
 from .criterion import Criterion
@@ -90,19 +92,26 @@ class Trainer:
         criterion.companions.count_images(splits.train.labels)
         self.model = Recognizer(channels_last(backbone), criterion).to(self.devices.device)
         self.num_parameters = sum(p.numel() for p in backbone.parameters())
-        self.batches = TrainingBatches(
-            len(splits.train),
-            config.batch_size,
-            config.epochs,
-            config.seed,
-            part=(self.devices.rank, self.devices.world_size),
-        )
+        part = self.devices.rank, self.devices.world_size
+        self.batches: TrainingBatches
+        if config.images_per_identity:
+            self.batches = IdentityBatches(
+                splits.train.labels,
+                config.images_per_identity,
+                config.batch_size,
+                config.epochs,
+                config.seed,
+                part=part,
+            )
+        else:
+            self.batches = TrainingBatches(len(splits.train), config.batch_size, config.epochs, config.seed, part=part)
         self.total_steps = len(self.batches)
         self._wrapped_backbone = self.fabric.setup_module(backbone)
         optimizer = self.fabric.setup_optimizers(make_optimizer(backbone, criterion, config.optimizer))
         assert not isinstance(optimizer, tuple)  # as for several optimizers
         self.optimizer = optimizer
         if config.steps_in_backward:
+            assert isinstance(criterion.loss_fn, ClassificationLoss)
             fm.optim.step_in_backward(
                 criterion.loss_fn,
                 optimizer.optimizer,
@@ -227,7 +236,10 @@ class Trainer:
     def train_step(self, images: Tensor, labels: Tensor) -> StepResult | None:
         """One step on this process's part of the images, which may be empty; None if all processes have none."""
         device = self.devices.device
-        sizes = [len(part) for part in labels.tensor_split(self.config.accumulate)]
+        if self.config.images_per_identity:
+            sizes = split_between_identities(labels, self.config.accumulate)
+        else:
+            sizes = [len(part) for part in labels.tensor_split(self.config.accumulate)]
         counts = self.devices.all_reduce_sum(torch.tensor(sizes)).tolist()  # of each micro-batch, over all processes
         if not sum(counts):
             return None
@@ -242,7 +254,7 @@ class Trainer:
         self.optimizer.zero_grad()
         losses: list[Tensor] = []
         parts: dict[str, Tensor] = {}
-        micro_batches = inputs.tensor_split(self.config.accumulate), labels.tensor_split(self.config.accumulate)
+        micro_batches = inputs.split(sizes), labels.split(sizes)
         for micro_inputs, micro_labels, count in zip(*micro_batches, counts, strict=True):
             if not count:
                 continue
@@ -273,9 +285,14 @@ class Trainer:
         return seeded_generator(self.config.seed, *stream, *own).initial_seed()
 
     @property
-    def class_weight(self) -> Tensor:
-        """Class weights (C, D) of all processes on rank 0, (0, D) on others; on the CPU. All ranks must call it."""
+    def class_weight(self) -> Tensor | None:
+        """Class weights (C, D) of all processes on rank 0, (0, D) on others; on the CPU. All ranks must call it.
+
+        None: the loss has none.
+        """
         own = self.criterion.class_weight
+        if own is None:
+            return None
         gathered = self.shard.gather_to_first(own)
         return own[:0].cpu() if gathered is None else gathered
 
@@ -321,7 +338,7 @@ class Trainer:
         """Names of per-class parameters in the model's state dict, and their numbers in the optimizer's."""
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         numbers = {parameter: number for number, parameter in enumerate(parameters)}
-        return {LOSS_PREFIX + name: numbers[p] for name, p in self.criterion.loss_fn.class_parameters().items()}
+        return {LOSS_PREFIX + name: numbers[p] for name, p in self.criterion.class_parameters().items()}
 
     def _sharded_buffers(self) -> list[str]:
         """Names of per-class buffers in the model's state dict."""

@@ -13,7 +13,8 @@ import torch
 import tyro
 
 import fused_margin as fm
-from fused_margin.losses.base import MarginLoss
+from fused_margin.losses.auxiliary import AuxiliaryLoss
+from fused_margin.losses.base import ClassificationLoss
 from fused_margin.losses.softmax import SoftmaxLoss
 from fused_margin.margins import CM1, CM2
 
@@ -21,7 +22,7 @@ from ..defaults import none_means
 from ..options import NamedOptions, suggestion
 from .auxiliary import ARGUMENTS, AuxiliaryConfig
 
-MainLoss = MarginLoss | SoftmaxLoss
+MainLoss = ClassificationLoss | AuxiliaryLoss  # the second has no class weights
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,11 @@ class NamedLoss:
     settings: Mapping[str, Any] = field(default_factory=dict)
     projected: bool = True  # the norm of class weights has no effect, so they are kept at unit norm
     refused: frozenset[str] = frozenset()  # arguments of the base class that this class does not support
+
+    @property
+    def has_class_weights(self) -> bool:
+        """Whether the loss has a weight per class. If not, it compares the samples of a batch."""
+        return issubclass(self.loss_class, ClassificationLoss)
 
 
 LOSSES = {
@@ -55,6 +61,10 @@ LOSSES = {
     "elasticface-plus": NamedLoss(fm.ElasticFaceLoss, {"by_difficulty": True, "std": 0.0175}),
     "curricularface": NamedLoss(fm.CurricularFaceLoss, refused=frozenset({"label_smoothing"})),
     "subcenter-arcface": NamedLoss(fm.SubCenterArcFaceLoss),
+    # A new network that sees hardest triplets only often maps all images to one point (FaceNet, section 3.2).
+    "triplet": NamedLoss(fm.TripletLoss, {"mining": "semihard"}, projected=False),
+    "angular-triplet": NamedLoss(fm.AngularTripletLoss, {"mining": "semihard"}, projected=False),
+    "contrastive": NamedLoss(fm.ContrastiveLoss, {"average": "separate"}, projected=False),
 }
 
 if TYPE_CHECKING:
@@ -124,6 +134,12 @@ class LossConfig:
         ):
             if given is not None and name not in accepted:
                 raise ValueError(f"loss.{name}: {self.name} has none, got {given}")
+        if not named.has_class_weights:
+            if self.weight_dtype != "float32":
+                raise ValueError(f"loss.weight_dtype: {self.name} has no class weights, got {self.weight_dtype}")
+            for name, weight in self.companions.weights().items():
+                if "class_weight" in ARGUMENTS[name]:
+                    raise ValueError(f"loss.companions.{name}: {self.name} has no class weights, got {weight}")
         for name, value in self.options.items():
             if name not in (known := options_of(named)):
                 names = ", ".join(sorted(known))
@@ -142,6 +158,10 @@ class LossConfig:
     def small_data(cls, name: str) -> LossConfig:
         """Settings for the images that need no download."""
         return cls(name, **SMALL_DATA.get(name, {}))
+
+    @property
+    def has_class_weights(self) -> bool:
+        return LOSSES[self.name].has_class_weights
 
     def other_gradient(self) -> str | None:
         """An option that adds a gradient of the class weights outside the backward of the loss, and its value."""
@@ -203,7 +223,7 @@ def described_settings(config: LossConfig) -> list[tuple[str, str]]:
     described += [
         (f"{name.replace('_', '-')} loss", f"{weight:g}") for name, weight in config.companions.weights().items()
     ]
-    return [*described, ("class weights", config.weight_dtype)]
+    return [*described, ("class weights", config.weight_dtype if config.has_class_weights else "none")]
 
 
 def options_by_loss() -> dict[str, dict[str, Any]]:
@@ -212,8 +232,9 @@ def options_by_loss() -> dict[str, dict[str, Any]]:
 
 
 def _described_options() -> str:
-    """Help of `LossConfig.options`: the options of all losses, of most losses, and of single losses."""
-    options = options_by_loss()
+    """Help of `LossConfig.options`: the options of all losses with class weights, of most, and of single losses."""
+    every = options_by_loss()
+    options = {loss: own for loss, own in every.items() if LOSSES[loss].has_class_weights}
     angular = options["arcface"]
     shared = {name: value for name, value in angular.items() if all(name in own for own in options.values())}
     most = {name: value for name, value in angular.items() if name not in shared}
@@ -222,7 +243,7 @@ def _described_options() -> str:
         "Other arguments of the loss, such as std=0.1 by_difficulty=True or margins=0.3,0.6.",
         "They are documented in the classes of fused_margin.",
         "Options given here replace all defaults of --loss.options that are shown below.",
-        "Options and their defaults:",
+        "Options and their defaults, of losses with class weights:",
         f"all losses: {_assignments(shared)}",
         f"all but {', '.join(without)}: {_assignments(most)}",
     ]
@@ -233,6 +254,8 @@ def _described_options() -> str:
         if special:
             alone.setdefault(_assignments(special), []).append(loss)
     lines += [f"{', '.join(losses)}: {words}" for words, losses in alone.items()]
+    lines += ["Of losses without class weights:"]
+    lines += [f"{loss}: {_assignments(own)}" for loss, own in every.items() if loss not in options]
     return "\n ".join(lines)
 
 
@@ -253,7 +276,8 @@ def _papers_values(name: str) -> str:
 
 OF_PAPER = "the value of the loss's paper"
 MARGIN_HELP = (
-    "Margin of the loss: an angle in radians, a cosine for cosface and am-softmax, a factor on the angle for l-softmax and sphereface."
+    "Margin of the loss: an angle in radians, a cosine for cosface and am-softmax, a factor on the angle for l-softmax and"
+    " sphereface, a squared distance for triplet, a distance for contrastive."
     f" None selects the value of the loss's paper: {_papers_values('margin')}."
 )
 SCALE_HELP = (
@@ -273,10 +297,13 @@ def make_small_loss(config: LossConfig) -> MainLoss:
 def make_loss(config: LossConfig, num_classes: int, embedding_size: int, **overrides: Any) -> MainLoss:
     """The configured loss; `overrides` are further arguments of its constructor."""
     named = LOSSES[config.name]
-    arguments = {**named.settings, **config.options, **overrides}
+    accepted = accepted_arguments(named.loss_class)
+    sizes = {"num_classes": num_classes, "embedding_size": embedding_size}
+    arguments = {**{name: size for name, size in sizes.items() if name in accepted}, **named.settings}
+    arguments |= {**config.options, **overrides}
     for name in ("margin", "scale"):
         if getattr(config, name) is not None:
             arguments[name] = getattr(config, name)
     if config.exclusive_weight:
         arguments["exclusive_weight"] = config.exclusive_weight
-    return named.loss_class(num_classes, embedding_size, **arguments)
+    return named.loss_class(**arguments)

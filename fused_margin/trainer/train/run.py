@@ -82,7 +82,7 @@ def run(config: TrainConfig, console: Console) -> dict[str, Any]:
         return _join_verification(trainer)
     output.mkdir(parents=True, exist_ok=True)
     write_file(output / CONFIG_NAME, config.to_file_values())
-    with closing(RunLog(output, trainer.step, [*trainer.logged_names, *_result_names(splits)])) as log:
+    with closing(RunLog(output, trainer.step, [*trainer.logged_names, *_result_names(config, splits)])) as log:
 
         def save() -> None:
             log.flush()  # a resumed run does not repeat these steps
@@ -117,7 +117,7 @@ def _verify(
     unreadable = sorted(devices.union(trainer.unreadable).union(evaluation.unreadable))
     devices.fabric.barrier()
     report = _report(config, trainer, splits, evaluation, unreadable)
-    log.write(trainer.step, _logged(report, splits))
+    log.write(trainer.step, _logged(report, config, splits))
     if report["verification"] is None:
         title = f"{config.data}: trained on all {counted_identities(splits.train.num_classes)}"
     else:
@@ -150,7 +150,7 @@ def _report(
     evaluation: Evaluation,
     unreadable: list[str],
 ) -> dict[str, Any]:
-    mean, std = evaluation.separability
+    separability = evaluation.separability
     averaged = averaged_steps(len(trainer.losses))
     return {
         "data": {
@@ -166,7 +166,8 @@ def _report(
             "skipped": dict(splits.skipped),
         },
         "verification": None if evaluation.verification is None else _verification_values(evaluation.verification),
-        "separability": {"mean": mean, "std": std},
+        # None: the loss has no class weights.
+        "separability": None if separability is None else dict(zip(("mean", "std"), separability, strict=True)),
         "training": {
             "steps": trainer.step,
             "first_loss": _mean(trainer.losses[:averaged]),
@@ -204,16 +205,17 @@ def averaged_steps(steps: int) -> int:
     return max(1, min(MAX_AVERAGE, steps // 8))
 
 
-def _result_names(splits: Splits) -> list[str]:
+def _result_names(config: TrainConfig, splits: Splits) -> list[str]:
     """Names of the results that are logged after the training."""
     verification = ["verification/accuracy", "verification/auc", "verification/tar_at_far"] if len(splits.test) else []
-    return [*verification, "separability/mean", "separability/std"]
+    separability = ["separability/mean", "separability/std"] if config.loss.has_class_weights else []
+    return [*verification, *separability]
 
 
-def _logged(report: dict[str, Any], splits: Splits) -> dict[str, float]:
+def _logged(report: dict[str, Any], config: TrainConfig, splits: Splits) -> dict[str, float]:
     """The results by their logged names; without the TAR if there are too few impostors for the FAR."""
     results = {}
-    for name in _result_names(splits):
+    for name in _result_names(config, splits):
         part, measure = name.split("/")
         if measure != "tar_at_far" or report[part]["far_resolved"]:
             results[name] = report[part][measure]
@@ -261,7 +263,8 @@ def _print_report(console: Console, report: dict[str, Any], output: Path) -> Non
         )
         for row in score_rows(verification):
             table.add_row(*row)
-    table.add_row("Sep of the class weights", f"{separability['mean']:.3f} ± {separability['std']:.3f}")
+    if separability is not None:
+        table.add_row("Sep of the class weights", f"{separability['mean']:.3f} ± {separability['std']:.3f}")
     if training["last_loss"] is not None:
         averaged = training["averaged_steps"]
         steps = f"{averaged} steps" if averaged > 1 else "step"
