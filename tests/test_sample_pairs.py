@@ -265,6 +265,7 @@ def test_margin_is_the_threshold_of_the_pairs_seen_since_the_last_update():
             seen = []
         assert loss_fn.margin.item() == pytest.approx(margin.item(), rel=1e-6)
     assert loss_fn.recent_count == 91 * 2
+    assert loss_fn.half().margin.dtype == loss_fn.recent_distance.dtype == torch.float64
     state = {name: value.clone() for name, value in loss_fn.state_dict().items()}
     loss_fn.eval()(*batches[0])
     assert all(torch.equal(value, state[name]) for name, value in loss_fn.state_dict().items())

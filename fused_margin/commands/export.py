@@ -31,7 +31,7 @@ class ExportConfig:
     average is exported.
 
     Also writes the class weights, class_weight.npy (classes, size), and the identity of each of their rows,
-    identities.json.
+    identities.json, if the loss has class weights.
     """
 
     run: Annotated[

@@ -207,7 +207,9 @@ class DeepID2Loss(RunningState, SamplePairLoss):
 
     Attributes:
         margin: 0-d float64 buffer, m. NaN until it is known.
-        recent_distance, recent_genuine, recent_count: buffers of the pairs since the last update.
+        recent_distance: (update_every,) float64 buffer, distances of the pairs since the last update.
+        recent_genuine: (update_every,) bool buffer, whether these pairs are genuine.
+        recent_count: 0-d int64 buffer, the number of these pairs.
 
     Raises:
         ValueError, TypeError: for an invalid argument. The message names the argument, the expected and the given value.

@@ -77,7 +77,7 @@ class OptimizerConfig:
     in_backward: Annotated[bool | None, none_means("True wherever it can be done")] = None
     """Whether the backward steps the class weights, so that their gradient is never stored.
     The results differ by rounding only. A resumed run may have another value.
-    It cannot be done with --accumulate above 1, with --precision 16-mixed,
+    It cannot be done without class weights, with --accumulate above 1, with --precision 16-mixed,
     with the companions intra, inter and uniform, or with the exclusive term of softmax, l2-softmax and l-softmax."""
     stochastic_rounding: bool = True
     """Whether class weights and momentum in bfloat16 are rounded up or down at random, without bias.

@@ -203,6 +203,9 @@ def test_names():
     arcface = loss_config("arcface")
     assert arcface.exclusive_weight == 0 and arcface.margin == SMALL_DATA["arcface"]["margin"]
     assert loss_config("arcface+exclusive=0.5").exclusive_weight == 0.5
+    angular = loss_config("arcface+intra+inter+angular-triplet").companions  # a row of ArcFace's tables
+    assert angular.weights() == {"intra": 1.0, "inter": 1.0, "angular_triplet": 1.0}
+    assert loss_config("softmax+deepid2").companions.deepid2 == 0.05
     both = loss_config("cosface+exclusive+center=0.01")
     assert both.exclusive_weight == 1.0 and both.companions.center == 0.01
     added = loss_config("am-softmax+range=0.5+center-invariant").companions
