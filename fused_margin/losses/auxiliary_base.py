@@ -41,7 +41,7 @@ class AuxiliaryLoss(settings.Settings):
         "ignore_index": settings.integer,
         "workspace_mb": settings.WORKSPACE_MB,
     }
-    FIXED = ("process_group",)
+    FIXED: ClassVar[tuple[str, ...]] = ("process_group",)
     reduction: str
     ignore_index: int
     workspace_mb: float

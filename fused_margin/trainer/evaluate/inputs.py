@@ -143,7 +143,7 @@ class TrainedNetwork:
         self,
         images: MegafaceImages,
         backbone: nn.Module,
-        class_weight: np.ndarray,
+        class_weight: np.ndarray | None,
         device: torch.device,
         mirror: bool,
         workers: int,
