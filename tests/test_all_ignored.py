@@ -83,7 +83,9 @@ def test_linear_cross_entropy(margin):
 
 
 @pytest.mark.parametrize(
-    "loss_fn", [fm.RingLoss(), fm.RingLoss(2.0), fm.CenterLoss(C, D)], ids=["new", "ring", "center"]
+    "loss_fn",
+    [fm.RingLoss(), fm.RingLoss(2.0), fm.CenterLoss(C, D), fm.SelfGroupingLoss(D)],
+    ids=["new", "ring", "center", "groups"],
 )
 def test_auxiliary_losses(loss_fn):
     x = embeddings()

@@ -1,4 +1,4 @@
-"""Every public loss beside its naive form, called on the same inputs."""
+"""Every public loss, and the head of GroupFace, beside its naive form, called on the same inputs."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ class Case:
     takes: str = "EWL"  # arguments of the naive form: embeddings, class weights, labels, other parameters
     settings: dict[str, Any] = field(default_factory=dict)
     identities: int | None = None  # labels modulo this number, so that a batch has samples of one class
+    scalar: Callable[[Any], Tensor] = lambda value: value  # of what the module returns
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,15 @@ CASES = {
     "AngularTripletLoss": Case(fm.AngularTripletLoss, stateless(naive.angular_triplet), "EL", identities=4),
     "ContrastiveLoss": Case(fm.ContrastiveLoss, stateless(naive.contrastive), "EL", identities=4),
     "DeepID2Loss": Case(fm.DeepID2Loss, stateless(naive.deepid2), "EL", {"margin": 20.0}, identities=4),
+    "SelfGroupingLoss": Case(fm.SelfGroupingLoss, lambda inputs: naive.SelfGrouping(), "E"),
+    "SiameseL1Loss": Case(fm.SiameseL1Loss, stateless(naive.siamese_l1), "ELP"),
+    "GroupFace": Case(
+        fm.GroupFace,
+        stateless(naive.group_face),
+        "EP",
+        {"num_groups": 8},
+        lambda output: output.embeddings.square().mean(),
+    ),
     "ExclusiveRegularizer": Case(fm.ExclusiveRegularizer, stateless(naive.exclusive), "W"),
 }
 
@@ -93,9 +103,14 @@ def make_calls(name: str, shape: Shape, device: str) -> dict[str, Call]:
     case = CASES[name]
     inputs = make_inputs(shape, device, batches=1)
     torch.manual_seed(0)
-    sizes = {"num_classes": shape.classes, "embedding_size": shape.dim}
+    sizes = {
+        "num_classes": shape.classes,
+        "embedding_size": shape.dim,
+        "in_features": shape.dim,
+        "num_groups": shape.dim,
+    }
     accepted = inspect.signature(case.loss).parameters
-    module = case.loss(**{key: size for key, size in sizes.items() if key in accepted}, **case.settings).to(device)
+    module = case.loss(**{key: size for key, size in sizes.items() if key in accepted} | case.settings).to(device)
     parameters = dict(module.named_parameters())
     has_weight = "weight" in parameters
     labels = inputs.labels[0] % (case.identities or shape.classes)
@@ -112,7 +127,7 @@ def make_calls(name: str, shape: Shape, device: str) -> dict[str, Call]:
     copies = [each.detach().clone().requires_grad_() for each in parameters.values()]
     theirs = values | {"W": values["W"].detach().clone().requires_grad_()}
     return {
-        "ours": call(module, ours, values, list(parameters.values())),
+        "ours": call(lambda *arguments: case.scalar(module(*arguments)), ours, values, list(parameters.values())),
         "naive": call(case.naive(inputs), case.takes, theirs, copies),
     }
 

@@ -236,6 +236,41 @@ def deepid2(embeddings: Tensor, labels: Tensor) -> Tensor:
     return contrastive_of(F.pdist(embeddings), labels, 20.0)
 
 
+class SelfGrouping:
+    """The probabilities of recent samples are the state of the loss."""
+
+    def __init__(self) -> None:
+        self.recent: list[Tensor] = []
+
+    def __call__(self, group_logits: Tensor) -> Tensor:
+        probability = group_logits.detach().softmax(dim=1)
+        self.recent = [*self.recent, probability][-128:]
+        return F.cross_entropy(group_logits, (probability - torch.cat(self.recent).mean(dim=0)).argmax(dim=1))
+
+
+def group_face(features: Tensor, *parameters: Tensor) -> Tensor:
+    """The mean square of the embeddings, with a linear layer for each group."""
+    instance_weight, instance_bias, weights, biases, *decision = parameters
+    instance = F.linear(features, instance_weight, instance_bias)
+    hidden = instance
+    for weight, bias, slope in (decision[:3], decision[3:6]):
+        hidden = F.prelu(F.linear(hidden, weight, bias), slope)
+    probability = F.linear(hidden, *decision[6:]).softmax(dim=1)
+    size = len(instance_weight)
+    groups = [F.linear(features, w, b) for w, b in zip(weights.split(size), biases.split(size), strict=True)]
+    return (instance + sum(p[:, None] * g for p, g in zip(probability.t(), groups, strict=True))).square().mean()
+
+
+def siamese_l1(embeddings: Tensor, labels: Tensor, alpha: Tensor, bias: Tensor) -> Tensor:
+    unit = F.normalize(embeddings)
+    odds = bias - (unit[:, None] - unit).abs() @ alpha
+    same = labels[:, None] == labels
+    losses = F.binary_cross_entropy_with_logits(odds, same.to(odds.dtype), reduction="none")
+    other = torch.ones_like(same).triu(1)
+    kinds = [losses[other & same], losses[other & ~same]]
+    return sum((kind.mean() / 2 for kind in kinds if len(kind)), torch.zeros(()))
+
+
 def exclusive(weight: Tensor) -> Tensor:
     return nearest_class(weight)[0].mean()
 

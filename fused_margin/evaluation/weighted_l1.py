@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from sklearn.linear_model import LogisticRegression
@@ -12,21 +12,24 @@ from sklearn.preprocessing import StandardScaler
 
 from .checks import check_features, check_integers, check_pair_arrays
 
+if TYPE_CHECKING:
+    from fused_margin.losses import SiameseL1Loss
+
 BLOCK_VALUES = 2**23  # differences in memory at a time, 64 MiB in float64
 REGULARISATION = tuple(10.0**n for n in range(-4, 2))  # scikit-learn's C: the inverse of the L2 penalty's strength
 INNER_FOLDS = 3  # of the cross-validation that chooses C
 
 
 class WeightedL1Head(NamedTuple):
-    """DeepFace's weighted L1 distance of two features: the result of :func:`fit_head`.
+    """DeepFace's weighted L1 distance of two features: the result of :func:`fit_head`, or of a training.
 
     ``score = bias - sum_i alpha_i |f1_i - f2_i|`` is the log odds that two features belong to one identity.
 
     Attributes:
         alpha: (D,), of either sign.
         bias: the log odds at distance 0.
-        regularisation: the chosen C of scikit-learn's logistic regression.
-        num_pairs: number of training pairs.
+        regularisation: the chosen C of scikit-learn's logistic regression; None if a loss has learned the distance.
+        num_pairs: number of training pairs; None if a loss has learned the distance.
 
     Examples:
         >>> import numpy as np
@@ -38,8 +41,24 @@ class WeightedL1Head(NamedTuple):
 
     alpha: np.ndarray
     bias: float
-    regularisation: float
-    num_pairs: int
+    regularisation: float | None = None
+    num_pairs: int | None = None
+
+    @classmethod
+    def of_loss(cls, loss: SiameseL1Loss) -> WeightedL1Head:
+        """The distance that a :class:`fused_margin.SiameseL1Loss` has learned.
+
+        Its scores are the log odds of the loss, if the features are normalized as in the loss: to unit length, unless its
+        ``normalize`` is False. :func:`kfold_accuracy` verifies with the scores.
+
+        Examples:
+            >>> import numpy as np, fused_margin
+            >>> from fused_margin.evaluation import WeightedL1Head
+            >>> head = WeightedL1Head.of_loss(fused_margin.SiameseL1Loss(embedding_size=4))  # alpha 2 and bias 2
+            >>> head.scores(np.eye(4), np.array([[0, 0], [0, 1]])).tolist()
+            [2.0, -2.0]
+        """
+        return cls(loss.alpha.detach().double().cpu().numpy(), loss.bias.item())
 
     def scores(self, features: np.ndarray, pairs: np.ndarray) -> np.ndarray:
         """Scores (num_pairs,) of pairs (num_pairs, 2) of rows of features (num_rows, D); higher means more similar."""

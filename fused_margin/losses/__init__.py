@@ -5,6 +5,7 @@ from fused_margin.losses.auxiliary import CenterLoss, InterLoss, IntraLoss, Ring
 from fused_margin.losses.base import ClassificationLoss, MarginLoss
 from fused_margin.losses.center_invariant import CenterInvariantLoss
 from fused_margin.losses.exclusive import ExclusiveRegularizer
+from fused_margin.losses.groupface import GroupFace, GroupFaceOutput, SelfGroupingLoss
 from fused_margin.losses.margin import (
     ArcFaceLoss,
     CombinedMarginLoss,
@@ -16,6 +17,7 @@ from fused_margin.losses.margin import (
 )
 from fused_margin.losses.pairs import ContrastiveLoss, DeepID2Loss
 from fused_margin.losses.ranges import MarginalLoss, RangeLoss
+from fused_margin.losses.siamese import SiameseL1Loss
 from fused_margin.losses.softmax import L2SoftmaxLoss, LSoftmaxLoss, SoftmaxLoss
 from fused_margin.losses.synonyms import AMSoftmaxLoss, CoCoLoss, VMFLoss
 from fused_margin.losses.triplet import AngularTripletLoss, TripletLoss
@@ -36,6 +38,8 @@ __all__ = [
     "DeepID2Loss",
     "ElasticFaceLoss",
     "ExclusiveRegularizer",
+    "GroupFace",
+    "GroupFaceOutput",
     "InterLoss",
     "IntraLoss",
     "L2SoftmaxLoss",
@@ -47,6 +51,8 @@ __all__ = [
     "NormFaceLoss",
     "RangeLoss",
     "RingLoss",
+    "SelfGroupingLoss",
+    "SiameseL1Loss",
     "SoftmaxLoss",
     "SphereFaceLoss",
     "SubCenterArcFaceLoss",

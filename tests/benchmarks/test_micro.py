@@ -1,4 +1,4 @@
-"""The micro benchmarks cover every public loss, and compare it with the same values."""
+"""The micro benchmarks cover every public module, and compare it with the same values."""
 
 import pytest
 from torch import nn
@@ -8,10 +8,10 @@ from benchmarks.micro.cases import CASES, require_agreement
 from fused_margin.benchmark.problems import Shape
 
 
-def test_every_public_loss_has_a_case():
+def test_every_public_module_has_a_case():
     public = {name: getattr(fm, name) for name in fm.__all__}
-    losses = {name for name, value in public.items() if isinstance(value, type) and issubclass(value, nn.Module)}
-    assert losses == set(CASES) and all(case.loss is public[name] for name, case in CASES.items())
+    modules = {name for name, value in public.items() if isinstance(value, type) and issubclass(value, nn.Module)}
+    assert modules == set(CASES) and all(case.loss is public[name] for name, case in CASES.items())
 
 
 @pytest.mark.parametrize("name", CASES)

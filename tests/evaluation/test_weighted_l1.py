@@ -2,11 +2,14 @@
 
 import numpy as np
 import pytest
+import torch
 from labeled_pairs import pairs_of
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import normalize
+from torch.nn import functional as F
 
-from fused_margin.evaluation import weighted_l1
+import fused_margin as fm
+from fused_margin.evaluation import kfold_accuracy, weighted_l1
 from fused_margin.evaluation.protocols import cosine_pairs, weighted_l1_pairs, ytf
 from fused_margin.evaluation.weighted_l1 import REGULARISATION, WeightedL1Head, fit_head
 
@@ -44,6 +47,31 @@ def test_informative_dimensions_are_learned_and_beat_the_cosine():
         assert head.num_pairs == 540 and head.regularisation in REGULARISATION
         noise = np.abs(np.delete(head.alpha, INFORMATIVE))
         assert head.alpha[list(INFORMATIVE)].min() > 4 * noise.max()  # distant pairs are impostors
+
+
+def test_distance_of_a_trained_loss():
+    """The head has the log odds of the loss, and verifies identities that the loss was not trained on."""
+    features, labels = people(60)
+    torch.manual_seed(0)
+    loss_fn = fm.SiameseL1Loss(features.shape[1])
+    optimizer = torch.optim.Adam(loss_fn.parameters(), lr=0.2)
+    seen = torch.from_numpy(features[labels < 30]), torch.from_numpy(labels[labels < 30])
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss_fn(*seen).backward()
+        optimizer.step()
+    head = WeightedL1Head.of_loss(loss_fn)
+    assert head.alpha.dtype == np.float64 and head.regularisation is None and head.num_pairs is None
+    pairs, same = pairs_of(labels, 400)
+    unseen = (labels[pairs] >= 30).all(1)
+    pairs, same, unit = pairs[unseen], same[unseen], normalize(features)
+    scores = head.scores(unit, pairs)
+    genuine = int(np.flatnonzero(same)[0])
+    two = torch.from_numpy(features[pairs[genuine]])
+    expected = F.softplus(torch.tensor(-scores[genuine])) / 2  # half of the loss is that of the genuine pairs
+    torch.testing.assert_close(loss_fn(two, torch.tensor([0, 0])).detach(), expected)
+    assert kfold_accuracy(scores, same, np.arange(len(same)) % 5).accuracy.mean() > 0.9
+    assert cosine_pairs(features, pairs, same, np.arange(len(same)) % 5).folds.accuracy.mean() < 0.8
 
 
 def test_sign_is_learned():
