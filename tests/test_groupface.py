@@ -280,7 +280,7 @@ def test_learning():
     torch.manual_seed(0)
     centers = torch.randn(10, 12)
     backbone, module = torch.nn.Sequential(torch.nn.Linear(12, 16), torch.nn.PReLU()), fm.GroupFace(16, 8, K)
-    arcface, group_loss = fm.ArcFaceLoss(10, 8, margin=0.2, scale=16.0), fm.SelfGroupingLoss(K)
+    arcface, group_loss = fm.ArcFaceLoss(10, 8, margin=0.2, scale=16.0), fm.SelfGroupingLoss(K, batches=8)
     optimizer = torch.optim.Adam([*backbone.parameters(), *module.parameters(), *arcface.parameters()], lr=0.01)
     losses = []
     for _ in range(60):

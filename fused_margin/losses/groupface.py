@@ -113,6 +113,20 @@ class GroupFace(nn.Module):
             prelu(),
             linear(hidden, self.num_groups),
         )
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws the initial weights, alike for all representations. Biases are 0, so that groups depend on the sample."""
+        nn.init.xavier_normal_(self.instance.weight)
+        for group in self.groups.weight.unflatten(0, (self.num_groups, self.embedding_size)):
+            nn.init.xavier_normal_(group)
+        for layer in self.decision.children():
+            if isinstance(layer, nn.Linear):
+                nn.init.kaiming_normal_(layer.weight, a=0.25)  # the initial slope of a PReLU
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.zeros_(layer.bias)
 
     def forward(self, features: Tensor) -> GroupFaceOutput | Tensor:
         """Embeddings (N, D) of features (N, in_features); in training mode with the logits of the groups."""
@@ -156,7 +170,8 @@ class SelfGroupingLoss(RunningState, AuxiliaryLoss):
 
     Args:
         num_groups: number of groups, K.
-        batches: number of batches in E_x.
+        batches: number of batches in E_x. Where the network changes fast, as in short trainings, E_x of many batches lags
+            behind, and all samples may get one group until it has caught up.
         process_group: the ranks whose samples E_x and the reduction are over. Every rank makes every call, also with no
             samples. The gradient is that of the rank's own samples, as of a loss with divided classes.
         reduction, ignore_index: as in ``torch.nn.CrossEntropyLoss``.

@@ -30,12 +30,13 @@ RUNTIME_FIELDS = (
 LATER_OPTIONS = (
     "weights", "images_per_identity", "loss.weight_dtype", "loss.companions.angular_triplet",
     "loss.companions.angular_triplet_margin", "loss.companions.contrastive_form",
-    "loss.companions.contrastive_normalize", "loss.companions.deepid2", "loss.companions.range",
+    "loss.companions.contrastive_normalize", "loss.companions.deepid2", "loss.companions.siamese", "loss.companions.range",
     "loss.companions.range_k", "loss.companions.range_margin", "loss.companions.range_alpha",
     "loss.companions.range_beta", "loss.companions.marginal", "loss.companions.marginal_theta",
     "loss.companions.marginal_xi", "loss.companions.center_invariant", "optimizer.in_backward",
     "optimizer.stochastic_rounding", "augmentation.occlusion", "augmentation.brightness", "augmentation.contrast",
     "augmentation.saturation", "augmentation.resolution", "augmentation.jpeg",
+    "model.groups", "model.group_aggregation", "model.group_features", "model.group_weight", "model.group_batches",
 )  # fmt: skip
 # Options that the configuration file of a run omits, so that it can start another run.
 LAUNCH_FIELDS = ("output", "config", "resume")
@@ -151,7 +152,8 @@ class TrainConfig:
     """Images per step."""
     accumulate: int = 1
     """Gradient-accumulation micro-batches per step. More of them need less memory.
-    Batch norm, pairs and triplets, and adaptive margins see one micro-batch at a time, which changes their results."""
+    Batch norm, pairs and triplets, adaptive margins and the labels of --model.groups see one micro-batch at a time,
+    which changes their results."""
     images_per_identity: int = 0
     """Images of one identity that are together in a batch, for losses that compare the samples of a batch.
     A batch of B images has B / K groups of K images. Each epoch has every image, in new groups in a new order.

@@ -1,7 +1,8 @@
 """The networks and their configuration; `models.build` makes one from a training configuration."""
 
 from .config import BackboneError, ModelConfig, Network
+from .groupface import GroupFaceNetwork
 from .lenet import LeNet
 from .resnet import ResNet
 
-__all__ = ["BackboneError", "LeNet", "ModelConfig", "Network", "ResNet"]
+__all__ = ["BackboneError", "GroupFaceNetwork", "LeNet", "ModelConfig", "Network", "ResNet"]

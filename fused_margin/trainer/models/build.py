@@ -12,6 +12,7 @@ from ..config import TrainConfig
 from ..train.checkpoint import CheckpointError, backbone_state, load_into_backbone
 from .config import BackboneError, ModelConfig
 from .custom import make_backbone
+from .groupface import GroupFaceNetwork
 from .lenet import LeNet
 from .resnet import ResNet
 
@@ -19,12 +20,18 @@ from .resnet import ResNet
 def build_backbone(config: TrainConfig) -> nn.Module:
     """A network from images (N, channels, H, W) to embeddings (N, D).
 
+    With groups, its output in training mode is a `fused_margin.GroupFaceOutput`.
+
     Raises:
         BackboneError: the sizes do not suit the network, or a user's backbone cannot be made.
     """
     if config.backbone is not None:
-        return make_backbone(config.backbone, config.backbone_options)
-    return (LeNet if config.network == "lenet" else ResNet)(config.model)
+        backbone = make_backbone(config.backbone, config.backbone_options)
+        if not config.model.groups:
+            return backbone
+        return GroupFaceNetwork(backbone, embedding_size(backbone, config.model), config.model)
+    network = LeNet if config.network == "lenet" else ResNet
+    return GroupFaceNetwork.of(network, config.model) if config.model.groups else network(config.model)
 
 
 def require_named(config: TrainConfig, named: str | None, path: Path) -> None:
@@ -54,7 +61,8 @@ def restore_backbone(config: TrainConfig, state: dict[str, Any], path: Path) -> 
 
 def describe_backbone(config: TrainConfig) -> str:
     """The network's name."""
-    return config.backbone or ("LeNet++" if config.network == "lenet" else f"ResNet{config.model.depth}")
+    name = config.backbone or ("LeNet++" if config.network == "lenet" else f"ResNet{config.model.depth}")
+    return f"{name} and GroupFace with {config.model.groups} groups" if config.model.groups else name
 
 
 def channels_last(backbone: nn.Module) -> nn.Module:

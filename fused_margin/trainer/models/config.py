@@ -10,6 +10,7 @@ from ..defaults import none_means
 
 Network = Literal["small", "paper", "lenet"]
 Depth = Literal[4, 10, 20, 36, 64]
+Aggregation = Literal["soft", "hard"]
 
 
 class BackboneError(ValueError):
@@ -50,7 +51,21 @@ class ModelConfig:
     widths: Annotated[tuple[int, ...] | None, none_means("the published channels times --model.width")] = None
     """Channels of each stage. Overrides --model.width."""
     embedding_size: int = 128
-    """Dimensions of the embedding. A --backbone ignores this and has its own."""
+    """Dimensions of the embedding. A --backbone ignores this and has its own, unless there are --model.groups."""
+    groups: int = 0
+    """Number of latent groups of GroupFace, whose head then turns the network's features into embeddings. Paper: 32.
+    0: no groups."""
+    group_aggregation: Aggregation = "soft"
+    """How the representations of the groups are combined.
+    soft: their mean, weighted by the probabilities of the groups.
+    hard: that of the most probable group."""
+    group_features: Annotated[int | None, none_means("8 times --model.embedding-size, as in the paper")] = None
+    """Dimensions of the network's features, which the groups share. A --backbone has its own."""
+    group_weight: float = 0.1
+    """Weight of GroupFace's self-grouping loss. Paper: 0.1."""
+    group_batches: int = 16
+    """Number of recent batches over which the groups are balanced.
+    Many batches lag behind the network where it changes fast, and all images may then get one group."""
 
     def __post_init__(self) -> None:
         if self.channels not in (1, 3):
@@ -63,6 +78,14 @@ class ModelConfig:
             raise ValueError(f"model.widths must be positive, got {self.widths}")
         if self.embedding_size < 2:
             raise ValueError(f"model.embedding_size must be at least 2, got {self.embedding_size}")
+        if self.groups < 0 or self.groups == 1:
+            raise ValueError(f"model.groups must be 0 or at least 2, got {self.groups}")
+        if self.group_features is not None and self.group_features < 1:
+            raise ValueError(f"model.group_features must be at least 1, got {self.group_features}")
+        if self.group_batches < 1:
+            raise ValueError(f"model.group_batches must be at least 1, got {self.group_batches}")
+        if not 0 <= self.group_weight < math.inf:
+            raise ValueError(f"model.group_weight must be finite and not negative, got {self.group_weight}")
 
     @classmethod
     def of(cls, network: Network) -> ModelConfig:

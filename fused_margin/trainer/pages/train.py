@@ -141,7 +141,9 @@ def _data_facts(report: Mapping[str, Any], config: TrainConfig) -> list[tuple[st
 def _network_facts(report: Mapping[str, Any], config: TrainConfig) -> list[tuple[str, Any]]:
     model, (height, width) = config.model, config.model.image_size
     options = ", ".join(f"{name}={value}" for name, value in config.backbone_options.items())
-    sizes = [("embedding", f"{model.embedding_size} dimensions")] if config.backbone is None else [("options", options)]
+    sizes = [] if config.backbone is None else [("options", options)]
+    if config.backbone is None or model.groups:
+        sizes.append(("embedding", f"{model.embedding_size} dimensions"))
     return [
         ("network", describe_backbone(config)),
         *sizes,

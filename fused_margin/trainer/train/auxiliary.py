@@ -27,6 +27,7 @@ ARGUMENTS = {
     "angular_triplet": ("embeddings", "labels"),
     "contrastive": ("embeddings", "labels"),
     "deepid2": ("embeddings", "labels"),
+    "siamese": ("embeddings", "labels"),
 }
 # Settings of the range and marginal loss: finite numbers that are not negative.
 PAIR_SETTINGS = ("range_margin", "range_alpha", "range_beta", "marginal_theta", "marginal_xi")
@@ -66,6 +67,8 @@ class AuxiliaryConfig:
     """Weight of contrastive loss on the distances of embeddings."""
     deepid2: float = 0.0
     """Weight of DeepID2's verification loss, whose margin is the threshold of recent pairs. Paper: 0.05, with softmax."""
+    siamese: float = 0.0
+    """Weight of DeepFace's siamese loss, the cross-entropy of same or different identity by a learned L1 distance."""
     triplet_margin: float = 0.2
     """Margin of the triplet loss, between an anchor's squared distances to the negative and to the positive."""
     angular_triplet_margin: float = 0.35
@@ -161,6 +164,7 @@ class AuxiliaryLosses(nn.Module):
                 process_group=process_group,
             ),
             "deepid2": lambda: fm.DeepID2Loss(process_group=process_group),
+            "siamese": lambda: fm.SiameseL1Loss(embedding_size, workspace_mb=workspace_mb),
         }
         self.weights = config.weights()
         self.losses = nn.ModuleDict({name: make[name]() for name in self.weights})

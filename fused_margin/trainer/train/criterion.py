@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import fused_margin as fm
 from fused_margin.losses.base import ClassificationLoss
 
+from ..models import ModelConfig
 from .auxiliary import AuxiliaryLosses
 from .named_losses import LOSSES, LossConfig, make_loss, make_small_loss
 
@@ -20,12 +21,20 @@ from .named_losses import LOSSES, LossConfig, make_loss, make_small_loss
 class Criterion(nn.Module):
     """Embeddings (N, D) and labels (N,) to the loss. It has the class weights, if the loss has any.
 
+    If the `model` has groups, their logits (N, groups) add GroupFace's self-grouping loss.
+
     Attributes:
         last_parts: the main loss and the auxiliary losses of the last call, by name, detached.
     """
 
     def __init__(
-        self, config: LossConfig, num_classes: int, embedding_size: int, process_group: dist.ProcessGroup | None = None
+        self,
+        config: LossConfig,
+        num_classes: int,
+        embedding_size: int,
+        process_group: dist.ProcessGroup | None = None,
+        *,
+        model: ModelConfig | None = None,
     ) -> None:
         super().__init__()
         self.name, self.projected = config.name, LOSSES[config.name].projected
@@ -33,6 +42,12 @@ class Criterion(nn.Module):
         self.loss_fn = make_loss(config, num_classes, embedding_size, **overrides)
         workspace_mb = config.options.get("workspace_mb", 256)
         self.companions = AuxiliaryLosses(config.companions, num_classes, embedding_size, workspace_mb, process_group)
+        self.group_loss: fm.SelfGroupingLoss | None = None
+        if model is not None and model.groups:
+            self.group_weight = model.group_weight
+            self.group_loss = fm.SelfGroupingLoss(
+                model.groups, batches=model.group_batches, process_group=process_group
+            )
         self.last_parts: dict[str, Tensor] = {}
         for weight in self.projected_parameters():
             fm.optim.project_(weight)
@@ -40,20 +55,22 @@ class Criterion(nn.Module):
             assert isinstance(self.loss_fn, ClassificationLoss)
             self.loss_fn.weight = nn.Parameter(self.loss_fn.weight.detach().to(getattr(torch, config.weight_dtype)))
 
-    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, embeddings: Tensor, labels: Tensor, group_logits: Tensor | None = None) -> Tensor:
         parts = {self.name: self.loss_fn(embeddings, labels)}
         if self.companions.weights:
             weight = None
             if isinstance(self.loss_fn, ClassificationLoss):
                 weight = class_directions(self.loss_fn.weight, self.loss_fn.sub_centers)
             parts |= self.companions(embeddings, weight, labels)
+        if self.group_loss is not None:
+            parts["groups"] = self.group_weight * self.group_loss(group_logits)
         self.last_parts = {name: part.detach() for name, part in parts.items()}
         return functools.reduce(torch.add, parts.values())
 
     @property
     def part_names(self) -> tuple[str, ...]:
         """Names in `last_parts`."""
-        return self.name, *self.companions.weights
+        return self.name, *self.companions.weights, *(["groups"] if self.group_loss is not None else [])
 
     def projected_parameters(self) -> list[nn.Parameter]:
         """Class weights whose rows are kept at unit norm."""

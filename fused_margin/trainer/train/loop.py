@@ -88,7 +88,13 @@ class Trainer:
         self.identities_before: list[str] | None = [] if weights is None else weights.identities
         if self.devices.rank:  # all ranks have the same backbone, but different classes
             torch.manual_seed(self._seed(MODEL_STREAM))
-        criterion = Criterion(config.loss, num_classes, embedding_size(backbone, config.model), self.devices.group)
+        criterion = Criterion(
+            config.loss,
+            num_classes,
+            embedding_size(backbone, config.model),
+            self.devices.group,
+            model=config.model,
+        )
         criterion.companions.count_images(splits.train.labels)
         self.model = Recognizer(channels_last(backbone), criterion).to(self.devices.device)
         self.num_parameters = sum(p.numel() for p in backbone.parameters())
@@ -274,10 +280,15 @@ class Trainer:
 
     def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
         """The loss over the images of all processes."""
-        embeddings = self._wrapped_backbone(images)
+        output = self._wrapped_backbone(images)
+        outputs = tuple(output) if self.config.model.groups else (output,)  # with the logits of the groups
         if self.devices.world_size > 1:  # undoes DDP's division of the gradients by the number of processes
-            embeddings.register_hook(lambda gradient: gradient * self.devices.world_size)
-        return self.criterion(embeddings, labels)
+            # Of views, because the network computes the embeddings from the logits, whose gradient would be scaled twice.
+            outputs = tuple(tensor.view_as(tensor) for tensor in outputs)
+            for tensor in outputs:
+                tensor.register_hook(lambda gradient: gradient * self.devices.world_size)
+        embeddings, *group_logits = outputs
+        return self.criterion(embeddings, labels, *group_logits)
 
     def _seed(self, *stream: int) -> int:
         """Seed of a stream of random numbers, different for each process."""
