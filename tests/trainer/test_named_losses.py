@@ -194,6 +194,7 @@ def test_sum_of_parts():
         "range": 0.6 * fm.RangeLoss()(x, y),
         "marginal": 0.7 * fm.MarginalLoss()(x, y),
         "center_invariant": torch.tensor(0.0),  # all centers have a norm of 0
+        "siamese": 0.8 * fm.SiameseL1Loss(8)(x, y),
     }
     for name, value in expected.items():
         torch.testing.assert_close(parts[name], value.detach(), msg=name)
