@@ -107,8 +107,9 @@ class ContrastiveLoss(SamplePairLoss):
         reduction: "mean", "sum" over pairs, or "none": for each sample, half the sum over its pairs.
         ignore_index: label of samples that take part in no pair.
         process_group: the pairs are those of the samples of all its ranks, which may have different N, and the result is
-            that of one device with all samples. Every rank must make every call. Average gradients over ranks no
-            further: DistributedDataParallel divides by the number of ranks.
+            that of one device with all samples. Every rank must make every call. DistributedDataParallel divides the
+            gradients of the backbone by the number of ranks, which
+            ``embeddings.register_hook(lambda g: g * world_size)`` undoes.
 
     Shape:
         embeddings (N, D), labels (N,) integers -> scalar, or (N,) with ``reduction="none"``; float64 if ``embeddings``
