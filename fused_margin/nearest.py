@@ -7,10 +7,11 @@ from torch import Tensor
 
 from fused_margin import _checks
 from fused_margin._ops import collectives, library
-from fused_margin._ops.backends.select import select_backend
+from fused_margin._ops.backends.select import kernels_on, select_backend
 from fused_margin._ops.inputs import MIB, PORTABLE, LossInputs, compute_dtype
 from fused_margin._ops.nearest.library import nearest_rows
-from fused_margin._ops.nearest.search import MAX_NEAREST
+from fused_margin._ops.nearest.quantized import QuantizedRows, int8_is_fastest
+from fused_margin._ops.nearest.search import MAX_NEAREST, search_quantized
 from fused_margin.distributed import Shard
 
 __all__ = ["NearestClass", "Separability", "exclusive_regularization", "nearest_class", "separability"]
@@ -139,6 +140,35 @@ def nearest_class(
         int(workspace_mb * MIB),
     )  # fmt: skip
     return NearestClass(cosine, index) if k > 1 else NearestClass(cosine.squeeze(1), index.squeeze(1))
+
+
+class NearestIndex:
+    """An exact index of rows by their cosines, as FAISS's IndexFlatIP is of inner products.
+
+    int8 codes, where they are fastest, take one byte per element of the references.
+
+    Args:
+        reference: (R, D) float32 or float64, finite. The index refers to it.
+        workspace_mb: bound on scratch memory of a search in MiB, beside the codes.
+
+    Raises:
+        RuntimeError: the device does not have the exact search.
+    """
+
+    def __init__(self, reference: Tensor, workspace_mb: float):
+        _checks.exact_search_device("reference", reference)
+        self.workspace_bytes = int(workspace_mb * MIB)
+        with kernels_on(reference.device) as run:
+            self.rows = QuantizedRows.of(run, reference, int8_is_fastest(reference))
+
+    def search(self, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Cosines (Q, k) float64 of queries (Q, D) to the k nearest references, descending, and these (Q, k) int64.
+
+        The lowest row wins a tie. Equal rows have equal cosines, bit for bit.
+        """
+        with kernels_on(query.device) as run:
+            rows = QuantizedRows.of(run, query, self.rows.codes.dtype == torch.int8)
+            return search_quantized(run, rows, self.rows, k, self.workspace_bytes).answers(torch.float64)
 
 
 def refuse_derivative(query: Tensor, reference: Tensor | None) -> None:

@@ -5,8 +5,8 @@ import torch
 
 import fused_margin.functional as F
 from fused_margin import _C
-from fused_margin._ops.nearest.index import NearestIndex
 from fused_margin._ops.nearest.quantized import CandidateLists, search_lists
+from fused_margin.nearest import NearestIndex
 
 CPU = torch.device("cpu")
 

@@ -92,7 +92,7 @@ CASES = {
         stateless(naive.group_face),
         "EP",
         {"num_groups": 8},
-        lambda output: output.embeddings.square().mean(),
+        scalar=lambda output: output.embeddings.square().mean(),
     ),
     "ExclusiveRegularizer": Case(fm.ExclusiveRegularizer, stateless(naive.exclusive), "W"),
 }

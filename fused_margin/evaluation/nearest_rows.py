@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from fused_margin._ops.nearest.index import NearestIndex
+from fused_margin.nearest import NearestIndex
 
 from .cosines import pair_cosines, scaled_rows, unit_rows
 

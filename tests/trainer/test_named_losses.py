@@ -184,18 +184,19 @@ def test_sum_of_parts():
     assert list(parts) == ["cosface", *ARGUMENTS] and not any(part.requires_grad for part in parts.values())
     torch.testing.assert_close(total.detach(), sum(parts.values()))
     weight = criterion.loss_fn.weight
-    expected = {
-        "cosface": criterion.loss_fn(x, y),
-        "center": 0.1 * x.square().sum(1).mean() / 2,  # the centers start at 0
-        "ring": 0.2 * (x.norm(dim=1) - x.norm(dim=1).mean()).square().mean() / 2,
-        "intra": 0.3 * fm.IntraLoss()(x, weight, y),
-        "inter": 0.4 * fm.InterLoss()(weight, y),
-        "uniform": 0.5 * fm.UniformLoss()(weight),
-        "range": 0.6 * fm.RangeLoss()(x, y),
-        "marginal": 0.7 * fm.MarginalLoss()(x, y),
+    unweighted = {
+        "center": x.square().sum(1).mean() / 2,  # the centers start at 0
+        "ring": (x.norm(dim=1) - x.norm(dim=1).mean()).square().mean() / 2,
+        "intra": fm.IntraLoss()(x, weight, y),
+        "inter": fm.InterLoss()(weight, y),
+        "uniform": fm.UniformLoss()(weight),
+        "range": fm.RangeLoss()(x, y),
+        "marginal": fm.MarginalLoss()(x, y),
         "center_invariant": torch.tensor(0.0),  # all centers have a norm of 0
-        "siamese": 0.8 * fm.SiameseL1Loss(8)(x, y),
+        "siamese": fm.SiameseL1Loss(8)(x, y),
     }
+    expected = {name: getattr(everything, name) * value for name, value in unweighted.items()}
+    expected["cosface"] = criterion.loss_fn(x, y)
     for name, value in expected.items():
         torch.testing.assert_close(parts[name], value.detach(), msg=name)
 
