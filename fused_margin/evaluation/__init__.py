@@ -8,6 +8,8 @@ from .features import Features, FeatureSet, MegafaceSet, read_arrays, read_featu
 from .folds import stratified_folds, unshuffled_folds
 from .gallery import Gallery, enroll
 from .gallery_search import Ranking, Recognition, recognize, search_gallery
+from .gallery_split import GallerySplit, split_gallery
+from .gallery_threshold import estimate_threshold
 from .identification import DirAtFar, IdentificationResult, OperatingCurve, ThresholdAtFpir, identification
 from .identification_by_verification import VerifiedIdentities, identify_by_verification
 from .megaface import MegafaceResult, megaface
@@ -44,6 +46,7 @@ __all__ = [
     "FoldAccuracy",
     "FoldTar",
     "Gallery",
+    "GallerySplit",
     "IdentificationResult",
     "MegafaceGallery",
     "MegafaceGalleryResults",
@@ -65,6 +68,7 @@ __all__ = [
     "cosine_pairs",
     "enroll",
     "equal_error_rate",
+    "estimate_threshold",
     "find_pair_list",
     "fit_head",
     "identification",
@@ -86,6 +90,7 @@ __all__ = [
     "recognize",
     "roc",
     "search_gallery",
+    "split_gallery",
     "stratified_folds",
     "summarize",
     "summarize_pairs",

@@ -177,20 +177,30 @@ def read_megaface(probes: Path, distractors: Path) -> MegafaceSet:
     """
     skipped: Counter[str] = Counter()
     probe, distractor = read_features(probes, skipped), read_features(distractors, skipped)
-    if probe.identities is None:
+    _, identity = np.unique(require_identities(probe, probes), return_inverse=True)
+    check_same_width(probe, probes, distractor, distractors)
+    return MegafaceSet(probe.vectors, identity.astype(np.int64), distractor.vectors, skipped)
+
+
+def require_identities(features: Features, path: Path) -> np.ndarray:
+    """The identities (num_vectors,) of the features at a path. Raises DataError if there are none."""
+    if features.identities is None:
         raise DataError(
-            f"{probes} has no identities of its features: expected a folder, FOLDER/identity/..., or an .npz "
+            f"{path} has no identities of its features: expected a folder, FOLDER/identity/..., or an .npz "
             "with arrays `features` and `labels`"
         )
-    if probes.is_dir() and "." in probe.identities:
-        raise DataError(f"{probes} has features outside the folders of identities: expected FOLDER/identity/...")
-    if probe.vectors.shape[1] != distractor.vectors.shape[1]:
+    if path.is_dir() and "." in features.identities:
+        raise DataError(f"{path} has features outside the folders of identities: expected FOLDER/identity/...")
+    return features.identities
+
+
+def check_same_width(first: Features, first_path: Path, second: Features, second_path: Path) -> None:
+    """Raise DataError unless the features at two paths have the same number of dimensions."""
+    if first.vectors.shape[1] != second.vectors.shape[1]:
         raise DataError(
-            f"{probes} has features of {probe.vectors.shape[1]} dimensions, {distractors} of "
-            f"{distractor.vectors.shape[1]}"
+            f"{first_path} has features of {first.vectors.shape[1]} dimensions, {second_path} of "
+            f"{second.vectors.shape[1]}"
         )
-    _, identity = np.unique(probe.identities, return_inverse=True)
-    return MegafaceSet(probe.vectors, identity.astype(np.int64), distractor.vectors, skipped)
 
 
 def read_features(path: Path, skipped: Counter[str] | None = None) -> Features:
