@@ -27,8 +27,8 @@ def load_splits(data: str, image_size: tuple[int, int], channels: int, test_frac
     return find_reader(data)(data, image_size, channels, test_fraction, seed)
 
 
-def find_reader(path: str) -> Callable[..., Splits]:
-    """The reader of the images at a path.
+def find_reader(path: str, option: str = "data") -> Callable[..., Splits]:
+    """The reader of the images at a path, which is the value of an option.
 
     Raises:
         DataError: there is nothing readable at the path.
@@ -40,6 +40,6 @@ def find_reader(path: str) -> Callable[..., Splits]:
         return list_splits
     wrong = f"{path!r} is no folder and no list" if location.exists() else f"no folder {path!r} and no such list"
     raise DataError(
-        f"data: {wrong}; expected glyphs, digits, a folder of identities (FOLDER/identity/image.jpg), a folder with "
+        f"{option}: {wrong}; expected glyphs, digits, a folder of identities (FOLDER/identity/image.jpg), a folder with "
         f"{RECORDS} and {INDEX}, or a list ({' or '.join(LISTS)}) of a path and a label per line"
     )

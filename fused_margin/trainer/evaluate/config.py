@@ -8,13 +8,16 @@ from typing import Annotated, Literal
 
 import fused_margin as fm
 from fused_margin.evaluation import find_pair_list
+from fused_margin.evaluation.gallery import Template
 from fused_margin.evaluation.protocols import LFW_FLIP, Flip, LfwVariant, Metric
 
 from ..config import EvaluationConfig
 from ..data import EMBEDDED, find_reader
 from ..defaults import none_means
 
-Protocol = Literal["pairs", "lfw", "ytf", "megaface"]
+Protocol = Literal["pairs", "lfw", "ytf", "megaface", "identification"]
+FAR: dict[Protocol, float] = {"megaface": 1e-6, "identification": 1e-2}  # of the protocols with their own default
+UNKNOWN = 0.5
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,8 @@ class EvaluateConfig:
     """File (.npz) of features to evaluate instead of a network, with these arrays:
     features (n, D): of n images or frames. All protocols need it.
     mirrored (n, D): of the mirror images, for --protocol lfw and --flip sum or concat.
-    labels (n,): identity index of each row, for megaface; also for pairs and lfw if the file has no pairs.
+    labels (n,): identity index of each row, for megaface and identification;
+    also for pairs and lfw if the file has no pairs.
     pairs (p, 2): rows of p pairs. same (p,): True for pairs of one identity.
     fold (p,): fold index of each pair. Without it, folds of consecutive pairs.
     video (n,): video index of each frame, for ytf, whose pairs are then video indices.
@@ -57,11 +61,18 @@ class EvaluateConfig:
     For a network these are --data and --distractors, folders of images."""
     suffix: str = ""
     """Appended to the paths in --lists, as _vgg.bin: Name/Name_1.png_vgg.bin."""
+    gallery: Annotated[Path | None, none_means("some of the images of each identity")] = None
+    """Images or features of the known identities, for --protocol identification.
+    With --features, features of the formats that --distractors takes, with identities: FOLDER/identity/...,
+    or an .npz with features and labels. --features then has the probes, in the same formats.
+    For a network, images as for --data, which then has the probes. Identities are known by their names."""
     protocol: Protocol = "pairs"
     """pairs: accuracy over folds, at the best threshold of the other folds.
     lfw: LFW's protocol in one of its variants (--variant).
     ytf: as pairs, for videos, with the mean feature of their frames.
-    megaface: rank-1 rate among distractors, and TAR at FAR."""
+    megaface: rank-1 rate among distractors, and TAR at FAR.
+    identification: search of probes in a gallery of known identities. Closed set: rate of rank k.
+    Open set, with probes of unknown identities: detection and identification rate (DIR) at FAR."""
     variant: LfwVariant = "insightface"
     """Variant of --protocol lfw.
     insightface: sum of the features of image and mirror image, squared distance.
@@ -73,10 +84,12 @@ class EvaluateConfig:
     A logistic regression on the other folds learns the weights."""
     flip: Annotated[Flip | None, none_means("as in the training; none for --features")] = None
     """How to combine the features of an image and its mirror image (fixed for LFW)."""
-    far: Annotated[float | None, none_means("1e-6 for megaface, otherwise as in the training; 1e-3 for --features")] = (
-        None
-    )
-    """False accept rate at which the true accept rate is reported."""
+    far: Annotated[
+        float | None,
+        none_means("1e-6 for megaface, 1e-2 for identification, otherwise as in the training; 1e-3 for --features"),
+    ] = None
+    """False accept rate at which the true accept rate is reported.
+    For identification, the false positive rate of unknown probes (FPIR), at which the DIR is reported."""
     num_pairs: Annotated[int | None, none_means("as in the training; 6,000 for --features")] = None
     """Number of pairs to draw if none are given. Half of them are of one identity."""
     folds: Annotated[int | None, none_means("as in the training; 10 for --features")] = None
@@ -84,6 +97,14 @@ class EvaluateConfig:
     probes: float = 0.5
     """Share of the identities that are megaface's probes if no distractors are given.
     The other identities are the distractors."""
+    unknown: Annotated[float | None, none_means(f"{UNKNOWN}, or those that are not in --gallery")] = None
+    """Share of the identities that are not in identification's gallery. All of their images are probes."""
+    enrolled: Annotated[int | None, none_means("half of them, or all of --gallery")] = None
+    """Number of images of each identity in identification's gallery. The others are probes."""
+    template: Template = "mean"
+    """Templates of an identity in identification's gallery.
+    mean: the mean of the normalized features of its images.
+    all: every image. The most similar one counts."""
     output: Annotated[Path | None, none_means("the folder of the checkpoint or of the features")] = None
     """Folder for report, figure and page."""
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
@@ -109,8 +130,9 @@ class EvaluateConfig:
                 f"metric: lfw's variants prescribe theirs; for {self.metric} on LFW's images and folds, use the "
                 "protocol pairs"
             )
-        if self.metric != "cosine" and self.protocol == "megaface":
-            raise ValueError(f"metric: {self.metric} is learned on folds of pairs, which megaface does not have")
+        if self.metric != "cosine" and self.protocol in ("megaface", "identification"):
+            raise ValueError(f"metric: {self.metric} is learned on folds of pairs, which {self.protocol} does not have")
+        self._check_identification()
         if self.far is not None and not 0 < self.far < 1:
             raise ValueError(f"far must be between 0 and 1, got {self.far}")
         if self.folds is not None and self.folds < 2:
@@ -123,6 +145,22 @@ class EvaluateConfig:
             raise ValueError(f"workers must not be negative, got {self.workers}")
         if self.accelerator == "cuda" and not fm.build_info()["cuda"]["available"]:
             raise ValueError("accelerator: there is no GPU, or the kernels are not built for it; use auto or cpu")
+
+    def _check_identification(self) -> None:
+        given: dict[str, object] = {"gallery": self.gallery, "unknown": self.unknown, "enrolled": self.enrolled}
+        if self.template != "mean":
+            given["template"] = self.template
+        names = [name for name, value in given.items() if value is not None]
+        if names and self.protocol != "identification":
+            raise ValueError(f"{', '.join(names)}: only for the protocol identification")
+        if self.gallery is not None and not (self.unknown is None and self.enrolled is None):
+            raise ValueError("unknown, enrolled: --gallery has the known identities; leave out the options")
+        if self.gallery is not None and self.features is None and str(self.gallery) not in EMBEDDED:
+            find_reader(str(self.gallery), "gallery")
+        if self.unknown is not None and not 0 < self.unknown < 1:
+            raise ValueError(f"unknown must be between 0 and 1, got {self.unknown}")
+        if self.enrolled is not None and self.enrolled < 1:
+            raise ValueError(f"enrolled must be at least 1, got {self.enrolled}")
 
     def _check_lists(self) -> None:
         if self.protocol != "megaface":
@@ -139,19 +177,21 @@ class EvaluateConfig:
         Raises:
             ValueError: options contradict each other.
         """
-        if self.protocol == "megaface" and not (self.folds is None and self.num_pairs is None):
-            raise ValueError("folds, num-pairs: the protocol megaface has neither folds nor drawn pairs")
+        if self.protocol in ("megaface", "identification") and not (self.folds is None and self.num_pairs is None):
+            raise ValueError(f"folds, num-pairs: the protocol {self.protocol} has neither folds nor drawn pairs")
         prescribed = LFW_FLIP[self.variant] if self.protocol == "lfw" else None
-        far = 1e-6 if self.protocol == "megaface" else trained.far
         return ProtocolOptions(
             protocol=self.protocol,
             variant=self.variant,
             metric=self.metric,
             flip=prescribed or self.flip or trained.flip,
-            far=self.far or far,
+            far=self.far or FAR.get(self.protocol, trained.far),
             num_pairs=self.num_pairs or trained.pairs,
             folds=self.folds or trained.folds,
             probes=self.probes,
+            unknown=self.unknown or UNKNOWN,
+            enrolled=self.enrolled,
+            template=self.template,
         )
 
 
@@ -167,6 +207,9 @@ class ProtocolOptions:
     num_pairs: int
     folds: int
     probes: float
+    unknown: float
+    enrolled: int | None
+    template: Template
 
     def __post_init__(self) -> None:
         if self.num_pairs < 2 * self.folds:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -11,9 +13,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from fused_margin.evaluation import ScoreSummary
-from fused_margin.evaluation.plurals import counted
+from fused_margin.evaluation.plurals import counted, counted_identities
 
-from .histograms import score_histogram, separability_histogram
+from .histograms import ScoreHistogram, histogram, score_histogram, separability_histogram
+from .measured import Identified
 from .network import Evaluation
 
 INK, ACCENT, MUTED = "#1f3b57", "#d1495b", "#9aa7b4"
@@ -53,9 +56,28 @@ def draw_evaluation(
     with matplotlib.rc_context(STYLE):
         figure, axes = _panels(2 if nearest_cosine is None else 3)
         _draw_roc(axes[0], summary)
-        _draw_scores(axes[1], summary, unit)
+        tar = summary.tar
+        threshold = (tar.threshold, f"threshold at FAR {tar.far:g}") if np.isfinite(tar.threshold) else None
+        _draw_scores(axes[1], score_histogram(summary), ("genuine", "impostor"), threshold)
+        axes[1].set(
+            title=f"Scores, equal error rate {summary.equal_error_rate:.2%}", xlabel=unit, ylabel="share of the pairs"
+        )
         if nearest_cosine is not None:
             _draw_separability(axes[2], nearest_cosine)
+        _save(figure, path, title)
+
+
+def draw_identification(path: Path, title: str, identified: Identified, result: Mapping[str, Any]) -> None:
+    """Write the figure of an identification to `path`: CMC, DIR over FAR, and scores. `result` is of the report."""
+    at_far = result["dir_at_far"]
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _panels(3)
+        _draw_cmc(axes[0], np.array(result["cmc"]), result["gallery"]["identities"])
+        _draw_dir(axes[1], identified, at_far)
+        bins = histogram(identified.mate_scores, identified.non_mated_scores)
+        threshold = at_far["threshold"], f"threshold at FAR {at_far['far']:g}"
+        _draw_scores(axes[2], bins, ("known, own identity", "unknown, best identity"), threshold, "probe")
+        axes[2].set(title="Scores", xlabel="cosine", ylabel="share of the probes")
         _save(figure, path, title)
 
 
@@ -90,21 +112,49 @@ def _draw_roc(axes: Axes, summary: ScoreSummary) -> None:
     axes.legend(loc="center right")
 
 
-def _draw_scores(axes: Axes, summary: ScoreSummary, unit: str) -> None:
-    bins = score_histogram(summary)
-    kinds = (("impostor", MUTED, bins.impostor, bins.num_impostor), ("genuine", INK, bins.genuine, bins.num_genuine))
+def _draw_scores(
+    axes: Axes, bins: ScoreHistogram, names: tuple[str, str], threshold: tuple[float, str] | None, unit: str = "pair"
+) -> None:
+    """Draw the histograms of two kinds of scores, `names`, each of a number of `unit`."""
+    kinds = ((names[1], MUTED, bins.impostor, bins.num_impostor), (names[0], INK, bins.genuine, bins.num_genuine))
     for name, color, shares, number in kinds:
-        axes.stairs(shares, bins.edges, fill=True, color=color, alpha=0.7, label=f"{name}, {number:,} pairs")
-    if np.isfinite(summary.tar.threshold):
-        label = f"threshold at FAR {summary.tar.far:g}"
-        axes.axvline(summary.tar.threshold, color=ACCENT, linewidth=2, label=label)
-    axes.set(
-        title=f"Scores, equal error rate {summary.equal_error_rate:.2%}",
-        xlabel=unit,
-        ylabel="share of the pairs",
-    )
+        axes.stairs(shares, bins.edges, fill=True, color=color, alpha=0.7, label=f"{name}, {counted(number, unit)}")
+    if threshold is not None:
+        axes.axvline(threshold[0], color=ACCENT, linewidth=2, label=threshold[1])
     axes.margins(y=0.3)
     axes.legend(loc="upper left")
+
+
+def _draw_cmc(axes: Axes, cmc: np.ndarray, identities: int) -> None:
+    rank = np.arange(1, len(cmc) + 1)
+    axes.plot(rank, cmc, color=INK, linewidth=2, marker=".", label=f"rank-1 {cmc[0]:.1%}")
+    axes.set(
+        title=f"Closed set, gallery of {counted_identities(identities)}",
+        xlabel="rank",
+        ylabel="identification rate (CMC)",
+        xlim=(0.5, len(cmc) + 0.5),
+    )
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(loc="lower right")
+
+
+def _draw_dir(axes: Axes, identified: Identified, at_far: Mapping[str, Any]) -> None:
+    curve = identified.curve
+    left = at_far["smallest_far"] / 2  # shows the part without false positives on the logarithmic axis
+    axes.plot(np.maximum(curve.fpir, left), 1 - curve.fnir, color=INK, linewidth=2, drawstyle="steps-post")
+    label = f"DIR {at_far['dir']:.1%} at FAR {at_far['far']:g}"
+    if not at_far["far_resolved"]:
+        label += f",\nbelow one false positive ({at_far['smallest_far']:.1e})"
+    axes.plot(max(at_far["far"], left), at_far["dir"], "o", color=ACCENT, clip_on=False, label=label)
+    axes.set(
+        title="Open set, rank 1",
+        xlabel="false alarm rate (FAR, FPIR)",
+        ylabel="detection and identification rate (DIR)",
+        xscale="log",
+        xlim=(left, 1),
+        ylim=(0, 1.02),
+    )
+    axes.legend(loc="lower right")
 
 
 def _draw_separability(axes: Axes, nearest_cosine: np.ndarray) -> None:

@@ -13,7 +13,7 @@ SCORE_BINS = 60
 
 
 class ScoreHistogram(NamedTuple):
-    """Shares of the genuine and of the impostor pairs in each bin."""
+    """Shares of the genuine and of the impostor scores in each bin."""
 
     edges: np.ndarray  # (SCORE_BINS + 1,)
     genuine: np.ndarray  # (SCORE_BINS,)
@@ -23,8 +23,18 @@ class ScoreHistogram(NamedTuple):
 
 
 def score_histogram(summary: ScoreSummary) -> ScoreHistogram:
-    """Histogram of the scores of an evaluation, over the range of all scores."""
-    genuine, impostor, count = summary.genuine, summary.impostor, summary.impostor_count
+    """Histogram of the scores of the pairs of an evaluation."""
+    return histogram(summary.genuine, summary.impostor, summary.impostor_count)
+
+
+def histogram(genuine: np.ndarray, impostor: np.ndarray, count: np.ndarray | None = None) -> ScoreHistogram:
+    """Histogram of scores, over the range of all of them.
+
+    Args:
+        genuine: (num_genuine,) of pairs of one identity, or of probes and their mates.
+        impostor: (num_impostor,) of pairs of two identities, or of unknown probes.
+        count: (num_impostor,) number of times that each impostor score occurs.
+    """
     count = np.ones(len(impostor)) if count is None else count
     shown = impostor[count > 0]
     low, high = min(genuine.min(), shown.min()), max(genuine.max(), shown.max())

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,13 @@ from fused_margin.evaluation import (
     MegafaceGallery,
     VerificationSet,
     find_pair_list,
+    read_features,
     read_listed_features,
     read_megaface,
     read_megaface_lists,
     stratified_folds,
 )
+from fused_margin.evaluation.features import check_same_width, require_identities
 from fused_margin.evaluation.plurals import counted
 
 from ..config import TrainConfig
@@ -47,6 +50,11 @@ class EvaluationInput:
     skipped: Mapping[str, int] = field(default_factory=dict)  # number of skipped files, folders or lines by kind
     galleries: Sequence[MegafaceGallery] = ()  # of the distractors; none: they are one gallery
     shown_distractors: ShownImages | None = None
+    gallery: FeatureSet | None = None  # enrolled images of identification, if they are not among the features
+    shown_gallery: ShownImages | None = None
+
+
+CheckLabels = Callable[[np.ndarray, np.ndarray | None], object]  # of the images, and of the gallery
 
 
 def read_probes(probes: Path, distractors: Path) -> EvaluationInput:
@@ -65,6 +73,25 @@ def read_listed_probes(lists: Path, probes: Path, distractors: Path, suffix: str
     return EvaluationInput(features, description, str(probes), galleries=listed.galleries)
 
 
+def read_gallery(gallery: Path, probes: Path) -> EvaluationInput:
+    """Features of a gallery and of probes, with their identities.
+
+    Raises:
+        DataError: a file is damaged or has no identities, or the dimensions differ.
+        OSError: a file cannot be opened.
+    """
+    skipped: Counter[str] = Counter()
+    enrolled, searched = read_features(gallery, skipped), read_features(probes, skipped)
+    check_same_width(searched, probes, enrolled, gallery)
+    return EvaluationInput(
+        FeatureSet(searched.vectors, labels=require_identities(searched, probes)),
+        f"features of {probes}, in the gallery {gallery}",
+        str(probes),
+        skipped=skipped,
+        gallery=FeatureSet(enrolled.vectors, labels=require_identities(enrolled, gallery)),
+    )
+
+
 @dataclass(frozen=True)
 class TrainedNetwork:
     """A checkpoint and the images to evaluate it on."""
@@ -76,8 +103,24 @@ class TrainedNetwork:
     verification_set: VerificationSet | None = None  # replaces the images of `data`
     megaface: MegafaceImages | None = None  # replaces the images of `data`
 
-    def features(self, device: torch.device, *, mirror: bool, workers: int, folds: int | None) -> EvaluationInput:
-        """Features of the test identities, or of the verification set. `folds` is used if the set defines none.
+    def features(
+        self,
+        device: torch.device,
+        *,
+        mirror: bool,
+        workers: int,
+        folds: int | None,
+        gallery: Path | None = None,
+        check: CheckLabels | None = None,
+    ) -> EvaluationInput:
+        """Features of the test identities, or of the verification set.
+
+        Args:
+            mirror: whether to compute features of the mirror images too.
+            workers: number of processes that load image files.
+            folds: used if the set defines none.
+            gallery: images to enrol. Labels are then the names of the identities.
+            check: called with the labels of the test identities' images before features are computed.
 
         Raises:
             BackboneError: the network cannot be built.
@@ -118,6 +161,15 @@ class TrainedNetwork:
                 "--data"
             )
         images = splits.test if self.same_data else splits.train
+        skipped, enrolled = Counter(splits.skipped), None
+        if gallery is not None:
+            size, channels = config.model.image_size, config.model.channels
+            listed = load_splits(str(gallery), size, channels, test_fraction=0.0, seed=config.seed)
+            enrolled = listed.train
+            skipped.update(listed.skipped)
+        if check is not None:
+            given_labels = None if enrolled is None else image_labels(enrolled, named=True)
+            check(image_labels(images, named=enrolled is not None), given_labels)
         embedded = embed(
             backbone,
             images,
@@ -130,13 +182,26 @@ class TrainedNetwork:
         # The initial weights of the run may have been trained on its test identities.
         trained = identities_before(self.state) if self.same_data else trained_identities(self.state)
         evaluated = describe_unseen(images.num_classes, count_known(images.identities, trained))
-        return EvaluationInput(
+        given = EvaluationInput(
             FeatureSet(embedded.features, embedded.mirrored, embedded.labels, class_weight=class_weight),
             f"{splits.description}: {evaluated}",
             config.data,
             embedded.shown,
             sorted(embedded.unreadable),
-            splits.skipped,
+            skipped,
+        )
+        if enrolled is None:
+            return given
+        in_gallery = embed(backbone, enrolled, device, mirror=mirror, workers=workers)
+        return replace(
+            given,
+            features=replace(given.features, labels=np.array(images.identities)[embedded.labels]),
+            description=f"{given.description}, in the gallery {gallery}",
+            unreadable=sorted([*embedded.unreadable, *in_gallery.unreadable]),
+            gallery=FeatureSet(
+                in_gallery.features, in_gallery.mirrored, np.array(enrolled.identities)[in_gallery.labels]
+            ),
+            shown_gallery=in_gallery.shown,
         )
 
     def _megaface_features(
@@ -170,6 +235,12 @@ class TrainedNetwork:
             galleries=images.lists.galleries,
             shown_distractors=distractors.shown,
         )
+
+
+def image_labels(images: ImageSet, *, named: bool) -> np.ndarray:
+    """The labels (num_images,) of a set, or the names of their identities."""
+    labels = images.labels.numpy()
+    return np.array(images.identities)[labels] if named else labels
 
 
 def verification_features(

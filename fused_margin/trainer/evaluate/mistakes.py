@@ -1,4 +1,4 @@
-"""The most confident mistakes of an evaluation: wrongly accepted and rejected pairs, and searches that missed."""
+"""The most confident mistakes of an evaluation: wrongly accepted and rejected pairs, searches that missed, identities."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from sklearn.preprocessing import normalize
 
-from fused_margin.evaluation import MegafaceResult, PairResult
+from fused_margin.evaluation import IdentificationResult, MegafaceResult, PairResult
 
 MAX_SHOWN = 8  # mistakes of each kind in a report
 
@@ -71,3 +71,69 @@ def worst_misses(probes: np.ndarray, identity: np.ndarray, result: MegafaceResul
             if found >= of_mate:
                 misses.append(Miss(probe, int(members[mate[row]]), int(result.nearest[probe]), of_mate, found))
     return sorted(misses, key=lambda miss: miss.mate_cosine - miss.distractor_cosine)[:MAX_SHOWN]
+
+
+class Misidentified(NamedTuple):
+    """A probe whose identification is wrong, and the enrolled images that are most similar to it."""
+
+    probe: int  # row of the probes
+    best: int  # row of the enrolled images, of the best identity
+    mate: int | None  # row of the enrolled images, of its own identity
+    best_score: float
+    mate_score: float | None
+
+
+class IdentificationMistakes(NamedTuple):
+    """The numbers of mistakes of each kind, and the most confident of them."""
+
+    num_wrong: int  # mated probes whose best identity is another one
+    num_rejected: int  # mated probes whose best identity is theirs, with a score below the threshold
+    num_accepted: int  # non-mated probes with a score at or above the threshold
+    wrong: list[Misidentified]  # the highest score first
+    rejected: list[Misidentified]  # the lowest score first
+    accepted: list[Misidentified]  # the highest score first
+
+
+def identification_mistakes(
+    probes: np.ndarray, enrolled: np.ndarray, identity: np.ndarray, result: IdentificationResult, threshold: float
+) -> IdentificationMistakes:
+    """The mistakes at rank 1 and a threshold.
+
+    Args:
+        probes: (num_probes, D).
+        enrolled: (num_enrolled, D) features of the images in the gallery.
+        identity: (num_enrolled,) index of each one's identity.
+        result: of the probes.
+        threshold: scores at or above it are accepted.
+    """
+    is_wrong = result.is_mated & (result.best != result.mate)
+    is_rejected = result.is_mated & ~is_wrong & (result.best_score < threshold)
+    is_accepted = ~result.is_mated & (result.best_score >= threshold)
+
+    def nearest(probe: int, number: int) -> int:
+        members = np.flatnonzero(identity == number)
+        unit = normalize(np.asarray(enrolled[members], np.float64))
+        return int(members[(unit @ np.asarray(probes[probe], np.float64)).argmax()])
+
+    def listed(chosen: np.ndarray, sign: int) -> list[Misidentified]:
+        rows = np.flatnonzero(chosen)
+        rows = rows[np.argsort(sign * result.best_score[rows], kind="stable")][:MAX_SHOWN]
+        return [
+            Misidentified(
+                row,
+                nearest(row, result.best[row]),
+                nearest(row, result.mate[row]) if result.is_mated[row] else None,
+                float(result.best_score[row]),
+                float(result.mate_score[row]) if result.is_mated[row] else None,
+            )
+            for row in rows.tolist()
+        ]
+
+    return IdentificationMistakes(
+        num_wrong=int(np.count_nonzero(is_wrong)),
+        num_rejected=int(np.count_nonzero(is_rejected)),
+        num_accepted=int(np.count_nonzero(is_accepted)),
+        wrong=listed(is_wrong, -1),
+        rejected=listed(is_rejected, 1),
+        accepted=listed(is_accepted, -1),
+    )

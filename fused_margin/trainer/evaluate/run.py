@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from rich.console import Console
 
 import fused_margin as fm
 from fused_margin import evaluation
-from fused_margin.evaluation import DataError, FeatureSet, MegafaceGallery, ScoreSummary, join_mirror
+from fused_margin.evaluation import DataError, FeatureSet, MegafaceGallery, join_mirror
 from fused_margin.evaluation.checks import check_features, check_integers
 from fused_margin.evaluation.files import describe_skipped
 from fused_margin.evaluation.plurals import counted
@@ -26,27 +26,20 @@ from ..data.megaface_images import MegafaceImages
 from ..pages.evaluate import EvaluationContent, write_evaluation_page
 from ..train.checkpoint import FILE_NAME
 from .config import EvaluateConfig, Protocol, ProtocolOptions
-from .figures import draw_evaluation
+from .figures import draw_evaluation, draw_identification
+from .identification import choose_rows, identification_rows, measure_identification
 from .inputs import (
     EvaluationInput,
     TrainedNetwork,
     read_checkpoint,
+    read_gallery,
     read_listed_probes,
     read_probes,
 )
-from .mistakes import Miss, ScoredPairs, scored_pairs, worst_misses
+from .measured import Measured
+from .mistakes import scored_pairs, worst_misses
 from .network import separation
 from .reports import SCORE_UNIT, results_table, score_rows, score_values, versions
-
-
-class Measured(NamedTuple):
-    """Results of a protocol."""
-
-    result: dict[str, Any]  # for the report
-    headline: str
-    summary: ScoreSummary
-    pairs: ScoredPairs | None = None  # of a protocol on pairs
-    misses: list[Miss] | None = None  # of megaface; rows of the features, and of the distractors if they are given
 
 
 def run_evaluation(config: EvaluateConfig, console: Console) -> dict[str, Any]:
@@ -82,9 +75,12 @@ def run_evaluation(config: EvaluateConfig, console: Console) -> dict[str, Any]:
         _refuse_other_protocols(config.protocol, network)
     if network and (pair_list := network.verification_set):
         _refuse_unused(config, pair_list.pairs, pair_list.fold if pair_list.has_folds else None, pair_list.source)
+    seed = network.config.seed if network else 0
     with console.status("computing features" if network else "reading features"):
         if network:
-            inputs = network.features(device, mirror=options.flip != "none", workers=config.workers, folds=config.folds)
+            inputs = _network_features(config, options, network, device)
+        elif config.gallery is not None:
+            inputs = read_gallery(config.gallery, path)
         elif config.distractors is None:
             inputs = EvaluationInput(evaluation.read_arrays(path), f"features of {path}", str(path))
         elif config.lists is None:
@@ -94,9 +90,9 @@ def run_evaluation(config: EvaluateConfig, console: Console) -> dict[str, Any]:
     arrays, description = inputs.features, inputs.description
     if not network:
         _refuse_unused(config, arrays.pairs, arrays.fold, inputs.source)
-    with console.status(f"evaluating {options.name}"):
+    with console.status(f"evaluating {options.name}") as status:
         try:
-            measured = _measure(options, inputs, network.config.seed if network else 0, device)
+            measured = _measure(options, inputs, seed, device, status.update)
             nearest_cosine, separability = _separation(arrays, device)
         except DataError:
             raise
@@ -118,7 +114,7 @@ def run_evaluation(config: EvaluateConfig, console: Console) -> dict[str, Any]:
         "flip": options.flip,
         "metric": options.metric,
         "result": measured.result,
-        "scores": score_values(summary),
+        "scores": None if summary is None else score_values(summary),
         "separability": separability,
         "versions": versions(),
         "device": str(device),
@@ -126,11 +122,12 @@ def run_evaluation(config: EvaluateConfig, console: Console) -> dict[str, Any]:
     }
     output.mkdir(parents=True, exist_ok=True)
     title, unit = f"{description}\n{measured.headline}", SCORE_UNIT[options.metric]
-    draw_evaluation(output / f"{options.name}.png", title, summary, nearest_cosine, unit)
+    if measured.identified is not None:
+        draw_identification(output / f"{options.name}.png", title, measured.identified, measured.result)
+    elif summary is not None:
+        draw_evaluation(output / f"{options.name}.png", title, summary, nearest_cosine, unit)
     (output / f"{options.name}.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    content = EvaluationContent(
-        config, options, inputs, measured.summary, measured.pairs, measured.misses, nearest_cosine
-    )
+    content = EvaluationContent(config, options, inputs, measured, nearest_cosine)
     write_evaluation_page(output / f"{options.name}.html", report, content)
     _print_report(console, report, measured.headline, output)
     return report
@@ -146,10 +143,10 @@ def _refuse_other_protocols(protocol: Protocol, network: TrainedNetwork) -> None
             f"{pair_list.source if pair_list else network.config.data} has {contents}, and --protocol ytf compares "
             "videos: give it a folder of YouTube Faces (splits.txt), or evaluate this with --protocol pairs"
         )
-    if protocol == "megaface" and pair_list:
+    if protocol in ("megaface", "identification") and pair_list:
         raise DataError(
-            f"{pair_list.source} has pairs of images without their identities, which megaface needs: evaluate it with "
-            f"--protocol {'ytf' if of_videos else 'pairs or lfw'}, or give megaface a folder of identities"
+            f"{pair_list.source} has pairs of images without their identities, which {protocol} needs: evaluate it "
+            f"with --protocol {'ytf' if of_videos else 'pairs or lfw'}, or give {protocol} a folder of identities"
         )
     if protocol != "ytf" and pair_list is not None and pair_list.of_videos:
         raise DataError(f"{pair_list.source} has pairs of videos: evaluate it with --protocol ytf")
@@ -163,9 +160,38 @@ def _refuse_unused(given: EvaluateConfig, pairs: np.ndarray | None, fold: np.nda
         raise DataError(f"folds: {source} gives {folds} folds, not {given.folds}; leave out the option")
 
 
-def _measure(options: ProtocolOptions, inputs: EvaluationInput, seed: int, device: torch.device) -> Measured:
-    """Apply the protocol; raises ValueError if the arrays do not allow it."""
+def _network_features(
+    config: EvaluateConfig, options: ProtocolOptions, network: TrainedNetwork, device: torch.device
+) -> EvaluationInput:
+    """Features of the images to evaluate on. Raises DataError, before any are computed, if they do not suit."""
+
+    def check(labels: np.ndarray, gallery_labels: np.ndarray | None) -> None:
+        try:
+            choose_rows(labels, gallery_labels, options, network.config.seed)
+        except ValueError as error:
+            raise DataError(f"{network.config.data}: {error}") from error
+
+    return network.features(
+        device,
+        mirror=options.flip != "none",
+        workers=config.workers,
+        folds=config.folds,
+        gallery=config.gallery,
+        check=check if options.protocol == "identification" else None,
+    )
+
+
+def _measure(
+    options: ProtocolOptions,
+    inputs: EvaluationInput,
+    seed: int,
+    device: torch.device,
+    show: Callable[[str], None],
+) -> Measured:
+    """Apply the protocol, and `show` its progress; raises ValueError if the arrays do not allow it."""
     arrays = inputs.features
+    if options.protocol == "identification":
+        return measure_identification(options, inputs, seed, device, show)
     if options.protocol == "megaface":
         return _measure_megaface(options, arrays, inputs.galleries, seed, device)
     if arrays.video is not None and arrays.pairs is not None and options.protocol != "ytf":
@@ -287,14 +313,16 @@ def _print_report(console: Console, report: dict[str, Any], headline: str, outpu
     scores, result = report["scores"], report["result"]
     console.print(report["input"]["description"], highlight=False)
     table = results_table(headline)
+    for name, value in identification_rows(result) if scores is None else ():
+        table.add_row(name, value)
     for row in result.get("rank1", ()):
         table.add_row(f"rank-1 among {counted(row['distractors'], 'distractor')}", f"{row['rate']:.2%}")
     if tar := result.get("tar_over_folds"):
         needed = f"{1 / tar['far']:,.0f}"
         unresolved = "" if tar["far_resolved"] else f" (under {needed} impostors)"
         table.add_row(f"TAR at FAR = {tar['far']:g}, over folds", f"{tar['mean']:.2%} ± {tar['std']:.2%}{unresolved}")
-    for row in score_rows(scores):
-        table.add_row(*row)
+    for name, value in () if scores is None else score_rows(scores):
+        table.add_row(name, value)
     if separability := report["separability"]:
         table.add_row("Sep of the class weights", f"{separability['mean']:.3f} ± {separability['std']:.3f}")
     console.print(table)

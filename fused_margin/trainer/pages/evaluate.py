@@ -11,13 +11,19 @@ from typing import Any
 
 import numpy as np
 
-from fused_margin.evaluation import ScoreSummary
 from fused_margin.evaluation.plurals import counted, counted_identities
 
-from ..evaluate.config import EvaluateConfig, ProtocolOptions
+from ..evaluate.config import EvaluateConfig, Protocol, ProtocolOptions
 from ..evaluate.inputs import EvaluationInput
-from ..evaluate.mistakes import Miss, ScoredPairs
+from ..evaluate.measured import Measured
 from ..evaluate.reports import SCORE_UNIT
+from .charts import Chart
+from .identification import (
+    identification_charts,
+    identification_facts,
+    identification_mistakes,
+    identification_results,
+)
 from .mistakes import (
     MistakeGroup,
     describe_images,
@@ -41,6 +47,8 @@ PROTOCOLS = {
     "ytf": "YouTube Faces: pairs of videos, each with the mean feature of its frames.",
     "ytf-weighted-l1": "YouTube Faces: pairs of videos, scored by DeepFace's weighted L1, which is learned on the other "
     "folds.",
+    "identification": "Identification: each probe searches the gallery of known identities. The closed set has probes of "
+    "known identities, the open set also probes of unknown ones, which a threshold must reject.",
     "megaface": "MegaFace: each probe searches the other image of its identity among distractors, one mate at a time.",
 }  # What the names of protocols stand for
 
@@ -52,31 +60,14 @@ class EvaluationContent:
     config: EvaluateConfig
     options: ProtocolOptions
     inputs: EvaluationInput
-    summary: ScoreSummary
-    pairs: ScoredPairs | None  # of a protocol on pairs
-    misses: list[Miss] | None  # of megaface
+    measured: Measured
     nearest_cosine: np.ndarray | None  # (num_classes,) if there are class weights
 
 
 def write_evaluation_page(path: Path, report: Mapping[str, Any], content: EvaluationContent) -> None:
     """Write the page of an evaluation; `report` has the values of its JSON file."""
     result, given, inputs = report["result"], report["input"], content.inputs
-    if content.pairs is not None:
-        accuracy = percent(result["accuracy"], result["accuracy_std"])
-        over = f"mean ± standard deviation over {counted(len(result['fold_accuracy']), 'fold')}"
-        results = [Result("Accuracy", accuracy, over)]
-        charts = []
-    else:
-        last = result["rank1"][-1]
-        results = [Result("Rank-1 rate", percent(last["rate"]), f"among {counted(last['distractors'], 'distractor')}")]
-        charts = [rank_chart(result["rank1"])]
-    if tar := result.get("tar_over_folds"):
-        resolved = f"at a measured FAR of {tar['far_on_the_folds']:.2g}"
-        if not tar["far_resolved"]:
-            resolved = f"needs {1 / tar['far']:,.0f} impostors in the other folds; there are fewer"
-        results.append(Result(f"TAR at FAR = {tar['far']:g}, over folds", percent(tar["mean"], tar["std"]), resolved))
-    results += score_results(report["scores"])
-    charts += [roc_chart(content.summary), score_chart(content.summary, SCORE_UNIT[content.options.metric])]
+    results, charts = _results_and_charts(report, content)
     if content.nearest_cosine is not None:
         results.append(separability_result(report["separability"]))
         charts.append(separability_chart(content.nearest_cosine))
@@ -115,27 +106,56 @@ def write_evaluation_page(path: Path, report: Mapping[str, Any], content: Evalua
     )
 
 
+def _results_and_charts(report: Mapping[str, Any], content: EvaluationContent) -> tuple[list[Result], list[Chart]]:
+    """The headline numbers and the charts of the protocol."""
+    result, measured = report["result"], content.measured
+    if measured.identified is not None:
+        return identification_results(result), identification_charts(measured.identified, result)
+    assert measured.summary is not None
+    results, charts = [], []
+    if measured.pairs is not None:
+        accuracy = percent(result["accuracy"], result["accuracy_std"])
+        over = f"mean ± standard deviation over {counted(len(result['fold_accuracy']), 'fold')}"
+        results.append(Result("Accuracy", accuracy, over))
+    else:
+        last = result["rank1"][-1]
+        among = f"among {counted(last['distractors'], 'distractor')}"
+        results.append(Result("Rank-1 rate", percent(last["rate"]), among))
+        charts.append(rank_chart(result["rank1"]))
+    if tar := result.get("tar_over_folds"):
+        resolved = f"at a measured FAR of {tar['far_on_the_folds']:.2g}"
+        if not tar["far_resolved"]:
+            resolved = f"needs {1 / tar['far']:,.0f} impostors in the other folds; there are fewer"
+        results.append(Result(f"TAR at FAR = {tar['far']:g}, over folds", percent(tar["mean"], tar["std"]), resolved))
+    results += score_results(report["scores"])
+    charts += [roc_chart(measured.summary), score_chart(measured.summary, SCORE_UNIT[content.options.metric])]
+    return results, charts
+
+
 def _mistakes(result: Mapping[str, Any], content: EvaluationContent) -> list[MistakeGroup]:
+    measured = content.measured
+    if measured.identified is not None:
+        return identification_mistakes(measured.identified, result, content.inputs)
     arrays, shown = content.inputs.features, content.inputs.shown
     describe = describe_inputs(arrays, shown, videos=content.options.protocol == "ytf")
-    if content.pairs is not None:
-        return pair_mistakes(content.pairs, describe, SCORE_UNIT[content.options.metric])
-    assert content.misses is not None
+    if measured.pairs is not None:
+        return pair_mistakes(measured.pairs, describe, SCORE_UNIT[content.options.metric])
+    assert measured.misses is not None
     searches, rate = result["searches"], result["rank1"][-1]["rate"]
     if (images := content.inputs.shown_distractors) is not None:
         distractor = describe_images(images)
     else:
         distractor = describe if arrays.distractors is None else describe_rows(None, "of the distractors")
-    return search_mistakes(content.misses, round(searches * (1 - rate)), searches, describe, distractor)
+    return search_mistakes(measured.misses, round(searches * (1 - rate)), searches, describe, distractor)
 
 
 def _input_facts(report: Mapping[str, Any], content: EvaluationContent) -> list[tuple[str, Any]]:
     given = report["input"]
     kind = "checkpoint" if content.config.features is None else "features"
-    distractors = [] if content.config.distractors is None else [("distractors", content.config.distractors)]
+    others = {"distractors": content.config.distractors, "gallery": content.config.gallery}
     return [
         (kind, given["file"]),
-        *distractors,
+        *((name, path) for name, path in others.items() if path is not None),
         ("data", given["description"]),
         ("rows", f"{given['rows']:,}"),
         ("dimensions", f"{given['dimensions']:,}"),
@@ -144,13 +164,15 @@ def _input_facts(report: Mapping[str, Any], content: EvaluationContent) -> list[
 
 
 def _protocol_facts(report: Mapping[str, Any], options: ProtocolOptions) -> list[tuple[str, Any]]:
-    result, scores = report["result"], report["scores"]
+    result = report["result"]
     flips = {"none": "not used", "sum": "added", "concat": "concatenated"}
     facts = [
         ("protocol", options.name),
         ("score", SCORE_UNIT[options.metric]),
         ("mirror image", flips[report["flip"]]),
     ]
+    if report["scores"] is None:
+        return facts + identification_facts(result)
     if "pairs" in result:
         facts += [
             ("pairs", f"{result['pairs']:,}"),
@@ -163,6 +185,7 @@ def _protocol_facts(report: Mapping[str, Any], options: ProtocolOptions) -> list
             ("distractors", f"{result['distractors']:,}"),
             ("searches", f"{result['searches']:,}"),
         ]
+    scores = report["scores"]
     return [*facts, ("genuine pairs", f"{scores['genuine']:,}"), ("impostor pairs", f"{scores['impostors']:,}")]
 
 
@@ -170,14 +193,29 @@ def _commands(content: EvaluationContent) -> list[Command]:
     config = content.config
     program = "fused-margin evaluate"
     commands = [Command("Repeat this evaluation:", command_line(program, config))]
-    if content.inputs.features.labels is not None and config.distractors is None:
-        plain = dataclasses.replace(config, metric="cosine", flip=None, far=None, num_pairs=None, folds=None)
-        if config.protocol != "megaface":
-            search = dataclasses.replace(plain, protocol="megaface")
-            commands.append(Command("Search each image among others:", command_line(program, search)))
-        else:
-            pairs = dataclasses.replace(plain, protocol="pairs")
-            commands.append(Command("Verify pairs of the images:", command_line(program, pairs)))
+    labels = content.inputs.features.labels
+    if labels is not None and config.distractors is None and config.gallery is None and labels.dtype.kind in "iu":
+        plain = dataclasses.replace(
+            config,
+            metric="cosine",
+            flip=None,
+            far=None,
+            num_pairs=None,
+            folds=None,
+            unknown=None,
+            enrolled=None,
+            template="mean",
+        )
+        others: dict[Protocol, str] = {
+            "megaface": "Search each image among others:",
+            "identification": "Identify the images in a gallery of some of the identities:",
+        }
+        if config.protocol in others:
+            others["pairs"] = "Verify pairs of the images:"
+        for protocol, purpose in others.items():
+            if protocol != config.protocol:
+                other = dataclasses.replace(plain, protocol=protocol)
+                commands.append(Command(purpose, command_line(program, other)))
     if config.checkpoint is not None:
         backbone = ["--backbone", config.backbone] if config.backbone else []
         export = ["fused-margin", "export", str(config.checkpoint), *backbone]

@@ -58,6 +58,11 @@ class MistakeGroup(NamedTuple):
     mistakes: list[Mistake]
 
     @property
+    def has_roles(self) -> bool:
+        """Whether each picture has the name of its side, because the sides differ."""
+        return self.columns != PAIR
+
+    @property
     def has_pictures(self) -> bool:
         """Whether there are images behind the rows, even if some or all of them cannot be read."""
         return any(side.thumbnail or side.problem for mistake in self.mistakes for side in mistake.sides)
@@ -142,7 +147,7 @@ def pair_mistakes(pairs: ScoredPairs, describe: Describe, unit: str) -> list[Mis
             "accept",
             "False accepts",
             f"{len(accepts):,} of {counted(impostors, 'impostor pair')} scored above the threshold of their fold: two "
-            f"identities taken for one. {_shown(len(accepts), 'highest')}",
+            f"identities taken for one. {describe_number(len(accepts), 'highest')}",
             PAIR,
             listed(accepts),
         ),
@@ -150,7 +155,7 @@ def pair_mistakes(pairs: ScoredPairs, describe: Describe, unit: str) -> list[Mis
             "reject",
             "False rejects",
             f"{len(rejects):,} of {counted(len(pairs.same) - impostors, 'genuine pair')} scored below the threshold of "
-            f"their fold: one identity taken for two. {_shown(len(rejects), 'lowest')}",
+            f"their fold: one identity taken for two. {describe_number(len(rejects), 'lowest')}",
             PAIR,
             listed(rejects),
         ),
@@ -174,7 +179,8 @@ def search_mistakes(
     return [MistakeGroup("miss", "Missed searches", text, ("probe", "mate", "distractor"), mistakes)]
 
 
-def _shown(number: int, which: str) -> str:
+def describe_number(number: int, which: str) -> str:
+    """Introduces the mistakes that are shown, of a `number`."""
     if not number:
         return ""
     return f"The {which} {min(number, MAX_SHOWN)}:" if number > MAX_SHOWN else "All of them:"

@@ -10,7 +10,7 @@ import numpy as np
 from fused_margin.evaluation import ScoreSummary
 from fused_margin.evaluation.plurals import counted
 
-from ..evaluate.histograms import score_histogram, separability_histogram
+from ..evaluate.histograms import ScoreHistogram, score_histogram, separability_histogram
 from .charts import (
     BOTTOM,
     RIGHT,
@@ -66,36 +66,44 @@ def roc_chart(summary: ScoreSummary) -> Chart:
 
 def score_chart(summary: ScoreSummary, unit: str) -> Chart:
     """Histograms of the scores of genuine and impostor pairs."""
-    bins = score_histogram(summary)
+    threshold = (summary.tar.threshold, f"threshold at FAR {summary.tar.far:g}")
+    return histogram_chart(
+        score_histogram(summary),
+        ("genuine pair", "impostor pair"),
+        threshold if np.isfinite(summary.tar.threshold) else None,
+        f"Histograms of the scores of genuine and impostor pairs; equal error rate {summary.equal_error_rate:.2%}.",
+        unit,
+        "share of the pairs",
+    )
+
+
+def histogram_chart(
+    bins: ScoreHistogram,
+    names: tuple[str, str],
+    threshold: tuple[float, str] | None,
+    summary: str,
+    unit: str,
+    share: str,
+) -> Chart:
+    """Histograms of two kinds of scores.
+
+    Args:
+        names: of a genuine and of an impostor score.
+        threshold: where a line is, and its label.
+        summary: what the chart shows in words.
+        unit: of the scores.
+        share: label of the vertical axis.
+    """
     top = 1.08 * max(bins.genuine.max(), bins.impostor.max())
     to_x, to_y = plot_scales((bins.edges[0], bins.edges[-1]), (0, top))
     edges, base = to_x(bins.edges), float(to_y(0))
     marks = [
-        Mark(
-            "area",
-            "second",
-            bars_path(edges, to_y(bins.impostor), base),
-            label=f"{counted(bins.num_impostor, 'impostor pair')}",
-        ),
-        Mark(
-            "area",
-            "first",
-            bars_path(edges, to_y(bins.genuine), base),
-            label=f"{counted(bins.num_genuine, 'genuine pair')}",
-        ),
+        Mark("area", "second", bars_path(edges, to_y(bins.impostor), base), label=counted(bins.num_impostor, names[1])),
+        Mark("area", "first", bars_path(edges, to_y(bins.genuine), base), label=counted(bins.num_genuine, names[0])),
     ]
-    if np.isfinite(summary.tar.threshold):
-        threshold = vertical_path(float(to_x(summary.tar.threshold)))
-        marks.append(Mark("dashes", "third", threshold, label=f"threshold at FAR {summary.tar.far:g}"))
-    return Chart(
-        "Scores",
-        f"Histograms of the scores of genuine and impostor pairs; equal error rate {summary.equal_error_rate:.2%}.",
-        unit,
-        "share of the pairs",
-        to_x.ticks,
-        to_y.ticks,
-        marks,
-    )
+    if threshold is not None:
+        marks.append(Mark("dashes", "third", vertical_path(float(to_x(threshold[0]))), label=threshold[1]))
+    return Chart("Scores", summary, unit, share, to_x.ticks, to_y.ticks, marks)
 
 
 def separability_chart(nearest_cosine: np.ndarray) -> Chart:

@@ -213,7 +213,10 @@ def _commands(config: TrainConfig, *, verified: bool) -> list[Command]:
         return Command(purpose, shlex.join(words))
 
     again = ("fused-margin", "train", "--config", f"{folder}/config.yaml", "--output", f"{folder}-again")
-    search = [command("Search each test image among others:", *evaluate, "--protocol", "megaface")]
+    search = [
+        command("Search each test image among others:", *evaluate, "--protocol", "megaface"),
+        command("Identify test images in a gallery of some identities:", *evaluate, "--protocol", "identification"),
+    ]
     return [
         *(search if verified else []),
         command(
