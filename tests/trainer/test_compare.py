@@ -67,6 +67,8 @@ def test_interrupted_comparison_continues(config, monkeypatch):
             folder = config.output / f"{name}-{seed}"
             pairs = json.loads((folder / "pairs.json").read_text())
             search = json.loads((folder / "megaface.json").read_text())
+            identified = json.loads((folder / "identification.json").read_text())["result"]
+            assert measured["dir"] == identified["dir_at_far"]["dir"] and identified["dir_at_far"]["far"] == 0.01
             assert measured["accuracy"] == pairs["result"]["accuracy"]
             assert measured["sep_mean"] == pairs["separability"]["mean"]
             assert measured["rank1"] == search["result"]["rank1"][-1]["rate"]
@@ -76,7 +78,7 @@ def test_interrupted_comparison_continues(config, monkeypatch):
     assert {f"{name}-{seed}" for name in config.losses for seed in config.seeds} <= set(
         page.text.replace(":", "").split()
     )
-    assert len(page.all("a")) == 5 + 2 * 2 + 2 * 3  # sections; two pages of each untrained run, three of each other
+    assert len(page.all("a")) == 5 + 2 * 3 + 2 * 4  # sections; three pages of each untrained run, four of each other
     for line in lines[2:4]:  # the same numbers as in the Markdown table
         assert " ".join(line.replace("|", " ").split()) in page.text
     assert f"fused-margin compare --losses {' '.join(config.losses)} --seeds 3 4 --epochs 1" in page.text
@@ -89,19 +91,20 @@ def test_interrupted_comparison_continues(config, monkeypatch):
 
 
 def test_table():
-    row = {"accuracy": 0.9, "tar": 0.5, "rank1": 1.0, "sep_mean": 0.25, "sep_std": 0.125}
-    other = {"accuracy": 0.92, "tar": 0.5, "rank1": 1.0, "sep_mean": 0.35, "sep_std": 0.125}
+    row = {"accuracy": 0.9, "tar": 0.5, "rank1": 1.0, "dir": 0.75, "sep_mean": 0.25, "sep_std": 0.125}
+    other = {"accuracy": 0.92, "tar": 0.5, "rank1": 1.0, "dir": 0.75, "sep_mean": 0.35, "sep_std": 0.125}
     _, lines = table({"a": [row, other], "b": [row], RANDOM: [row]}, {"a": 21.04, "b": 20.0, RANDOM: None})
     assert lines[0] == [
         "a",
         "91.00 ± 1.41",
         "50.00 ± 0.00",
         "100.00 ± 0.00",
+        "75.00 ± 0.00",
         "0.300 ± 0.071",
         "0.125 ± 0.000",
         "21.0",
     ]
-    assert lines[1] == ["b", "90.00", "50.00", "100.00", "0.250", "0.125", "20.0"] and lines[2][-1] == ""
+    assert lines[1] == ["b", "90.00", "50.00", "100.00", "75.00", "0.250", "0.125", "20.0"] and lines[2][-1] == ""
     assert markdown(["x", "y"], [["1", "2"]]) == "| x | y |\n| --- | ---: |\n| 1 | 2 |\n"
 
 
@@ -111,7 +114,7 @@ def test_losses_without_class_weights_have_no_sep(config):
     assert report["losses"]["triplet"]["seeds"][0]["sep_mean"] is None
     lines = (config.output / "compare.md").read_text().splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    assert cells[3][0] == "triplet" and cells[3][4:6] == ["", ""] and all(cells[2]) and cells[3][6]
+    assert cells[3][0] == "triplet" and cells[3][5:7] == ["", ""] and all(cells[2]) and cells[3][7]
     assert "triplet" in read_page(config.output / "compare.html").text
     assert clear_best({name: [*loss["seeds"]] * 2 for name, loss in report["losses"].items()}).get("sep_mean") is None
 
@@ -119,7 +122,8 @@ def test_losses_without_class_weights_have_no_sep(config):
 def test_best_is_marked_beyond_the_spread():
     def seeds(*accuracies, **others):
         return [
-            {"accuracy": a, "tar": 0.5, "rank1": 0.5, "sep_mean": 0.3, "sep_std": 0.1, **others} for a in accuracies
+            {"accuracy": a, "tar": 0.5, "rank1": 0.5, "dir": 0.5, "sep_mean": 0.3, "sep_std": 0.1, **others}
+            for a in accuracies
         ]
 
     # Means and deviations: 0.9 and 0.028, 0.8 and 0.028, and a higher one of the untrained network.
@@ -132,7 +136,7 @@ def test_best_is_marked_beyond_the_spread():
 
 
 def test_page_marks_the_best(config, monkeypatch):
-    values = {"tar": 0.5, "rank1": 0.5, "distractors": 9, "sep_mean": 0.3, "sep_std": 0.1, "impostors": 9}
+    values = {"tar": 0.5, "rank1": 0.5, "dir": 0.5, "distractors": 9, "sep_mean": 0.3, "sep_std": 0.1, "impostors": 9}
     accuracy = {"arcface": (0.9, 0.92), "cosface": (0.7, 0.72)}
     config = dataclasses.replace(config, losses=tuple(accuracy))
 
@@ -145,7 +149,7 @@ def test_page_marks_the_best(config, monkeypatch):
     page = read_page(config.output / "compare.html")
     assert page.numbers[0] == pytest.approx(91) and "arcface, the best beyond the spread" in page.text
     assert [cell["class"] for cell in page.all("td") if "best" in cell["class"]] == ["number best"]
-    assert len(page.all("circle")) == 4 * 2 * 3 + 2  # a mean and two seeds of each loss and measure, and the step times
+    assert len(page.all("circle")) == 5 * 2 * 3 + 2  # a mean and two seeds of each loss and measure, and the step times
     compare(dataclasses.replace(config, seeds=(3,)), Console(quiet=True))
     page = read_page(config.output / "compare.html")
     assert "With one seed there is no spread" in page.text and not any("best" in c["class"] for c in page.all("td"))
@@ -153,7 +157,7 @@ def test_page_marks_the_best(config, monkeypatch):
 
 def test_table_fits_a_narrow_screen(config, monkeypatch):
     name = "elasticface-plus+exclusive=0.125+contrastive"
-    row = {"accuracy": 0.9, "tar": 0.5, "rank1": 1.0, "distractors": 9, "sep_mean": 0.25, "sep_std": 0.125}
+    row = {"accuracy": 0.9, "tar": 0.5, "rank1": 1.0, "dir": 0.5, "distractors": 9, "sep_mean": 0.25, "sep_std": 0.125}
     monkeypatch.setattr(module, "measure", lambda *arguments, **options: row)
     monkeypatch.setattr(module, "time_steps", lambda trainings: {f"{name}-3": 1234.56})
     console = Console(width=80, record=True, file=io.StringIO())
@@ -163,30 +167,11 @@ def test_table_fits_a_narrow_screen(config, monkeypatch):
     assert max(map(len, lines[lines.index(RANDOM) - 4 : -1])) <= 80
     for loss, time in ((RANDOM, []), (name, ["1234.6"])):
         numbers = lines[lines.index(loss) + 1].split()
-        assert numbers == ["90.00±0.00", "50.00±0.00", "100.00±0.00", "0.250±0.000", "0.125±0.000", *time]
-    heading = " ".join(lines[lines.index(RANDOM) - 2 : lines.index(RANDOM)]).split()
-    assert sorted(heading) == sorted(
-        [
-            "verification",
-            "accuracy,",
-            "%",
-            "TAR",
-            "at",
-            "FAR",
-            "=",
-            "1e-3,",
-            "%",
-            "rank-1,",
-            "%",
-            "Sep",
-            "mean",
-            "Sep",
-            "std",
-            "ms",
-            "per",
-            "step",
-        ]
-    )
+        assert numbers == ["90.00±0.00", "50.00±0.00", "100.00±0.00", "50.00±0.00", "0.250±0.000", *time]
+    # The headings are wrapped; each line above the first loss has the words of several columns.
+    heading = " ".join(lines[lines.index(RANDOM) - 3 : lines.index(RANDOM)]).split()
+    expected = "verification accuracy, % TAR at FAR = 1e-3, % rank-1, % DIR at FAR = 1 %, % Sep mean ms per step"
+    assert sorted(heading) == sorted(expected.split())
     assert "mean±std over 2 seeds" in printed
     assert "impostors may pass" not in printed  # runs of an older version do not report it
 

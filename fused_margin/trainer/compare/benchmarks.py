@@ -21,11 +21,12 @@ from ..data import EMBEDDED, load_splits
 from ..data.megaface_images import MegafaceImages
 from ..evaluate.config import EvaluateConfig, Protocol
 from ..evaluate.run import run_evaluation
-from .table import FAR, MEASURES, Measure
+from .table import DIR_FAR, FAR, MEASURES, Measure
 
 TEST_IDENTITIES = "test-identities"
 FOLDER = "benchmarks"  # in the folder of a run
 FILE_NAME = "measured.json"
+OF_IDENTITIES: tuple[Protocol, ...] = ("megaface", "identification", "pairs")  # protocols
 OF_NETWORK = ("sep_mean", "sep_std")  # the same on all benchmarks
 
 
@@ -66,6 +67,7 @@ class Benchmark:
             self._measure("accuracy", f"{self.name} accuracy"),
             self._measure("tar", f"{self.name} TAR at FAR = 1e-3"),
             self._measure("rank1", f"{self.name} rank-1"),
+            self._measure("dir", f"{self.name} DIR at FAR = 1 %"),
         )
 
     def _measure(self, key: str, title: str) -> Measure:
@@ -79,12 +81,18 @@ class Benchmark:
         """Page of each evaluation, relative to the folder of a run, and its name."""
         names = {protocol: f"lfw-{self.variant}" if protocol == "lfw" else protocol for protocol in self.protocols}
         if not self.name:
-            return {"pairs.html": "pairs", "megaface.html": "search"}
+            return {"pairs.html": "pairs", "megaface.html": "search", "identification.html": "identification"}
         single = len(self.protocols) == 1
         return {
             f"{FOLDER}/{self.name}/{file}.html": self.name if single else f"{self.name} {protocol}"
             for protocol, file in names.items()
         }
+
+    def _far(self, protocol: Protocol) -> float | None:
+        """The FAR to report at; None if the benchmark is MegaFace, which has its own."""
+        if protocol == "identification":
+            return DIR_FAR
+        return None if self.protocols == ("megaface",) else FAR
 
     def folder(self, run: Path) -> Path:
         """The folder of its results in the folder of a run."""
@@ -97,7 +105,8 @@ class Benchmark:
             return None
         values = json.loads(file.read_text(encoding="utf-8"))
         if not self.name:
-            return values
+            # Earlier versions did not measure all of them.
+            return values if all(measure.key in values for measure in self.measures) else None
         return values["results"] if values["settings"] == self.settings else None
 
     def evaluate(self, training: TrainConfig) -> dict[str, float]:
@@ -112,7 +121,7 @@ class Benchmark:
                 backbone=training.backbone,
                 protocol=protocol,
                 variant=self.variant,
-                far=None if self.protocols == ("megaface",) else FAR,  # MegaFace has its own
+                far=self._far(protocol),
                 output=folder,
                 accelerator=training.accelerator,
                 workers=training.workers,
@@ -127,9 +136,16 @@ class Benchmark:
         return results
 
 
-def _values(report: Mapping[str, Any]) -> dict[str, float]:
+def _values(report: Mapping[str, Any]) -> dict[str, Any]:
     """The measures in the report of an evaluation."""
     result, scores = report["result"], report["scores"]
+    if "dir_at_far" in result:
+        at_far = result["dir_at_far"]
+        return {
+            "dir": at_far["dir"],
+            "dir_resolved": at_far["far_resolved"],
+            "unknown_probes": result["probes"]["non_mated"],
+        }
     values = {"tar": scores["tar_at_far"], "far_resolved": scores["far_resolved"], "impostors": scores["impostors"]}
     if "rank1" in result:
         last = result["rank1"][-1]
@@ -163,7 +179,7 @@ def open_benchmarks(words: tuple[str, ...], variant: LfwVariant, training: Train
         DataError: there is nothing to evaluate at a path.
     """
     if not words:
-        return (Benchmark("", TEST_IDENTITIES, {}, ("megaface", "pairs")),)
+        return (Benchmark("", TEST_IDENTITIES, {}, OF_IDENTITIES),)
     benchmarks = []
     for word in words:
         name, path = split_word(word)
@@ -177,7 +193,7 @@ def open_benchmarks(words: tuple[str, ...], variant: LfwVariant, training: Train
 
 def _open(name: str, path: str, training: TrainConfig) -> Benchmark:
     if path == TEST_IDENTITIES:
-        return Benchmark(name, path, {}, ("megaface", "pairs"))
+        return Benchmark(name, path, {}, OF_IDENTITIES)
     if not Path(path).exists() and "," in path:
         parts = path.split(",")
         if len(parts) != 3:
@@ -192,4 +208,4 @@ def _open(name: str, path: str, training: TrainConfig) -> Benchmark:
     images = load_splits(path, (8, 8), 1, test_fraction=0.0, seed=0).train
     folds = training.evaluation.folds
     make_pairs(images.labels.numpy(), 2 * folds, folds, seed=0)  # raises DataError if there are too few images
-    return Benchmark(name, path, {"data": path}, ("megaface", "pairs"))
+    return Benchmark(name, path, {"data": path}, OF_IDENTITIES)

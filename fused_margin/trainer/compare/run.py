@@ -80,7 +80,8 @@ def compare(config: CompareConfig, console: Console) -> dict[str, Any]:
     write_comparison_page(config.output / "compare.html", report, config, benchmarks)
     over = f", mean±std over {len(config.seeds)} seeds" if len(config.seeds) > 1 else f", seed {config.seeds[0]}"
     console.print(f"\n{config.images}, {counted(training.epochs, 'epoch')}{over}", highlight=False, soft_wrap=True)
-    console.print(screen_table(header, lines), markup=False, highlight=False, soft_wrap=True)
+    shown = [measure for measure in measures if measure.better]  # the others would make it wider than 80 columns
+    console.print(screen_table(*table(rows, step_ms, shown)), markup=False, highlight=False, soft_wrap=True)
     if note:
         console.print(note, highlight=False)
     console.print(

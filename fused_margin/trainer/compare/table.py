@@ -10,6 +10,7 @@ import numpy as np
 
 RANDOM = "random-weights"  # the network before training
 FAR = 1e-3
+DIR_FAR = 1e-2
 
 
 class Measure(NamedTuple):
@@ -31,6 +32,7 @@ MEASURES = (
     Measure("accuracy", "verification accuracy, %", "Verification accuracy", "%, higher is better"),
     Measure("tar", "TAR at FAR = 1e-3, %", "TAR at FAR = 1e-3", "%, higher is better"),
     Measure("rank1", "rank-1, %", "Rank-1 rate", "%, higher is better"),
+    Measure("dir", "DIR at FAR = 1 %, %", "Open-set identification: DIR at FAR = 1 %", "%, higher is better"),
     # Lower is better, because class weights are further apart.
     Measure("sep_mean", "Sep mean", "Sep mean", "cosine to the nearest other class, lower is further apart", -1, False),
     Measure("sep_std", "Sep std", better=0, is_percent=False),
@@ -113,7 +115,7 @@ def screen_table(header: list[str], lines: list[list[str]]) -> str:
 
 
 def unresolved_note(rows: Rows, measures: Sequence[Measure] = MEASURES) -> str:
-    """A note if there are too few impostors for a FAR of the table; otherwise empty."""
+    """A note if there are too few impostors or unknown images for a FAR of the table; otherwise empty."""
     notes = []
     for benchmark in (measure.key.removesuffix("tar") for measure in measures if measure.key.endswith("tar")):
         # Results of older versions have no such entries.
@@ -123,6 +125,11 @@ def unresolved_note(rows: Rows, measures: Sequence[Measure] = MEASURES) -> str:
             pairs = " or ".join(f"{number:,}" for number in sorted(few))
             rate = f"The TAR of {benchmark.removesuffix('/')}" if benchmark else f"TAR at FAR = {FAR:g}"
             notes.append(f"{rate} allows no false accept, because there are only {pairs} impostor pairs.")
+    for benchmark in (measure.key.removesuffix("dir") for measure in measures if measure.key.endswith("dir")):
+        resolved, unknown = f"{benchmark}dir_resolved", f"{benchmark}unknown_probes"
+        if few := {run[unknown] for seeds in rows.values() for run in seeds if not run.get(resolved, True)}:
+            probes = " or ".join(f"{number:,}" for number in sorted(few))
+            notes.append(f"The DIR accepts no unknown image, because there are only {probes} of them.")
     return " ".join(notes)
 
 
