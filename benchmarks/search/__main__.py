@@ -1,8 +1,9 @@
-"""Time of the exact search beside FAISS's IndexFlatIP, and a check of both in float64. `python -m benchmarks.search`."""
+"""Time and memory of the exact search beside FAISS's IndexFlatIP, checked in float64. `python -m benchmarks.search`."""
 
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import torch
 import tyro
 
 from fused_margin import functional as F
+from fused_margin.benchmark.memory import high_water, mark
 from fused_margin.evaluation import enroll, search_gallery
 
 from ..common.studies import write_study
@@ -86,28 +88,42 @@ def search(config: Config, probes: np.ndarray, references: np.ndarray | None, k:
     }
     if references is not None:
         gallery = enroll(references, np.arange(len(references)))
-        contestants[GALLERY] = lambda: search_gallery(probes, gallery, k).identity
+        contestants[GALLERY] = lambda: search_gallery(probes, gallery, k, progress=show_progress).identity
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    extra: dict[str, int] = {}
     answers: dict[str, np.ndarray] = {}
     for repeat in range(config.repeats + 1):
         for name, run in contestants.items():
+            if not repeat:  # the first starts threads and allocates memory
+                before = mark("cpu")
+                answers[name] = run()
+                extra[name] = max(0, high_water("cpu") - before)
+                continue
             started = time.perf_counter()
             answers[name] = run()
-            if repeat:  # the first starts threads and allocates memory
-                seconds[name].append(time.perf_counter() - started)
-    exact = search_float64(probes, references, k, config.checked)
+            seconds[name].append(time.perf_counter() - started)
+    exact = search_float64(
+        probes[: config.checked], probes if references is None else references, k, references is None
+    )
     row: dict[str, Any] = {
         "probes": len(probes), "gallery": None if references is None else len(references), "size": probes.shape[1],
         "k": k,
     }  # fmt: skip
     for name, taken in seconds.items():
         as_exact = float((answers[name][: len(exact)] == exact).all(axis=1).mean())
-        row[name] = {"seconds": statistics.median(taken), "least": min(taken), "as_float64": as_exact}
+        row[name] = {
+            "seconds": statistics.median(taken), "least": min(taken), "extra_bytes": extra[name], "as_float64": as_exact,
+        }  # fmt: skip
     row["ratio"] = {
         name: row[FAISS]["seconds"] / row[name]["seconds"] for name in (OURS, GALLERY) if name in contestants
     }
     print(describe(row), flush=True)
     return row
+
+
+def show_progress(done: int, total: int) -> None:
+    if sys.stderr.isatty():
+        print(f"{done:,} of {total:,} probes", end="\r", file=sys.stderr)
 
 
 def search_faiss(probes: np.ndarray, references: np.ndarray | None, k: int) -> np.ndarray:
@@ -121,9 +137,12 @@ def search_faiss(probes: np.ndarray, references: np.ndarray | None, k: int) -> n
     return found[others].reshape(len(probes), k)
 
 
-def search_float64(probes: np.ndarray, references: np.ndarray | None, k: int, checked: int) -> np.ndarray:
-    cosine = probes[:checked].astype(np.float64) @ (probes if references is None else references).astype(np.float64).T
-    if references is None:
+def search_float64(probes: np.ndarray, references: np.ndarray, k: int, among: bool) -> np.ndarray:
+    """Rows (n, k) by brute force; with `among`, the probes are the first references and do not find themselves."""
+    cosine = np.concatenate(
+        [probes.astype(np.float64) @ part.astype(np.float64).T for part in np.array_split(references, 50)], axis=1
+    )
+    if among:
         np.fill_diagonal(cosine, -np.inf)
     return np.argsort(-cosine, axis=1, kind="stable")[:, :k]
 
