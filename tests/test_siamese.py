@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from loss_inputs import leaf, problem, relative_error
+from ranks import RankError
 from torch.autograd import gradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -93,6 +94,26 @@ def test_tiles_change_only_rounding(samples, dtype, workspace_mb):
         assert ours.dtype == dtype and relative_error(ours.detach(), theirs.detach()) < tolerance
 
 
+@pytest.mark.parametrize("own", [slice(0, 5), slice(5, 5), slice(5, 12), slice(12, 20)])
+@pytest.mark.parametrize("workspace_mb", [256, 1e-3])
+def test_distances_of_some_rows(own, workspace_mb):
+    """The part of all distances that a rank computes, and its gradients."""
+    x, _, _ = problem(20, 4, 6)
+    a, b, c, d = (
+        leaf(x),
+        leaf(torch.linspace(-1.0, 2.0, 6).double()),
+        leaf(x),
+        leaf(torch.linspace(-1.0, 2.0, 6).double()),
+    )
+    distances = weighted_l1.weighted_l1_distances(a, b, own, workspace_mb=workspace_mb)
+    expected = ((c[:, None] - c).abs() * d).sum(2).triu(1)[own]
+    upstream = torch.rand(expected.shape, dtype=torch.float64)
+    distances.backward(upstream)
+    expected.backward(upstream)
+    for ours, theirs in ((distances, expected), (a.grad, c.grad), (b.grad, d.grad)):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
 def test_shifted_rows_keep_the_precision_of_the_gradient():
     x, _, _ = problem(20, 4, 6)
     shifted, alpha = (x + 2.0**12).float(), torch.ones(6, requires_grad=True)
@@ -118,9 +139,9 @@ def test_memory_is_quadratic():
     rows, alpha = torch.randn(300, 512), torch.ones(512)
     tile = weighted_l1.TILE_BYTES["cpu"] // rows.element_size()
     with LargestTensor() as forward:
-        distances = weighted_l1.forward(rows, alpha, 1 << 28)
+        distances = weighted_l1.forward(rows, alpha, 0, 300, 1 << 28)
     with LargestTensor() as backward:
-        weighted_l1.backward(distances, rows, alpha, 1 << 28)
+        weighted_l1.backward(distances, rows, alpha, 0, 300, 1 << 28)
     for most in (forward.elements, backward.elements):
         assert most <= max(300 * 512, tile) < 300 * 300 * 512 // 10
 
@@ -197,11 +218,55 @@ def test_compiled_and_repeated_calls():
 
 def test_opcheck():
     rows, alpha = leaf(torch.randn(5, 3)), leaf(torch.randn(3))
-    torch.library.opcheck(weighted_l1.l1_distances, (rows, alpha, 1 << 20))
+    torch.library.opcheck(weighted_l1.l1_distances, (rows, alpha, 1, 3, 1 << 20))
     distances = weighted_l1.weighted_l1_distances(rows, alpha)
     (gradient,) = torch.autograd.grad(distances.sum(), rows, create_graph=True)
     with pytest.raises(RuntimeError, match="second derivatives"):
         gradient.sum().backward()
+
+
+def of_rank(group, embeddings, labels, alpha, bias, options):
+    """The loss, and the gradients of the embeddings, of alpha and of the bias, summed over two steps."""
+    loss_fn, x = loss_of(5, alpha, bias, process_group=group, **options), leaf(embeddings)
+    for _ in range(2):
+        loss = loss_fn(x, labels)
+        loss.backward()
+    assert loss_fn.process_group is group and len(loss_fn.state_dict()) == 2
+    return loss.detach(), x.grad, loss_fn.alpha.grad, loss_fn.bias.grad
+
+
+@pytest.mark.parametrize("options", [{}, {"normalize": False, "balanced": False}], ids=["default", "plain"])
+@pytest.mark.parametrize("counts", [[6, 7], [0, 9, 4], [1, 12]])
+def test_ranks_equal_one_device(ranks, counts, options):
+    """The gradient of alpha and of the bias is the same on all ranks."""
+    x, y, alpha, bias = batch(13)
+    y[3] = -100
+    loss, gradient, *of_parameters = of_rank(None, x, y, alpha, bias, options)
+    torch.testing.assert_close(loss, plain_loss(x, y, alpha, bias, **options))
+    parts = zip(x.split(counts), y.split(counts), strict=True)
+    results = ranks.run(of_rank, [(*part, alpha, bias, options) for part in parts])
+    for of_one, _, *own in results:
+        torch.testing.assert_close(of_one, loss, rtol=1e-12, atol=0)
+        torch.testing.assert_close(own, of_parameters, rtol=1e-10, atol=1e-14)
+        assert all(torch.equal(ours, first) for ours, first in zip(own, results[0][2:], strict=True))
+    torch.testing.assert_close(torch.cat([own for _, own, *_ in results]), gradient, rtol=1e-10, atol=1e-14)
+
+
+def test_ranks_without_pairs(ranks):
+    x, _, alpha, bias = batch(2)
+    labels = torch.tensor([3, -100])
+    for loss, *gradients in ranks.run(of_rank, [(x[k : k + 1], labels[k : k + 1], alpha, bias, {}) for k in (0, 1)]):
+        assert loss == 0 and not any(gradient.any() for gradient in gradients)
+
+
+def wrong_size(group, size):
+    fm.SiameseL1Loss(4, process_group=group)(torch.ones(2, size), torch.arange(2))
+
+
+@pytest.mark.parametrize("sizes", [(4, 5), (5, 5)])
+def test_wrong_size_raises_on_every_rank(ranks, sizes):
+    with pytest.raises(RankError, match=r"(?s)rank 0: ValueError: embeddings: .*rank 1: ValueError: embeddings: "):
+        ranks.run(wrong_size, [(size,) for size in sizes])
 
 
 def test_learning():
@@ -230,6 +295,8 @@ def test_learning():
         (lambda: fm.SiameseL1Loss(4, balanced=2), TypeError, "balanced"),
         (lambda: fm.SiameseL1Loss(4, ignore_index=0.5), TypeError, "ignore_index"),
         (lambda: fm.SiameseL1Loss(4, workspace_mb=0), ValueError, "workspace_mb"),
+        (lambda: fm.SiameseL1Loss(4, process_group="gloo"), TypeError, "process_group: expected a torch.distributed"),
+        (lambda: setattr(fm.SiameseL1Loss(4), "process_group", None), AttributeError, "process_group"),
         (lambda: fm.SiameseL1Loss(4)(torch.ones(3, 5), torch.arange(3)), ValueError, "embeddings: expected embedding_size 4"),
         (lambda: fm.SiameseL1Loss(4)(torch.ones(4), torch.arange(3)), ValueError, "embeddings"),
         (lambda: fm.SiameseL1Loss(4)(torch.ones(3, 4), torch.arange(4)), ValueError, "labels"),

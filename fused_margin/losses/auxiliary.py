@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from fused_margin import _checks
 from fused_margin._ops.class_pair_sums import other_class_sums
-from fused_margin._ops.collectives import all_reduce_backward, all_reduce_forward, scatter_rows
+from fused_margin._ops.collectives import all_reduce_backward, scatter_rows
 from fused_margin._ops.divided_pair_sums import divided_pair_sums
 from fused_margin._ops.divided_samples import class_shard, gather_labels, target_class_sums
 from fused_margin._ops.inputs import MIB, compute_dtype
@@ -105,8 +105,7 @@ class RingLoss(RunningState, AuxiliaryLoss):
         valid = valid & norm.isfinite()
         total, count = norm.masked_fill(~valid, 0.0).sum(), valid.sum()
         if self.shard is not None:
-            sums = torch.stack([total.double(), count.double()])
-            total, count = all_reduce_forward(sums, self.shard.name).unbind()
+            total, count = self.over_ranks(torch.stack([total.double(), count.double()])).unbind()
         return (total / count).to(norm.dtype)
 
     @torch.no_grad()

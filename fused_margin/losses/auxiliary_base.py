@@ -52,6 +52,10 @@ class AuxiliaryLoss(settings.Settings):
     ):
         super().__init__()
         self.reduction, self.ignore_index = reduction, ignore_index
+        if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
+            raise TypeError(
+                f"process_group: expected a torch.distributed.ProcessGroup or None, got {type(process_group).__name__}"
+            )
         self.shard = None if process_group is None else Shard(num_classes, process_group)
 
     @property
@@ -103,6 +107,10 @@ class AuxiliaryLoss(settings.Settings):
         valid = labels.to(torch.int64) != self.ignore_index
         return self.reduce(samples.gathered.to_ranks(values, samples.positions), valid)
 
+    def over_ranks(self, value: Tensor) -> Tensor:
+        """The sum over ranks of a value of this rank's samples, each of which differentiates its own."""
+        return value if self.shard is None else all_reduce_forward(value, self.shard.name)
+
     def reduce(self, values: Tensor, valid: Tensor) -> Tensor:
         """The reduction of values (N,) over the samples that are not ignored, of all ranks."""
         values = values.masked_fill(~valid, 0.0)
@@ -110,6 +118,5 @@ class AuxiliaryLoss(settings.Settings):
             return values
         total, count = values.sum(), valid.sum()
         if self.shard is not None:
-            sums = torch.stack([total.double(), count.double()])
-            total, count = all_reduce_forward(sums, self.shard.name).unbind()
+            total, count = self.over_ranks(torch.stack([total.double(), count.double()])).unbind()
         return (mean_over(total, count) if self.reduction == "mean" else total).to(values.dtype)

@@ -10,10 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fused_margin import _checks
-from fused_margin._cross_entropy import mean_over
-from fused_margin._ops import collectives
 from fused_margin._ops.inputs import compute_dtype
-from fused_margin.distributed import Shard
 from fused_margin.losses import settings
 from fused_margin.losses.auxiliary import AuxiliaryLoss
 from fused_margin.losses.running_state import RunningState, once_per_step
@@ -212,10 +209,9 @@ class SelfGroupingLoss(RunningState, AuxiliaryLoss):
         ignore_index: int = -100,
         device: torch.device | str | None = None,
     ):
-        super().__init__(reduction, ignore_index)
+        super().__init__(reduction, ignore_index, process_group)
         num_groups = _checks.positive_index("num_groups", num_groups)
         batches = _checks.positive_index("batches", batches)
-        self.shard = None if process_group is None else Shard(num_groups, process_group)  # for its collectives
         self.register_buffer("recent", torch.zeros(batches, num_groups, device=device, dtype=torch.float64))
 
     @property
@@ -256,19 +252,8 @@ class SelfGroupingLoss(RunningState, AuxiliaryLoss):
     def next_recent(self, probability: Tensor, valid: Tensor) -> Tensor:
         """``recent`` with the sums of this batch, if it has a sample that is not ignored and has no NaN."""
         valid = (valid & probability.isfinite().all(1)).unsqueeze(1)
-        sums = self.all_reduce(probability.masked_fill(~valid, 0.0).sum(0))
+        sums = self.over_ranks(probability.masked_fill(~valid, 0.0).sum(0))
         return torch.where(sums.sum() > 0, torch.cat([self.recent[1:], sums.unsqueeze(0)]), self.recent)
-
-    def all_reduce(self, value: Tensor) -> Tensor:
-        """The sum over ranks of a value of each rank's own samples."""
-        return value if self.shard is None else collectives.all_reduce_forward(value, self.shard.name)
-
-    def reduce(self, values: Tensor, valid: Tensor) -> Tensor:
-        values = values.masked_fill(~valid, 0.0)
-        if self.reduction == "none":
-            return values
-        total = self.all_reduce(values.sum())
-        return mean_over(total, self.all_reduce(valid.sum())) if self.reduction == "mean" else total
 
     def extra_repr(self) -> str:
         batches, num_groups = self.recent.shape

@@ -14,7 +14,6 @@ from fused_margin._ops.inputs import compute_dtype
 from fused_margin._ops.library import register
 from fused_margin._ops.recomputation import recomputing
 from fused_margin._ops.sample_pairs import SamplePairs, distances, make_pairs
-from fused_margin.distributed import Shard
 from fused_margin.losses import settings
 from fused_margin.losses.auxiliary import AuxiliaryLoss
 from fused_margin.losses.running_state import RunningState, once_per_step
@@ -27,22 +26,11 @@ class SamplePairLoss(AuxiliaryLoss):
     """Base class of losses over the pairs of a batch's samples, which may be on several ranks."""
 
     SETTINGS: ClassVar[dict[str, settings.Check]] = {"normalize": settings.boolean}
-    FIXED: ClassVar[tuple[str, ...]] = ("process_group",)
     normalize: bool
 
     def __init__(self, normalize: bool, reduction: str, ignore_index: int, process_group: dist.ProcessGroup | None):
-        super().__init__(reduction, ignore_index)
+        super().__init__(reduction, ignore_index, process_group)
         self.normalize = normalize
-        if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
-            raise TypeError(
-                f"process_group: expected a torch.distributed.ProcessGroup or None, got {type(process_group).__name__}"
-            )
-        self.shard = None if process_group is None else Shard(1, process_group)
-
-    @property
-    def process_group(self) -> dist.ProcessGroup | None:
-        """The group whose ranks' samples form pairs; None for this process's samples alone."""
-        return None if self.shard is None else self.shard.group
 
     def pairs(self, embeddings: Tensor, labels: Tensor, distance: str) -> SamplePairs:
         """The pairs of embeddings (N, D) with labels (N,), after checks of both."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fused_margin import _checks
-from fused_margin._ops.collectives import all_reduce_forward, gather_batch
+from fused_margin._ops.collectives import gather_batch
 from fused_margin._ops.inputs import compute_dtype
 from fused_margin._ops.normalization import unit_rows
 from fused_margin.losses import settings
@@ -45,10 +45,6 @@ class PairLoss(AuxiliaryLoss):
         valid = labels != self.ignore_index
         rows = rows.masked_fill(~valid.unsqueeze(1), 0.0)
         return AllSamples(rows, labels, valid, slice(begin, begin + len(embeddings)))
-
-    def over_ranks(self, total: Tensor) -> Tensor:
-        """The sum over ranks of a result of this rank's samples."""
-        return total if self.shard is None else all_reduce_forward(total, self.shard.name)
 
 
 class RangeLoss(PairLoss):

@@ -6,22 +6,24 @@ import math
 from typing import ClassVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fused_margin import _checks
+from fused_margin._ops.collectives import all_reduce_backward
 from fused_margin._ops.inputs import compute_dtype
 from fused_margin._ops.normalization import unit_rows
 from fused_margin._ops.weighted_l1 import weighted_l1_distances
 from fused_margin.losses import settings
-from fused_margin.losses.auxiliary import AuxiliaryLoss
+from fused_margin.losses.ranges import PairLoss
 
 # Initial weights and bias. Two random unit vectors have an L1 distance of about 1.13 sqrt(D), so that with weights of
 # 4 / sqrt(D) the log odds are 2 for equal features and about -2.5 for unrelated ones.
 ALPHA, BIAS = 4.0, 2.0
 
 
-class SiameseL1Loss(AuxiliaryLoss):
+class SiameseL1Loss(PairLoss):
     """DeepFace's siamese network: a logistic unit decides from the absolute differences of two features.
 
     The distance has learned weights, and the cross-entropy of "same identity" trains them and, through both features,
@@ -45,6 +47,9 @@ class SiameseL1Loss(AuxiliaryLoss):
         balanced: False takes the mean over all pairs, of which most are impostor pairs.
         ignore_index: label of samples without an identity. They are in no pair.
         workspace_mb: bound on scratch memory in MiB, in addition to O(N^2).
+        process_group: as in :class:`ContrastiveLoss`: the pairs are of the samples of all its ranks. Each rank computes a
+            part of them, in O(N M) memory for N samples of the rank and M of all. All ranks have the same alpha and bias,
+            with the same gradient.
         device, dtype: of the parameters.
 
     Shape:
@@ -82,10 +87,11 @@ class SiameseL1Loss(AuxiliaryLoss):
         balanced: bool = True,
         ignore_index: int = -100,
         workspace_mb: float = 256,
+        process_group: dist.ProcessGroup | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        super().__init__("mean", ignore_index)
+        super().__init__("mean", ignore_index, process_group)
         size = _checks.positive_index("embedding_size", embedding_size)
         self.normalize, self.balanced, self.workspace_mb = normalize, balanced, workspace_mb
         self.alpha = nn.Parameter(torch.full((size,), ALPHA / math.sqrt(size), device=device, dtype=dtype))
@@ -93,31 +99,30 @@ class SiameseL1Loss(AuxiliaryLoss):
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """The loss of embeddings (N, D) with labels (N,)."""
-        _checks.matrix("embeddings", embeddings, "(N, embedding_size)")
-        if embeddings.shape[1] != len(self.alpha):
+        samples = self.gather(embeddings, labels)  # before further checks, so that all ranks raise their errors
+        if samples.embeddings.shape[1] != len(self.alpha):
             raise ValueError(
                 f"embeddings: expected embedding_size {len(self.alpha)}, got shape {tuple(embeddings.shape)}"
             )
         _checks.same_device("embeddings", embeddings, self.alpha)
-        _checks.per_sample_index("labels", labels, embeddings)
-        labels = labels.to(torch.int64)
-        valid = labels != self.ignore_index
-        dtype = compute_dtype(embeddings, self.alpha)
-        rows = embeddings.to(dtype).masked_fill(~valid.unsqueeze(1), 0.0)  # an ignored NaN must not reach a pair
+        dtype, own, valid = compute_dtype(embeddings, self.alpha), samples.own, samples.valid
+        rows = samples.embeddings.to(dtype)
         if self.normalize:
             rows = unit_rows(rows, dtype)[0]
-        distances = weighted_l1_distances(rows, self.alpha.to(dtype), workspace_mb=self.workspace_mb)
-        is_pair = (valid.unsqueeze(1) & valid).triu(1)
-        same = labels.unsqueeze(1) == labels
-        losses = F.binary_cross_entropy_with_logits(self.bias.to(dtype) - distances, same.to(dtype), reduction="none")
-        if not self.balanced:
-            return _mean(losses, is_pair)
-        return 0.5 * (_mean(losses, is_pair & same) + _mean(losses, is_pair & ~same))
+        alpha, bias = (self.on_all_ranks(parameter).to(dtype) for parameter in (self.alpha, self.bias))
+        distances = weighted_l1_distances(rows, alpha, own, workspace_mb=self.workspace_mb)
+        is_pair = (valid[own].unsqueeze(1) & valid).triu(1 + own.start)
+        same = samples.labels[own].unsqueeze(1) == samples.labels
+        losses = F.binary_cross_entropy_with_logits(bias - distances, same.to(dtype), reduction="none")
+        kinds = [is_pair & same, is_pair & ~same] if self.balanced else [is_pair]
+        sums = torch.stack([losses.masked_fill(~kind, 0.0).sum() for kind in kinds]).double()
+        counts = torch.stack([kind.sum() for kind in kinds])
+        means = self.over_ranks(sums) / self.over_ranks(counts).clamp(min=1)  # 0 if there are no pairs of a kind
+        return means.mean().to(dtype)
+
+    def on_all_ranks(self, parameter: Tensor) -> Tensor:
+        """A parameter that is the same on all ranks. Its gradient is the sum over ranks, and so the same, too."""
+        return parameter if self.shard is None else all_reduce_backward(parameter, self.shard.name)
 
     def extra_repr(self) -> str:
         return f"embedding_size={len(self.alpha)}, normalize={self.normalize}, balanced={self.balanced}"
-
-
-def _mean(losses: Tensor, chosen: Tensor) -> Tensor:
-    """The mean of the chosen losses; 0 with a gradient of 0 if there are none."""
-    return losses.masked_fill(~chosen, 0.0).sum() / chosen.sum().clamp(min=1)

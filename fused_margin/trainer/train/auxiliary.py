@@ -164,7 +164,7 @@ class AuxiliaryLosses(nn.Module):
                 process_group=process_group,
             ),
             "deepid2": lambda: fm.DeepID2Loss(process_group=process_group),
-            "siamese": lambda: fm.SiameseL1Loss(embedding_size, workspace_mb=workspace_mb),
+            "siamese": lambda: fm.SiameseL1Loss(embedding_size, workspace_mb=workspace_mb, process_group=process_group),
         }
         self.weights = config.weights()
         self.losses = nn.ModuleDict({name: make[name]() for name in self.weights})
