@@ -72,6 +72,7 @@ DIVIDED = {
         ),
     ),
     "triplet": LossConfig("triplet", companions=AuxiliaryConfig(angular_triplet=0.1, contrastive=0.1, deepid2=0.01)),
+    "siamese-l1": LossConfig("siamese-l1", companions=AuxiliaryConfig(siamese=0.5)),
 }
 
 
@@ -101,7 +102,10 @@ def partial_run(tiny_config, tmp_path, name):
 
 @pytest.mark.parametrize(
     "name",
-    ["arcface", *(pytest.param(name, marks=pytest.mark.slow) for name in ("l2-softmax", "companions", "triplet"))],
+    [
+        "arcface",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("l2-softmax", "companions", "triplet", "siamese-l1")),
+    ],
 )
 def test_two_processes_match_one(forks, partial_run, tmp_path, name):
     """The two step the class weights in the backward, if they can, and the one by their gradient."""

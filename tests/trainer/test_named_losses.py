@@ -48,6 +48,7 @@ PAPERS = {
     "triplet": (fm.TripletLoss, {"margin": 0.2, "mining": "semihard", "distance": "squared", "normalize": True}),
     "angular-triplet": (fm.AngularTripletLoss, {"margin": 0.35, "mining": "semihard", "distance": "angle"}),
     "contrastive": (fm.ContrastiveLoss, {"margin": 1, "positive_margin": 0, "form": "hadsell", "average": "separate"}),
+    "siamese-l1": (fm.SiameseL1Loss, {"normalize": True, "balanced": True, "alpha": "learned", "bias": "learned"}),
 }  # fmt: skip
 
 

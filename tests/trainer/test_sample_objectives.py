@@ -56,8 +56,8 @@ def test_export_without_class_weights(triplet_config, splits, console):
 
 
 def test_resumed_run_matches_uninterrupted_run(triplet_config, splits, console, tmp_path):
-    """The run stops within an epoch. The margin of DeepID2's loss and its recent pairs are restored."""
-    loss = LossConfig("contrastive", companions=AuxiliaryConfig(deepid2=0.01))
+    """The run stops within an epoch. What the losses have learned is restored: weights, a margin and recent pairs."""
+    loss = LossConfig("siamese-l1", companions=AuxiliaryConfig(deepid2=0.01))
     config = dataclasses.replace(triplet_config, epochs=1, loss=loss, accumulate=2)
     uninterrupted = fit(dataclasses.replace(config, output=tmp_path / "uninterrupted"), splits, console)
 
@@ -71,8 +71,9 @@ def test_resumed_run_matches_uninterrupted_run(triplet_config, splits, console, 
     assert state["step"] == 7 and TrainConfig.from_dict(state["config"]) == config
     torch.manual_seed(99)
     assert_same_state(fit(config, splits, console, state=state).state_dict(), uninterrupted.state_dict())
-    margin = uninterrupted.state_dict()["model"]["criterion.companions.losses.deepid2.margin"]
-    assert 0 < margin < 100
+    model = uninterrupted.state_dict()["model"]
+    assert 0 < model["criterion.companions.losses.deepid2.margin"] < 100
+    assert model["criterion.loss_fn.alpha"].std() > 0 and model["criterion.loss_fn.bias"] != 2.0  # its initial value
 
 
 def test_micro_batches_have_whole_groups(triplet_config, splits):

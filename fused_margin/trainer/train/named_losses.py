@@ -65,6 +65,7 @@ LOSSES = {
     "triplet": NamedLoss(fm.TripletLoss, {"mining": "semihard"}, projected=False),
     "angular-triplet": NamedLoss(fm.AngularTripletLoss, {"mining": "semihard"}, projected=False),
     "contrastive": NamedLoss(fm.ContrastiveLoss, {"average": "separate"}, projected=False),
+    "siamese-l1": NamedLoss(fm.SiameseL1Loss, projected=False),
 }
 
 if TYPE_CHECKING:
