@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
@@ -51,7 +50,7 @@ class PairResult(NamedTuple):
         scores: (num_pairs,) cosines, or log odds of the weighted L1 distance.
         folds: accuracy and threshold of each fold.
         tar: true accept rates, of the variant ``"insightface"`` of :func:`lfw`.
-        heads: the weighted L1 distance of each fold, if it is used.
+        heads: the weighted L1 distance that is fitted for each fold, if one is.
 
     Examples:
         >>> import numpy as np
@@ -133,34 +132,52 @@ def cosine_pairs(
 
 
 def weighted_l1_pairs(
-    features: np.ndarray, pairs: np.ndarray, same: np.ndarray, fold: np.ndarray | None = None
+    features: np.ndarray,
+    pairs: np.ndarray,
+    same: np.ndarray,
+    fold: np.ndarray | None = None,
+    head: WeightedL1Head | None = None,
 ) -> PairResult:
-    """Accuracy over folds by DeepFace's weighted L1 distance, learned on the other folds.
+    """Accuracy over folds by DeepFace's weighted L1 distance, learned on the other folds or in the training.
 
-    For each fold, :func:`fit_head` fits a head on the normalized features of the other folds' pairs. The head
-    scores the fold, and the best threshold on its scores of the other folds is used. The labels of a fold influence
+    Without ``head``, :func:`fit_head` fits one for each fold, on the normalized features of the other folds' pairs. The
+    head scores the fold, and the best threshold on its scores of the other folds is used. The labels of a fold influence
     neither its scores nor its threshold.
 
     Args:
         features, pairs, same, fold: as for :func:`cosine_pairs`.
+        head: a learned distance that scores all pairs, as of :meth:`WeightedL1Head.of_loss`. The folds then choose the
+            thresholds only, as in :func:`kfold_accuracy`.
 
     Returns:
-        Scores are log odds from the head of each fold.
+        Scores are log odds.
 
     Raises:
-        ValueError: as :func:`cosine_pairs`; also if fewer than three genuine or impostor pairs are outside a fold.
+        ValueError: as :func:`cosine_pairs`; also if fewer than three genuine or impostor pairs are outside a fold, or if
+            ``head`` is of features of another length.
 
     Examples:
         >>> import numpy as np
-        >>> from fused_margin.evaluation import weighted_l1_pairs
+        >>> from fused_margin.evaluation import WeightedL1Head, weighted_l1_pairs
         >>> features = np.array([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 0.9]])
         >>> pairs = np.array([[0, 1], [0, 2], [2, 3], [1, 3]] * 4)
         >>> same, fold = np.array([True, False] * 8), np.arange(16) // 8
         >>> weighted_l1_pairs(features, pairs, same, fold).folds.accuracy.tolist()
         [1.0, 1.0]
+        >>> head = WeightedL1Head(alpha=np.array([4.0, 4.0]), bias=2.0)
+        >>> weighted_l1_pairs(features, pairs, same, fold, head).scores[:3].round(2).tolist()
+        [1.53, -6.0, 1.53]
     """
     fold = _check_pairs(features, pairs, same, fold)
-    unit = normalize(np.asarray(features, np.float64))
+    features = np.asarray(features, np.float64)
+    if head is not None:
+        if head.alpha.shape != (features.shape[1],):
+            raise ValueError(
+                f"head: expected {features.shape[1]} weights, one per dimension of features, got {len(head.alpha)}"
+            )
+        given = head.scores(normalize(features) if head.normalize else features, pairs)
+        return PairResult(given, kfold_accuracy(given, same, fold))
+    unit = normalize(features)
     scores, accuracies, thresholds, heads = np.empty(len(pairs)), [], [], []
     for number in np.unique(fold):
         rest, part = fold != number, fold == number
@@ -171,9 +188,6 @@ def weighted_l1_pairs(
         thresholds.append(threshold)
         heads.append(head)
     return PairResult(scores, FoldAccuracy(np.array(accuracies), np.array(thresholds)), heads=tuple(heads))
-
-
-COMPARE: dict[Metric, Callable[..., PairResult]] = {"cosine": cosine_pairs, "weighted-l1": weighted_l1_pairs}
 
 
 def lfw(
@@ -274,6 +288,7 @@ def ytf(
     same: np.ndarray,
     fold: np.ndarray | None = None,
     metric: Metric = "cosine",
+    head: WeightedL1Head | None = None,
 ) -> PairResult:
     """YouTube Faces (Wolf et al. 2011): 5,000 pairs of videos, ten splits.
 
@@ -286,9 +301,11 @@ def ytf(
         pairs: (num_pairs, 2) video indices.
         same, fold: as for :func:`cosine_pairs`.
         metric: "cosine" or "weighted-l1".
+        head: as for :func:`weighted_l1_pairs`.
 
     Raises:
-        ValueError: as the function of the metric; also if ``metric`` is unknown, or a video in ``pairs`` has no frame.
+        ValueError: as the function of the metric; also if ``metric`` is unknown, a video in ``pairs`` has no frame, or
+            ``head`` is given for the cosine.
 
     Examples:
         >>> import numpy as np
@@ -300,7 +317,9 @@ def ytf(
         >>> ytf(frames, video, pairs, same, fold).folds.accuracy.tolist()
         [1.0, 1.0]
     """
-    check_choice("metric", metric, tuple(COMPARE))
+    check_choice("metric", metric, get_args(Metric))
+    if metric == "cosine" and head is not None:
+        raise ValueError("head: only with the metric weighted-l1")
     check_features("features", features)
     check_integers("video", video, (len(features),))
     check_integers("pairs", pairs, (None, 2))
@@ -311,7 +330,9 @@ def ytf(
     order = np.argsort(video, kind="stable")
     clips = (features[order[s : s + n]] for s, n in zip(start, frames, strict=True))
     means = np.stack([clip.mean(axis=0, dtype=np.float64) for clip in clips])
-    return COMPARE[metric](means, index, same, fold)
+    if metric == "cosine":
+        return cosine_pairs(means, index, same, fold)
+    return weighted_l1_pairs(means, index, same, fold, head)
 
 
 def _check_pairs(features: np.ndarray, pairs: np.ndarray, same: np.ndarray, fold: np.ndarray | None) -> np.ndarray:

@@ -30,6 +30,7 @@ class WeightedL1Head(NamedTuple):
         bias: the log odds at distance 0.
         regularisation: the chosen C of scikit-learn's logistic regression; None if a loss has learned the distance.
         num_pairs: number of training pairs; None if a loss has learned the distance.
+        normalize: whether the distance is of features of unit length.
 
     Examples:
         >>> import numpy as np
@@ -43,13 +44,14 @@ class WeightedL1Head(NamedTuple):
     bias: float
     regularisation: float | None = None
     num_pairs: int | None = None
+    normalize: bool = True
 
     @classmethod
     def of_loss(cls, loss: SiameseL1Loss) -> WeightedL1Head:
         """The distance that a :class:`fused_margin.SiameseL1Loss` has learned.
 
         Its scores are the log odds of the loss, if the features are normalized as in the loss: to unit length, unless its
-        ``normalize`` is False. :func:`kfold_accuracy` verifies with the scores.
+        ``normalize`` is False. :func:`weighted_l1_pairs` normalizes them, and verifies with the scores.
 
         Examples:
             >>> import numpy as np, fused_margin
@@ -58,7 +60,7 @@ class WeightedL1Head(NamedTuple):
             >>> head.scores(np.eye(4), np.array([[0, 0], [0, 1]])).tolist()
             [2.0, -2.0]
         """
-        return cls(loss.alpha.detach().double().cpu().numpy(), loss.bias.item())
+        return cls(loss.alpha.detach().double().cpu().numpy(), loss.bias.item(), normalize=loss.normalize)
 
     def scores(self, features: np.ndarray, pairs: np.ndarray) -> np.ndarray:
         """Scores (num_pairs,) of pairs (num_pairs, 2) of rows of features (num_rows, D); higher means more similar."""

@@ -74,6 +74,41 @@ def test_distance_of_a_trained_loss():
     assert cosine_pairs(features, pairs, same, np.arange(len(same)) % 5).folds.accuracy.mean() < 0.8
 
 
+@pytest.mark.parametrize("unit", [True, False])
+def test_pairs_by_the_distance_of_a_trained_loss(unit):
+    """The folds choose thresholds only; features are scaled to unit length if the loss does."""
+    features, labels = people(30)
+    features = features * np.random.default_rng(0).uniform(0.5, 2.0, (len(features), 1))
+    pairs, same = pairs_of(labels, 200)
+    fold = np.random.default_rng(2).permutation(200) % 4
+    loss_fn = fm.SiameseL1Loss(features.shape[1], normalize=unit)
+    with torch.no_grad():
+        loss_fn.alpha.copy_(torch.linspace(-0.5, 3.0, 8))
+    given = normalize(features) if unit else features
+    alpha, bias = loss_fn.alpha.double().detach().numpy(), 2.0
+    scores = np.array([bias - sum(alpha * np.abs(given[i] - given[j])) for i, j in pairs])
+    head = WeightedL1Head.of_loss(loss_fn)
+    result = weighted_l1_pairs(features, pairs, same, fold, head)
+    np.testing.assert_allclose(result.scores, scores, rtol=1e-12)
+    expected = kfold_accuracy(scores, same, fold)
+    np.testing.assert_array_equal(result.folds.accuracy, expected.accuracy)
+    np.testing.assert_allclose(result.folds.threshold, expected.threshold, rtol=1e-12)
+    assert result.heads == ()
+    frames = np.repeat(features, 2, axis=0)
+    videos = ytf(frames, np.arange(len(frames)) // 2, pairs, same, fold, "weighted-l1", head)
+    np.testing.assert_allclose(videos.scores, scores, rtol=1e-9)
+
+
+def test_distance_of_other_features_is_refused():
+    features, labels = people(30)
+    pairs, same = pairs_of(labels, 40)
+    head = WeightedL1Head(np.ones(5), 0.0)
+    with pytest.raises(ValueError, match="head: expected 8 weights, one per dimension of features, got 5"):
+        weighted_l1_pairs(features, pairs, same, head=head)
+    with pytest.raises(ValueError, match="head: only with the metric weighted-l1"):
+        ytf(features, np.arange(len(features)), pairs, same, head=head)
+
+
 def test_sign_is_learned():
     """In one dimension, images of an identity have opposite signs, and those of two identities random signs."""
     rng = np.random.default_rng(0)

@@ -164,7 +164,10 @@ def test_changed_images_are_an_error(trained, capsys, tmp_path):
         ("--protocol ijbc", "ijbc"),
         ("--protocol lfw --flip none", "flip: lfw's variant insightface prescribes sum"),
         ("--protocol lfw --metric weighted-l1", "metric: lfw's variants prescribe theirs; for weighted-l1"),
-        ("--protocol megaface --metric weighted-l1", "metric: weighted-l1 is learned on folds of pairs"),
+        (
+            "--protocol megaface --metric weighted-l1",
+            "metric: megaface searches by the cosine; weighted-l1 is for pairs",
+        ),
         ("--metric l2", "l2"),
         ("--features x.npz --checkpoint runs", "features: cannot be combined with checkpoint or data"),
         ("--data no/such/folder", "no folder 'no/such/folder'"),

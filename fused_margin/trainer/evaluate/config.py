@@ -9,13 +9,14 @@ from typing import Annotated, Literal
 import fused_margin as fm
 from fused_margin.evaluation import find_pair_list
 from fused_margin.evaluation.gallery import Template
-from fused_margin.evaluation.protocols import LFW_FLIP, Flip, LfwVariant, Metric
+from fused_margin.evaluation.protocols import LFW_FLIP, Flip, LfwVariant
 
 from ..config import EvaluationConfig
 from ..data import EMBEDDED, find_reader
 from ..defaults import none_means
 
 Protocol = Literal["pairs", "lfw", "ytf", "megaface", "identification"]
+PairMetric = Literal["cosine", "weighted-l1", "siamese-l1"]
 FAR: dict[Protocol, float] = {"megaface": 1e-6, "identification": 1e-2}  # of the protocols with their own default
 UNKNOWN = 0.5
 
@@ -77,12 +78,14 @@ class EvaluateConfig:
     """Variant of --protocol lfw.
     insightface: sum of the features of image and mirror image, squared distance.
     regularface: concatenated features minus the mean of the other folds, cosine (also SphereFace)."""
-    metric: Metric = "cosine"
+    metric: PairMetric = "cosine"
     """Score of a pair in the protocols pairs and ytf.
     cosine: cosine of both features.
     weighted-l1: DeepFace's weighted absolute differences of the normalized features.
-    A logistic regression on the other folds learns the weights."""
-    flip: Annotated[Flip | None, none_means("as in the training; none for --features")] = None
+    A logistic regression on the other folds learns the weights.
+    siamese-l1: the same with the weights that the training has learned,
+    by --loss.name siamese-l1 or --loss.companions.siamese."""
+    flip: Annotated[Flip | None, none_means("as in the training; none for --features and siamese-l1")] = None
     """How to combine the features of an image and its mirror image (fixed for LFW)."""
     far: Annotated[
         float | None,
@@ -131,7 +134,11 @@ class EvaluateConfig:
                 "protocol pairs"
             )
         if self.metric != "cosine" and self.protocol in ("megaface", "identification"):
-            raise ValueError(f"metric: {self.metric} is learned on folds of pairs, which {self.protocol} does not have")
+            raise ValueError(f"metric: {self.protocol} searches by the cosine; {self.metric} is for pairs and ytf")
+        if self.metric == "siamese-l1" and self.features is not None:
+            raise ValueError("metric: siamese-l1 needs the --checkpoint that has learned it; weighted-l1 needs none")
+        if self.metric == "siamese-l1" and self.flip == "concat":
+            raise ValueError("flip: siamese-l1 has weights for the features of one image; use none or sum")
         self._check_identification()
         if self.far is not None and not 0 < self.far < 1:
             raise ValueError(f"far must be between 0 and 1, got {self.far}")
@@ -184,7 +191,7 @@ class EvaluateConfig:
             protocol=self.protocol,
             variant=self.variant,
             metric=self.metric,
-            flip=prescribed or self.flip or trained.flip,
+            flip=prescribed or self.flip or ("none" if self.metric == "siamese-l1" else trained.flip),
             far=self.far or FAR.get(self.protocol, trained.far),
             num_pairs=self.num_pairs or trained.pairs,
             folds=self.folds or trained.folds,
@@ -201,7 +208,7 @@ class ProtocolOptions:
 
     protocol: Protocol
     variant: LfwVariant
-    metric: Metric
+    metric: PairMetric
     flip: Flip
     far: float
     num_pairs: int

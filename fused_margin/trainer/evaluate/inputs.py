@@ -17,6 +17,7 @@ from fused_margin.evaluation import (
     FeatureSet,
     MegafaceGallery,
     VerificationSet,
+    WeightedL1Head,
     find_pair_list,
     read_features,
     read_listed_features,
@@ -34,7 +35,7 @@ from ..data.megaface_images import MegafaceImages
 from ..data.verification_images import VerificationImages
 from ..models.build import channels_last, require_named, restore_backbone
 from ..train.checkpoint import CheckpointError, criterion_state, identities_before, load_run, trained_identities
-from ..train.criterion import stored_class_weight
+from ..train.criterion import stored_class_weight, stored_distance
 from .network import Embedded, ShownImages, count_known, describe_unseen, embed
 
 
@@ -102,6 +103,16 @@ class TrainedNetwork:
     path: Path
     verification_set: VerificationSet | None = None  # replaces the images of `data`
     megaface: MegafaceImages | None = None  # replaces the images of `data`
+
+    def distance(self) -> WeightedL1Head:
+        """The distance that the training has learned. Raises CheckpointError if it has learned none."""
+        loss_fn = stored_distance(self.config.loss, criterion_state(self.state))
+        if loss_fn is None:
+            raise CheckpointError(
+                f"metric: {self.path} has no distance that siamese-l1 could score with: train with --loss.name siamese-l1 "
+                "or --loss.companions.siamese, or use --metric weighted-l1"
+            )
+        return WeightedL1Head.of_loss(loss_fn)
 
     def features(
         self,

@@ -13,9 +13,8 @@ from rich.table import Table
 import fused_margin as fm
 from fused_margin.evaluation import ScoreSummary
 from fused_margin.evaluation.plurals import counted
-from fused_margin.evaluation.protocols import Metric
 
-SCORE_UNIT: dict[Metric, str] = {"cosine": "cosine", "weighted-l1": "log odds"}
+SCORE_UNIT = {"cosine": "cosine", "weighted-l1": "log odds", "siamese-l1": "log odds"}  # by metric
 
 
 def versions() -> dict[str, str]:

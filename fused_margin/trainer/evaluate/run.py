@@ -14,11 +14,11 @@ from rich.console import Console
 
 import fused_margin as fm
 from fused_margin import evaluation
-from fused_margin.evaluation import DataError, FeatureSet, MegafaceGallery, join_mirror
+from fused_margin.evaluation import DataError, FeatureSet, MegafaceGallery, WeightedL1Head, join_mirror
 from fused_margin.evaluation.checks import check_features, check_integers
 from fused_margin.evaluation.files import describe_skipped
 from fused_margin.evaluation.plurals import counted
-from fused_margin.evaluation.protocols import COMPARE, INSIGHTFACE_FAR
+from fused_margin.evaluation.protocols import INSIGHTFACE_FAR, Metric
 
 from ..config import EvaluationConfig
 from ..data import EMBEDDED
@@ -71,8 +71,10 @@ def run_evaluation(config: EvaluateConfig, console: Console) -> dict[str, Any]:
         options = config.protocol_options(EvaluationConfig() if network is None else network.config.evaluation)
     except ValueError as error:
         raise DataError(f"{path}: {error}") from error
+    distance: WeightedL1Head | None = None
     if network:
         _refuse_other_protocols(config.protocol, network)
+        distance = network.distance() if options.metric == "siamese-l1" else None
     if network and (pair_list := network.verification_set):
         _refuse_unused(config, pair_list.pairs, pair_list.fold if pair_list.has_folds else None, pair_list.source)
     seed = network.config.seed if network else 0
@@ -92,7 +94,7 @@ def run_evaluation(config: EvaluateConfig, console: Console) -> dict[str, Any]:
         _refuse_unused(config, arrays.pairs, arrays.fold, inputs.source)
     with console.status(f"evaluating {options.name}") as status:
         try:
-            measured = _measure(options, inputs, seed, device, status.update)
+            measured = _measure(options, inputs, distance, seed, device, status.update)
             nearest_cosine, separability = _separation(arrays, device)
         except DataError:
             raise
@@ -184,11 +186,16 @@ def _network_features(
 def _measure(
     options: ProtocolOptions,
     inputs: EvaluationInput,
+    distance: WeightedL1Head | None,
     seed: int,
     device: torch.device,
     show: Callable[[str], None],
 ) -> Measured:
-    """Apply the protocol, and `show` its progress; raises ValueError if the arrays do not allow it."""
+    """Apply the protocol, and `show` its progress; raises ValueError if the arrays do not allow it.
+
+    Args:
+        distance: for the metric siamese-l1.
+    """
     arrays = inputs.features
     if options.protocol == "identification":
         return measure_identification(options, inputs, seed, device, show)
@@ -215,9 +222,12 @@ def _measure(
         features = join_mirror(arrays.features, arrays.mirrored, options.flip)
         if options.protocol == "ytf":
             (video,) = arrays.require("video")
-            result = evaluation.ytf(features, video, pairs, same, fold, options.metric)
+            metric: Metric = "cosine" if options.metric == "cosine" else "weighted-l1"
+            result = evaluation.ytf(features, video, pairs, same, fold, metric, distance)
+        elif options.metric == "cosine":
+            result = evaluation.cosine_pairs(features, pairs, same, fold)
         else:
-            result = COMPARE[options.metric](features, pairs, same, fold)
+            result = evaluation.weighted_l1_pairs(features, pairs, same, fold, distance)
     accuracy, threshold = result.folds
     numbers: dict[str, Any] = {
         "accuracy": float(accuracy.mean()),
@@ -234,6 +244,8 @@ def _measure(
             "regularisation_c": [head.regularisation for head in result.heads],
             "negative_weights": [float(np.mean(head.alpha < 0)) for head in result.heads],
         }
+    if distance is not None:
+        numbers["distance"] = {"bias": distance.bias, "negative_weights": float(np.mean(distance.alpha < 0))}
     if result.tar is not None:
         numbers["tar_over_folds"] = {
             "far": INSIGHTFACE_FAR,

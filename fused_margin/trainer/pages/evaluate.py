@@ -40,6 +40,7 @@ from .results import duration, fold_table, score_results, separability_result, s
 PROTOCOLS = {
     "pairs": "Pairs of images. Each fold is decided at the threshold that is best for the other folds.",
     "pairs-weighted-l1": "Pairs of images, scored by DeepFace's weighted L1, which is learned on the other folds.",
+    "pairs-siamese-l1": "Pairs of images, scored by DeepFace's weighted L1, which the training has learned.",
     "lfw-insightface": "Labeled Faces in the Wild as in ArcFace's code: sum of the features of image and mirror image, "
     "squared distance.",
     "lfw-regularface": "Labeled Faces in the Wild as in RegularFace and SphereFace: concatenated features of image and "
@@ -47,6 +48,7 @@ PROTOCOLS = {
     "ytf": "YouTube Faces: pairs of videos, each with the mean feature of its frames.",
     "ytf-weighted-l1": "YouTube Faces: pairs of videos, scored by DeepFace's weighted L1, which is learned on the other "
     "folds.",
+    "ytf-siamese-l1": "YouTube Faces: pairs of videos, scored by DeepFace's weighted L1, which the training has learned.",
     "identification": "Identification: each probe searches the gallery of known identities. The closed set has probes of "
     "known identities, the open set also probes of unknown ones, which a threshold must reject.",
     "megaface": "MegaFace: each probe searches the other image of its identity among distractors, one mate at a time.",

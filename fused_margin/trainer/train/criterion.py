@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -98,6 +99,21 @@ def class_directions(weight: Tensor, sub_centers: int) -> Tensor:
     if sub_centers == 1:
         return weight
     return F.normalize(F.normalize(weight, dim=1).unflatten(0, (-1, sub_centers)).mean(1), dim=1)
+
+
+def stored_distance(config: LossConfig, criterion_state: Mapping[str, Tensor]) -> fm.SiameseL1Loss | None:
+    """The siamese loss of a `Criterion`, from its state dict; the main loss, if it has two. None: it has none."""
+    options: Mapping[str, Any] = {}
+    if config.name == "siamese-l1":
+        prefix, options = "loss_fn.", config.options
+    elif config.companions.siamese:
+        prefix = "companions.losses.siamese."
+    else:
+        return None
+    state = {name: criterion_state[prefix + name] for name in ("alpha", "bias")}
+    loss_fn = fm.SiameseL1Loss(len(state["alpha"]), **options)
+    loss_fn.load_state_dict(state)
+    return loss_fn
 
 
 def stored_class_weight(config: LossConfig, criterion_state: Mapping[str, Tensor]) -> Tensor | None:
