@@ -20,7 +20,7 @@ from .options import NamedOptions
 from .train.named_losses import LossConfig
 
 MAX_SEED = 2**64 - 1  # of torch
-IMAGES_PER_IDENTITY = 4  # of a batch, for losses without class weights
+IMAGES_PER_IDENTITY = 4  # of a batch, for losses that compare its samples
 # Options that may differ in a resumed run.
 RUNTIME_FIELDS = (
     "output", "config", "resume", "accelerator", "devices", "workers", "checkpoint_every", "log_every",
@@ -261,7 +261,7 @@ class TrainConfig:
         """Default options for a source of images, a network and a loss."""
         model = ModelConfig.of(network)
         settings = LossConfig.small_data(loss) if data in EMBEDDED else LossConfig(loss)
-        images = 0 if settings.has_class_weights else IMAGES_PER_IDENTITY
+        images = IMAGES_PER_IDENTITY if settings.compares_samples else 0
         config = cls(data=data, network=network, model=model, loss=settings, images_per_identity=images)
         if data == "glyphs":
             return config

@@ -206,6 +206,73 @@ def test_names():
     assert stochastic.optimizer.stochastic_rounding and not nearest.optimizer.stochastic_rounding
 
 
+# Losses that compare the samples of a batch, or have a term that does.
+BETWEEN_SAMPLES = (
+    "triplet", "angular-triplet", "contrastive", "siamese-l1", "arcface+siamese", "softmax+deepid2", "softmax+range",
+    "am-softmax+marginal=0.5", "arcface+triplet", "siamese-l1+deepid2", "arcface+groups=4+angular-triplet",
+)  # fmt: skip
+
+
+def test_batches_of_identities(tmp_path):
+    """As large as other batches, with four images of an identity, if a loss or a term compares the images of a batch."""
+    other = "arcface", "softmax+center-invariant", "arcface+groups", "cosface+exclusive+intra", RANDOM
+    config = CompareConfig((*BETWEEN_SAMPLES, *other))
+    for names, images in ((BETWEEN_SAMPLES, 4), (other, 0)):
+        for name in names:
+            training = config.training(name, 0)
+            assert (training.images_per_identity, training.batch_size) == (images, 128), name
+    options = tmp_path / "options.yaml"
+    for number in (0, 2):
+        options.write_text(f"images_per_identity: {number}")
+        config = CompareConfig(("arcface", *BETWEEN_SAMPLES), config=options)
+        assert {config.training(name, 0).images_per_identity for name in config.losses} == {number}
+
+
+def test_groups(tmp_path):
+    options = tmp_path / "options.yaml"
+    options.write_text("model: {groups: 6, group_aggregation: hard}")
+    names = "arcface", "arcface+groups", "arcface+groups=8+exclusive"
+    for file, expected in ((None, [0, 32, 8]), (options, [6, 32, 8])):
+        config = CompareConfig(names, config=file)
+        models = [config.training(name, 0).model for name in names]
+        assert [model.groups for model in models] == expected
+        assert {model.group_aggregation for model in models} == {"hard" if file else "soft"}
+    assert loss_config(names[2]) == loss_config("arcface+exclusive")
+
+
+TRAINED = (*BETWEEN_SAMPLES, "softmax+center-invariant", "arcface+groups=4")
+
+
+def test_steps_of_losses_between_samples(config):
+    """Each loss takes a step with its own batches, which changes the network."""
+    config = dataclasses.replace(config, losses=TRAINED)
+    splits = module.read_splits(config.training(TRAINED[0], 3))
+    for name in TRAINED:
+        trainer = module.Trainer(config.training(name, 3), splits)
+        before = {key: value.clone() for key, value in trainer.backbone.named_parameters()}
+        batch = splits.train.__getitems__(next(iter(trainer.batches)))
+        result = trainer.train_step(batch.images, batch.labels)
+        assert len(batch.labels) in (63, 64, 65) and result.loss > 0 and result.gradient_norm.isfinite(), name
+        if (parts := result.parts) and "center-invariant" not in name:  # the centers start at 0
+            assert all(part > 0 for part in parts.values()), name
+        assert all((value != before[key]).any() for key, value in trainer.backbone.named_parameters()), name
+
+
+@pytest.mark.slow
+def test_comparison_of_losses_between_samples(config):
+    config = dataclasses.replace(config, losses=TRAINED, seeds=(3,))
+    report = compare(config, Console(quiet=True))
+    for name in TRAINED:
+        values = report["losses"][name]
+        measured = values["seeds"][0]
+        assert values["step_ms"] > 0 and 0 < measured["rank1"] <= 1
+        assert (measured["sep_mean"] is None) == (not loss_config(name).has_class_weights)
+        assert (values["groups"] == 4) == ("groups=4" in name)
+        assert (values["images_per_identity"] == 4) == (name in BETWEEN_SAMPLES)
+    page = read_page(config.output / "compare.html")
+    assert "images per identity" in page.text and "groups" in page.text
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -215,6 +282,10 @@ def test_names():
         (["--losses", "arcface+bfloat16+bfloat16-nearest"], "expected one of bfloat16, bfloat16-nearest in arcface"),
         (["--losses", "arcface", "arcface"], "expected each once"),
         (["--losses", "arcface+center+center"], "expected center once in arcface+center+center"),
+        (["--losses", "arcface+groups=1"], "expected a whole number of at least 2 after groups=, got '1'"),
+        (["--losses", "arcface+groups=2.5"], "expected a whole number of at least 2 after groups=, got '2.5'"),
+        (["--losses", "arcface+bfloat16=2"], "bfloat16 takes no number, got bfloat16=2"),
+        (["--losses", "triplet+inter"], "loss.companions.inter: triplet has no class weights"),
         (["--seeds", "-1"], "seed must not be negative"),
         (["--seeds", "0", str(2**64)], "seed must be at most"),
         (["--epochs", "0"], "epochs must be at least 1, got 0"),

@@ -12,7 +12,7 @@ import tyro
 
 from fused_margin.evaluation.protocols import LfwVariant
 
-from ..config import TrainConfig
+from ..config import IMAGES_PER_IDENTITY, TrainConfig
 from ..config_values import ConfigError, overlay, read_file
 from ..data import EMBEDDED
 from ..defaults import none_means
@@ -23,22 +23,25 @@ from ..train.named_losses import LOSSES, LossConfig
 from .benchmarks import TEST_IDENTITIES, split_word
 from .table import RANDOM
 
-EXCLUSIVE = "exclusive"
+EXCLUSIVE, GROUPS = "exclusive", "groups"
 EPOCHS = 5  # of the images that need no download
 # Terms that choose the class weights in bfloat16, and their stochastic rounding.
 ROUNDINGS = {"bfloat16": True, "bfloat16-nearest": False}
-# Default weights of added terms, from their papers if possible.
-ADDED = {EXCLUSIVE: 1.0, "center": 0.003, "ring": 0.01, "center-invariant": 1e-5, "deepid2": 0.05}
-TERMS = tuple(name.replace("_", "-") for name in ARGUMENTS)
+# Default weights of added terms, from their papers if possible, and number of groups.
+ADDED = {EXCLUSIVE: 1.0, "center": 0.003, "ring": 0.01, "center-invariant": 1e-5, "deepid2": 0.05, GROUPS: 32.0}
+WEIGHTED = (EXCLUSIVE, *(name.replace("_", "-") for name in ARGUMENTS))
+TERMS = (*WEIGHTED, GROUPS, *ROUNDINGS)
 # Options of a configuration file that the command line has.
 COMMAND_OPTIONS = ("config", "output", "resume")
 LOSSES_HELP = (
     "Losses to compare: " + ", ".join(LOSSES) + f".\n {RANDOM} is the network before training."
     "\n = sets the margin: arcface=0.45. + adds a term, = sets its weight: arcface+exclusive, softmax+center=0.003."
     "\n Terms and their default weights: "
-    + ", ".join(f"{name}={ADDED.get(name, 1.0):g}" for name in (EXCLUSIVE, *TERMS))
-    + "."
+    + ", ".join(f"{name}={ADDED.get(name, 1.0):g}" for name in WEIGHTED)
+    + f".\n +{GROUPS} ends the network in GroupFace's head with {ADDED[GROUPS]:g} groups; +{GROUPS}=8 has 8."
     "\n +bfloat16 has class weights in bfloat16, rounded stochastically; +bfloat16-nearest rounds them to nearest."
+    "\n If the loss or a term compares the images of a batch, each batch has "
+    f"{IMAGES_PER_IDENTITY} images of each of its identities, unless --config has images_per_identity."
 )
 
 
@@ -124,9 +127,15 @@ class CompareConfig:
         embedded = self.images in EMBEDDED
         chosen = LossConfig() if loss == RANDOM else loss_config(loss, small_data=embedded)
         base = self._base(chosen.name)
-        stochastic = all(ROUNDINGS.get(term, True) for term in loss.split("+"))
+        terms = added_terms(loss)
+        stochastic = all(ROUNDINGS.get(term, True) for term in terms)
+        images = base.images_per_identity
+        if chosen.compares_samples and "images_per_identity" not in self._file_values:
+            images = IMAGES_PER_IDENTITY
         return dataclasses.replace(
             base,
+            model=dataclasses.replace(base.model, groups=int(terms.get(GROUPS, base.model.groups))),
+            images_per_identity=images,
             data=base.data if embedded else str(Path(base.data).resolve()),
             weights=None if base.weights is None else base.weights.resolve(),
             loss=chosen,
@@ -152,6 +161,29 @@ class CompareConfig:
             raise ConfigError(f"{self.config}: {error}") from error
 
 
+def added_terms(text: str) -> dict[str, float]:
+    """The terms of a name such as "arcface+exclusive=0.5+groups": weights, the number of groups, 1 for a rounding.
+
+    Raises:
+        ValueError: a term does not exist, is there twice, or another number is expected.
+    """
+    numbers: dict[str, float] = {}
+    for part in text.split("+")[1:]:
+        term, equals, number = part.partition("=")
+        if term not in TERMS:
+            raise ValueError(f"losses: expected {', '.join(TERMS)} after the +, got {term!r}{suggestion(term, TERMS)}")
+        if term in numbers:
+            raise ValueError(f"losses: expected {term} once in {text}")
+        if equals and term in ROUNDINGS:
+            raise ValueError(f"losses: {term} takes no number, got {part}")
+        numbers[term] = _number(term, number) if equals else ADDED.get(term, 1.0)
+        if term == GROUPS and not (numbers[term] >= 2 and numbers[term].is_integer()):
+            raise ValueError(f"losses: expected a whole number of at least 2 after {GROUPS}=, got {number!r}")
+    if len(numbers.keys() & ROUNDINGS) > 1:
+        raise ValueError(f"losses: expected one of {', '.join(ROUNDINGS)} in {text}")
+    return numbers
+
+
 def loss_config(text: str, *, small_data: bool = True) -> LossConfig:
     """The configuration of a name such as "arcface=0.45+exclusive=0.5+bfloat16".
 
@@ -161,33 +193,21 @@ def loss_config(text: str, *, small_data: bool = True) -> LossConfig:
     Raises:
         ValueError: the loss or an added term does not exist, or a number is expected.
     """
-    first, *added = text.split("+")
-    name, equals, margin = first.partition("=")
-    roundings = [part for part in added if part in ROUNDINGS]
-    if len(roundings) > 1:
-        raise ValueError(f"losses: expected one of {', '.join(ROUNDINGS)} in {text}")
+    name, equals, margin = text.split("+")[0].partition("=")
     if name not in LOSSES:
         raise ValueError(
             f"losses: expected {RANDOM} or one of {', '.join(LOSSES)}, got {name!r}{suggestion(name, LOSSES)}"
         )
-    weights: dict[str, Any] = {}  # keyword arguments: numbers
-    for part in added:
-        if part in ROUNDINGS:
-            continue
-        term, _, weight = part.partition("=")
-        if term in weights:
-            raise ValueError(f"losses: expected {term} once in {text}")
-        if term != EXCLUSIVE and term not in TERMS:
-            terms = (EXCLUSIVE, *TERMS, *ROUNDINGS)
-            raise ValueError(f"losses: expected {', '.join(terms)} after the +, got {term!r}{suggestion(term, terms)}")
-        weights[term] = _number(term, weight) if weight else ADDED.get(term, 1.0)
+    terms = added_terms(text)
     config = LossConfig.small_data(name) if small_data else LossConfig(name)
-    config = dataclasses.replace(config, exclusive_weight=weights.pop(EXCLUSIVE, 0.0))
+    config = dataclasses.replace(config, exclusive_weight=terms.get(EXCLUSIVE, 0.0))
     if equals:
         config = dataclasses.replace(config, margin=_number(name, margin))
-    if roundings:
+    if not terms.keys().isdisjoint(ROUNDINGS):
         config = dataclasses.replace(config, weight_dtype="bfloat16")
-    companions = {name.replace("-", "_"): weight for name, weight in weights.items()}
+    companions: dict[str, Any] = {  # keyword arguments: numbers
+        name: terms[term] for name in ARGUMENTS if (term := name.replace("_", "-")) in terms
+    }
     return dataclasses.replace(config, companions=dataclasses.replace(config.companions, **companions))
 
 

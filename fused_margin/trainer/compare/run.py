@@ -61,11 +61,14 @@ def compare(config: CompareConfig, console: Console) -> dict[str, Any]:
         **_evaluated(config, benchmarks, rows),
         "losses": {
             loss: {
-                "config": config.training(loss, 0).to_dict()["loss"],
+                "config": of_loss.to_dict()["loss"],
+                "groups": of_loss.model.groups,
+                "images_per_identity": of_loss.images_per_identity,
                 "seeds": rows[loss],
                 "step_ms": None if step_ms is None else step_ms[loss],
             }
             for loss in config.losses
+            for of_loss in [config.training(loss, config.seeds[0])]
         },
         "versions": versions(),
         "machine": platform.processor() or platform.machine(),
@@ -148,10 +151,11 @@ def time_steps(trainings: list[TrainConfig]) -> dict[str, float]:
     splits = read_splits(trainings[0])
     trainers = {config.output_folder.name: Trainer(config, splits) for config in trainings}
     seconds: dict[str, list[float]] = {name: [] for name in trainers}
-    batches = itertools.islice(iter(next(iter(trainers.values())).batches), 1 + TIMED_STEPS)
-    for number, indices in enumerate(batches):
-        batch = splits.train.__getitems__(indices)
-        for name, trainer in trainers.items():
+    batches = zip(*(trainer.batches for trainer in trainers.values()), strict=False)  # may differ between losses
+    for number, drawn in enumerate(itertools.islice(batches, 1 + TIMED_STEPS)):
+        read = {indices: splits.train.__getitems__(list(indices)) for indices in set(map(tuple, drawn))}
+        for (name, trainer), indices in zip(trainers.items(), drawn, strict=True):
+            batch = read[tuple(indices)]
             started = time.monotonic()
             result = trainer.train_step(batch.images, batch.labels)
             if result is not None:

@@ -14,6 +14,7 @@ from fused_margin.evaluation.plurals import counted
 from ..compare.benchmarks import Benchmark
 from ..compare.config import CompareConfig
 from ..compare.table import RANDOM, STEP_TIME, Measure, Rows, clear_best, mean_std, measured_values, unresolved_note
+from ..config import TrainConfig
 from ..train.named_losses import described_settings
 from .charts import Chart
 from .plots import Measurements, rows_chart
@@ -152,14 +153,16 @@ def _charts(rows: Rows, measures: Sequence[Measure], step_ms: Mapping[str, float
 
 def _settings(config: CompareConfig) -> Table:
     """Settings of the trained losses, with a column for each setting that any of them has."""
-    settings = {
-        loss: dict(described_settings(config.training(loss, config.seeds[0]).loss))
-        for loss in config.losses
-        if loss != RANDOM
-    }
+    settings = {loss: _described(config.training(loss, config.seeds[0])) for loss in config.losses if loss != RANDOM}
     names = list(dict.fromkeys(name for described in settings.values() for name in described))
     rows = [[loss, *(described.get(name, "") for name in names)] for loss, described in settings.items()]
     return Table("Settings that a loss does not have are empty.", ["loss", *names], rows)
+
+
+def _described(training: TrainConfig) -> dict[str, str]:
+    """The settings of a loss, and those of the training that depend on it."""
+    of_loss = {"groups": training.model.groups, "images per identity": training.images_per_identity}
+    return dict(described_settings(training.loss)) | {name: str(number) for name, number in of_loss.items() if number}
 
 
 def _runs(folder: Path, config: CompareConfig, benchmarks: Sequence[Benchmark]) -> list[RunLinks]:

@@ -29,6 +29,8 @@ ARGUMENTS = {
     "deepid2": ("embeddings", "labels"),
     "siamese": ("embeddings", "labels"),
 }
+# Those that compare the samples of a batch with each other, and so need several of a class in it.
+BETWEEN_SAMPLES = frozenset({"range", "marginal", "triplet", "angular_triplet", "contrastive", "deepid2", "siamese"})
 # Settings of the range and marginal loss: finite numbers that are not negative.
 PAIR_SETTINGS = ("range_margin", "range_alpha", "range_beta", "marginal_theta", "marginal_xi")
 

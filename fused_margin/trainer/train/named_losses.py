@@ -20,7 +20,7 @@ from fused_margin.margins import CM1, CM2
 
 from ..defaults import none_means
 from ..options import NamedOptions, suggestion
-from .auxiliary import ARGUMENTS, AuxiliaryConfig
+from .auxiliary import ARGUMENTS, BETWEEN_SAMPLES, AuxiliaryConfig
 
 MainLoss = ClassificationLoss | AuxiliaryLoss  # the second has no class weights
 
@@ -163,6 +163,11 @@ class LossConfig:
     @property
     def has_class_weights(self) -> bool:
         return LOSSES[self.name].has_class_weights
+
+    @property
+    def compares_samples(self) -> bool:
+        """Whether the loss or a companion compares the samples of a batch, and so needs several of a class in it."""
+        return not self.has_class_weights or not BETWEEN_SAMPLES.isdisjoint(self.companions.weights())
 
     def other_gradient(self) -> str | None:
         """An option that adds a gradient of the class weights outside the backward of the loss, and its value."""
