@@ -47,6 +47,26 @@ def image_names(folder: str | Path, skipped: Counter[str]) -> list[str]:
     return sorted(names)
 
 
+def find_images(root: Path, skipped: Counter[str]) -> list[str]:
+    """Sorted relative paths of the images in a folder and its subfolders; other entries are counted in `skipped`."""
+    paths, seen = [], set()
+    for folder, folders, files in os.walk(root, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:  # a link to a folder above would never end
+            folders.clear()
+            continue
+        seen.add(real)
+        for name in (*folders, *files):
+            if is_hidden(name):
+                skipped[HIDDEN] += 1
+        folders[:] = sorted(name for name in folders if not is_hidden(name))
+        for name in files:
+            if is_image(name) and not is_hidden(name):
+                paths.append((Path(folder) / name).relative_to(root).as_posix())
+            elif not is_hidden(name):
+                skipped[skip_reason(name)] += 1
+    return sorted(paths)
+
+
 def is_image(name: str) -> bool:
     """Whether the suffix is that of an image."""
     return PurePath(name).suffix.lower() in SUFFIXES

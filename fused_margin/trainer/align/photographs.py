@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from rich.console import Console
 
 from fused_margin.evaluation.errors import DataError
-from fused_margin.evaluation.files import HIDDEN, SUFFIXES, describe_skipped, is_hidden, is_image, skip_reason
+from fused_margin.evaluation.files import SUFFIXES, describe_skipped, find_images
 
 from ..data.decode import UnreadableError, read_image
 from .config import AlignConfig
@@ -42,7 +40,7 @@ def align_photographs(config: AlignConfig, console: Console, errors: Console) ->
         OSError: an aligned face or the list cannot be written.
     """
     skipped: Counter[str] = Counter()
-    paths = find_photographs(config.images, skipped)
+    paths = find_images(config.images, skipped)
     notes = [describe_skipped(skipped)] if skipped else []
     if not paths:
         raise DataError("; ".join([f"no photographs in {config.images}: expected {', '.join(SUFFIXES)}", *notes]))
@@ -61,26 +59,6 @@ def align_photographs(config: AlignConfig, console: Console, errors: Console) ->
                 progress.advance(task)
     outcome.notes = [note for note in (listed.summary(paths), *notes, f"list in {listed.path}") if note]
     return outcome
-
-
-def find_photographs(root: Path, skipped: Counter[str]) -> list[str]:
-    """Sorted relative paths of the images in a folder and its subfolders; other entries are counted in `skipped`."""
-    paths, seen = [], set()
-    for folder, folders, files in os.walk(root, followlinks=True):
-        if (real := os.path.realpath(folder)) in seen:  # a link to a folder above would never end
-            folders.clear()
-            continue
-        seen.add(real)
-        for name in (*folders, *files):
-            if is_hidden(name):
-                skipped[HIDDEN] += 1
-        folders[:] = sorted(name for name in folders if not is_hidden(name))
-        for name in files:
-            if is_image(name) and not is_hidden(name):
-                paths.append((Path(folder) / name).relative_to(root).as_posix())
-            elif not is_hidden(name):
-                skipped[skip_reason(name)] += 1
-    return sorted(paths)
 
 
 def select_face(faces: list[Face], rule: str, size: tuple[int, int]) -> Face:

@@ -23,15 +23,9 @@ def folder_splits(root: str, image_size: tuple[int, int], channels: int, test_fr
     Hidden and system files and folders, and files of other kinds, are skipped and counted.
 
     Raises:
-        DataError: the folder has too few identities for training and verification.
+        DataError: the folder has no identities, or too few for training and verification.
     """
-    identities, skipped = _list_identities(Path(root))
-    if not identities:
-        found = f"; {describe_skipped(skipped)}" if skipped else ""
-        raise DataError(
-            f"no identities in {root}: expected {root}/identity/image.jpg, images ending in "
-            f"{', '.join(SUFFIXES)}{found}"
-        )
+    identities, skipped = list_identities(Path(root))
     names = list(identities)
     counts = np.array([len(files) for files in identities.values()])
     train, test = split_by_images(root, counts, test_fraction, seed)
@@ -66,8 +60,12 @@ class FolderImages(DecodedImages):
         return str(path), path
 
 
-def _list_identities(root: Path) -> tuple[dict[str, list[str]], Counter[str]]:
-    """Sorted file names of each identity, sorted by identity, and the number of skipped entries by kind."""
+def list_identities(root: Path) -> tuple[dict[str, list[str]], Counter[str]]:
+    """Sorted file names of each identity, sorted by identity, and the number of skipped entries by kind.
+
+    Raises:
+        DataError: there are none.
+    """
     identities: dict[str, list[str]] = {}
     skipped: Counter[str] = Counter()
     with os.scandir(root) as entries:
@@ -81,4 +79,10 @@ def _list_identities(root: Path) -> tuple[dict[str, list[str]], Counter[str]]:
             identities[folder.name] = names
         else:
             skipped["folders without an image"] += 1
+    if not identities:
+        found = f"; {describe_skipped(skipped)}" if skipped else ""
+        raise DataError(
+            f"no identities in {root}: expected {root}/identity/image.jpg, images ending in "
+            f"{', '.join(SUFFIXES)}{found}"
+        )
     return identities, skipped

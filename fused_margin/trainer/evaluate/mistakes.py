@@ -94,6 +94,13 @@ class IdentificationMistakes(NamedTuple):
     accepted: list[Misidentified]  # the highest score first
 
 
+def nearest_member(probe: np.ndarray, enrolled: np.ndarray, identity: np.ndarray, number: int) -> int:
+    """The row of the enrolled images of identity `number` that is most similar to a probe (D,)."""
+    members = np.flatnonzero(identity == number)
+    unit = normalize(np.asarray(enrolled[members], np.float64))
+    return int(members[(unit @ np.asarray(probe, np.float64)).argmax()])
+
+
 def identification_mistakes(
     probes: np.ndarray, enrolled: np.ndarray, identity: np.ndarray, result: IdentificationResult, threshold: float
 ) -> IdentificationMistakes:
@@ -111,9 +118,7 @@ def identification_mistakes(
     is_accepted = ~result.is_mated & (result.best_score >= threshold)
 
     def nearest(probe: int, number: int) -> int:
-        members = np.flatnonzero(identity == number)
-        unit = normalize(np.asarray(enrolled[members], np.float64))
-        return int(members[(unit @ np.asarray(probes[probe], np.float64)).argmax()])
+        return nearest_member(probes[probe], enrolled, identity, number)
 
     def listed(chosen: np.ndarray, sign: int) -> list[Misidentified]:
         rows = np.flatnonzero(chosen)

@@ -23,7 +23,8 @@ from fused_margin.evaluation import (
     make_pairs,
     summarize_pairs,
 )
-from fused_margin.evaluation.plurals import counted_identities
+from fused_margin.evaluation.nearest_rows import Progress
+from fused_margin.evaluation.plurals import counted, counted_identities
 
 from ..config import TrainConfig
 from ..data.augment import augment
@@ -128,8 +129,12 @@ def embed(
     distortion: AugmentationConfig | None = None,
     seed: int = 0,
     workers: int = 0,
+    progress: Progress | None = None,
 ) -> Embedded:
     """Features of the readable images and, with `mirror`, of their mirror images.
+
+    Args:
+        progress: called with the number of images that are done, and of all.
 
     Raises:
         DataError: no image can be read.
@@ -141,6 +146,8 @@ def embed(
     backbone.eval()
     for number, batch in enumerate(data_loader(images, sampler, workers)):
         unreadable += batch.unreadable
+        if progress is not None:
+            progress(min((number + 1) * BATCH_SIZE, len(images)), len(images))
         if not len(batch.labels):
             continue
         indices += batch.indices
@@ -150,7 +157,9 @@ def embed(
             mirrored.append(backbone(inputs.flip(-1)).float().cpu())
         labels.append(batch.labels)
     if not features:
-        raise DataError(f"none of the {len(images):,} images to evaluate on could be read")
+        raise DataError(
+            f"{counted(len(images), 'image')} to compute features of, none of which can be read: {unreadable[0]}"
+        )
     return Embedded(
         torch.cat(features).numpy(),
         torch.cat(mirrored).numpy() if mirror else None,

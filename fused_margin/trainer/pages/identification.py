@@ -52,10 +52,13 @@ def identification_results(result: Mapping[str, Any]) -> list[Result]:
 
 def identification_charts(identified: Identified, result: Mapping[str, Any]) -> list[Chart]:
     """CMC, DIR over FAR, and the scores of known and unknown probes."""
-    at_far = result["dir_at_far"]
+    at_far, bins = result["dir_at_far"], histogram(identified.mate_scores, identified.non_mated_scores)
     scores = histogram_chart(
-        histogram(identified.mate_scores, identified.non_mated_scores),
-        ("known probe, own identity", "unknown probe, best identity"),
+        bins,
+        (
+            f"{counted(bins.num_genuine, 'known probe')}, own identity",
+            f"{counted(bins.num_impostor, 'unknown probe')}, best identity",
+        ),
         (at_far["threshold"], f"threshold at FAR {at_far['far']:g}"),
         "Histograms of the scores of known probes with their identity and of unknown probes with the best one.",
         "cosine",
@@ -126,12 +129,12 @@ def identification_mistakes(
     wrong = [
         Mistake(
             [probe(row.probe), enrolled(row.best), enrolled(row.mate)],
-            {"cosine to the best match": row.best_score, "to its identity": row.mate_score},
+            {"cosine to the match": row.best_score, "to its identity": row.mate_score},
         )
         for row in found.wrong
         if row.mate is not None and row.mate_score is not None
     ]
-    columns = "probe", "best match"
+    columns = "probe", "match"
     mated = counted(probes["mated"], "known probe")
     return [
         MistakeGroup(

@@ -49,9 +49,9 @@ class Mistake(NamedTuple):
 
 
 class MistakeGroup(NamedTuple):
-    """Mistakes of one kind, the worst first."""
+    """Mistakes of one kind, the worst first, or identified probes."""
 
-    kind: Literal["accept", "reject", "miss"]
+    kind: Literal["accept", "reject", "miss", "known", "unknown"]
     title: str
     text: str
     columns: Sequence[str]  # names of the sides

@@ -67,9 +67,10 @@ def roc_chart(summary: ScoreSummary) -> Chart:
 def score_chart(summary: ScoreSummary, unit: str) -> Chart:
     """Histograms of the scores of genuine and impostor pairs."""
     threshold = (summary.tar.threshold, f"threshold at FAR {summary.tar.far:g}")
+    bins = score_histogram(summary)
     return histogram_chart(
-        score_histogram(summary),
-        ("genuine pair", "impostor pair"),
+        bins,
+        (counted(bins.num_genuine, "genuine pair"), counted(bins.num_impostor, "impostor pair")),
         threshold if np.isfinite(summary.tar.threshold) else None,
         f"Histograms of the scores of genuine and impostor pairs; equal error rate {summary.equal_error_rate:.2%}.",
         unit,
@@ -79,7 +80,7 @@ def score_chart(summary: ScoreSummary, unit: str) -> Chart:
 
 def histogram_chart(
     bins: ScoreHistogram,
-    names: tuple[str, str],
+    labels: tuple[str, str],
     threshold: tuple[float, str] | None,
     summary: str,
     unit: str,
@@ -88,7 +89,7 @@ def histogram_chart(
     """Histograms of two kinds of scores.
 
     Args:
-        names: of a genuine and of an impostor score.
+        labels: of the genuine and of the impostor scores.
         threshold: where a line is, and its label.
         summary: what the chart shows in words.
         unit: of the scores.
@@ -98,8 +99,8 @@ def histogram_chart(
     to_x, to_y = plot_scales((bins.edges[0], bins.edges[-1]), (0, top))
     edges, base = to_x(bins.edges), float(to_y(0))
     marks = [
-        Mark("area", "second", bars_path(edges, to_y(bins.impostor), base), label=counted(bins.num_impostor, names[1])),
-        Mark("area", "first", bars_path(edges, to_y(bins.genuine), base), label=counted(bins.num_genuine, names[0])),
+        Mark("area", "second", bars_path(edges, to_y(bins.impostor), base), label=labels[1]),
+        Mark("area", "first", bars_path(edges, to_y(bins.genuine), base), label=labels[0]),
     ]
     if threshold is not None:
         marks.append(Mark("dashes", "third", vertical_path(float(to_x(threshold[0]))), label=threshold[1]))

@@ -62,11 +62,16 @@ def percent(value: float, std: float | None = None) -> Number:
 
 
 def command_line(program: str, config: DataclassInstance) -> str:
-    """The command whose options give `config`, a dataclass without sections; options with their default are omitted."""
+    """The command whose options give `config`, a dataclass without sections; options with their default are omitted.
+
+    Fields without a default are positional.
+    """
     words = program.split()
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if value != field.default:
+        if field.default is dataclasses.MISSING:
+            words.append(str(value))
+        elif value != field.default:
             values = value if isinstance(value, tuple) else (value,)
             words += [f"--{field.name.replace('_', '-')}", *map(str, values)]
     return shlex.join(words)

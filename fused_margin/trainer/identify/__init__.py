@@ -1,0 +1,1 @@
+"""Identification of images or features in a gallery of known identities."""
