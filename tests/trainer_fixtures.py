@@ -7,8 +7,10 @@ from PIL import Image
 
 pytest.importorskip("lightning", reason="the trainer's extra is not installed")
 
+from fused_margin import cli
 from fused_margin.trainer.config import TrainConfig
 from fused_margin.trainer.data import glyphs
+from fused_margin.trainer.evaluate import figures
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -65,6 +67,18 @@ TINY_OPTIONS = {
 def tiny_options():
     """Command-line options of a run of 40 steps."""
     return [word for option, values in TINY_OPTIONS.items() for word in (option, *values)]
+
+
+@pytest.fixture(scope="session")
+def digits_run(tmp_path_factory):
+    """Folder of a run of 20 steps, in its runs/."""
+    root = tmp_path_factory.mktemp("digits")
+    options = [word for option, values in TINY_OPTIONS.items() for word in (option, *values)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        patch.setattr(figures, "_save", lambda figure, path, title: Image.new("L", (1, 1)).save(path, "PNG"))
+        assert cli.main(["train", *options, "--epochs", "1", "--output", "runs/digits"]) == 0
+    return root / "runs" / "digits"
 
 
 @pytest.fixture

@@ -82,7 +82,11 @@ def test_usage(capsys):
         ("train --epochs 0", "error: epochs must be at least 1, got 0 fused-margin train --help describes the options"),
         ("compare --losses arcfac", "got 'arcfac'; did you mean 'arcface'? fused-margin compare --help"),
         ("compare --losses arcface+exclusiv", "got 'exclusiv'; did you mean 'exclusive'?"),
-        ("evaluate --protocol LFW", "Expected one of ('pairs', 'lfw', 'ytf', 'megaface')"),
+        ("evaluate --protocol LFW", "Expected one of ('pairs', 'lfw', 'ytf', 'megaface', 'identification')"),
+        (
+            "identify . nowhere",
+            "error: probes: there is no 'nowhere' fused-margin identify --help describes the options",
+        ),
         ("align . landmarks.csv .", "the aligned faces would replace the photographs; name another folder"),
     ],
 )

@@ -23,6 +23,7 @@ def test_completion_in_bash(capsys):
         "fused-margin benchmark --dty": {"--dtype"},
         "fused-margin benchmark --dtype b": {"bfloat16"},
         "fused-margin evaluate --protocol y": {"ytf"},
+        "fused-margin identify people other.pt --temp": {"--template"},
         "fused-margin completion z": {"zsh"},
         "fused-margin export other": {"other.pt"},
         "fused-margin train --output ot": {"other.pt"},

@@ -4,6 +4,7 @@ import pytest
 from rich.console import Console
 from trainer_fixtures import (  # noqa: F401
     characters,
+    digits_run,
     face_folder,
     glyph_identities,
     one_thread,
