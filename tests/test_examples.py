@@ -28,6 +28,7 @@ PACKAGES = {
     "pytorch_metric_learning_swap.py": ["pytorch_metric_learning", "sklearn"],
     "lightning_module.py": ["lightning", "sklearn"],
     "accelerate_loop.py": ["accelerate", "sklearn"],
+    "identification.py": ["numpy", "sklearn"],
 }
 
 
@@ -186,6 +187,15 @@ def test_product_search():
     assert after > before + 0.3
 
 
+def test_identification(capsys):
+    rates = load("identification.py")["main"](["--steps", "100", "--far", "0.1"])
+    assert rates["rank-1"] > 0.6 and rates["DIR"] > 0.25
+    assert rates["FPIR"] < 0.2 and rates["recognized after enrolment"] > 0.3
+    assert re.search(
+        r"200 people enrolled: person 250 is .*\n201 people enrolled: person 250 is", capsys.readouterr().out
+    )
+
+
 def test_notebook_has_its_output():
     """Its format is nbformat 4.5, every cell was run once and in order, and nothing shows where."""
     text = NOTEBOOK.read_text(encoding="utf-8")
@@ -243,6 +253,7 @@ SMALLER = {  # options that make a command short
     "torchrun_loop.py": ["--steps", "50"],
     "ten_million_classes.py": ["--num-classes", "20000"],
     "product_search.py": ["--steps", "20", "--products", "100"],
+    "identification.py": ["--steps", "50"],
 }
 
 
