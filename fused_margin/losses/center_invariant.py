@@ -9,7 +9,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from fused_margin._ops.collectives import all_reduce_forward
 from fused_margin.losses import settings
 from fused_margin.losses.center import CenterLoss
 
@@ -127,9 +126,7 @@ class CenterInvariantLoss(CenterLoss):
     def mean_square(self) -> Tensor:
         """The mean over all classes of the squared norms of the centers, float64."""
         total = torch.linalg.vector_norm(self.centers, dim=1).double().square().sum()
-        if self.shard is not None:
-            total = all_reduce_forward(total, self.shard.name)
-        return total / self.num_classes
+        return self.over_ranks(total) / self.num_classes
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, gamma={self.gamma}, center_weight={self.center_weight}"
