@@ -136,7 +136,7 @@ class IdentificationResult:
 
     @property
     def cmc(self) -> np.ndarray:
-        """(max_rank,) the cumulative match characteristic: the identification rates of ranks 1 to ``max_rank``.
+        """The cumulative match characteristic (max_rank,), the identification rates of ranks 1 to ``max_rank``.
 
         Raises:
             ValueError: no probe is mated.

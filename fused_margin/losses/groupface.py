@@ -30,8 +30,8 @@ class GroupFaceOutput(NamedTuple):
         (torch.Size([2, 4]), torch.Size([2, 3]))
     """
 
-    embeddings: Tensor
-    group_logits: Tensor
+    embeddings: torch.Tensor
+    group_logits: torch.Tensor
 
 
 class GroupFace(nn.Module):
@@ -216,7 +216,7 @@ class SelfGroupingLoss(RunningState, AuxiliaryLoss):
 
     @property
     def expectation(self) -> Tensor:
-        """E_x: mean probabilities (K,) float64 over the recent batches; 1 / K before the first."""
+        """Mean probabilities (K,) float64 over the recent batches, which E_x is; 1 / K before the first."""
         return _mean_probability(self.recent)
 
     @torch.no_grad()
