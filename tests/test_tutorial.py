@@ -106,6 +106,13 @@ def test_commands_run_in_sequence(tmp_path, monkeypatch, capsys):
         match command:
             case ["python", name, *arguments]:
                 draw(*arguments, *(FEWER if name == "cartoon_faces.py" else []), script=name)
+            case ["cp", "-r", source, target]:
+                shutil.copytree(source, target)
+            case ["mkdir", folder]:
+                Path(folder).mkdir()
+            case ["mv", *sources, folder]:
+                for source in sources:
+                    shutil.move(source, folder)
             case ["cp", source, target]:
                 shutil.copy(source, target)
             case ["fused-margin", *arguments]:
@@ -114,11 +121,11 @@ def test_commands_run_in_sequence(tmp_path, monkeypatch, capsys):
                 ran.append(arguments[0])
             case _:
                 raise AssertionError(f"the tutorial has a command that is not tested: {command}")
-    assert ran == ["align", "train", "train", "train", "evaluate", "evaluate", "export"]
+    assert ran == ["align", "train", "train", "train", "evaluate", "evaluate", "export", "identify"]
     cosines = re.findall(r"^cosine (\S+)$", capsys.readouterr().out, flags=re.MULTILINE)
     assert len(cosines) == 2 and all(-1 <= float(cosine) <= 1 for cosine in cosines)
     named = re.findall(r"^files in (\S+): (.*)$", TUTORIAL, flags=re.MULTILINE)
-    assert len(named) == 3
+    assert len(named) == 4
     for folder, names in named:
         assert all((tmp_path / folder / name).exists() for name in names.split(", ")), names
 
@@ -139,7 +146,7 @@ def options_of(capsys, monkeypatch):
 def test_options_in_the_text_exist(options_of):
     text = re.sub(r"^```.*?^```$", "", TUTORIAL, flags=re.DOTALL | re.MULTILINE)
     mentioned = [code.split() for code in re.findall(r"`([^`\n]+)`", text)]
-    either = options_of("train") | options_of("evaluate")
+    either = options_of("train") | options_of("evaluate") | options_of("identify")
     for words in mentioned:
         if words[0] == "fused-margin":
             assert words[1] in cli.COMMANDS, words

@@ -153,7 +153,7 @@ def test_own_gallery_of_features(capsys):
         ("--protocol identification --enrolled 0", "enrolled must be at least 1, got 0"),
         (
             "--protocol identification --metric weighted-l1",
-            "weighted-l1 is learned on folds of pairs, which identification",
+            "metric: identification searches by the cosine; weighted-l1",
         ),
     ],
 )

@@ -79,5 +79,5 @@ class IdentifyConfig:
     @property
     def output_folder(self) -> Path:
         """The folder for the results."""
-        probes = self.probes.resolve()
+        probes = self.probes if self.probes.name not in ("", "..") else self.probes.resolve()
         return self.output or probes.with_name(f"{probes.stem if probes.is_file() else probes.name}-identified")
