@@ -164,6 +164,7 @@ def largest_tensors(group, num_classes, workspace):
     return forward.elements, backward.elements
 
 
+@pytest.mark.slow
 def test_cosine_matrix_is_never_materialized(ranks):
     num_classes, workspace = 3000, 1 << 18
     for elements in ranks.run(largest_tensors, [(num_classes, workspace)] * 2):

@@ -109,6 +109,7 @@ def test_head_in_lower_precision(dtype):
     assert relative_error(mixed.embeddings, exact(features()).embeddings) < 8 * torch.finfo(torch.bfloat16).eps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("aggregation", ["soft", "hard"])
 def test_compiled_head(aggregation):
     torch._dynamo.reset()
@@ -229,6 +230,7 @@ def test_checkpointed_and_accumulated_loss(use_reentrant):
     assert torch.equal(plain.recent, other.recent)
 
 
+@pytest.mark.slow
 def test_compiled_loss_updates_its_state():
     torch._dynamo.reset()
     eager, compiled = (fm.SelfGroupingLoss(K, batches=2) for _ in range(2))

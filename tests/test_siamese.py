@@ -200,6 +200,7 @@ def test_equal_and_zero_rows_have_finite_gradients():
     assert x.grad.isfinite().all()
 
 
+@pytest.mark.slow
 def test_compiled_and_repeated_calls():
     torch._dynamo.reset()
     x, y, _, _ = batch(9)

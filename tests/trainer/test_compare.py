@@ -36,6 +36,7 @@ def config(tmp_path, monkeypatch):
     return CompareConfig(losses, (3, 4), 1, "digits", output=tmp_path / "out", accelerator="cpu")
 
 
+@pytest.mark.slow
 def test_interrupted_comparison_continues(config, monkeypatch):
     console, real, calls = Console(quiet=True), module.run, []
 

@@ -90,6 +90,7 @@ def test_numbers_by_plain_loops(template, far):
     assert listed.startswith(f"{best[worst]:.3f} {of_mate[worst]:.3f} {' '.join(cells)}")
 
 
+@pytest.mark.slow
 def test_figure_is_drawn(pictures):
     evaluate(*write(**clusters()), *PROTOCOL, drawn=True)
 

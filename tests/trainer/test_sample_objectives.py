@@ -23,6 +23,7 @@ def triplet_config(tiny_config):
     return dataclasses.replace(tiny_config, loss=LossConfig("triplet"), images_per_identity=4)
 
 
+@pytest.mark.slow
 def test_commands_without_class_weights(tiny_options, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["train", *tiny_options, "--loss.name", "contrastive", "--output", "run"]) == 0
@@ -43,6 +44,7 @@ def test_commands_without_class_weights(tiny_options, tmp_path, monkeypatch, cap
     assert not [name for name in state["model"] if name.startswith("criterion.")]
 
 
+@pytest.mark.slow
 def test_export_without_class_weights(triplet_config, splits, console):
     pytest.importorskip("onnxscript", reason="the export extra is not installed")
     from fused_margin.trainer.export import CLASSES_NAME, IDENTITIES_NAME, _write_classes
@@ -55,6 +57,7 @@ def test_export_without_class_weights(triplet_config, splits, console):
     assert not (folder / CLASSES_NAME).exists() and not (folder / IDENTITIES_NAME).exists()
 
 
+@pytest.mark.slow
 def test_resumed_run_matches_uninterrupted_run(triplet_config, splits, console, tmp_path):
     """The run stops within an epoch. What the losses have learned is restored: weights, a margin and recent pairs."""
     loss = LossConfig("siamese-l1", companions=AuxiliaryConfig(deepid2=0.01))
