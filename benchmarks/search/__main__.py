@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import faiss
 import numpy as np
@@ -44,6 +44,8 @@ class Config:
     """k."""
     among: int = 100_000
     """Rows that are searched among themselves, for the nearest other row. 0: none."""
+    contestants: tuple[Literal["nearest_class", "search_gallery", "IndexFlatIP"], ...] = (OURS, GALLERY, FAISS)
+    """What is timed."""
     repeats: int = 3
     """Repetitions of a search, after one that is not timed. The search among rows themselves is done once."""
     checked: int = 200
@@ -89,6 +91,7 @@ def search(config: Config, probes: np.ndarray, references: np.ndarray | None, k:
     if references is not None:
         gallery = enroll(references, np.arange(len(references)))
         contestants[GALLERY] = lambda: search_gallery(probes, gallery, k, progress=show_progress).identity
+    contestants = {name: run for name, run in contestants.items() if name in config.contestants}
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     extra: dict[str, int] = {}
     answers: dict[str, np.ndarray] = {}
@@ -113,9 +116,8 @@ def search(config: Config, probes: np.ndarray, references: np.ndarray | None, k:
         row[name] = {
             "seconds": statistics.median(taken), "least": min(taken), "extra_bytes": extra[name], "as_float64": as_exact,
         }  # fmt: skip
-    row["ratio"] = {
-        name: row[FAISS]["seconds"] / row[name]["seconds"] for name in (OURS, GALLERY) if name in contestants
-    }
+    if FAISS in seconds:
+        row["ratio"] = {name: row[FAISS]["seconds"] / row[name]["seconds"] for name in seconds if name != FAISS}
     print(describe(row), flush=True)
     return row
 
@@ -149,8 +151,8 @@ def search_float64(probes: np.ndarray, references: np.ndarray, k: int, among: bo
 def describe(row: dict[str, Any]) -> str:
     where = "among themselves" if row["gallery"] is None else f"in {row['gallery']:,}"
     times = ", ".join(f"{name} {row[name]['seconds']:.3f} s" for name in (OURS, GALLERY, FAISS) if name in row)
-    ratios = ", ".join(f"{ratio:.2f}x" for ratio in row["ratio"].values())
-    return f"{row['probes']:,} {where}, D = {row['size']}, k = {row['k']}: {times}; {ratios}"
+    ratios = ", ".join(f"{ratio:.2f}x" for ratio in row.get("ratio", {}).values())
+    return f"{row['probes']:,} {where}, D = {row['size']}, k = {row['k']}: {times}" + (f"; {ratios}" if ratios else "")
 
 
 if __name__ == "__main__":
