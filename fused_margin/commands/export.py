@@ -41,8 +41,8 @@ class ExportConfig:
     output: Annotated[Path | None, none_means("the folder of the checkpoint")] = None
     """Folder for the files."""
     backbone: Annotated[str | None, none_means("the --network of the training")] = None
-    """The --backbone of the training, if it had one. Giving the same name confirms that its code
-    may be imported and called."""
+    """The --backbone of the training, if it had one.
+    Giving the same name confirms that its code may be imported and called."""
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -78,8 +78,8 @@ class OptimizerConfig:
     in_backward: Annotated[bool | None, none_means("True wherever it can be done")] = None
     """Whether the backward steps the class weights, so that their gradient is never stored.
     The results differ by rounding only. A resumed run may have another value.
-    It cannot be done without class weights, with --accumulate above 1, with --precision 16-mixed,
-    with the companions intra, inter and uniform, or with the exclusive term of softmax, l2-softmax and l-softmax."""
+    It cannot be done without class weights, with --accumulate above 1, or with --precision 16-mixed.
+    Nor with the companions intra, inter and uniform, or the exclusive term of softmax, l2-softmax and l-softmax."""
     stochastic_rounding: bool = True
     """Whether class weights and momentum in bfloat16 are rounded up or down at random, without bias.
     It has an effect where the backward steps the class weights (--optimizer.in-backward).
@@ -152,8 +152,8 @@ class TrainConfig:
     """Images per step."""
     accumulate: int = 1
     """Gradient-accumulation micro-batches per step. More of them need less memory.
-    Batch norm, pairs and triplets, adaptive margins and the labels of --model.groups see one micro-batch at a time,
-    which changes their results."""
+    Batch norm, pairs and triplets, adaptive margins and the labels of --model.groups see one micro-batch at a time.
+    This changes their results."""
     images_per_identity: int = 0
     """Images of one identity that are together in a batch, for losses that compare the samples of a batch.
     A batch of B images has B / K groups of K images. Each epoch has every image, in new groups in a new order.

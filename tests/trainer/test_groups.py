@@ -44,7 +44,7 @@ def test_network(tiny_config, network):
     embeddings, group_logits = backbone(images)
     assert embeddings.shape == (3, 8) and group_logits.shape == (3, 4)
     assert torch.equal(backbone.eval()(images), embeddings) and embedding_size(backbone, config.model) == 8
-    assert "GroupFace with 4 groups" in describe_backbone(config)
+    assert "GroupFace (4 groups)" in describe_backbone(config)
     other = grouped(config, widths=widths, group_features=10, group_aggregation="hard")
     assert build_backbone(other).head.in_features == 10 and build_backbone(other).head.aggregation == "hard"
 

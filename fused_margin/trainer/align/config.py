@@ -43,9 +43,9 @@ class AlignConfig:
     """Face detector that finds the landmarks.
     mtcnn: MTCNN of facenet-pytorch, whose package contains the weights.
     yunet: FaceDetectorYN of OpenCV, with --detector-options model=FILE.onnx.
-    Or your own, as package.module.factory. The factory takes --detector-options and returns a callable from an
-    RGB image (height, width, 3), uint8, to faces (landmarks, box, score): the five landmarks (5, 2), and the left, top,
-    right and bottom of the box."""
+    Or your own, as package.module.factory. The factory takes --detector-options and returns a callable.
+    The callable takes an RGB image (height, width, 3), uint8, and returns a list of faces (landmarks, box, score).
+    The landmarks are five points (5, 2). The box is left, top, right and bottom."""
     detector_options: NamedOptions = field(default_factory=dict)
     """Keyword arguments of --detector, such as min_face_size=40 or device=cuda for mtcnn.
     Values are Python literals; other values are text."""

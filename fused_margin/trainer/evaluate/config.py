@@ -31,14 +31,14 @@ class EvaluateConfig:
     checkpoint: Annotated[Path | None, none_means("the latest run in runs/")] = None
     """Checkpoint of fused-margin train, or its folder."""
     backbone: Annotated[str | None, none_means("the --network of the training")] = None
-    """The --backbone of the training, if it had one. Giving the same name
-    confirms that its code may be imported and called."""
+    """The --backbone of the training, if it had one.
+    Giving the same name confirms that its code may be imported and called."""
     features: Annotated[Path | None, none_means("evaluate a network")] = None
     """File (.npz) of features to evaluate instead of a network, with these arrays:
     features (n, D): of n images or frames. All protocols need it.
     mirrored (n, D): of the mirror images, for --protocol lfw and --flip sum or concat.
-    labels (n,): identity index of each row, for megaface and identification;
-    also for pairs and lfw if the file has no pairs.
+    labels (n,): identity of each row, a text or an integer, for megaface and identification.
+    Also for pairs and lfw if the file has no pairs.
     pairs (p, 2): rows of p pairs. same (p,): True for pairs of one identity.
     fold (p,): fold index of each pair. Without it, folds of consecutive pairs.
     video (n,): video index of each frame, for ytf, whose pairs are then video indices.
@@ -46,10 +46,10 @@ class EvaluateConfig:
     class_weight (C, D): of C classes, to report their separability."""
     data: Annotated[str | None, none_means("the test identities of the training")] = None
     """Images to evaluate the network on.
-    Any images that fused-margin train accepts: all of their identities are evaluated,
-    or only the test identities if the network was trained on the same images.
-    A verification set is a folder with LFW's pairs.txt or YouTube Faces' splits.txt (for --protocol ytf),
-    a list in such a format, as pairsDevTest.txt, or one of InsightFace's .bin files.
+    Any images that fused-margin train accepts. All of their identities are evaluated.
+    If the network was trained on the same images, its test identities are evaluated.
+    Or a verification set: a folder with LFW's pairs.txt or YouTube Faces' splits.txt (for --protocol ytf).
+    A list in such a format, as pairsDevTest.txt, or one of InsightFace's .bin files is also a verification set.
     Its images are in the folder of the list, or in the subfolder of the published archive:
     lfw, lfw_funneled, lfw-deepfunneled or aligned_images_DB."""
     distractors: Annotated[Path | None, none_means("those in --features, or the identities that are no probes")] = None
@@ -64,9 +64,10 @@ class EvaluateConfig:
     """Appended to the paths in --lists, as _vgg.bin: Name/Name_1.png_vgg.bin."""
     gallery: Annotated[Path | None, none_means("some of the images of each identity")] = None
     """Images or features of the known identities, for --protocol identification.
-    With --features, features of the formats that --distractors takes, with identities: FOLDER/identity/...,
-    or an .npz with features and labels. --features then has the probes, in the same formats.
-    For a network, images as for --data, which then has the probes. Identities are known by their names."""
+    For a network: images as for --data, which then has the probes.
+    With --features: a folder FOLDER/identity/... of feature files, or an .npz with features and labels.
+    --features then has the probes, in the same formats.
+    A probe is known if its identity has the same name in the gallery."""
     protocol: Protocol = "pairs"
     """pairs: accuracy over folds, at the best threshold of the other folds.
     lfw: LFW's protocol in one of its variants (--variant).
@@ -83,8 +84,8 @@ class EvaluateConfig:
     cosine: cosine of both features.
     weighted-l1: DeepFace's weighted absolute differences of the normalized features.
     A logistic regression on the other folds learns the weights.
-    siamese-l1: the same with the weights that the training has learned,
-    by --loss.name siamese-l1 or --loss.companions.siamese."""
+    siamese-l1: the same with the weights that the training has learned.
+    They come from --loss.name siamese-l1 or --loss.companions.siamese."""
     flip: Annotated[Flip | None, none_means("as in the training; none for --features and siamese-l1")] = None
     """How to combine the features of an image and its mirror image (fixed for LFW)."""
     far: Annotated[
@@ -103,7 +104,7 @@ class EvaluateConfig:
     unknown: Annotated[float | None, none_means(f"{UNKNOWN}, or those that are not in --gallery")] = None
     """Share of the identities that are not in identification's gallery. All of their images are probes."""
     enrolled: Annotated[int | None, none_means("half of them, or all of --gallery")] = None
-    """Number of images of each identity in identification's gallery. The others are probes."""
+    """Number of images of each identity in identification's gallery, at most all but one. The others are probes."""
     template: Template = "mean"
     """Templates of an identity in identification's gallery.
     mean: the mean of the normalized features of its images.

@@ -80,8 +80,8 @@ class FigureConfig:
     epochs: int = 40
     """Passes over the training images with each loss."""
     softmax_epochs: int = 10
-    """Passes over the training images with softmax first; all losses continue from the resulting network. 0 starts every loss from random weights,
-    from which 2-d margin losses often end with two equal class weights."""
+    """Passes over the training images with softmax first; all losses continue from the resulting network.
+    0 starts every loss from random weights. 2-d margin losses then often end with two equal class weights."""
     seed: int = 0
     """Seed of the held-out images, the initial weights, the order and the augmentation."""
     output: Path = Path("runs/figure")

@@ -21,25 +21,27 @@ FAR = 0.01
 class IdentifyConfig:
     """Who is this? Search a gallery of known identities for each probe, and name the best ones, or nobody.
 
-    A probe is known if its best score, the cosine of its features and a template, is at or above a threshold. Without
-    --threshold, the images of the gallery give one: each of them searches the other identities, and the share --far of
-    them may be taken for another one. This suits probes that are as good as the images of the gallery.
-    A network compares images (--checkpoint). Features from files are compared as they are.
+    A probe is known if its best score, the cosine of its features and a template, is at or above a threshold.
+    The threshold is --threshold, or is estimated from the gallery: each of its images searches the other identities,
+    and at most the share --far of the images has a score at or above the threshold. The estimate suits probes that are
+    as good as the images of the gallery. The network of --checkpoint computes the features of images. Features from
+    files are compared as they are.
 
     Writes identify.csv, identify.json and identify.html.
     """
 
     gallery: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="GALLERY")]
-    """Known identities: a folder of images, GALLERY/identity/image.jpg, or features with identities:
-    an .npz with features (n, D) and labels (n,), or a folder GALLERY/identity/... of .npy, .npz or MegaFace's .bin."""
+    """Known identities, as images or as features.
+    Images: a folder, GALLERY/identity/image.jpg.
+    Features: an .npz with features (n, D) and labels (n,), or a folder GALLERY/identity/... of .npy, .npz or .bin."""
     probes: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="PROBES")]
-    """Whom to identify: an image, a folder of images with or without subfolders,
-    or a file or folder of features if GALLERY has features."""
+    """Whom to identify: an image, or a folder of images with or without subfolders.
+    If GALLERY has features, a file or folder of features."""
     checkpoint: Annotated[Path | None, none_means("the latest run in runs/")] = None
     """Checkpoint of fused-margin train, or its folder."""
     backbone: Annotated[str | None, none_means("the --network of the training")] = None
-    """The --backbone of the training, if it had one. Giving the same name
-    confirms that its code may be imported and called."""
+    """The --backbone of the training, if it had one.
+    Giving the same name confirms that its code may be imported and called."""
     threshold: Annotated[float | None, none_means("estimated from GALLERY for --far")] = None
     """Cosine at or above which a probe is known."""
     far: Annotated[float | None, none_means(f"{FAR} without --threshold")] = None

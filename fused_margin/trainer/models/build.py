@@ -62,7 +62,7 @@ def restore_backbone(config: TrainConfig, state: dict[str, Any], path: Path) -> 
 def describe_backbone(config: TrainConfig) -> str:
     """The network's name."""
     name = config.backbone or ("LeNet++" if config.network == "lenet" else f"ResNet{config.model.depth}")
-    return f"{name} and GroupFace with {config.model.groups} groups" if config.model.groups else name
+    return f"{name} and GroupFace ({config.model.groups} groups)" if config.model.groups else name
 
 
 def channels_last(backbone: nn.Module) -> nn.Module:

@@ -53,8 +53,8 @@ class AuxiliaryConfig:
     """Weight of uniform loss, which pushes all class weights apart."""
     range: float = 0.0
     """Weight of range loss, on the largest distances within a class and the smallest distance between class means.
-    It needs several images of an identity in a batch. While two class means are nearer than --loss.companions.range-margin,
-    the loss is large: up to range-beta times range-margin."""
+    It needs several images of an identity in a batch.
+    The loss is large while class means are nearer than range-margin: up to range-beta times range-margin."""
     marginal: float = 0.0
     """Weight of marginal loss, on the distances of all pairs of unit-length embeddings of the batch.
     Paper: 1, with softmax."""
@@ -83,8 +83,8 @@ class AuxiliaryConfig:
     nearest-semihard: the nearest of these, for each anchor and positive.
     batch-hard: the farthest positive and the nearest negative, for each anchor."""
     contrastive_margins: tuple[float, float] = (0.0, 1.0)
-    """Margins of the contrastive loss: the distance below which genuine pairs have no loss,
-    and the distance above which impostor pairs have none."""
+    """Margins p and n of the contrastive loss, in the unit of --loss.companions.contrastive-form.
+    Genuine pairs nearer than p and impostor pairs farther than n have no loss."""
     contrastive_form: Literal["hadsell", "squared-distance", "double-margin"] = "hadsell"
     """Form of the contrastive loss, with the distance D and its margins p and n.
     hadsell: max(0, D - p)^2 / 2 and max(0, n - D)^2 / 2.
