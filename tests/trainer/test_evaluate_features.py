@@ -91,6 +91,15 @@ def test_learned_metric_beside_the_cosine(pictures, capsys):
     assert report["result"]["fold_accuracy"] == expected.folds.accuracy.tolist()
 
 
+@pytest.mark.parametrize("options", [["--num-pairs", 60, "--folds", 2], ["--protocol", "megaface"]])
+def test_identities_have_names_or_numbers(options):
+    given = clusters()
+    names = np.array([f"person {label:02d}" for label in given["labels"]])
+    numbered = evaluate(*write(**given), *options)
+    named = evaluate(*write(**{**given, "labels": names}), *options)
+    assert named["result"] == numbered["result"] and named["scores"] == numbered["scores"]
+
+
 def test_megaface_with_given_distractors():
     given, others = clusters(), clusters(20)
     arrays = {"distractors": others["features"] + 1, "mirrored_distractors": others["mirrored"] + 1}
@@ -123,7 +132,7 @@ def test_invalid_files(capsys, tmp_path):
         (given, "--protocol ytf", "needs the arrays pairs, same"),
         ({**given, "mirrored": nan}, "--protocol lfw --num-pairs 60", "mirrored: expected finite values"),
         ({**given, "features": nan}, "--num-pairs 60", "features.npz: features: expected finite values"),
-        ({**given, "labels": given["labels"][1:]}, "", "labels: expected (72) integers"),
+        ({**given, "labels": given["labels"][1:]}, "", "labels: expected (72,) texts or integers"),
         ({**given, "labels": given["labels"] * 0}, "--protocol megaface", "megaface needs distractors"),
         ({**given, "features": given["features"].astype(str)}, "--num-pairs 60", "features: expected"),
         ({**given, "class_weight": nan}, "--num-pairs 60", "class_weight: expected finite values"),

@@ -15,7 +15,7 @@ from rich.console import Console
 import fused_margin as fm
 from fused_margin import evaluation
 from fused_margin.evaluation import DataError, FeatureSet, MegafaceGallery, WeightedL1Head, join_mirror
-from fused_margin.evaluation.checks import check_features, check_integers
+from fused_margin.evaluation.checks import check_features, check_labels
 from fused_margin.evaluation.files import describe_skipped
 from fused_margin.evaluation.plurals import counted
 from fused_margin.evaluation.protocols import INSIGHTFACE_FAR, Metric
@@ -209,7 +209,7 @@ def _measure(
     disjoint: bool | None = None
     if arrays.pairs is None and options.protocol != "ytf":
         (labels,) = arrays.require("labels")
-        check_integers("labels", labels, (len(arrays.features),))
+        labels = check_labels("labels", labels, len(arrays.features))
         drawn = evaluation.make_pairs(labels, options.num_pairs, options.folds, seed)
         pairs, same, fold, disjoint = drawn
     else:
@@ -262,8 +262,8 @@ def _measure(
 def _measure_megaface(
     options: ProtocolOptions, arrays: FeatureSet, galleries: Sequence[MegafaceGallery], seed: int, device: torch.device
 ) -> Measured:
-    (labels,) = arrays.require("labels")
-    check_integers("labels", labels, (len(arrays.features),))
+    (names,) = arrays.require("labels")
+    labels = np.unique(check_labels("labels", names, len(arrays.features)), return_inverse=True)[1]
     features = join_mirror(arrays.features, arrays.mirrored, options.flip)
     if arrays.distractors is None:
         identities = np.unique(labels)
