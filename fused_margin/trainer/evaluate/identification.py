@@ -165,15 +165,16 @@ def identification_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     at_far, verified, probes = result["dir_at_far"], result["by_verification"], result["probes"]
     unresolved = "" if at_far["far_resolved"] else f" (0 of {counted(probes['non_mated'], 'unknown probe')} accepted)"
     return [
+        ("known probes, unknown probes", f"{probes['mated']:,}, {probes['non_mated']:,}"),
         *((f"rank-{row['rank']}", f"{row['rate']:.2%}") for row in result["rank_rates"]),
         (f"DIR at FAR = {at_far['far']:g}, rank 1", f"{at_far['dir']:.2%}{unresolved}"),
         ("threshold (cosine)", f"{at_far['threshold']:.3f}"),
         ("known probes missed at it (FNIR)", f"{at_far['fnir']:.2%}"),
         ("unknown probes accepted at it (FPIR)", f"{at_far['fpir']:.2%}"),
-        ("known probes, verification accepts their identity", f"{verified['mated_correct']:.2%}"),
-        ("their identity and others", f"{verified['mated_ambiguous']:.2%}"),
-        ("only others", f"{verified['mated_wrong']:.2%}"),
-        ("nobody", f"{verified['mated_none']:.2%}"),
+        ("known probes verified as themselves only", f"{verified['mated_correct']:.2%}"),
+        ("known probes verified as themselves and others", f"{verified['mated_ambiguous']:.2%}"),
+        ("known probes verified as others only", f"{verified['mated_wrong']:.2%}"),
+        ("known probes verified as nobody", f"{verified['mated_none']:.2%}"),
     ]
 
 
