@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 BLOCK_ELEMENTS = 2**17  # float64 elements at a time, which stay in cache
+LARGEST_EXPONENT = 32  # of rows that are not scaled; rows shorter than 1e-12, about 2^-40, count as zero in the search
 
 
 def unit_rows(rows: np.ndarray) -> np.ndarray:
@@ -13,10 +14,13 @@ def unit_rows(rows: np.ndarray) -> np.ndarray:
 
 
 def scaled_rows(rows: np.ndarray) -> np.ndarray:
-    """float64 rows divided by powers of two, so that no square overflows or underflows; other rows as they are."""
-    if rows.dtype.itemsize < 8:
-        return rows
+    """The rows (n, D), or float64 copies divided by powers of two if the largest element of a row is far from 1.
+
+    Then no square overflows or underflows, and no row is so short that the search would count it as zero.
+    """
     _, exponent = np.frexp(np.abs(rows).max(axis=1, keepdims=True))
+    if (np.abs(exponent) < LARGEST_EXPONENT).all():
+        return rows
     return np.ldexp(np.asarray(rows, np.float64), -exponent)
 
 

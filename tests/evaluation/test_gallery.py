@@ -73,6 +73,16 @@ def test_large_and_small_float64_features(template):
     np.testing.assert_allclose(search_gallery(features, gallery, 2).score, [[1, -33 / 65], [1, -33 / 65]], rtol=1e-15)
 
 
+@pytest.mark.parametrize("scale", [1e-35, 1e-13, 1e35])
+def test_short_and_long_float32_probes(scale):
+    features, label = images(9, 4, 0.5)
+    gallery = enroll(features.astype(np.float32), label)
+    probes = np.random.default_rng(1).normal(size=(5, features.shape[1])).astype(np.float32)
+    expected, found = search_gallery(probes, gallery, 3), search_gallery(probes * np.float32(scale), gallery, 3)
+    assert found.identity.tolist() == expected.identity.tolist()
+    np.testing.assert_allclose(found.score, expected.score, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("template", ["mean", "all"])
 def test_gallery_grows_as_if_enrolled_at_once(template):
     features, label = images(8, 5, 0.5)
