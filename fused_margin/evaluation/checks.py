@@ -1,4 +1,4 @@
-"""Argument checks of the protocols. A ValueError names the array, the expected and the actual shape and type."""
+"""Argument checks of the protocols. An error names the array, the expected and the actual shape and type."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def check_features(name: str, features: np.ndarray, width: int | None = None, check_values: bool = True) -> None:
+    if not isinstance(features, np.ndarray):
+        raise TypeError(f"{name}: expected a NumPy array, got {type(features).__name__}")
     fits = features.ndim == 2 and features.size and width in (None, features.shape[1])
     if not fits or not np.issubdtype(features.dtype, np.floating):
         wanted = f"(rows, {width or 'D'}) floats, one row or more"
@@ -98,5 +100,5 @@ def check_threshold(threshold: float) -> None:
 
 
 def check_workspace(workspace_mb: float) -> None:
-    if not workspace_mb > 0:
+    if not 0 < workspace_mb < np.inf:
         raise ValueError(f"workspace_mb: expected a positive number of MiB, got {workspace_mb}")

@@ -5,6 +5,7 @@ import warnings
 
 import numpy as np
 import pytest
+import torch
 
 from fused_margin.evaluation import Gallery, enroll, identity_scores, nearest_rows, recognize, search_gallery
 
@@ -256,6 +257,7 @@ GALLERY = enroll(np.eye(3), ["a", "b", "c"])
         (lambda: search_gallery(np.eye(3), GALLERY, 0), "k: expected an integer from 1"),
         (lambda: search_gallery(np.eye(3), GALLERY, 1.5), "k: expected an integer from 1"),
         (lambda: search_gallery(np.eye(3), GALLERY, workspace_mb=0), "workspace_mb: expected a positive number"),
+        (lambda: search_gallery(np.eye(3), GALLERY, workspace_mb=math.inf), "workspace_mb: expected a positive number"),
         (lambda: recognize(np.eye(3), GALLERY, math.nan), "threshold: expected a number, got NaN"),
         (lambda: Gallery(np.zeros((0, 3)), np.zeros(0, int), np.zeros(0, int)), "templates: .* one row or more"),
         (lambda: Gallery(np.eye(2) * 2, np.arange(2), np.arange(2)), "templates: .* length 2 in row 0"),
@@ -272,3 +274,9 @@ GALLERY = enroll(np.eye(3), ["a", "b", "c"])
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         call()
+
+
+@pytest.mark.parametrize("features", [torch.eye(3), [[1.0, 0.0, 0.0]]])
+def test_features_must_be_an_array(features):
+    with pytest.raises(TypeError, match=f"^probes: expected a NumPy array, got {type(features).__name__}$"):
+        search_gallery(features, GALLERY)
