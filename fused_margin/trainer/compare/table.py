@@ -38,7 +38,7 @@ MEASURES = (
     Measure("sep_std", "Sep std", better=0, is_percent=False),
 )  # of test identities, if there are no benchmarks
 STEP_TIME = "ms per step"
-HEADING_WIDTH = 12  # longer column headings are wrapped
+HEADING_WIDTH = 12  # longer column headings are wrapped between words
 Rows = Mapping[str, Sequence[Mapping[str, Any]]]  # results of each seed by loss
 
 
@@ -104,7 +104,7 @@ def _is_beyond_spread(difference: float, *deviations: float | None) -> bool:
 
 def screen_table(header: list[str], lines: list[list[str]]) -> str:
     """The table for a screen of 80 columns, with the name of each loss on the line above its numbers."""
-    headings = [textwrap.wrap(name, HEADING_WIDTH) for name in header[1:]]
+    headings = [textwrap.wrap(name, HEADING_WIDTH, break_long_words=False) for name in header[1:]]
     height = max(map(len, headings))
     rows = [list(row) for row in zip(*([""] * (height - len(words)) + words for words in headings), strict=True)]
     names = [""] * height + [name for name, *_ in lines]
