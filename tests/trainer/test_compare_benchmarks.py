@@ -186,7 +186,7 @@ def test_wrong_benchmarks_are_errors_before_training(face_folder, sets, tmp_path
         (tmp_path / f"singles/{number}").mkdir(parents=True)
         shutil.copy(face_folder / f"person_{number}/0.png", tmp_path / f"singles/{number}")
     for word, message in (
-        (f"lfw={tmp_path}/nowhere", "no folder"),
+        (f"lfw={tmp_path}/nowhere", "no file or folder"),
         (f"lfw={tmp_path}/empty", "no identities in"),
         (f"own={face_folder}", "the networks are trained on these images: name others, or own=test-identities"),
         (f"lfw={tmp_path}/bad.bin", "bad.bin"),

@@ -203,6 +203,11 @@ def _open(name: str, path: str, training: TrainConfig) -> Benchmark:
         return Benchmark(name, path, {"lists": lists, "data": parts[1], "distractors": distractors}, ("megaface",))
     if path not in EMBEDDED and (reader := find_pair_list(path)):
         return Benchmark(name, path, {"data": path}, ("ytf" if reader().of_videos else "lfw",))
+    if path not in EMBEDDED and not Path(path).exists():
+        raise DataError(
+            f"no file or folder {path!r}; expected one with pairs.txt or splits.txt, such a list, a .bin file, images of "
+            "identities, or LISTS,PROBES,DISTRACTORS"
+        )
     if training.data == (path if path in EMBEDDED else str(Path(path).resolve())):
         raise DataError(f"the networks are trained on these images: name others, or {name}={TEST_IDENTITIES}")
     images = load_splits(path, (8, 8), 1, test_fraction=0.0, seed=0).train
