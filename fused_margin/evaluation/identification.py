@@ -97,8 +97,8 @@ class OperatingCurve(NamedTuple):
 class IdentificationResult:
     """Candidates of all probes, and the rates of closed-set and open-set identification: of :func:`identification`.
 
-    A probe is mated if its identity is in the gallery. A mated probe has a mate: this identity. The other probes are
-    the unknown of the open set.
+    A probe is mated (known) if its identity is in the gallery. This identity is its mate. The other probes are
+    non-mated (unknown).
 
     Attributes:
         names: (K,) names of the gallery.
@@ -305,7 +305,7 @@ def identification(
     Args:
         probes: (P, D) of any norm; may be a memory map.
         labels: (P,) texts or integers, as the names of the gallery are: the identity of each probe. Probes of
-            identities outside the gallery are the unknown of the open set.
+            identities outside the gallery are unknown (open set).
         gallery: the enrolled identities.
         max_rank: largest rank of a mate to find; the number of identities, if that is smaller. None finds every rank by
             matrix products in float64 of the mated probes with all templates, in blocks. These are slower than the
