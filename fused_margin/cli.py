@@ -36,7 +36,7 @@ COMMANDS = {
     "align": Command("align faces to a template by five landmarks, from a file or a face detector", "trainer"),
     "train": Command("train and verify a network; the defaults take about a minute on two CPU cores", "trainer"),
     "evaluate": Command("evaluate a trained network, or features from a file, under a named protocol", "trainer"),
-    "identify": Command("name the known identities in images or features, or nobody", "trainer"),
+    "identify": Command("rank the known identities for images or features, or say that they are unknown", "trainer"),
     "compare": Command("train several losses with the same settings and write a table of their results", "trainer"),
     "figure": Command("draw the 2-d embeddings that losses learn for a few digits", "trainer"),
     "export": Command("write a trained network as PyTorch weights and as ONNX", "export"),

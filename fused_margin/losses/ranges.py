@@ -10,44 +10,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fused_margin import _checks
-from fused_margin._ops.collectives import gather_batch
-from fused_margin._ops.inputs import compute_dtype
 from fused_margin._ops.normalization import unit_rows
 from fused_margin.losses import settings
-from fused_margin.losses.auxiliary_base import AuxiliaryLoss
+from fused_margin.losses.gathered import GatheredLoss
 
 # A squared distance below it counts as 0. Its inverse and the square of the inverse are finite in float64.
 SMALLEST_SQUARE = 1e-150
 
 
-class AllSamples(NamedTuple):
-    """The samples of all ranks. Embeddings of ignored samples are 0, so that NaN in them reaches no gradient."""
-
-    embeddings: Tensor  # (M, D) float32 or float64, differentiable
-    labels: Tensor  # (M,) int64
-    valid: Tensor  # (M,) whether a sample is not ignored
-    own: slice  # the samples of this rank
-
-    def of_one_class(self) -> Tensor:
-        """(M, M), whether two samples have the same class. Each sample has its own; ignored samples have none."""
-        same = self.labels.unsqueeze(1) == self.labels
-        return same & self.valid.unsqueeze(1) & self.valid
-
-
-class PairLoss(AuxiliaryLoss):
-    """Base class of the losses over pairs of samples, of one rank or of all ranks of a group."""
-
-    def gather(self, embeddings: Tensor, labels: Tensor) -> AllSamples:
-        """Checks the samples of this rank, and gathers those of all ranks."""
-        _checks.matrix("embeddings", embeddings, "(N, embedding_size)")
-        _checks.per_sample_index("labels", labels, embeddings)
-        rows, labels, begin = gather_batch(embeddings.to(compute_dtype(embeddings)), labels.to(torch.int64), self.shard)
-        valid = labels != self.ignore_index
-        rows = rows.masked_fill(~valid.unsqueeze(1), 0.0)
-        return AllSamples(rows, labels, valid, slice(begin, begin + len(embeddings)))
-
-
-class RangeLoss(PairLoss):
+class RangeLoss(GatheredLoss):
     """Range loss: the largest distances within classes, and the smallest distance between class means.
 
     For every class of the batch, the harmonic mean of its k largest squared distances; for the whole batch, a hinge on the
@@ -206,7 +177,7 @@ def squared_distances(rows: Tensor, others: Tensor) -> Tensor:
     return squares.addmm(rows, others.t(), alpha=-2.0)
 
 
-class MarginalLoss(PairLoss):
+class MarginalLoss(GatheredLoss):
     """Marginal loss: a hinge on the distance of every pair of samples, on one side of a threshold or the other.
 
     The mean over all ordered pairs of different samples, with unit-length embeddings u (Deng, Zhou and Zafeiriou, CVPR

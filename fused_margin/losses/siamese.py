@@ -16,14 +16,14 @@ from fused_margin._ops.inputs import compute_dtype
 from fused_margin._ops.normalization import unit_rows
 from fused_margin._ops.weighted_l1 import weighted_l1_distances
 from fused_margin.losses import settings
-from fused_margin.losses.ranges import PairLoss
+from fused_margin.losses.gathered import GatheredLoss
 
 # Initial weights and bias. Two random unit vectors have an L1 distance of about 1.13 sqrt(D), so that with weights of
 # 4 / sqrt(D) the log odds are 2 for equal features and about -2.5 for unrelated ones.
 ALPHA, BIAS = 4.0, 2.0
 
 
-class SiameseL1Loss(PairLoss):
+class SiameseL1Loss(GatheredLoss):
     """DeepFace's siamese network: a logistic unit decides from the absolute differences of two features.
 
     The distance has learned weights, and the cross-entropy of "same identity" trains them and, through both features,

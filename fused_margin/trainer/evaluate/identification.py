@@ -176,20 +176,3 @@ def identification_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("known probes verified as others only", f"{verified['mated_wrong']:.2%}"),
         ("known probes verified as nobody", f"{verified['mated_none']:.2%}"),
     ]
-
-
-def identification_measures(report: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers that tables of several networks show, from the report of an evaluation under this protocol.
-
-    ``identification``: rank-1 rate; ``dir``: DIR at rank 1, at the FAR ``dir_far``, which is resolved
-    (``dir_far_resolved``) if there are enough ``non_mated`` probes.
-    """
-    result = report["result"]
-    at_far = result["dir_at_far"]
-    return {
-        "identification": result["rank_rates"][0]["rate"],
-        "dir": at_far["dir"],
-        "dir_far": at_far["far"],
-        "dir_far_resolved": at_far["far_resolved"],
-        "non_mated": result["probes"]["non_mated"],
-    }

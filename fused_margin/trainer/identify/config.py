@@ -19,7 +19,7 @@ FAR = 0.01
 
 @dataclass(frozen=True)
 class IdentifyConfig:
-    """Who is this? Search a gallery of known identities for each probe, and name the best ones, or nobody.
+    """Who is this? Search a gallery of known identities for each probe, and rank the best ones.
 
     A probe is known if its best score, the cosine of its features and a template, is at or above a threshold.
     The threshold is --threshold, or is estimated from the gallery: each of its images searches the other identities,
