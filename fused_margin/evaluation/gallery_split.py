@@ -39,18 +39,19 @@ def split_gallery(
 ) -> GallerySplit:
     """Split labelled images at random into a gallery, mated probes, and probes of identities outside the gallery.
 
-    A share of the identities is unknown: all of their images are non-mated probes. At least one identity is unknown,
-    and at least one with two images is not. Of each other identity, some images are enrolled and the rest are mated
+    A share of the identities is unknown: all of their images are non-mated probes. Unless the share is 0 (closed set),
+    at least one identity is unknown. At least one with two images is not. Of each other identity, some images are enrolled and the rest are mated
     probes. An identity with one image is enrolled with it, and has no probe.
 
     Args:
         labels: (n,) texts or integers, the identity of each image.
-        unknown: share of the identities that are not enrolled, rounded down; above 0 and below 1.
+        unknown: share of the identities that are not enrolled, rounded down; 0 or more and below 1.
         enrolled: number of images of each identity to enrol, at most all but one; None: half of them, rounded down.
         seed: of the random choices.
 
     Raises:
-        ValueError: there is one identity, none has two images, or an argument is out of range.
+        ValueError: none has two images, there is one identity and ``unknown`` is not 0, or an argument is out of
+            range.
 
     Examples:
         >>> import numpy as np
@@ -63,11 +64,11 @@ def split_gallery(
         (['Eve', 'Eve', 'Eve'], ['Ann', 'Ann', 'Bob', 'Bob', 'Kim', 'Kim'])
     """
     names, identity, counts = np.unique(check_labels("labels", labels), return_inverse=True, return_counts=True)
-    if not 0 < unknown < 1:
-        raise ValueError(f"unknown: expected a share above 0 and below 1, got {unknown}")
+    if not 0 <= unknown < 1:
+        raise ValueError(f"unknown: expected a share from 0 to below 1, got {unknown}")
     if enrolled is not None:
         check_count("enrolled", enrolled)
-    if len(names) < 2:
+    if len(names) < 2 and unknown:
         raise ValueError("labels: expected two identities or more, because some stay outside the gallery; got one")
     paired = np.flatnonzero(counts >= 2)
     if not len(paired):
@@ -77,7 +78,8 @@ def split_gallery(
     rng = np.random.default_rng(seed)
     kept = rng.choice(paired)
     others = rng.permutation(np.delete(np.arange(len(names)), kept))
-    is_outside = np.isin(identity, others[: max(1, int(unknown * len(names)))])
+    num_outside = max(1, int(unknown * len(names))) if unknown else 0
+    is_outside = np.isin(identity, others[:num_outside])
     wanted = counts // 2 if enrolled is None else np.minimum(enrolled, counts - 1)
     # The position of each image among those of its identity, in random order.
     order = rng.permutation(len(identity))

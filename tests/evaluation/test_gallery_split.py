@@ -40,13 +40,22 @@ def test_one_identity_is_on_each_side():
             assert len(gallery) and is_unknown.any() and not is_unknown.all() and len(probes)
 
 
+@pytest.mark.parametrize("labels", [LABELS, ["a", "a"]])
+def test_no_unknown_identity(labels):
+    gallery, probes, is_unknown = split_gallery(labels, unknown=0)
+    assert sorted([*gallery, *probes]) == list(range(len(labels))) and not is_unknown.any()
+    assert set(np.asarray(labels)[gallery]) == set(labels)
+
+
 @pytest.mark.parametrize(
     ("labels", "options", "message"),
     [
         ([1, 1, 1], {}, "labels: expected two identities or more"),
         ([1, 2, 3], {}, "labels: expected an identity with two images or more"),
-        ([1, 1, 2], {"unknown": 1.0}, "unknown: expected a share above 0 and below 1, got 1.0"),
-        ([1, 1, 2], {"unknown": 0.0}, "unknown: expected a share above 0"),
+        ([1, 1, 2], {"unknown": 1.0}, "unknown: expected a share from 0 to below 1, got 1.0"),
+        ([1, 1, 2], {"unknown": -0.1}, "unknown: expected a share from 0"),
+        ([1, 1, 2], {"unknown": math.nan}, "unknown: expected a share from 0"),
+        ([1, 2, 3], {"unknown": 0}, "labels: expected an identity with two images or more"),
         ([1, 1, 2], {"enrolled": 0}, "enrolled: expected a positive integer, got 0"),
         ([1.5, 1.5], {}, "labels: expected"),
     ],

@@ -90,8 +90,32 @@ def test_numbers_by_plain_loops(template, far):
 
 
 @pytest.mark.slow
-def test_figure_is_drawn(pictures):
-    evaluate(*write(**clusters()), *PROTOCOL, drawn=True)
+@pytest.mark.parametrize("unknown", [0, 0.5])
+def test_figure_is_drawn(pictures, unknown):
+    evaluate(*write(**clusters()), *PROTOCOL, "--unknown", unknown, drawn=True)
+
+
+def test_closed_set(capsys):
+    """Probes that are all known, of a split and of a gallery of its own: the rates that need unknown ones are null."""
+    features, _, labels = clusters(noise=1.5).values()
+    report = evaluate(*write(features=features, labels=labels), *PROTOCOL, "--unknown", 0)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "rank-1" in printed and not {"DIR", "FPIR", "nan"} & set(printed.split())
+    gallery, probes, is_unknown = split_gallery(labels, 0)
+    assert not is_unknown.any() and (np.unique(labels[gallery]) == np.unique(labels)).all()
+    names, scores = plain_scores(features, labels, gallery, probes, "mean")
+    found = names[scores.argmax(axis=1)]
+    result = report["result"]
+    assert result["cmc"][0] == np.mean(found == labels[probes]) and 0 < result["cmc"][0] < result["cmc"][-1] == 1
+    assert result["probes"] == {"mated": 36, "mated_identities": 12, "non_mated": 0, "non_mated_identities": 0}
+    assert result["dir_at_far"] is None and result["by_verification"] is None
+    page = read_page("out/identification.html")
+    assert f"{np.sum(found != labels[probes])} of 36 known probes have a higher score with another" in page.text
+    assert "Wrong identities" in page.text and "Accepted unknown probes" not in page.text
+
+    np.savez("people.npz", features=features[gallery], labels=labels[gallery])
+    np.savez("probes.npz", features=features[probes], labels=labels[probes])
+    assert evaluate("--features", "probes.npz", "--gallery", "people.npz", *PROTOCOL)["result"] == result
 
 
 def test_unresolved_far_is_said():
@@ -126,8 +150,6 @@ def test_own_gallery_of_features(capsys):
     arguments = "--features", "probes.npz", *PROTOCOL, "--gallery"
     np.savez("other.npz", features=features[known], labels=labels[known])
     assert "no probe has an identity of the gallery" in fails(capsys, 1, *arguments, "other.npz")
-    np.savez("all.npz", features=features[first], labels=names[first])
-    assert "all probes have an identity of the gallery" in fails(capsys, 1, *arguments, "all.npz")
     np.savez("short.npz", features=features[known][:, 1:], labels=names[known])
     assert "features of 8 dimensions, short.npz of 7" in fails(capsys, 1, *arguments, "short.npz")
     np.save("none.npy", features)
@@ -144,7 +166,7 @@ def test_own_gallery_of_features(capsys):
         ("--gallery x --template all --protocol megaface", "gallery, template: only for the protocol identification"),
         ("--protocol identification --gallery . --unknown 0.2", "--gallery has the known identities"),
         ("--protocol identification --gallery nowhere", "gallery: no folder 'nowhere' and no such list"),
-        ("--protocol identification --unknown 1", "unknown must be between 0 and 1, got 1.0"),
+        ("--protocol identification --unknown 1", "unknown must be 0 or more and below 1, got 1.0"),
         ("--protocol identification --enrolled 0", "enrolled must be at least 1, got 0"),
         (
             "--protocol identification --metric weighted-l1",
@@ -187,7 +209,17 @@ def test_images_of_a_network(digits_run, face_folder, capsys, monkeypatch):
         for number in (0, 1):
             Path("people", name, f"{number}.png").write_bytes((face_folder / name / f"{number}.png").read_bytes())
     Path("people/person_5/broken.png").write_bytes(b"no image")
-    report = evaluate("--checkpoint", digits_run, "--data", face_folder, "--gallery", "people", *PROTOCOL)
+    shown = []
+    with monkeypatch.context() as patched:
+        patched.setattr("rich.status.Status.update", lambda status, text: shown.append(text))
+        report = evaluate("--checkpoint", digits_run, "--data", face_folder, "--gallery", "people", *PROTOCOL)
+    images = report["input"]["rows"]
+    assert shown == [
+        f"computing features of the probes: {images} of {images} images",
+        "computing features of the gallery: 5 of 5 images",
+        f"searching the gallery: {images} of {images} probes",
+        f"verifying all identities: {images} of {images} probes",
+    ]
     assert report["result"]["gallery"] == {"identities": 2, "images": 4, "templates": 2, "template": "mean"}
     assert report["result"]["probes"] == {
         "mated": 8,
@@ -207,9 +239,7 @@ def test_images_of_a_network(digits_run, face_folder, capsys, monkeypatch):
     # Images that do not allow it are an error before any feature is computed.
     monkeypatch.setattr(inputs, "embed", None)
     arguments = "--checkpoint", digits_run, *PROTOCOL, "--data"
-    assert "all probes have an identity of the gallery" in fails(
-        capsys, 1, *arguments, "people", "--gallery", face_folder
-    )
+    assert "no probe has an identity of the gallery" in fails(capsys, 1, *arguments, "people", "--gallery", "digits")
     for image in ("person_0/1.png", "person_5/1.png", "person_5/broken.png"):
         Path("people", image).unlink()
     assert "labels: expected an identity with two images or more" in fails(capsys, 1, *arguments, "people")

@@ -198,10 +198,10 @@ def test_images(digits_run, gallery, monkeypatch, capsys):
 def test_scores_are_those_of_the_network(digits_run, gallery):
     """Images are decoded and features are combined as in an evaluation, for both values of flip."""
     network = read_checkpoint(digits_run / "checkpoint.pt", str(gallery / "visitors"), None)
-    found = network.features(torch.device("cpu"), mirror=True, workers=0, folds=None)
+    found = network.features(torch.device("cpu"), mirror=True, workers=0, folds=None, show=print)
     names = [Path(found.shown.name(row)).relative_to(gallery / "visitors").as_posix() for row in range(21)]
     own = read_checkpoint(digits_run / "checkpoint.pt", str(gallery / "people"), None)
-    enrolled = own.features(torch.device("cpu"), mirror=True, workers=0, folds=None)
+    enrolled = own.features(torch.device("cpu"), mirror=True, workers=0, folds=None, show=print)
     for flip in ("none", "concat"):
         rows, probes = (
             np.hstack([part.features.features, part.features.mirrored][: 1 + (flip == "concat")])

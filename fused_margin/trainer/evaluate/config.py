@@ -74,7 +74,7 @@ class EvaluateConfig:
     ytf: as pairs, for videos, with the mean feature of their frames.
     megaface: rank-1 rate among distractors, and TAR at FAR.
     identification: search of probes in a gallery of known identities. Closed set: rate of rank k.
-    Open set, with probes of unknown identities: detection and identification rate (DIR) at FAR."""
+    Open set, if some probes have unknown identities: detection and identification rate (DIR) at FAR."""
     variant: LfwVariant = "insightface"
     """Variant of --protocol lfw.
     insightface: sum of the features of image and mirror image, squared distance.
@@ -102,7 +102,8 @@ class EvaluateConfig:
     """Share of the identities that are megaface's probes if no distractors are given.
     The other identities are the distractors."""
     unknown: Annotated[float | None, none_means(f"{UNKNOWN}, or those that are not in --gallery")] = None
-    """Share of the identities that are not in identification's gallery. All of their images are probes."""
+    """Share of the identities that are not in identification's gallery. All of their images are probes.
+    0 measures the closed set alone."""
     enrolled: Annotated[int | None, none_means("half of them, or all of --gallery")] = None
     """Number of images of each identity in identification's gallery, at most all but one. The others are probes."""
     template: Template = "mean"
@@ -165,8 +166,8 @@ class EvaluateConfig:
             raise ValueError("unknown, enrolled: --gallery has the known identities; leave out the options")
         if self.gallery is not None and self.features is None and str(self.gallery) not in EMBEDDED:
             find_reader(str(self.gallery), "gallery")
-        if self.unknown is not None and not 0 < self.unknown < 1:
-            raise ValueError(f"unknown must be between 0 and 1, got {self.unknown}")
+        if self.unknown is not None and not 0 <= self.unknown < 1:
+            raise ValueError(f"unknown must be 0 or more and below 1, got {self.unknown}")
         if self.enrolled is not None and self.enrolled < 1:
             raise ValueError(f"enrolled must be at least 1, got {self.enrolled}")
 
@@ -197,7 +198,7 @@ class EvaluateConfig:
             num_pairs=self.num_pairs or trained.pairs,
             folds=self.folds or trained.folds,
             probes=self.probes,
-            unknown=self.unknown or UNKNOWN,
+            unknown=UNKNOWN if self.unknown is None else self.unknown,
             enrolled=self.enrolled,
             template=self.template,
         )

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from fused_margin.evaluation import ScoreSummary
+from fused_margin.evaluation import OperatingCurve, ScoreSummary
 from fused_margin.evaluation.plurals import counted, counted_identities
 
 from .histograms import ScoreHistogram, histogram, score_histogram, separability_histogram
@@ -68,21 +68,26 @@ def draw_evaluation(
 
 
 def draw_identification(path: Path, title: str, identified: Identified, result: Mapping[str, Any]) -> None:
-    """Write the figure of an identification to `path`: CMC, DIR over FAR, and scores. `result` is of the report."""
-    at_far = result["dir_at_far"]
+    """Write the figure of an identification to `path`: CMC and, for an open set, DIR over FAR and scores.
+
+    Args:
+        result: of the report.
+    """
+    at_far, curve = result["dir_at_far"], identified.curve
     with matplotlib.rc_context(STYLE):
-        figure, axes = _panels(3)
+        figure, axes = _panels(1 if curve is None else 3)
         _draw_cmc(axes[0], np.array(result["cmc"]), result["gallery"]["identities"])
-        _draw_dir(axes[1], identified, at_far)
-        bins = histogram(identified.mate_scores, identified.non_mated_scores)
-        threshold = at_far["threshold"], f"threshold at FAR {at_far['far']:g}"
-        _draw_scores(axes[2], bins, ("known, own identity", "unknown, best identity"), threshold, "probe")
-        axes[2].set(title="Scores", xlabel="cosine", ylabel="share of the probes")
+        if curve is not None:
+            _draw_dir(axes[1], curve, at_far)
+            bins = histogram(identified.mate_scores, identified.non_mated_scores)
+            threshold = at_far["threshold"], f"threshold at FAR {at_far['far']:g}"
+            _draw_scores(axes[2], bins, ("known, own identity", "unknown, best identity"), threshold, "probe")
+            axes[2].set(title="Scores", xlabel="cosine", ylabel="share of the probes")
         _save(figure, path, title)
 
 
 def _panels(number: int) -> tuple[Figure, np.ndarray]:
-    figure = Figure(figsize=(5 * number, 4.8), layout="constrained")
+    figure = Figure(figsize=(max(5 * number, 9), 4.8), layout="constrained")  # one panel is as wide as the title
     return figure, figure.subplots(1, number, squeeze=False)[0]
 
 
@@ -138,8 +143,7 @@ def _draw_cmc(axes: Axes, cmc: np.ndarray, identities: int) -> None:
     axes.legend(loc="lower right")
 
 
-def _draw_dir(axes: Axes, identified: Identified, at_far: Mapping[str, Any]) -> None:
-    curve = identified.curve
+def _draw_dir(axes: Axes, curve: OperatingCurve, at_far: Mapping[str, Any]) -> None:
     left = at_far["smallest_far"] / 2  # shows the part without false positives on the logarithmic axis
     axes.plot(np.maximum(curve.fpir, left), 1 - curve.fnir, color=INK, linewidth=2, drawstyle="steps-post")
     label = f"DIR {at_far['dir']:.1%} at FAR {at_far['far']:g}"

@@ -1,8 +1,9 @@
-"""The protocol identification: a gallery of known identities, which mated and non-mated probes search."""
+"""The protocol identification: a gallery of known identities, which mated probes search, and non-mated ones if any."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from fused_margin.evaluation import (
     DataError,
     DirAtFar,
     IdentificationResult,
+    OperatingCurve,
     VerifiedIdentities,
     enroll,
     identification,
@@ -26,6 +28,7 @@ from .config import ProtocolOptions
 from .inputs import EvaluationInput
 from .measured import Identified, Measured
 from .mistakes import Misidentified, identification_mistakes
+from .progress import Show, show_progress
 
 RANKS = 1, 5, 10  # reported, if the gallery has as many identities
 CURVE_POINTS = 2000  # of the operating curve, which charts draw
@@ -37,23 +40,17 @@ def choose_rows(
     """The rows to enrol and those to identify, of given images, or of a given gallery and probes.
 
     Raises:
-        DataError: there are no mated or no non-mated probes.
+        DataError: there are no mated probes.
         ValueError: the labels do not allow a split.
     """
     labels = check_labels("labels", labels)
     if gallery_labels is None:
         gallery, probes, _ = split_gallery(labels, options.unknown, options.enrolled, seed)
         return gallery, probes
-    known = np.isin(labels, gallery_labels)
-    if not known.any():
+    if not np.isin(labels, gallery_labels).any():
         raise DataError(
             f"no probe has an identity of the gallery: the probes' are such as {labels[0]!s}, the gallery's such as "
             f"{gallery_labels[0]!s}"
-        )
-    if known.all():
-        raise DataError(
-            "all probes have an identity of the gallery, so that false positives cannot be measured: add probes of "
-            "other identities, or leave out --gallery"
         )
     return np.arange(len(gallery_labels)), np.arange(len(labels))
 
@@ -63,12 +60,12 @@ def measure_identification(
     inputs: EvaluationInput,
     seed: int,
     device: torch.device,
-    show: Callable[[str], None],
+    show: Show,
 ) -> Measured:
     """Enrol the gallery, and identify the probes; `show` is called with texts of the progress.
 
     Raises:
-        DataError: an array is missing, or there are no mated or no non-mated probes.
+        DataError: an array is missing, or there are no mated probes.
         ValueError: an array is invalid.
     """
     arrays, given = inputs.features, inputs.gallery
@@ -83,15 +80,19 @@ def measure_identification(
     enrolled_labels = (labels if gallery_labels is None else gallery_labels)[gallery_rows]
     gallery, probe_labels = enroll(enrolled, enrolled_labels, options.template), labels[probe_rows]
 
-    def progress(text: str) -> Callable[[int, int], None]:
-        return lambda done, total: show(f"{text}: {done:,} of {total:,} probes")
-
-    result = identification(probes, probe_labels, gallery, device=device, progress=progress("searching the gallery"))
-    at_far = result.dir_at_far(options.far)
-    verified = identify_by_verification(
-        probes, probe_labels, gallery, at_far.threshold, device=device, progress=progress("verifying all identities")
-    )
-    mistakes = identification_mistakes(probes, enrolled, gallery.index_of(enrolled_labels), result, at_far.threshold)
+    progress = show_progress(show, "searching the gallery", "probes")
+    result = identification(probes, probe_labels, gallery, device=device, progress=progress)
+    at_far: DirAtFar | None = None
+    verified: VerifiedIdentities | None = None
+    curve: OperatingCurve | None = None
+    threshold = -math.inf  # of a closed set, which accepts all
+    if not result.is_mated.all():
+        at_far = result.dir_at_far(options.far)
+        threshold = at_far.threshold
+        curve = result.operating_curve(max_points=CURVE_POINTS)
+        progress = show_progress(show, "verifying all identities", "probes")
+        verified = identify_by_verification(probes, probe_labels, gallery, threshold, device=device, progress=progress)
+    mistakes = identification_mistakes(probes, enrolled, gallery.index_of(enrolled_labels), result, threshold)
 
     def to_input(row: Misidentified) -> Misidentified:
         mate = None if row.mate is None else int(gallery_rows[row.mate])
@@ -112,14 +113,14 @@ def measure_identification(
         "probes": _probe_values(probe_labels, result),
         "cmc": result.cmc.tolist(),
         "rank_rates": [{"rank": rank, "rate": result.rank_rate(rank)} for rank in RANKS if rank <= result.max_rank],
-        "dir_at_far": _dir_values(result, at_far),
-        "by_verification": _verified_values(verified),
+        "dir_at_far": None if at_far is None else _dir_values(result, at_far),
+        "by_verification": None if verified is None else _verified_values(verified),
     }
     headline = (
-        f"identification: rank-1 {result.rank_rate(1):.2%} in a gallery of {counted_identities(len(gallery.names))}, "
-        f"DIR {at_far.dir:.2%} at FAR {options.far:g}"
+        f"identification: rank-1 {result.rank_rate(1):.2%} in a gallery of {counted_identities(len(gallery.names))}"
     )
-    curve = result.operating_curve(max_points=CURVE_POINTS)
+    if at_far is not None:
+        headline += f", DIR {at_far.dir:.2%} at FAR {options.far:g}"
     return Measured(numbers, headline, summary=None, identified=Identified(result, curve, mistakes))
 
 
@@ -163,10 +164,15 @@ def _verified_values(verified: VerifiedIdentities) -> dict[str, float]:
 def identification_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Table rows for the result of `measure_identification`."""
     at_far, verified, probes = result["dir_at_far"], result["by_verification"], result["probes"]
-    unresolved = "" if at_far["far_resolved"] else f" (0 of {counted(probes['non_mated'], 'unknown probe')} accepted)"
-    return [
+    rows = [
         ("known probes, unknown probes", f"{probes['mated']:,}, {probes['non_mated']:,}"),
         *((f"rank-{row['rank']}", f"{row['rate']:.2%}") for row in result["rank_rates"]),
+    ]
+    if at_far is None:
+        return rows
+    unresolved = "" if at_far["far_resolved"] else f" (0 of {counted(probes['non_mated'], 'unknown probe')} accepted)"
+    return [
+        *rows,
         (f"DIR at FAR = {at_far['far']:g}, rank 1", f"{at_far['dir']:.2%}{unresolved}"),
         ("threshold (cosine)", f"{at_far['threshold']:.3f}"),
         ("known probes missed at it (FNIR)", f"{at_far['fnir']:.2%}"),

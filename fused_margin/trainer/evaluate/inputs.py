@@ -37,6 +37,7 @@ from ..models.build import channels_last, require_named, restore_backbone
 from ..train.checkpoint import CheckpointError, criterion_state, identities_before, load_run, trained_identities
 from ..train.criterion import stored_class_weight, stored_distance
 from .network import Embedded, ShownImages, count_known, describe_unseen, embed
+from .progress import Show, show_embedding
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,7 @@ class TrainedNetwork:
         mirror: bool,
         workers: int,
         folds: int | None,
+        show: Show,
         gallery: Path | None = None,
         check: CheckLabels | None = None,
     ) -> EvaluationInput:
@@ -130,6 +132,7 @@ class TrainedNetwork:
             mirror: whether to compute features of the mirror images too.
             workers: number of processes that load image files.
             folds: used if the set defines none.
+            show: called with texts of the progress.
             gallery: images to enrol. Labels are then the names of the identities.
             check: called with the labels of the test identities' images before features are computed.
 
@@ -144,11 +147,11 @@ class TrainedNetwork:
         backbone = restore_backbone(config, self.state, self.path)
         backbone = channels_last(backbone).to(device)
         if self.megaface is not None:
-            return self._megaface_features(self.megaface, backbone, class_weight, device, mirror, workers)
+            return self._megaface_features(self.megaface, backbone, class_weight, device, mirror, workers, show)
         images: ImageSet
         if self.verification_set is not None:
             images = VerificationImages(self.verification_set, config.model.image_size, config.model.channels)
-            embedded = embed(backbone, images, device, mirror=mirror, workers=workers)
+            embedded = embed(backbone, images, device, mirror=mirror, workers=workers, progress=show_embedding(show))
             source = self.verification_set.source
             return EvaluationInput(
                 verification_features(self.verification_set, embedded, class_weight, folds),
@@ -189,6 +192,7 @@ class TrainedNetwork:
             distortion=splits.test_distortion,
             seed=config.seed,
             workers=workers,
+            progress=show_embedding(show, "" if enrolled is None else "probes"),
         )
         # The initial weights of the run may have been trained on its test identities.
         trained = identities_before(self.state) if self.same_data else trained_identities(self.state)
@@ -203,7 +207,8 @@ class TrainedNetwork:
         )
         if enrolled is None:
             return given
-        in_gallery = embed(backbone, enrolled, device, mirror=mirror, workers=workers)
+        progress = show_embedding(show, "gallery")
+        in_gallery = embed(backbone, enrolled, device, mirror=mirror, workers=workers, progress=progress)
         return replace(
             given,
             features=replace(given.features, labels=np.array(images.identities)[embedded.labels]),
@@ -223,9 +228,13 @@ class TrainedNetwork:
         device: torch.device,
         mirror: bool,
         workers: int,
+        show: Show,
     ) -> EvaluationInput:
         sets = images.sets(self.config.model.image_size, self.config.model.channels)
-        probes, distractors = (embed(backbone, part, device, mirror=mirror, workers=workers) for part in sets)
+        probes, distractors = (
+            embed(backbone, part, device, mirror=mirror, workers=workers, progress=show_embedding(show, kind))
+            for part, kind in zip(sets, ("probes", "distractors"), strict=True)
+        )
         source = images.lists.source
         if unreadable := [*probes.unreadable, *distractors.unreadable]:
             raise DataError(

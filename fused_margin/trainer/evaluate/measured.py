@@ -17,7 +17,7 @@ class Identified:
     """Results of the protocol identification."""
 
     result: IdentificationResult
-    curve: OperatingCurve  # at rank 1
+    curve: OperatingCurve | None  # at rank 1; None for a closed set
     mistakes: IdentificationMistakes
 
     @property

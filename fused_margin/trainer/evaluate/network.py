@@ -30,6 +30,7 @@ from ..config import TrainConfig
 from ..data.augment import augment
 from ..data.base import ImageSet, Splits, data_loader, from_input, seeded_generator, to_input, to_picture
 from ..data.config import AugmentationConfig
+from .progress import Show, show_embedding
 
 TEST_STREAM = 2  # of the random distortion of test images
 BATCH_SIZE = 256
@@ -175,8 +176,13 @@ def evaluate(
     splits: Splits,
     config: TrainConfig,
     device: torch.device,
+    show: Show,
 ) -> Evaluation:
-    """Verify the backbone on pairs of test images, and measure the separability of the class weights, if any."""
+    """Verify the backbone on pairs of test images, and measure the separability of the class weights, if any.
+
+    Args:
+        show: called with texts of the progress.
+    """
     nearest_cosine, separability = (None, None) if class_weight is None else separation(class_weight)
     if not len(splits.test):
         return Evaluation(None, nearest_cosine, separability, [])
@@ -189,6 +195,7 @@ def evaluate(
         distortion=splits.test_distortion,
         seed=config.seed,
         workers=config.workers,
+        progress=show_embedding(show),
     )
     pairs = make_pairs(embedded.labels, options.pairs, options.folds, config.seed)
     features = join_mirror(embedded.features, embedded.mirrored, options.flip)

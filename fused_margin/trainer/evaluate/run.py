@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from .inputs import (
 from .measured import Measured
 from .mistakes import scored_pairs, worst_misses
 from .network import separation
+from .progress import Show
 from .reports import SCORE_UNIT, results_table, score_rows, score_values, versions
 
 
@@ -78,9 +79,9 @@ def run_evaluation(config: EvaluateConfig, console: Console) -> dict[str, Any]:
     if network and (pair_list := network.verification_set):
         _refuse_unused(config, pair_list.pairs, pair_list.fold if pair_list.has_folds else None, pair_list.source)
     seed = network.config.seed if network else 0
-    with console.status("computing features" if network else "reading features"):
+    with console.status("computing features" if network else "reading features") as status:
         if network:
-            inputs = _network_features(config, options, network, device)
+            inputs = _network_features(config, options, network, device, status.update)
         elif config.gallery is not None:
             inputs = read_gallery(config.gallery, path)
         elif config.distractors is None:
@@ -163,7 +164,7 @@ def _refuse_unused(given: EvaluateConfig, pairs: np.ndarray | None, fold: np.nda
 
 
 def _network_features(
-    config: EvaluateConfig, options: ProtocolOptions, network: TrainedNetwork, device: torch.device
+    config: EvaluateConfig, options: ProtocolOptions, network: TrainedNetwork, device: torch.device, show: Show
 ) -> EvaluationInput:
     """Features of the images to evaluate on. Raises DataError, before any are computed, if they do not suit."""
 
@@ -178,6 +179,7 @@ def _network_features(
         mirror=options.flip != "none",
         workers=config.workers,
         folds=config.folds,
+        show=show,
         gallery=config.gallery,
         check=check if options.protocol == "identification" else None,
     )
@@ -189,7 +191,7 @@ def _measure(
     distance: WeightedL1Head | None,
     seed: int,
     device: torch.device,
-    show: Callable[[str], None],
+    show: Show,
 ) -> Measured:
     """Apply the protocol, and `show` its progress; raises ValueError if the arrays do not allow it.
 

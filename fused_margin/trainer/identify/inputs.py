@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,11 +22,10 @@ from ..data.base import ImageSet
 from ..data.folder import FolderImages, list_identities
 from ..data.lists import ListImages
 from ..evaluate.network import ShownImages, embed
+from ..evaluate.progress import Show, show_embedding
 from ..models.build import channels_last, require_named, restore_backbone
 from ..train.checkpoint import FILE_NAME, CheckpointError, load_run
 from .config import IdentifyConfig
-
-Show = Callable[[str], None]  # shows a text of the progress
 
 
 @dataclass(frozen=True)
@@ -98,9 +97,7 @@ def read_images(config: IdentifyConfig, checkpoint: Path, device: torch.device, 
     flip = config.flip or training.evaluation.flip
 
     def embedded(images: ImageSet, kind: str) -> tuple[np.ndarray, np.ndarray, ShownImages, list[str]]:
-        def progress(done: int, total: int) -> None:
-            show(f"computing features of the {kind}: {done:,} of {total:,} images")
-
+        progress = show_embedding(show, kind)
         found = embed(backbone, images, device, mirror=flip != "none", workers=config.workers, progress=progress)
         return join_mirror(found.features, found.mirrored, flip), found.labels, found.shown, found.unreadable
 

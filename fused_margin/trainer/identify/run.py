@@ -20,10 +20,11 @@ from fused_margin.evaluation.features import READERS
 from fused_margin.evaluation.files import describe_skipped
 from fused_margin.evaluation.plurals import counted, counted_identities
 
+from ..evaluate.progress import Show, show_progress
 from ..evaluate.reports import versions
 from ..pages.identify import IdentifyContent, write_identify_page
 from .config import FAR, IdentifyConfig
-from .inputs import IdentifyInput, Show, holds_features, read_feature_files, read_images
+from .inputs import IdentifyInput, holds_features, read_feature_files, read_images
 
 NAME = "identify"  # of the files
 MAX_PRINTED = 30  # probes in the table on the screen
@@ -99,7 +100,7 @@ def run_identify(config: IdentifyConfig, console: Console, checkpoint: Path | No
                 threshold.value,
                 min(config.top, len(gallery.names)),
                 device=device,
-                progress=_progress(status.update, "identifying", "probes"),
+                progress=show_progress(status.update, "identifying", "probes"),
             )
         except ValueError as error:
             raise DataError(f"cannot identify {config.probes} in {config.gallery}: {error}") from error
@@ -152,15 +153,11 @@ def find_threshold(
         raise DataError(
             f"{config.gallery} has one identity, and a threshold is estimated from several: choose one with --threshold"
         )
-    progress = _progress(show, "estimating the threshold", "images of the gallery")
+    progress = show_progress(show, "estimating the threshold", "images of the gallery")
     found = estimate_threshold(
         inputs.enrolled, inputs.labels, gallery, config.far or FAR, device=device, progress=progress
     )
     return Threshold(found.threshold, found.fpir, found.measured, found.resolved)
-
-
-def _progress(show: Show, text: str, unit: str) -> Any:
-    return lambda done, total: show(f"{text}: {done:,} of {total:,} {unit}")
 
 
 def _records(names: Sequence[str], found: Recognition) -> list[dict[str, Any]]:

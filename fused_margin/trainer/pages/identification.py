@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from fused_margin.evaluation import OperatingCurve
 from fused_margin.evaluation.plurals import counted, counted_identities
 
 from ..evaluate.histograms import histogram
@@ -26,13 +27,18 @@ def identification_results(result: Mapping[str, Any]) -> list[Result]:
     gallery, probes = result["gallery"], result["probes"]
     at_far, verified = result["dir_at_far"], result["by_verification"]
     known = counted(probes["mated"], "known probe")
-    unknown = counted(probes["non_mated"], "unknown probe")
     first, *others = result["rank_rates"]
     size = f"in a gallery of {counted_identities(gallery['identities'])}"
-    alarms = f"of {unknown}, accepted" if at_far["far_resolved"] else f"below the rate of one of {unknown}"
-    return [
+    closed_set = [
         Result("Rank-1 rate", percent(first["rate"]), size),
         *(Result(f"Rank-{row['rank']} rate", percent(row["rate"]), f"of {known}") for row in others),
+    ]
+    if at_far is None:
+        return closed_set
+    unknown = counted(probes["non_mated"], "unknown probe")
+    alarms = f"of {unknown}, accepted" if at_far["far_resolved"] else f"below the rate of one of {unknown}"
+    return [
+        *closed_set,
         Result(
             f"DIR at FAR = {at_far['far']:g}",
             percent(at_far["dir"]),
@@ -51,8 +57,12 @@ def identification_results(result: Mapping[str, Any]) -> list[Result]:
 
 
 def identification_charts(identified: Identified, result: Mapping[str, Any]) -> list[Chart]:
-    """CMC, DIR over FAR, and the scores of known and unknown probes."""
-    at_far, bins = result["dir_at_far"], histogram(identified.mate_scores, identified.non_mated_scores)
+    """CMC and, for an open set, DIR over FAR and the scores of known and unknown probes."""
+    closed_set = cmc_chart(np.array(result["cmc"]))
+    at_far, curve = result["dir_at_far"], identified.curve
+    if curve is None:
+        return [closed_set]
+    bins = histogram(identified.mate_scores, identified.non_mated_scores)
     scores = histogram_chart(
         bins,
         (
@@ -64,7 +74,7 @@ def identification_charts(identified: Identified, result: Mapping[str, Any]) -> 
         "cosine",
         "share of the probes",
     )
-    return [cmc_chart(np.array(result["cmc"])), dir_chart(identified, at_far), scores]
+    return [closed_set, dir_chart(curve, at_far), scores]
 
 
 def cmc_chart(cmc: np.ndarray) -> Chart:
@@ -83,9 +93,8 @@ def cmc_chart(cmc: np.ndarray) -> Chart:
     )
 
 
-def dir_chart(identified: Identified, at_far: Mapping[str, Any]) -> Chart:
+def dir_chart(curve: OperatingCurve, at_far: Mapping[str, Any]) -> Chart:
     """DIR at rank 1 over a logarithmic FAR, with the reported one."""
-    curve = identified.curve
     left = min(at_far["smallest_far"], at_far["far"], 0.5) / 2  # shows the part without false positives
     scales = to_x, to_y = plot_scales((left, 1), (0, 1), log_x=True)
     far = np.geomspace(left, 1, DIR_POINTS)
@@ -114,18 +123,10 @@ def dir_chart(identified: Identified, at_far: Mapping[str, Any]) -> Chart:
 def identification_mistakes(
     identified: Identified, result: Mapping[str, Any], inputs: EvaluationInput
 ) -> list[MistakeGroup]:
-    """Wrong identities, accepted unknown probes and rejected known ones, the most confident first."""
+    """Wrong identities and, for an open set, accepted unknown and rejected known probes, the most confident first."""
     found, probes = identified.mistakes, result["probes"]
     probe = describe_inputs(inputs.features, inputs.shown, videos=False)
     enrolled = _describe_enrolled(inputs, probe)
-    threshold = result["dir_at_far"]["threshold"]
-
-    def listed(rows: list[Misidentified]) -> list[Mistake]:
-        return [
-            Mistake([probe(row.probe), enrolled(row.best)], {"cosine": row.best_score, "threshold": threshold})
-            for row in rows
-        ]
-
     wrong = [
         Mistake(
             [probe(row.probe), enrolled(row.best), enrolled(row.mate)],
@@ -136,7 +137,7 @@ def identification_mistakes(
     ]
     columns = "probe", "match"
     mated = counted(probes["mated"], "known probe")
-    return [
+    groups = [
         MistakeGroup(
             "miss",
             "Wrong identities",
@@ -144,7 +145,20 @@ def identification_mistakes(
             f"{describe_number(found.num_wrong, 'most confident')}",
             (*columns, "its identity"),
             wrong,
-        ),
+        )
+    ]
+    if result["dir_at_far"] is None:
+        return groups
+    threshold = result["dir_at_far"]["threshold"]
+
+    def listed(rows: list[Misidentified]) -> list[Mistake]:
+        return [
+            Mistake([probe(row.probe), enrolled(row.best)], {"cosine": row.best_score, "threshold": threshold})
+            for row in rows
+        ]
+
+    return [
+        *groups,
         MistakeGroup(
             "accept",
             "Accepted unknown probes",

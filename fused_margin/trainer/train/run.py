@@ -112,8 +112,10 @@ def _verify(
     """Evaluate the trained network, and log, draw, write and print the results."""
     output, devices = config.output_folder, trainer.devices
     started = time.monotonic()
-    with console.status("verifying"):
-        evaluation = evaluate(trainer.evaluated_backbone, trainer.class_weight, splits, config, devices.device)
+    with console.status("verifying") as status:
+        evaluation = evaluate(
+            trainer.evaluated_backbone, trainer.class_weight, splits, config, devices.device, status.update
+        )
     unreadable = sorted(devices.union(trainer.unreadable).union(evaluation.unreadable))
     devices.fabric.barrier()
     report = _report(config, trainer, splits, evaluation, unreadable)
