@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 BLOCK_ELEMENTS = 2**17  # float64 elements at a time, which stay in cache
+ROUNDING = 2.0**-53
 LARGEST_EXPONENT = 32  # of rows that are not scaled; rows shorter than 1e-12, about 2^-40, count as zero in the search
 
 
@@ -26,9 +27,14 @@ def scaled_rows(rows: np.ndarray) -> np.ndarray:
 
 def normalized(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The rows (n, D) divided by their norms, and the norms (n,), in float64."""
-    rows = np.asarray(rows, np.float64)
+    rows = np.ascontiguousarray(rows, np.float64)  # einsum sums a column-major array in another order
     norm = np.sqrt(np.einsum("ij,ij->i", rows, rows))
     return rows / np.where(norm > 0, norm, 1)[:, None], norm
+
+
+def cosine_tolerance(width: int) -> float:
+    """Twice the difference of float64 cosines of vectors of `width` numbers, summed in different orders, is below this."""
+    return 8 * (width + 4) * ROUNDING
 
 
 def pair_cosines(unit: np.ndarray, probe: np.ndarray, templates: np.ndarray, row: np.ndarray) -> np.ndarray:

@@ -68,7 +68,9 @@ def search_gallery(
     """The k best identities of each probe, exactly.
 
     The score of an identity is the largest cosine of its templates. An identity is in a ranking once, and of equal
-    scores the identity with the lowest index is first. Scores are computed in float64.
+    scores the identity with the lowest index is first. Scores are computed in float64. The score of a probe and an
+    identity, and whether it is above another, does not depend on the other probes or the memory layout. Only if the 32
+    nearest templates do not include all that are equal up to rounding (about 1e-13), which of these are found may differ.
 
     The nearest templates are found as by :func:`fused_margin.functional.nearest_class`, up to 32. If they have fewer than
     k identities, which needs several templates per identity or k > 32, matrix products in float64 with all templates

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .cosines import pair_cosines, unit_rows
+from .cosines import cosine_tolerance, pair_cosines, unit_rows
 from .gallery import Gallery, identity_blocks
 
 PROBES = 1024  # in a block, at most
@@ -108,7 +108,7 @@ def score_blocks(
     # Each template has three float64 copies (as read, of unit length, on the device) and four numbers per probe: its
     # cosine, the score of its identity, and copies that comparisons make of it.
     rows = max(1, int(workspace_mb * MIB) // (8 * (3 * width + 4 * probes)))
-    tolerance = 8 * (width + 4) * 2.0**-53
+    tolerance = cosine_tolerance(width)
     first = gallery.first_template
     query = torch.from_numpy(unit).to(device)
     for begin, end in identity_blocks(first, rows):

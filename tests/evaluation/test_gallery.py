@@ -164,6 +164,44 @@ def test_lowest_identity_wins_a_tie(each):
         assert found.identity[1].tolist() == [0, 1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("copies", [3, 35])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_rounding_errors_decide_no_order(copies, dtype):
+    # Copies of different lengths, whose unit-length templates differ in their last bits.
+    rng = np.random.default_rng(0)
+    center = rng.normal(size=(90 // copies, 64))
+    features = np.repeat(center, copies, axis=0) * rng.uniform(0.5, 2, size=(len(center) * copies, 1))
+    probes = (center + rng.normal(size=center.shape)).astype(dtype)
+    label = rng.permutation(len(features))
+    gallery = enroll(features.astype(dtype), label)
+    alone = [Gallery(row[None], np.zeros(1, int), np.zeros(1, int), "all") for row in gallery.templates]
+    score = np.hstack([search_gallery(probes, single).score for single in alone])
+    expected = np.argsort(-score, axis=1, kind="stable")  # of equal scores the lowest index
+    for k in (1, 2, 3, 10, 28, 40) if copies == 3 else (2, 40):
+        found = search_gallery(probes, gallery, k)
+        if copies == 3 or k > nearest_rows.MAX_ROWS:  # the search does not find all copies of one
+            np.testing.assert_array_equal(found.identity, expected[:, :k])
+            np.testing.assert_allclose(
+                found.score, np.take_along_axis(score, expected[:, :k], axis=1), rtol=0, atol=1e-15
+            )
+        assert (np.diff(found.score, axis=1) <= 0).all()
+        assert (found.score[:, 0] == np.take_along_axis(score, found.identity[:, :1], axis=1)[:, 0]).all()
+
+
+def test_column_major_arrays():
+    features, label = images(60, 1, 1.0, size=64)
+    gallery = enroll(features, label)
+    for dtype in (np.float32, np.float64):
+        probes = images(60, 1, 1.0, size=64, seed=1, dtype=dtype)[0]
+        for k in (1, 40):
+            expected = search_gallery(probes, gallery, k)
+            for given in (np.asfortranarray(probes), np.repeat(probes, 2, axis=1)[:, ::2]):
+                found = search_gallery(given, gallery, k)
+                assert (found.score == expected.score).all() and (found.identity == expected.identity).all()
+            single = np.vstack([search_gallery(row[None], gallery, k).score for row in np.asfortranarray(probes)])
+            assert (single[:, 0] == expected.score[:, 0]).all()
+
+
 def test_scores_are_cosines():
     features = images(50, 1, 0, size=33)[0]
     score = search_gallery(features, enroll(features, np.arange(50))).score

@@ -309,3 +309,19 @@ RESULT = identification(np.eye(3), ["a", "b", "z"], GALLERY)
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         call()
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_ranks_of_templates_that_are_equal_up_to_rounding(order):
+    rng = np.random.default_rng(0)
+    center = np.repeat(rng.normal(size=(40, 64)), 3, axis=0)
+    labels = np.arange(120)
+    gallery = enroll(center * rng.uniform(0.5, 2, size=(120, 1)), labels)
+    probes = np.require(center + rng.normal(size=center.shape), requirements=order)
+    some, every = (identification(probes, labels, gallery, max_rank=most) for most in (20, None))
+    for result in (some, every):
+        assert ((result.rank == 1) == (result.best == result.mate)).all()
+        assert ((result.mate_score == result.best_score) | (result.rank > 1)).all()
+        assert (result.mate_score <= result.best_score).all()
+    assert (np.minimum(every.rank, 21) == some.rank).all() and (every.best == some.best).all()
+    assert (some.rank == 1).any() and (some.rank == 2).any()
