@@ -20,9 +20,9 @@ def call_factory(option: str, name: str, options: Mapping[str, Any], refused: ty
     factory = _find(option, name, refused)
     try:
         return factory(**options)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except Exception as error:  # it is the user's
         given = ", ".join(f"{key}={value!r}" for key, value in options.items())
-        raise refused(f"{option}: {name}({given}) failed: {error}") from error
+        raise refused(f"{option}: {name}({given}) failed: {type(error).__name__}: {error}") from error
 
 
 def _find(option: str, name: str, refused: type[Exception]) -> Callable[..., Any]:

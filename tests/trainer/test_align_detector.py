@@ -65,7 +65,7 @@ def test_every_photograph_is_counted_and_listed(photos, tmp_path, capsys, seen):
     assert code == 0
     assert out.splitlines() == [
         "3 aligned, 0 already existed, 6 failed",
-        "several faces: 1, face at the border: 2, no face: 1, tiny faces only: 1, unreadable: 1",
+        "several faces: 1, face at the border: 2, no face: 1, tiny faces only: 1, unreadable: 1, failed otherwise: 3",
         "skipped: files ending in .txt (1), hidden or system files and folders (1)",
         f"list in {tmp_path / 'out' / 'landmarks.csv'}",
     ]
@@ -116,6 +116,16 @@ def test_one_of_several_faces_is_selected(photos, tmp_path, capsys, rule, left):
     folder = photos(several=201)
     assert run(capsys, folder, *OURS, "--select", rule)[0] == 0
     assert float(listed(tmp_path / "photos-aligned")["several.png"]["left"]) == left
+
+
+def test_unusable_results_fail_single_photographs(photos, tmp_path, capsys):
+    """None is no face, as OpenCV returns it. A box with swapped edges is not a tiny face."""
+    code, out, err = run(capsys, photos(one=200, none=209, nan=210, swapped=211), *OURS)
+    assert code == 0 and "1 aligned, 0 already existed, 3 failed" in out and "no face: 1, failed otherwise: 2" in out
+    for name in ("nan", "swapped"):
+        assert f"{name}.png: the detector returns a face that is not finite, or whose box has swapped edges" in err
+    statuses = {path: row["status"] for path, row in listed(tmp_path / "photos-aligned").items()}
+    assert statuses == {"one.png": "aligned", "none.png": "no face", "nan.png": "failed", "swapped.png": "failed"}
 
 
 def test_size_of_the_smallest_face(photos, tmp_path, capsys):
@@ -195,11 +205,10 @@ def test_folder_links_do_not_repeat(photos, tmp_path, capsys, seen):
         ("no_such_package.f", "no module 'no_such_package'"),
         ("user_detectors.absent", "user_detectors has no 'absent'"),
         ("user_detectors.not_a_detector", "to return a callable, got int"),
-        ("user_detectors.Scenes rate=1", "user_detectors.Scenes(rate=1) failed"),
-        ("user_detectors.other_results result=none", "to return faces (landmarks, box, score)"),
+        ("user_detectors.Scenes rate=1", "user_detectors.Scenes(rate=1) failed: TypeError"),
+        ("user_detectors.unknown_model name=x", "user_detectors.unknown_model(name='x') failed: KeyError: 'x'"),
         ("user_detectors.other_results result=pair", "to return faces (landmarks, box, score)"),
         ("user_detectors.other_results result='four points'", "landmarks (4, 2), box (4,)"),
-        ("user_detectors.other_results result=nan", "a value is not finite"),
     ],
 )
 def test_invalid_detectors(photos, tmp_path, capsys, name, message):
@@ -218,6 +227,8 @@ def test_invalid_options(photos, tmp_path, capsys):
         ([folder, folder / "aligned", *OURS], "would be among the photographs"),
         ([folder, folder, *OURS], "would replace the photographs"),
         ([folder, *OURS, "--min-size", "-1"], "min_size must not be negative"),
+        ([folder, "landmarks.csv", "--min-size", "5"], "min_size needs a --detector"),
+        ([folder, "landmarks.csv", "--select", "score"], "select needs a --detector"),
     ):
         with pytest.raises(SystemExit) as exit_:
             cli.main(["align", *map(str, arguments)])
@@ -237,6 +248,7 @@ def test_invalid_options(photos, tmp_path, capsys):
 def test_mtcnn_is_given_the_options_and_the_image(monkeypatch):
     class MTCNN:
         def __init__(self, min_face_size=20, device=None):
+            assert device != "cuda", "Torch not compiled with CUDA enabled"
             self.min_face_size, self.device = min_face_size, device
 
         def detect(self, image, landmarks):
@@ -257,8 +269,9 @@ def test_mtcnn_is_given_the_options_and_the_image(monkeypatch):
     assert detectors.to_faces(detect(np.zeros((40, 50, 3), np.uint8)), "mtcnn") == []
     assert list(detect(np.ones((39, 50, 3), np.uint8))) == []  # MTCNN refuses an image below its smallest face
     assert calls == [("cpu", (40, 50, 3), True)] * 2
-    with pytest.raises(detectors.DetectorError, match="mtcnn refuses the options: .*'size'"):
-        detectors.make_detector("mtcnn", {"size": 3})
+    for options, message in (({"size": 3}, "'size'"), ({"device": "cuda"}, "not compiled with CUDA")):
+        with pytest.raises(detectors.DetectorError, match=f"mtcnn refuses the options: .*{message}"):
+            detectors.make_detector("mtcnn", options)
 
 
 def test_yunet_is_given_bgr_and_the_size(monkeypatch, tmp_path):

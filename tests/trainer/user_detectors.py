@@ -26,6 +26,9 @@ SCENES = {
     206: RuntimeError("no memory\nfor this"),
     207: KeyboardInterrupt(),
     208: [face(500, 500, 1)],
+    209: None,
+    210: [face(50, 30, 1, points=TEMPLATE * np.nan)],
+    211: [face(150, 130, -1, points=TEMPLATE)],
 }
 
 
@@ -43,7 +46,7 @@ class Scenes:
         faces = SCENES[image.shape[1]]
         if isinstance(faces, BaseException):
             raise faces
-        return self.repeat * faces
+        return faces and self.repeat * faces
 
 
 def other_results(result):
@@ -51,9 +54,11 @@ def other_results(result):
     return lambda image: {
         "pair": [(TEMPLATE, (0, 0, 80, 100))],
         "four points": [(TEMPLATE[:4], (0, 0, 80, 100), 1)],
-        "nan": [(TEMPLATE * np.nan, (0, 0, 80, 100), 1)],
-        "none": None,
     }[result]
+
+
+def unknown_model(name):
+    return {}[name]
 
 
 def not_a_detector():

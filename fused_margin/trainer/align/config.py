@@ -68,6 +68,9 @@ class AlignConfig:
             raise ValueError("landmarks: name a file of them, or a --detector that finds them")
         if self.detector is None and self.detector_options:
             raise ValueError("detector_options need a --detector")
+        for name in ("select", "min_size"):
+            if self.detector is None and getattr(self, name) != getattr(AlignConfig, name):
+                raise ValueError(f"{name} needs a --detector")
         if self.detector is not None and self.landmarks is not None and self.output is not None:
             raise ValueError("landmarks: --detector finds them; leave out the file, or the detector")
         images, output = self.images.resolve(), self.output_folder.resolve()

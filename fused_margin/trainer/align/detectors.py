@@ -48,17 +48,17 @@ def make_detector(name: str, options: Mapping[str, Any]) -> Detector:
     return detector
 
 
-def to_faces(results: Sequence[Any], name: str) -> list[Face]:
-    """The results of the detector `name` for one image.
+def to_faces(results: Sequence[Any] | None, name: str) -> list[Face]:
+    """The results of the detector `name` for one image; None, as of OpenCV's detectors, means no face.
 
     Raises:
         DetectorError: a result is not the landmarks, the box and the score of a face.
     """
     try:
-        return [_to_face(*result) for result in results]
+        return [_to_face(*result) for result in (() if results is None else results)]
     except (TypeError, ValueError) as error:
         raise DetectorError(
-            f"detector: expected {name} to return faces (landmarks, box, score), finite, of shapes (5, 2), (4,) and (), "
+            f"detector: expected {name} to return faces (landmarks, box, score) of shapes (5, 2), (4,) and (), "
             f"got {error}"
         ) from error
 
@@ -68,8 +68,6 @@ def _to_face(landmarks: Any, box: Any, score: Any) -> Face:
     points, edges = (np.asarray(values, np.float64).round(2) for values in (landmarks, box))
     if points.shape != (5, 2) or edges.shape != (4,):
         raise ValueError(f"landmarks {points.shape}, box {edges.shape}")
-    if not all(np.isfinite(values).all() for values in (points, edges, score)):
-        raise ValueError("a value is not finite")
     return Face(points, edges, float(score))
 
 
@@ -80,7 +78,7 @@ def _mtcnn(options: Mapping[str, Any]) -> Detector:
     package = _import("mtcnn", "facenet_pytorch", command)
     try:
         mtcnn = package.MTCNN(**options)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (AssertionError, TypeError, ValueError, RuntimeError) as error:  # PyTorch without CUDA asserts
         raise DetectorError(f"detector: mtcnn refuses the options: {error}") from error
 
     def detect(image: np.ndarray) -> Sequence[Any]:

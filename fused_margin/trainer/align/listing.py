@@ -28,6 +28,7 @@ SUMMARY = {
     "no face": lambda row: row["status"] == "no face",
     "tiny faces only": lambda row: row["status"] == "tiny",
     "unreadable": lambda row: row["status"] == "unreadable",
+    "failed otherwise": lambda row: row["status"] == "failed",
 }
 
 

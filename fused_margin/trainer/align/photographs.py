@@ -134,7 +134,12 @@ class _Aligner:
             except Exception as error:  # detectors raise many types for unusual images
                 message = " ".join(str(error).split())
                 raise AlignmentError(f"the detector fails with {type(error).__name__}: {message}") from error
-        return to_faces(results, self.name)
+        faces = to_faces(results, self.name)
+        for face in faces:
+            left, top, right, bottom = face.box
+            if not all(np.isfinite(values).all() for values in face) or right < left or bottom < top:
+                raise AlignmentError("the detector returns a face that is not finite, or whose box has swapped edges")
+        return faces
 
 
 def _shorter_side(face: Face) -> float:
