@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
+from numbers import Real
 
 import numpy as np
 
@@ -15,9 +17,13 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
+def check_array(name: str, value: np.ndarray) -> None:
+    if not isinstance(value, np.ndarray):
+        raise TypeError(f"{name}: expected a NumPy array, got {type(value).__name__}")
+
+
 def check_features(name: str, features: np.ndarray, width: int | None = None, check_values: bool = True) -> None:
-    if not isinstance(features, np.ndarray):
-        raise TypeError(f"{name}: expected a NumPy array, got {type(features).__name__}")
+    check_array(name, features)
     fits = features.ndim == 2 and features.size and width in (None, features.shape[1])
     if not fits or not np.issubdtype(features.dtype, np.floating):
         wanted = f"(rows, {width or 'D'}) floats, one row or more"
@@ -45,16 +51,19 @@ def _blocks(rows: np.ndarray) -> Iterator[np.ndarray]:
 def check_labels(name: str, labels: np.ndarray | Sequence[str] | Sequence[int], rows: int | None = None) -> np.ndarray:
     """The labels as an array of texts or of int64; raise ValueError if they are neither or have a wrong shape."""
     array = np.asarray(labels)
-    if array.dtype == object and all(isinstance(label, str) for label in array.flat):
-        array = array.astype(str)
+    if array.dtype == object:  # of pandas, or integers above those of int64
+        kinds = {type(label) for label in array.flat}
+        array = array.astype(str) if kinds == {str} else np.array(array.tolist()) if kinds == {int} else array
     fits = array.ndim == 1 and array.size and rows in (None, len(array))
-    if not fits or not (array.dtype.kind == "U" or np.can_cast(array.dtype, np.int64) and array.dtype.kind in "iu"):
+    is_integer = array.dtype.kind in "iu" and (array.size == 0 or array.max() <= np.iinfo(np.int64).max)
+    if not fits or not (array.dtype.kind == "U" or is_integer):
         wanted = f"({'n' if rows is None else rows},) texts or integers, one or more"
         raise ValueError(f"{name}: expected {wanted}, got {array.shape} {array.dtype}")
     return array if array.dtype.kind == "U" else array.astype(np.int64)
 
 
 def check_integers(name: str, values: np.ndarray, shape: tuple[int | None, ...]) -> None:
+    check_array(name, values)
     fits = values.ndim == len(shape) and all(n in (None, m) for n, m in zip(shape, values.shape, strict=True))
     if not fits or not values.size or not np.issubdtype(values.dtype, np.integer):
         wanted = ", ".join("rows" if n is None else str(n) for n in shape)
@@ -62,6 +71,7 @@ def check_integers(name: str, values: np.ndarray, shape: tuple[int | None, ...])
 
 
 def check_scores(name: str, scores: np.ndarray) -> None:
+    check_array(name, scores)
     if scores.ndim != 1 or not len(scores):
         raise ValueError(f"{name}: expected scores (n,), one or more, got shape {scores.shape}")
     if not np.isfinite(scores).all():
@@ -69,6 +79,8 @@ def check_scores(name: str, scores: np.ndarray) -> None:
 
 
 def check_pair_arrays(same: np.ndarray, fold: np.ndarray, num_pairs: int) -> None:
+    check_array("same", same)
+    check_array("fold", fold)
     if same.dtype != np.bool_ or same.shape != (num_pairs,):
         raise ValueError(f"same: expected ({num_pairs},) bool, one per pair, got {same.shape} {same.dtype}")
     if not np.issubdtype(fold.dtype, np.integer) or fold.shape != (num_pairs,):
@@ -94,8 +106,10 @@ def check_count(name: str, value: int, largest: int | None = None, meaning: str 
         raise ValueError(f"{name}: expected {wanted}, got {value}")
 
 
-def check_threshold(threshold: float) -> None:
-    if np.isnan(threshold):
+def check_threshold(threshold: object) -> None:
+    if not isinstance(threshold, Real):
+        raise TypeError(f"threshold: expected a number, got {threshold!r}")
+    if math.isnan(threshold):
         raise ValueError("threshold: expected a number, got NaN")
 
 

@@ -113,7 +113,7 @@ class Features(NamedTuple):
     """Feature vectors and, if known, their identities: the result of :func:`read_features`.
 
     Attributes:
-        vectors: (num_vectors, D) float32.
+        vectors: (num_vectors, D) float32, or float64 if values are too large or too small for float32.
         identities: (num_vectors,) text or integers, or None.
 
     Examples:
@@ -133,9 +133,9 @@ class MegafaceSet:
     """Features of probes with identities, and of distractors: the result of :func:`read_megaface`.
 
     Attributes:
-        probes: (num_probes, D) float32.
+        probes: (num_probes, D), of a type of :class:`Features`.
         identity: (num_probes,) int64 identity indices.
-        distractors: (num_distractors, D) float32.
+        distractors: (num_distractors, D).
         skipped: number of skipped files by kind.
 
     Examples:
@@ -177,30 +177,27 @@ def read_megaface(probes: Path, distractors: Path) -> MegafaceSet:
     """
     skipped: Counter[str] = Counter()
     probe, distractor = read_features(probes, skipped), read_features(distractors, skipped)
-    _, identity = np.unique(require_identities(probe, probes), return_inverse=True)
-    check_same_width(probe, probes, distractor, distractors)
+    _, identity = np.unique(require_identities(probe.identities, probes), return_inverse=True)
+    check_same_width(probe.vectors, probes, distractor.vectors, distractors)
     return MegafaceSet(probe.vectors, identity.astype(np.int64), distractor.vectors, skipped)
 
 
-def require_identities(features: Features, path: Path) -> np.ndarray:
+def require_identities(identities: np.ndarray | None, path: Path) -> np.ndarray:
     """The identities (num_vectors,) of the features at a path. Raises DataError if there are none."""
-    if features.identities is None:
+    if identities is None:
         raise DataError(
             f"{path} has no identities of its features: expected a folder, FOLDER/identity/..., or an .npz "
             "with arrays `features` and `labels`"
         )
-    if path.is_dir() and "." in features.identities:
+    if path.is_dir() and "." in identities:
         raise DataError(f"{path} has features outside the folders of identities: expected FOLDER/identity/...")
-    return features.identities
+    return identities
 
 
-def check_same_width(first: Features, first_path: Path, second: Features, second_path: Path) -> None:
-    """Raise DataError unless the features at two paths have the same number of dimensions."""
-    if first.vectors.shape[1] != second.vectors.shape[1]:
-        raise DataError(
-            f"{first_path} has features of {first.vectors.shape[1]} dimensions, {second_path} of "
-            f"{second.vectors.shape[1]}"
-        )
+def check_same_width(first: np.ndarray, first_path: Path, second: np.ndarray, second_path: Path) -> None:
+    """Raise DataError unless the features (rows, D) at two paths have the same number of dimensions."""
+    if first.shape[1:] != second.shape[1:]:
+        raise DataError(f"{first_path} has features of {first.shape[1]} dimensions, {second_path} of {second.shape[1]}")
 
 
 def read_features(path: Path, skipped: Counter[str] | None = None) -> Features:
@@ -268,7 +265,9 @@ def _read_file(path: Path) -> Features:
         raise DataError(f"{path}: expected {len(vectors)} labels, one per vector, got {identities.shape}")
     if not (finite := np.isfinite(vectors).all(axis=1)).all():
         raise DataError(f"{path} has NaN or infinity in {np.count_nonzero(~finite)} of its {len(vectors)} vectors")
-    return Features(vectors.astype(np.float32, copy=False), identities)
+    largest = np.abs(vectors).max(axis=1)
+    fits = ((largest > 2.0**-64) & (largest < 2.0**64) | (largest == 0)).all()
+    return Features(vectors.astype(np.float32 if fits else np.float64, copy=False), identities)
 
 
 def _read_numpy(path: Path) -> Features:

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from .checks import check_choice, check_features, check_integers, check_labels, check_unit_rows
+from .checks import check_array, check_choice, check_features, check_integers, check_labels, check_unit_rows
 from .cosines import BLOCK_ELEMENTS, normalized, unit_rows
 from .plurals import counted
 
@@ -67,6 +67,8 @@ class Gallery:
         if self.template == "mean":
             if rows != len(names):
                 raise ValueError(f'templates: expected one per name with template="mean", got {rows} for {len(names)}')
+            if self.sum_norm is not None:
+                check_array("sum_norm", self.sum_norm)
             if self.sum_norm is None or self.sum_norm.shape != (rows,):
                 shape = None if self.sum_norm is None else self.sum_norm.shape
                 raise ValueError(f'sum_norm: expected shape ({rows},) with template="mean", got {shape}')

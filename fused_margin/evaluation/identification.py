@@ -256,8 +256,10 @@ class IdentificationResult:
         Raises:
             ValueError: no probe or every probe is mated, or an argument is out of range.
         """
-        if max_points is not None and max_points < 2:
-            raise ValueError(f"max_points: expected at least 2, got {max_points}")
+        if max_points is not None:
+            check_count("max_points", max_points)
+            if max_points < 2:
+                raise ValueError(f"max_points: expected at least 2, got {max_points}")
         mated, non_mated = self._mated(), self._non_mated()
         found = np.sort(self.mate_score[mated][self._is_ranked(mated, rank)])
         false = np.sort(self.best_score[non_mated])

@@ -12,10 +12,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from .checks import check_integers
 from .errors import DataError
 from .features import MegafaceSet, read_features
 from .files import check_found
 from .megaface import MegafaceResult, megaface
+from .plurals import counted
 
 PROBE_LIST = "facescrub_features_list.json"
 GALLERY_LIST = re.compile(r"megaface_features_list\.json_(\d+)_(\d+)")
@@ -175,7 +177,7 @@ def _read_list(path: Path, name: str) -> list[str]:
     except ValueError as error:  # not JSON, or not UTF-8
         raise DataError(f"{path} is not a list of MegaFace's development kit: {error}") from error
     values = content.get(name) if isinstance(content, dict) else None
-    if not isinstance(values, list) or not values or not all(isinstance(value, str | int) for value in values):
+    if not isinstance(values, list) or not values or not all(type(value) in (str, int) for value in values):
         raise DataError(f'{path}: expected a JSON object with a list "{name}" of text')
     return [str(value) for value in values]
 
@@ -228,6 +230,8 @@ def _read_vector(path: Path, dimensions: int | None) -> np.ndarray:
         raise DataError(f"{path}: expected one vector, got {len(vectors):,}")
     if dimensions not in (None, vectors.shape[1]):
         raise DataError(f"{path} has {vectors.shape[1]} dimensions, the first probe has {dimensions}")
+    if vectors.dtype != np.float32:
+        raise DataError(f"{path} has values that are too large or too small for float32")
     return vectors[0]
 
 
@@ -274,7 +278,8 @@ def megaface_galleries(
         device: of the matrix products.
 
     Raises:
-        ValueError: there is no gallery, or as for :func:`megaface`.
+        ValueError: there is no gallery, one has another number of rows than its size or a row out of range, or as for
+            :func:`megaface`.
 
     Examples:
         >>> import numpy as np
@@ -288,6 +293,14 @@ def megaface_galleries(
     """
     if not galleries:
         raise ValueError("galleries: expected at least one")
+    for size, number, rows in galleries:
+        name = f"galleries: the rows of set {number} of size {size}"
+        check_integers(name, rows, (size,))
+        if rows.min() < 0 or rows.max() >= len(distractors):
+            raise ValueError(
+                f"{name}: expected rows of the {counted(len(distractors), 'distractor')}, "
+                f"got {rows.min()} to {rows.max()}"
+            )
     ordered = sorted(range(len(galleries)), key=lambda index: galleries[index][:2])
     largest = galleries[ordered[-1]].size
     rank1, tar = np.zeros(len(galleries)), np.zeros(len(galleries))

@@ -37,6 +37,13 @@ def test_features_of_every_kind(tmp_path):
     np.testing.assert_array_equal(read_features(tmp_path / "column.bin").vectors, VECTORS[:1])
 
 
+@pytest.mark.parametrize("scale", [1e60, 1e-60])
+def test_float64_features_beyond_the_range_of_float32(tmp_path, scale):
+    np.save(tmp_path / "f.npy", VECTORS.astype(np.float64) * scale)
+    vectors = read_features(tmp_path / "f.npy").vectors
+    np.testing.assert_array_equal(vectors, VECTORS.astype(np.float64) * scale)
+
+
 def test_megaface(tmp_path):
     for row, name in enumerate(["b/1.png_x.bin", "b/2.png_x.bin", "a c/1.bin", "b/d/1.bin"]):
         put(tmp_path / "probes" / name, matrix(VECTORS[row][:, None]))

@@ -307,11 +307,37 @@ GALLERY = enroll(np.eye(3), ["a", "b", "c"])
         (lambda: Gallery(np.eye(2), np.arange(2), np.array(["a", "a"])), "names: expected different names"),
         (lambda: Gallery(np.eye(2), np.arange(2), np.arange(2), "mean"), r"sum_norm: expected shape \(2,\)"),
         (lambda: Gallery(np.eye(2), np.zeros(2, int), np.arange(1), "mean"), "templates: expected one per name"),
+        (lambda: enroll(np.eye(2), np.array([0, 2**63], np.uint64)), "labels: .* uint64"),
+        (lambda: enroll(np.eye(2), np.array([0, "a"], object)), "labels: .* object"),
     ],
 )
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         call()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: Gallery(np.eye(2), [0, 1], np.arange(2)), "identity: expected a NumPy array, got list"),
+        (
+            lambda: Gallery(np.eye(2), np.arange(2), np.arange(2), "mean", [1.0, 1.0]),
+            "sum_norm: expected a NumPy array",
+        ),
+        (lambda: recognize(np.eye(3), GALLERY, "0.5"), "threshold: expected a number, got '0.5'"),
+        (lambda: recognize(np.eye(3), GALLERY, None), "threshold: expected a number, got None"),
+    ],
+)
+def test_wrong_types(call, message):
+    with pytest.raises(TypeError, match=f"^{message}"):
+        call()
+
+
+@pytest.mark.parametrize(
+    "labels", [np.array([7, 9], np.uint64), np.array([7, 9], object), np.array(["7", "9"], object)]
+)
+def test_labels_of_other_types(labels):
+    assert enroll(np.eye(2), labels).names.tolist() == labels.tolist()
 
 
 @pytest.mark.parametrize("features", [torch.eye(3), [[1.0, 0.0, 0.0]]])

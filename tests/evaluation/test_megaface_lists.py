@@ -133,3 +133,10 @@ def test_results_are_means_over_the_sets_of_a_size():
 
     with pytest.raises(ValueError, match="galleries: expected at least one"):
         megaface_galleries(probes, identity, distractors, [])
+    for gallery, message in (
+        (MegafaceGallery(2, 1, np.array([0, 99])), "the rows of set 1 of size 2: expected rows of the 40 distractors"),
+        (MegafaceGallery(2, 1, np.array([0, -1])), "expected rows of the 40 distractors, got -1 to 0"),
+        (MegafaceGallery(5, 3, np.array([0, 1])), r"the rows of set 3 of size 5: expected \(5\) integers"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            megaface_galleries(probes, identity, distractors, [*galleries, gallery])
