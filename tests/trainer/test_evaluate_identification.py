@@ -129,6 +129,7 @@ def test_unresolved_far_is_said():
 def test_own_gallery_of_features(capsys):
     """Identities have names, in a file and in folders."""
     features, _, labels = clusters().values()
+    features = features.astype(np.float32)  # as read from folders
     names = np.array([f"person {label}" for label in labels])
     first = np.arange(72) % 6 == 0
     known = first & (labels < 8)
@@ -157,6 +158,19 @@ def test_own_gallery_of_features(capsys):
     assert "mirrored: expected features of the mirror images" in fails(
         capsys, 1, *arguments, "people.npz", "--flip", "sum"
     )
+
+
+def test_mirrored_features_of_an_own_gallery():
+    features, mirrored, labels = clusters().values()
+    first = np.arange(72) % 6 == 0
+    np.savez("people.npz", features=features[first], mirrored=mirrored[first], labels=labels[first])
+    np.savez("probes.npz", features=features[~first], mirrored=mirrored[~first], labels=labels[~first])
+    options = "--features", "probes.npz", "--gallery", "people.npz", *PROTOCOL
+    added = evaluate(*options, "--flip", "sum")["result"]["cmc"]
+    features += mirrored
+    np.savez("people.npz", features=features[first], labels=labels[first])
+    np.savez("probes.npz", features=features[~first], labels=labels[~first])
+    assert evaluate(*options)["result"]["cmc"] == pytest.approx(added)
 
 
 @pytest.mark.parametrize(

@@ -108,6 +108,9 @@ def test_thresholds(capsys):
     text = "with fewer than 100 images, it is above all of their scores with other identities"
     assert text in capsys.readouterr().out and text in read_page("out/identify.html").text
     assert report["results"][4]["probe"] == "row 4, person 1"
+    for far, needed in ((0.03, 34), (0.02, 50)):  # rounded up
+        report = identify("people.npz", "probes.npz", "--far", far)
+        assert f"with fewer than {needed} images, it is above" in report["threshold"]["text"]
     report = identify("people.npz", "probes.npz", "--threshold", 1)
     assert report["threshold"] == {
         "value": 1.0,
@@ -117,6 +120,9 @@ def test_thresholds(capsys):
         "text": "threshold 1.000, as given",
     }
     assert report["probes"]["known"] == 0 and "unknown" in capsys.readouterr().out
+    identify("people.npz", "probes.npz", "--threshold", 0.98, "--template", "all", "--top", 2)
+    text = read_page("out/identify.html").text
+    assert "fused-margin identify people.npz probes.npz --threshold 1.0 --top 2 --template all" in text
     assert identify("people.npz", "probes.npz", "--threshold", -1, "--top", 99)["probes"]["known"] == 5
     with open("out/identify.json") as file:
         assert len(json.load(file)["results"][0]["names"]) == 10  # all identities
@@ -264,10 +270,14 @@ def test_inputs_that_do_not_allow_it(digits_run, gallery, capsys, monkeypatch):
         (("people.npz", "probes.npy", "--flip", "sum"), "flip: only for images"),
         (("people.npz", "wide.npy"), "wide.npy has features of 5 dimensions, people.npz of 3"),
         (("probes.npy", "people.npz"), "probes.npy has no identities of its features"),
-        (("empty", "visitors", *trained), "no identities in empty: expected empty/identity/image.jpg"),
-        (("people", "empty", *trained), "no images in empty: expected images ending in"),
-        (("people", "list.txt", *trained), "list.txt is not an image"),
+        (
+            ("empty", "visitors", *trained),
+            "no images or features in empty: expected empty/identity/... with files ending in",
+        ),
+        (("people", "empty", *trained), "no images or features in empty: expected files ending in"),
+        (("people", "list.txt", *trained), "list.txt is neither an image nor a file of features"),
         (("list.txt", "visitors", *trained), "list.txt is neither a folder of images"),
+        (("people", "visitors", *trained, "--backbone", "a.b"), "is not a.b, but small; leave out the option"),
     ):
         assert message in fails(capsys, 1, *arguments)
     monkeypatch.undo()
@@ -275,6 +285,8 @@ def test_inputs_that_do_not_allow_it(digits_run, gallery, capsys, monkeypatch):
     Path("x.png").write_bytes(b"no image")
     printed = fails(capsys, 1, "people", "x.png", *trained)
     assert "1 image to compute features of, none of which can be read: x.png: it is damaged" in printed
+    np.savez("people.npz", features=np.ones((4, 3)), labels=np.array([0.0, 0.0, 1.0, 1.0]))
+    assert "people.npz: labels: expected (n,) texts or integers" in fails(capsys, 1, "people.npz", "probes.npy")
     np.savez("people.npz", features=np.full((4, 3), np.nan), labels=np.array(["a", "a", "b", "b"]))
     assert "people.npz has NaN or infinity in 4 of its 4 vectors" in fails(capsys, 1, "people.npz", "probes.npy")
     assert not Path("probes-identified").exists() and not Path("visitors-identified").exists()

@@ -76,7 +76,7 @@ def test_page_has_the_numbers_of_the_training(trained):
 def worst_pairs(trained, faces, report):
     """Names and scores of the false accepts and the false rejects, by a plain loop over all pairs."""
     network = read_checkpoint(trained / "checkpoint.pt", None, None)
-    inputs = network.features(torch.device("cpu"), mirror=True, workers=0, folds=None)
+    inputs = network.features(torch.device("cpu"), mirror=True, workers=0, folds=None, show=print)
     features = np.hstack([inputs.features.features, inputs.features.mirrored]).astype(float)
     features /= np.linalg.norm(features, axis=1, keepdims=True)
     pairs, same, fold, _ = evaluation.make_pairs(inputs.features.labels, 80, 2, 0)

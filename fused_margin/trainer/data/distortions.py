@@ -70,8 +70,9 @@ def _gray(images: Tensor) -> Tensor:
 def occlude(images: Tensor, area: Tensor, aspect: Tensor, position: Tensor, fill: Tensor) -> Tensor:
     """Replace a rectangle of each image by `fill` (N, C, H, W).
 
-    Random erasing of Zhong et al. (arXiv 1708.04896). The rectangle has the share `area` of the image, a ratio `aspect`
-    of height to width, relative to that of the image, and lies inside; `position` (N, 2), from 0 to 1, is where.
+    Random erasing of Zhong et al. (arXiv 1708.04896). The rectangle has the share `area` of the image and a ratio `aspect`
+    of height to width, relative to that of the image. It lies inside: a longer side is cut to that of the image.
+    `position` (N, 2), from 0 to 1, is where.
     """
     rows, columns = (
         _interval(size, share.clamp(max=1), place)

@@ -19,12 +19,14 @@ from fused_margin.evaluation import (
     VerificationSet,
     WeightedL1Head,
     find_pair_list,
+    read_arrays,
     read_features,
     read_listed_features,
     read_megaface,
     read_megaface_lists,
     stratified_folds,
 )
+from fused_margin.evaluation.checks import check_features
 from fused_margin.evaluation.features import check_same_width, require_identities
 from fused_margin.evaluation.plurals import counted
 
@@ -83,15 +85,23 @@ def read_gallery(gallery: Path, probes: Path) -> EvaluationInput:
         OSError: a file cannot be opened.
     """
     skipped: Counter[str] = Counter()
-    enrolled, searched = read_features(gallery, skipped), read_features(probes, skipped)
-    check_same_width(searched, probes, enrolled, gallery)
-    return EvaluationInput(
-        FeatureSet(searched.vectors, labels=require_identities(searched, probes)),
-        f"features of {probes}, in the gallery {gallery}",
-        str(probes),
-        skipped=skipped,
-        gallery=FeatureSet(enrolled.vectors, labels=require_identities(enrolled, gallery)),
-    )
+    enrolled, searched = (_read_identities(path, skipped) for path in (gallery, probes))
+    check_same_width(searched.features, probes, enrolled.features, gallery)
+    description = f"features of {probes}, in the gallery {gallery}"
+    return EvaluationInput(searched, description, str(probes), skipped=skipped, gallery=enrolled)
+
+
+def _read_identities(path: Path, skipped: Counter[str]) -> FeatureSet:
+    """Features with identities: of an .npz, which may have those of mirror images, or as of `read_features`."""
+    if path.is_file() and path.suffix.lower() == ".npz":
+        arrays = read_arrays(path)
+        try:
+            check_features("features", arrays.features)
+        except (TypeError, ValueError) as error:
+            raise DataError(f"{path}: {error}") from error
+        return FeatureSet(arrays.features, arrays.mirrored, require_identities(arrays.labels, path))
+    found = read_features(path, skipped)
+    return FeatureSet(found.vectors, labels=require_identities(found.identities, path))
 
 
 @dataclass(frozen=True)

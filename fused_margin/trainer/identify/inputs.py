@@ -7,12 +7,14 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import nn
 
 from fused_margin.evaluation import DataError, join_mirror, read_features
+from fused_margin.evaluation.checks import check_labels
 from fused_margin.evaluation.features import READERS, check_same_width, require_identities
 from fused_margin.evaluation.files import SUFFIXES, describe_skipped, find_images, is_hidden, is_image
 from fused_margin.evaluation.protocols import Flip
@@ -44,17 +46,18 @@ class IdentifyInput:
     skipped: Mapping[str, int] = field(default_factory=dict)  # number of skipped files or folders by kind
 
 
-def holds_features(path: Path) -> bool:
-    """Whether a path is a file of features, or a folder of them and of no images."""
+def contents(path: Path) -> Literal["images", "features"] | None:
+    """What a path is a file of, or has files of; images, if a folder has both. None: neither."""
     if path.is_file():
-        return path.suffix.lower() in READERS
-    found = False
+        return "features" if path.suffix.lower() in READERS else "images" if is_image(path.name) else None
+    found: Literal["features"] | None = None
     for _, folders, files in os.walk(path):
         folders[:] = [name for name in folders if not is_hidden(name)]
         for name in files:
             if is_image(name) and not is_hidden(name):
-                return False
-            found |= Path(name).suffix.lower() in READERS
+                return "images"
+            if Path(name).suffix.lower() in READERS:
+                found = "features"
     return found
 
 
@@ -70,8 +73,11 @@ def read_feature_files(config: IdentifyConfig) -> IdentifyInput:
         raise DataError(f"{', '.join(names)}: only for images, and {config.gallery} has features; leave out the option")
     skipped: Counter[str] = Counter()
     gallery, probes = read_features(config.gallery, skipped), read_features(config.probes, skipped)
-    check_same_width(probes, config.probes, gallery, config.gallery)
-    labels = require_identities(gallery, config.gallery)
+    check_same_width(probes.vectors, config.probes, gallery.vectors, config.gallery)
+    try:
+        labels = check_labels("labels", require_identities(gallery.identities, config.gallery))
+    except ValueError as error:
+        raise DataError(f"{config.gallery}: {error}") from error
     identities = [""] * len(probes.vectors) if probes.identities is None else map(", {}".format, probes.identities)
     rows = [f"row {row}{identity}" for row, identity in enumerate(identities)]
     return IdentifyInput(gallery.vectors, labels.astype(str), probes.vectors, rows, "none", skipped=skipped)

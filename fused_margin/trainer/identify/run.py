@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,14 +18,14 @@ from rich.table import Table
 import fused_margin as fm
 from fused_margin.evaluation import DataError, Gallery, Recognition, enroll, estimate_threshold, recognize
 from fused_margin.evaluation.features import READERS
-from fused_margin.evaluation.files import describe_skipped
+from fused_margin.evaluation.files import SUFFIXES, describe_skipped
 from fused_margin.evaluation.plurals import counted, counted_identities
 
 from ..evaluate.progress import Show, show_progress
 from ..evaluate.reports import versions
 from ..pages.identify import IdentifyContent, write_identify_page
 from .config import FAR, IdentifyConfig
-from .inputs import IdentifyInput, holds_features, read_feature_files, read_images
+from .inputs import IdentifyInput, contents, read_feature_files, read_images
 
 NAME = "identify"  # of the files
 MAX_PRINTED = 30  # probes in the table on the screen
@@ -46,9 +47,8 @@ class Threshold(NamedTuple):
             f"threshold {self.value:.3f}, estimated for FAR {self.far:g} from {counted(images, 'image')} of the gallery"
         )
         if not self.resolved:
-            text += (
-                f"; with fewer than {1 / self.far:,.0f} images, it is above all of their scores with other identities"
-            )
+            needed = math.ceil(1 / self.far - 1e-9)  # without the rounding error of 1 / 0.01
+            text += f"; with fewer than {needed:,} images, it is above all of their scores with other identities"
         return text
 
 
@@ -56,20 +56,29 @@ def uses_features(config: IdentifyConfig) -> bool:
     """Whether gallery and probes are features.
 
     Raises:
-        DataError: one is features and the other images, or the gallery is neither.
+        DataError: one is features and the other images, or one is neither.
     """
-    gallery, probes = holds_features(config.gallery), holds_features(config.probes)
-    if not gallery and config.gallery.is_file():
+    gallery, probes = (contents(path) for path in (config.gallery, config.probes))
+    if gallery != "features" and config.gallery.is_file():
         raise DataError(
             f"{config.gallery} is neither a folder of images, {config.gallery}/identity/image.jpg, nor a file of features "
             f"({', '.join(READERS)})"
         )
-    if gallery != probes:
-        kinds = {True: "features", False: "images"}
+    endings = f"{', '.join(SUFFIXES)} (images) or {', '.join(READERS)} (features)"
+    if gallery is None:
+        where = config.gallery / "identity"
         raise DataError(
-            f"{config.gallery} has {kinds[gallery]}, {config.probes} has {kinds[probes]}: expected the same in both"
+            f"no images or features in {config.gallery}: expected {where}/... with files ending in {endings}"
         )
-    return gallery
+    if probes is None:
+        raise DataError(
+            f"no images or features in {config.probes}: expected files ending in {endings}"
+            if config.probes.is_dir()
+            else f"{config.probes} is neither an image nor a file of features: expected a file ending in {endings}"
+        )
+    if gallery != probes:
+        raise DataError(f"{config.gallery} has {gallery}, {config.probes} has {probes}: expected the same in both")
+    return gallery == "features"
 
 
 def run_identify(config: IdentifyConfig, console: Console, checkpoint: Path | None) -> dict[str, Any]:

@@ -40,6 +40,10 @@ def require_named(config: TrainConfig, named: str | None, path: Path) -> None:
     Raises:
         CheckpointError: the configuration in `path` has another backbone than `named`.
     """
+    if config.backbone is None and named is not None:
+        raise CheckpointError(
+            f"backbone: the network in {path} is not {named}, but {config.network}; leave out the option"
+        )
     if config.backbone not in (None, named):
         raise CheckpointError(
             f"the network in {path} is {config.backbone}, which would be imported and called: "

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -191,13 +190,7 @@ def _gallery_facts(report: Mapping[str, Any]) -> list[tuple[str, Any]]:
 
 
 def _commands(content: IdentifyContent) -> list[Command]:
-    config, checkpoint = content.config, content.checkpoint
-    paths = [str(config.gallery), str(config.probes)]
-    commands = [Command("Repeat this identification:", command_line("fused-margin identify", config))]
-    stricter = ["fused-margin", "identify", *paths, "--threshold", f"{content.threshold + 0.05:.2f}"]
-    if checkpoint is not None:
-        stricter += ["--checkpoint", str(checkpoint)]
-        if config.backbone:
-            stricter += ["--backbone", config.backbone]
-    commands.append(Command("With a threshold of your own, here a stricter one:", shlex.join(stricter)))
-    return commands
+    config = replace(content.config, checkpoint=content.checkpoint)
+    stricter = replace(config, threshold=min(1.0, round(content.threshold + 0.05, 2)), far=None)
+    texts = {"Repeat this identification:": config, "With a threshold of your own, here a stricter one:": stricter}
+    return [Command(text, command_line("fused-margin identify", options)) for text, options in texts.items()]
