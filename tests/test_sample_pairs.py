@@ -33,6 +33,28 @@ def distance_table(x, distance, normalize):
     return [[DISTANCES[distance](a, b) if a is not b else None for b in x] for a in x]
 
 
+@pytest.mark.parametrize("sigma", [1e5, 1e9])
+@pytest.mark.parametrize(
+    "loss_fn",
+    [
+        fm.ContrastiveLoss(2.0, normalize=False, form="squared-distance"),
+        fm.DeepID2Loss(0.1),
+        fm.TripletLoss(normalize=False, distance="euclidean", mining="all"),
+    ],
+    ids=lambda loss_fn: type(loss_fn).__name__,
+)
+def test_common_offset_of_raw_embeddings(loss_fn, sigma):
+    """Distances of embeddings that have a large mean are those of their differences."""
+    x, y = samples()
+    far = (x + sigma).requires_grad_()
+    near = ((x + sigma) - sigma).requires_grad_()  # exact
+    far_loss, near_loss = loss_fn(far, y), loss_fn(near, y)
+    far_loss.backward()
+    near_loss.backward()
+    torch.testing.assert_close(far_loss, near_loss, rtol=1e-6, atol=0)
+    assert relative_error(far.grad, near.grad) < 1e-6 and near.grad.abs().max() > 0
+
+
 def plain_triplets(x, y, margin, mining, distance, normalize=True):
     """The losses of the triplets of each anchor, and the number of summands of the mean."""
     d = distance_table(x, distance, normalize)

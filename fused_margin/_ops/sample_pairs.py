@@ -25,7 +25,7 @@ class SamplePairs:
     distance: Tensor  # (N, M) float64, differentiable
     genuine: Tensor  # (N, M) bool: two samples of one class
     impostor: Tensor  # (N, M) bool: samples of two classes
-    samples: Tensor  # (M, D) float64, differentiable
+    samples: Tensor  # (M, D) float64, differentiable; without their mean, unless normalized
     labels: Tensor  # (M,) int64
     valid: Tensor  # (M,) bool: not ignored
     group: str  # name of the process group, empty for one rank
@@ -50,6 +50,9 @@ def make_pairs(
     samples = samples.to(torch.float64).masked_fill(~valid.unsqueeze(1), 0.0)  # an ignored NaN must not spread
     if normalize:
         samples = unit_rows(samples, torch.float64)[0]
+    else:  # a shift changes no distance, and short rows cancel less
+        mean = samples.detach().sum(0) / valid.sum().clamp(min=1)
+        samples = samples - mean.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
     own = slice(begin, begin + count)
     related = valid[own].unsqueeze(1) & valid
     equal = labels[own].unsqueeze(1) == labels
