@@ -67,9 +67,7 @@ def embeddings_for(embeddings: Tensor, weight: Tensor, *, at_least: int = 1) -> 
     class_weights(weight, at_least=at_least)
     matrix("embeddings", embeddings, "(N, embedding_size)")
     if embeddings.shape[1] != weight.shape[1]:
-        raise ValueError(
-            f"embeddings: expected embedding_size {weight.shape[1]} as weight has, got shape {tuple(embeddings.shape)}"
-        )
+        raise ValueError(f"embeddings: expected embedding_size {weight.shape[1]}, got shape {tuple(embeddings.shape)}")
     same_device("embeddings", embeddings, weight)
 
 

@@ -147,7 +147,9 @@ def test_compiled_calls_move_the_centers():
         ({"gamma": -1.0}, ValueError, "gamma"),
         ({"center_weight": "x"}, TypeError, "center_weight"),
         ({"alpha": 2.0}, ValueError, "alpha"),
-        ({"class_counts": torch.ones(3)}, ValueError, r"class_counts: expected shape \(9,\), got \(3,\)"),
+        ({"class_counts": torch.ones(9)}, TypeError, "class_counts: expected integers, got torch.float32"),
+        ({"class_counts": "many"}, TypeError, "class_counts: expected a tensor of integers, got str"),
+        ({"class_counts": torch.ones(3, dtype=int)}, ValueError, r"class_counts: expected shape \(9,\), got \(3,\)"),
         ({"class_counts": torch.full((9,), -1)}, ValueError, "class_counts: expected numbers of at least 0, got -1"),
     ],
 )

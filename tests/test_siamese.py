@@ -270,6 +270,13 @@ def test_wrong_size_raises_on_every_rank(ranks, sizes):
         ranks.run(wrong_size, [(size,) for size in sizes])
 
 
+def test_mean_is_the_only_reduction():
+    loss_fn = fm.SiameseL1Loss(4)
+    with pytest.raises(ValueError, match="reduction: expected one of 'mean', got 'sum'"):
+        loss_fn.reduction = "sum"
+    assert loss_fn.reduction == "mean"
+
+
 def test_learning():
     """The distance learns which dimensions tell identities apart, and the network moves the features."""
     torch.manual_seed(0)

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
+from fused_margin import _checks
 from fused_margin.losses import settings
 from fused_margin.losses.center import CenterLoss
 
@@ -20,7 +21,7 @@ class CenterInvariantLoss(CenterLoss):
 
         loss_i = gamma / 4 * (|c_{y_i}|^2 - 1/C * sum_k |c_k|^2)^2  +  center_weight * |x_i - c_{y_i}|^2 / 2
 
-    With softmax, this is the objective of Wu, Liu, Kong and Fu ("Deep Face Recognition with Center Invariant Loss", ACM
+    With softmax, this is the objective of Wu, Liu, Li and Fu ("Deep Face Recognition with Center Invariant Loss", ACM
     Multimedia Thematic Workshops 2017), whose lambda is ``center_weight``. The centers are those of
     :class:`fused_margin.CenterLoss` and move as they do; they get no gradient. Embeddings are not normalized.
 
@@ -103,7 +104,13 @@ class CenterInvariantLoss(CenterLoss):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "class_counts" and value is not None:
-            value = torch.as_tensor(value, device=self.centers.device).to(torch.int64)
+            try:
+                value = torch.as_tensor(value, device=self.centers.device)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise TypeError(f"class_counts: expected a tensor of integers, got {type(value).__name__}") from error
+            if value.dtype not in _checks.INTEGERS:
+                raise TypeError(f"class_counts: expected integers, got {value.dtype}")
+            value = value.to(torch.int64)
             if tuple(value.shape) != (self.num_classes,):
                 raise ValueError(f"class_counts: expected shape ({self.num_classes},), got {tuple(value.shape)}")
             if bool((value < 0).any()):

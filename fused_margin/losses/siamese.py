@@ -73,7 +73,11 @@ class SiameseL1Loss(GatheredLoss):
         >>> loss.backward()
     """
 
-    SETTINGS: ClassVar[dict[str, settings.Check]] = {"normalize": settings.boolean, "balanced": settings.boolean}
+    SETTINGS: ClassVar[dict[str, settings.Check]] = {
+        "normalize": settings.boolean,
+        "balanced": settings.boolean,
+        "reduction": settings.one_of("mean"),
+    }
     normalize: bool
     balanced: bool
     alpha: nn.Parameter

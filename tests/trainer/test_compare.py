@@ -278,6 +278,8 @@ def test_comparison_of_losses_between_samples(config):
     ("arguments", "message"),
     [
         (["--losses", "arkface"], "expected random-weights or one of"),
+        (["--losses", "random-weights=3"], "random-weights takes no margin and no terms, got 'random-weights=3'"),
+        (["--losses", "random-weights+groups"], "takes no margin and no terms, got 'random-weights+groups'"),
         (["--losses", "arcface+centroid"], "after the +, got 'centroid'"),
         (["--losses", "arcface+center=much"], "expected a number after center="),
         (["--losses", "arcface+bfloat16+bfloat16-nearest"], "expected one of bfloat16, bfloat16-nearest in arcface"),

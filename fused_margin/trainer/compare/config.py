@@ -68,7 +68,8 @@ class CompareConfig:
     """What to evaluate each network on, as NAME=PATH, instead of test identities. The table has its columns.
     A verification set (as for --data of fused-margin evaluate): the accuracy under LFW's or YouTube Faces' protocol.
     LISTS,PROBES,DISTRACTORS: MegaFace's templatelists and two folders of images; rank-1, and TAR at FAR = 1e-6.
-    Images that fused-margin train accepts: accuracy and TAR on pairs, and rank-1 among half of the identities.
+    Images that fused-margin train accepts: accuracy and TAR on pairs, and among half of the identities rank-1 and,
+    with the other half unknown, DIR.
     test-identities: the same for identities that are kept out of the training.
     Without these, all identities are trained on, unless --config has a test_fraction."""
     variant: LfwVariant = "insightface"
@@ -194,6 +195,8 @@ def loss_config(text: str, *, small_data: bool = True) -> LossConfig:
         ValueError: the loss or an added term does not exist, or a number is expected.
     """
     name, equals, margin = text.split("+")[0].partition("=")
+    if name == RANDOM:
+        raise ValueError(f"losses: {RANDOM} takes no margin and no terms, got {text!r}")
     if name not in LOSSES:
         raise ValueError(
             f"losses: expected {RANDOM} or one of {', '.join(LOSSES)}, got {name!r}{suggestion(name, LOSSES)}"
