@@ -31,6 +31,9 @@ ROUNDINGS = {"bfloat16": True, "bfloat16-nearest": False}
 ADDED = {EXCLUSIVE: 1.0, "center": 0.003, "ring": 0.01, "center-invariant": 1e-5, "deepid2": 0.05, GROUPS: 32.0}
 WEIGHTED = (EXCLUSIVE, *(name.replace("_", "-") for name in ARGUMENTS))
 TERMS = (*WEIGHTED, GROUPS, *ROUNDINGS)
+# Images of an identity in a batch for terms beside class weights. With four, which losses without class weights have, a
+# batch has half as many classes, and ArcFace collapses on glyphs.
+TERM_IMAGES = 2
 # Options of a configuration file that the command line has.
 COMMAND_OPTIONS = ("config", "output", "resume")
 LOSSES_HELP = (
@@ -40,8 +43,9 @@ LOSSES_HELP = (
     + ", ".join(f"{name}={ADDED.get(name, 1.0):g}" for name in WEIGHTED)
     + f".\n +{GROUPS} ends the network in GroupFace's head with {ADDED[GROUPS]:g} groups; +{GROUPS}=8 has 8."
     "\n +bfloat16 has class weights in bfloat16, rounded stochastically; +bfloat16-nearest rounds them to nearest."
-    "\n If the loss or a term compares the images of a batch, each batch has "
-    f"{IMAGES_PER_IDENTITY} images of each of its identities, unless --config has images_per_identity."
+    "\n If the loss compares the images of a batch, each batch has "
+    f"{IMAGES_PER_IDENTITY} images of each of its identities, and {TERM_IMAGES} if only a term does,"
+    "\n unless --config has images_per_identity."
 )
 
 
@@ -132,7 +136,7 @@ class CompareConfig:
         stochastic = all(ROUNDINGS.get(term, True) for term in terms)
         images = base.images_per_identity
         if chosen.compares_samples and "images_per_identity" not in self._file_values:
-            images = IMAGES_PER_IDENTITY
+            images = TERM_IMAGES if chosen.has_class_weights else IMAGES_PER_IDENTITY
         return dataclasses.replace(
             base,
             model=dataclasses.replace(base.model, groups=int(terms.get(GROUPS, base.model.groups))),
