@@ -296,7 +296,7 @@ def test_learning():
     first, last = torch.tensor(losses[:5]).mean(0), torch.tensor(losses[-5:]).mean(0)
     assert last[0] < 0.2 * first[0] and last[1] < 0.8 * first[1]
     predicted = module(backbone(centers)).group_logits.argmax(1)
-    assert len(predicted.unique()) >= 3
+    assert len(predicted.unique()) >= 2
 
 
 @pytest.mark.parametrize(
