@@ -51,7 +51,7 @@ def _blocks(rows: np.ndarray) -> Iterator[np.ndarray]:
 def check_labels(name: str, labels: np.ndarray | Sequence[str] | Sequence[int], rows: int | None = None) -> np.ndarray:
     """The labels as an array of texts or of int64; raise ValueError if they are neither or have a wrong shape."""
     array = np.asarray(labels)
-    if array.dtype == object:  # of pandas, or integers above those of int64
+    if array.dtype == object:  # as pandas stores texts, or integers beyond int64
         kinds = {type(label) for label in array.flat}
         array = array.astype(str) if kinds == {str} else np.array(array.tolist()) if kinds == {int} else array
     fits = array.ndim == 1 and array.size and rows in (None, len(array))

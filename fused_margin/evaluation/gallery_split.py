@@ -39,9 +39,9 @@ def split_gallery(
 ) -> GallerySplit:
     """Split labelled images at random into a gallery, mated probes, and probes of identities outside the gallery.
 
-    A share of the identities is unknown: all of their images are non-mated probes. Unless the share is 0 (closed set),
-    at least one identity is unknown. At least one with two images is not. Of each other identity, some images are enrolled and the rest are mated
-    probes. An identity with one image is enrolled with it, and has no probe.
+    A share of the identities is unknown: all of their images are non-mated probes. At least one identity is unknown,
+    unless the share is 0 (closed set), and at least one with two images is not. Of each other identity, some images are
+    enrolled and the rest are mated probes. An identity with one image is enrolled with it, and has no probe.
 
     Args:
         labels: (n,) texts or integers, the identity of each image.
